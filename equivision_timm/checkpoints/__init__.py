@@ -1,0 +1,1 @@
+"""Published checkpoints of the original network, as state dicts of ours."""

@@ -1,0 +1,114 @@
+"""The finite groups of the plane, C_N and D_N: elements, product, regular representation, action on images.
+
+C_N holds the rotations by 360/N degrees; D_N adds the reflections (order 2N). An element is r^k f^p, the reflection
+f : (x, y) -> (-x, y) applied p times, then the rotation r by 360/N degrees, counter-clockwise, applied k times; its
+index is p * N + k. The order of elements, the mirror axis and the names are those of escnn (`C_N`:
+`gspaces.rot2dOnR2(N)`, `D_N`: `gspaces.flipRot2dOnR2(N)`, `D_1`: `gspaces.flip2dOnR2()`), so that a feature map can
+be handed over as it is.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["Group"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """A cyclic group C_N or a dihedral group D_N acting on the plane.
+
+    Args:
+        rotations: N, the number of rotations.
+        reflections: whether the group also holds the N reflections (D_N).
+    """
+
+    rotations: int
+    reflections: bool
+
+    @classmethod
+    def from_name(cls, name: str) -> "Group":
+        """The group called `name`: `c8` is C_8, `d4` is D_4.
+
+        Raises:
+            ValueError: the name is not `c` or `d` followed by a positive integer.
+
+        Example:
+            >>> Group.from_name("d4").order
+            8
+        """
+        match = re.fullmatch(r"([cd])([1-9]\d*)", name) if isinstance(name, str) else None
+        if match is None:
+            raise ValueError(f"unknown group {name!r}: use 'cN' (N rotations) or 'dN' (and N reflections), e.g. 'c8'")
+        return cls(rotations=int(match[2]), reflections=match[1] == "d")
+
+    @property
+    def name(self) -> str:
+        return f"{'d' if self.reflections else 'c'}{self.rotations}"
+
+    @property
+    def order(self) -> int:
+        """|G|, the number of elements."""
+        return self.rotations * (2 if self.reflections else 1)
+
+    def product(self, a: int, b: int) -> int:
+        """Index of the element a b: (r^k f^p)(r^l f^q) = r^(k + (-1)^p l) f^(p + q)."""
+        (p, k), (q, m) = divmod(a, self.rotations), divmod(b, self.rotations)
+        return (p + q) % 2 * self.rotations + (k + (-m if p else m)) % self.rotations
+
+    def inverse(self, a: int) -> int:
+        """Index of a^-1: a reflection is its own inverse, r^k has r^-k."""
+        p, k = divmod(a, self.rotations)
+        return a if p else -k % self.rotations
+
+    def left_quotients(self) -> torch.Tensor:
+        """[|G|, |G|] int64, entry [g, h] the index of g^-1 h: the table by which kernels and fields are permuted."""
+        return torch.tensor(
+            [[self.product(self.inverse(g), h) for h in range(self.order)] for g in range(self.order)],
+            dtype=torch.int64,
+            device="cpu",
+        )
+
+    def inverse_angle(self, g: int, angle: torch.Tensor) -> torch.Tensor:
+        """The polar angle (radians) of g^-1 x for points x at polar angle `angle`.
+
+        (r^k f^p)^-1 = f^p r^-k: turn back by 2 pi k / N, then mirror, angle -> pi - angle.
+        """
+        p, k = divmod(g, self.rotations)
+        turned = angle - 2 * math.pi * k / self.rotations
+        return math.pi - turned if p else turned
+
+    def quarter_turns(self, g: int) -> int | None:
+        """How often the rotation part of `g` turns by 90 degrees; None where it is no multiple of 90 degrees."""
+        turns, remainder = divmod(4 * (g % self.rotations), self.rotations)
+        return None if remainder else turns
+
+    @property
+    def grid_elements(self) -> list[int]:
+        """The elements that map a square pixel grid onto itself: quarter turns, and reflections followed by them."""
+        return [g for g in range(self.order) if self.quarter_turns(g) is not None]
+
+    def transform_image(self, image: torch.Tensor, g: int) -> torch.Tensor:
+        """Move the pixels of `image` [..., H, W], H = W, by the element `g` of `grid_elements`.
+
+        Raises:
+            ValueError: `g` does not map the pixel grid onto itself (a turn by 45 degrees, say).
+        """
+        turns = self.quarter_turns(g)
+        if turns is None:
+            raise ValueError(f"element {g} of {self.name} is no symmetry of the pixel grid: use {self.grid_elements}")
+        mirrored = image.flip(-1) if g >= self.rotations else image
+        return mirrored.rot90(turns, dims=(-2, -1))
+
+    def transform_fields(self, features: torch.Tensor, g: int) -> torch.Tensor:
+        """Act with `g` on regular fields: move the pixels and permute the channels, (g f)[h] = g . f[g^-1 h].
+
+        Args:
+            features: [B, m * |G|, H, W], field-major (channel = field * |G| + element), H = W.
+            g: an element of `grid_elements`.
+        """
+        fields = features.unflatten(1, (-1, self.order))  # [B, m, |G|, H, W]
+        permuted = fields[:, :, self.left_quotients()[g].to(features.device)]
+        return self.transform_image(permuted.flatten(1, 2), g)  # [B, m * |G|, H, W]

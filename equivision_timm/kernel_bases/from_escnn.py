@@ -1,0 +1,102 @@
+"""The bridge to escnn, and the only file that imports it: samples its kernel bases, wraps maps for its layers.
+
+Needs the extra: `pip install 'equivision-timm[escnn]'` (a Fortran compiler, numpy < 2). Nothing here runs when a
+model is built or used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from equivision_timm.groups import Group
+
+if TYPE_CHECKING:
+    from escnn.gspaces import GSpace2D
+    from escnn.nn import FieldType, GeometricTensor
+
+__all__ = ["field_type", "gspace", "sample_kernels", "to_geometric_tensor"]
+
+
+def _escnn() -> Any:
+    try:
+        import escnn
+        import escnn.gspaces
+        import escnn.nn
+    except ImportError as error:
+        raise ImportError(
+            f"this needs escnn, which cannot be imported ({error}): pip install 'equivision-timm[escnn]' "
+            "(it builds with gfortran and needs numpy < 2)"
+        ) from error
+    return escnn
+
+
+def gspace(group: str) -> "GSpace2D":
+    """escnn's space for a group of ours, with the same elements in the same order.
+
+    Raises:
+        ValueError: not a group name. ImportError: the extra is not installed.
+    """
+    spaces = _escnn().gspaces
+    parsed = Group.from_name(group)
+    if not parsed.reflections:
+        return spaces.rot2dOnR2(N=parsed.rotations) if parsed.rotations > 1 else spaces.trivialOnR2()
+    return spaces.flipRot2dOnR2(N=parsed.rotations) if parsed.rotations > 1 else spaces.flip2dOnR2()
+
+
+def field_type(group: str, fields: int) -> "FieldType":
+    """The escnn type of `fields` regular fields."""
+    space = gspace(group)
+    return _escnn().nn.FieldType(space, fields * [space.regular_repr])
+
+
+def to_geometric_tensor(features: torch.Tensor, group: str) -> "GeometricTensor":
+    """An equivariant map of our models, [B, fields * |G|, H, W], as an escnn `GeometricTensor` (no copy).
+
+    Raises:
+        ValueError: the channels are not whole fields of the group. ImportError: the extra is not installed.
+    """
+    order = Group.from_name(group).order
+    if features.ndim != 4 or features.shape[1] % order:
+        raise ValueError(
+            f"a map of shape {tuple(features.shape)} does not consist of regular fields of {group}: "
+            f"expected [B, fields * {order}, H, W]"
+        )
+    return _escnn().nn.GeometricTensor(features, field_type(group, features.shape[1] // order))
+
+
+def sample_kernels(group: str, kernel_size: int, input_type: str) -> dict[str, Any]:
+    """escnn's own basis of k x k kernels from one field of `input_type` to one regular field.
+
+    Returns:
+        kernels: [n_basis, |G|, H, k, k] float32. he_std: [n_basis] float32. elements: for each basis element, its
+        harmonic J, ring radius, angular frequency, input and output irrep. rings: for each ring its radius, sigma
+        and largest frequency.
+    """
+    escnn = _escnn()
+    space = gspace(group)
+    in_repr = space.trivial_repr if input_type == "trivial" else space.regular_repr
+    in_type, out_type = escnn.nn.FieldType(space, [in_repr]), field_type(group, 1)
+    conv = escnn.nn.R2Conv(in_type, out_type, kernel_size, bias=False, initialize=False)
+    kernels = torch.stack([conv.basisexpansion(row) for row in torch.eye(conv.weights.numel())])
+    he_std = escnn.nn.init._generalized_he_init_variances(conv.basisexpansion)  # the roots, despite the name
+    info = list(conv.basisexpansion.get_basis_info())
+    elements = [
+        {
+            "J": str(attribute["j"]),
+            "radius": float(attribute["radius"]),
+            "frequency": int(attribute["irrep:frequency"]),
+            "in_irrep": str(attribute["in_irrep"]),
+            "out_irrep": str(attribute["out_irrep"]),
+        }
+        for attribute in info
+    ]
+    rings = [
+        {
+            "radius": float(radius),
+            "sigma": float(sigma),
+            "max_frequency": max(element["frequency"] for element in elements if element["radius"] == float(radius)),
+        }
+        for radius, sigma in zip(conv._rings, conv._sigma, strict=True)
+    ]
+    shape = (len(info), out_type.size, in_type.size, kernel_size, kernel_size)
+    return {"kernels": kernels.detach().view(shape), "he_std": he_std, "elements": elements, "rings": rings}

@@ -1,0 +1,17 @@
+"""Equivariant layers: plain tensors in and out, regular fields field-major (channel = field * |G| + element)."""
+
+from equivision_timm.layers.checks import CheckImage, check_pointwise, check_positionwise
+from equivision_timm.layers.conv import SteerableConv2d
+from equivision_timm.layers.conv_norm import ConvNorm
+from equivision_timm.layers.norm import FieldNorm
+from equivision_timm.layers.pool import GroupPool
+
+__all__ = [
+    "CheckImage",
+    "ConvNorm",
+    "FieldNorm",
+    "GroupPool",
+    "SteerableConv2d",
+    "check_pointwise",
+    "check_positionwise",
+]

@@ -1,0 +1,1 @@
+"""One exact algorithm a file, each a pure function (input, coefficients, basis) -> output; `expand` defines it."""

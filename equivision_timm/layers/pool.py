@@ -1,0 +1,36 @@
+"""Group pooling: one number per field, unchanged by the group."""
+
+import torch
+import torch.nn as nn
+
+__all__ = ["GroupPool"]
+
+
+class GroupPool(nn.Module):
+    """Reduces each regular field to one channel: [B, m * |G|, ...] -> [B, m, ...].
+
+    The group permutes the channels of a field; their maximum or mean does not change.
+
+    Args:
+        order: |G|.
+        pool_type: 'max', 'avg', or '' to keep the group axis (the identity).
+
+    Raises:
+        ValueError: any other `pool_type`.
+    """
+
+    def __init__(self, order: int, pool_type: str = "max") -> None:
+        super().__init__()
+        if pool_type not in ("max", "avg", ""):
+            raise ValueError(f"unknown group_pool {pool_type!r}: use 'max', 'avg', or '' to keep the group axis")
+        self.order = order
+        self.pool_type = pool_type
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.pool_type == "":
+            return x
+        fields = x.unflatten(1, (-1, self.order))  # [B, m, |G|, ...]
+        return fields.amax(2) if self.pool_type == "max" else fields.mean(2)
+
+    def extra_repr(self) -> str:
+        return f"order={self.order}, pool_type={self.pool_type!r}"
