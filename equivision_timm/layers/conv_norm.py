@@ -13,7 +13,7 @@ __all__ = ["ConvNorm"]
 
 
 class ConvNorm(nn.Module):
-    """`SteerableConv2d`, then `FieldNorm` (arguments as there): [B, in_fields * H, ...] -> [B, out_fields * |G|, ...]."""
+    """`SteerableConv2d`, then `FieldNorm`: [B, in_fields * H, ...] -> [B, out_fields * |G|, ...]; see there."""
 
     def __init__(
         self,
