@@ -236,10 +236,9 @@ class EquivariantResNet(nn.Module):
 
         # Head: pool over space, then over the group (the two do not commute), then classify
         self.num_features = in_fields * order
-        self.head_hidden_size = in_fields * order if group_pool == "" else in_fields
         self.global_pool = _create_global_pool(global_pool, num_classes)
         self.group_pool = GroupPool(order, group_pool)
-        self.fc = self._create_classifier(**dd)
+        self._create_classifier(**dd)
 
         if zero_init_last:
             self._zero_init_last()
@@ -258,11 +257,14 @@ class EquivariantResNet(nn.Module):
             if isinstance(module, (BasicBlock, Bottleneck)):
                 module.zero_init_last()
 
-    def _create_classifier(self, device=None, dtype=None) -> nn.Module:
-        if self.num_classes <= 0:
-            return nn.Identity()
-        pooled = self.head_hidden_size * self.global_pool.feat_mult()  # 'catavgmax' doubles the fields
-        return nn.Linear(pooled, self.num_classes, device=device, dtype=dtype)
+    def _create_classifier(self, device=None, dtype=None) -> None:
+        """The linear layer on what both poolings leave; its input is `head_hidden_size` wide."""
+        group_axis = self.group_pool.order if self.group_pool.pool_type else 1
+        self.head_hidden_size = self.num_features // group_axis * self.global_pool.feat_mult()  # 'catavgmax': twice
+        self.fc = nn.Identity()
+        if self.num_classes > 0:
+            self.fc = nn.Linear(self.head_hidden_size, self.num_classes, device=device, dtype=dtype)
+        self.fc.train(self.training)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
@@ -281,11 +283,11 @@ class EquivariantResNet(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier, and the pooling over space unless `global_pool` is None; 0 classes: none."""
-        self.num_classes = num_classes
         if global_pool is not None:
-            self.global_pool = _create_global_pool(global_pool, num_classes)
-        weight = self.conv1.conv.weight
-        self.fc = self._create_classifier(device=weight.device, dtype=weight.dtype)
+            self.global_pool = _create_global_pool(global_pool, num_classes).train(self.training)
+        self.num_classes = num_classes
+        parameter = next(self.parameters())
+        self._create_classifier(device=parameter.device, dtype=parameter.dtype)
 
     def forward_intermediates(
         self,
@@ -331,11 +333,17 @@ class EquivariantResNet(nn.Module):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
-        """Remove the stages after the last of `indices`, and the head; returns the levels that stay."""
+        """Remove the stages after the last of `indices`, and the head; returns the levels that stay.
+
+        The head also goes with `prune_head=False` where a stage does: it is made for the fields of the last one.
+        """
         take_indices, max_index = feature_take_indices(5, indices)
         for level in range(max_index + 1, 5):
-            setattr(self, f"layer{level}", nn.Identity())
-        if prune_head:
+            setattr(self, f"layer{level}", nn.Sequential())  # empty: passes its input on
+        if max_index == 0:
+            self.maxpool = nn.Identity()
+        self.num_features = self.feature_info[max_index]["num_chs"]
+        if prune_head or max_index < 4:
             self.reset_classifier(0, "")
         return take_indices
 

@@ -1,0 +1,101 @@
+"""Run timm's own model tests, unmodified, on our models.
+
+    python scripts/run_timm_tests.py                               # every registered model
+    python scripts/run_timm_tests.py d4resnet18 'c8*' --sdist timm-1.0.31.tar.gz
+    GITHUB_ACTIONS=1 python scripts/run_timm_tests.py              # as timm's CI: some heavy tests are left out
+
+The tests come from the sdist of the installed timm (downloaded with pip unless given). timm picks the models for its
+tests of intermediates and pruning by the module that defines them, so our names are added to its module `resnet`. One
+test is left out, and the summary says so: `test_model_inference` fetches the expected outputs of timm's own `test_*`
+models from timm's Hub repositories, which ours do not have.
+"""
+
+import argparse
+import fnmatch
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read on import: a test that needed the network would fail, not hang
+
+import pytest
+import timm
+from timm.models._registry import _module_to_models
+
+import equivision_timm  # noqa: F401  (registers the models)
+
+NEEDS_TIMM_HUB = "test_model_inference"
+
+
+class Selection:
+    """pytest plugin: keeps the tests parametrised by one of `names`, counts them, and reports both."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+        self.left_out: list[str] = []
+        self.counts: Counter[str] = Counter()
+
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        selected, others = [], []
+        for item in items:
+            name = item.callspec.params.get("model_name", "") if hasattr(item, "callspec") else ""
+            ours = isinstance(name, str) and name.split(".")[0] in self.names  # 'c8resnet50.untrained' -> 'c8resnet50'
+            needs_hub = item.originalname == NEEDS_TIMM_HUB
+            (selected if ours and not needs_hub else others).append(item)
+            if ours and needs_hub:
+                self.left_out.append(item.nodeid)
+        self.counts.update(item.originalname for item in selected)
+        config.hook.pytest_deselected(items=others)
+        items[:] = selected
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        terminalreporter.section("timm's tests on our models")
+        terminalreporter.write_line(f"timm {timm.__version__}, {len(self.names)} models: {' '.join(self.names)}")
+        for test, count in self.counts.items():
+            terminalreporter.write_line(f"{count:4d} x {test}")
+        for test in self.left_out:
+            terminalreporter.write_line(f"left out: {test} (needs files of timm's Hub repositories)")
+
+
+def unpack_tests(sdist: Path, folder: Path) -> Path:
+    """Extract timm's tests and their pytest settings, not its code: the installed one is what is tested."""
+    with tarfile.open(sdist) as archive:
+        root = archive.getnames()[0].split("/")[0]
+        wanted = [m for m in archive if m.name == f"{root}/pyproject.toml" or m.name.startswith(f"{root}/tests/")]
+        archive.extractall(folder, wanted, filter="data")
+    return folder / root
+
+
+def download_sdist(folder: Path) -> Path:
+    options = ["--quiet", "--no-deps", "--no-binary", "timm", "--dest", str(folder), f"timm=={timm.__version__}"]
+    subprocess.run([sys.executable, "-m", "pip", "download", *options], check=True)
+    return next(folder.glob("timm-*.tar.gz"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("patterns", nargs="*", default=["*"], help="names or patterns of our models (default: all)")
+    parser.add_argument("--sdist", type=Path, help=f"timm-{timm.__version__}.tar.gz (default: download it with pip)")
+    args = parser.parse_args()
+
+    registered = timm.list_models(module="equivariant_resnet")
+    for pattern in args.patterns:
+        if not fnmatch.filter(registered, pattern):
+            parser.error(f"no registered model matches {pattern!r}: there are {', '.join(registered)}")
+    if args.sdist and args.sdist.name != f"timm-{timm.__version__}.tar.gz":
+        parser.error(f"{args.sdist} is not the sdist of the installed timm: use timm-{timm.__version__}.tar.gz")
+    names = [name for name in registered if any(fnmatch.fnmatch(name, pattern) for pattern in args.patterns)]
+    _module_to_models["resnet"].update(names)
+
+    with tempfile.TemporaryDirectory() as folder:
+        root = unpack_tests(args.sdist or download_sdist(Path(folder)), Path(folder))
+        settings = ["-c", str(root / "pyproject.toml"), "--rootdir", str(root), "-p", "no:cacheprovider", "-q", "-ra"]
+        return pytest.main([*settings, str(root / "tests" / "test_models.py")], plugins=[Selection(names)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
