@@ -1,6 +1,9 @@
-"""Rotation- and reflection-equivariant image backbones for timm. Importing the package registers the models."""
+"""Rotation- and reflection-equivariant image backbones for timm. Importing the package registers the models.
 
-from equivision_timm import models
+It also registers the data set `torch/rotated_folder` for timm's scripts.
+"""
 
-__all__ = ["models"]
+from equivision_timm import models, rotation
+
+__all__ = ["models", "rotation"]
 __version__ = "0.1.0"

@@ -1,0 +1,106 @@
+"""Rotated images: the rotation itself, and a folder of images under random rotation for timm's scripts.
+
+timm has no option for it. Importing this module adds the data set `torch/rotated_folder` to the ones timm knows, so
+that its unmodified scripts train and evaluate under uniformly random rotation:
+
+    train.py    --device-modules equivision_timm --data-dir DIR --dataset torch/rotated_folder ...
+    python -m equivision_timm validate.py --data-dir DIR --dataset torch/rotated_folder ...
+
+The whole image turns before timm crops it: where it reaches, the corners of the crop hold pixels of the image, and
+beyond that its reflection, not black triangles that tell the angle.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.data import create_dataset
+from timm.data.dataset_factory import _TORCH_BASIC_DS
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+
+__all__ = ["RotatedFolder", "rotate", "rotate_image"]
+
+
+def rotate(images: torch.Tensor, degrees: float) -> torch.Tensor:
+    """Turn images [B, C, H, W] counter-clockwise about their centre.
+
+    The nearest multiple of 90 degrees moves whole pixels (and swaps H and W where it is odd); only the rest, at most
+    45 degrees, resamples, bilinearly: output(x) = input(R(-angle) x). Beyond the border the image is reflected.
+
+    Args:
+        images: floating point.
+        degrees: any finite angle.
+    """
+    quarters = round(degrees / 90)
+    images = images.rot90(quarters, dims=(-2, -1))
+    angle = math.radians(degrees - 90 * quarters)
+    if angle == 0:
+        return images
+    height, width = images.shape[-2:]
+    # Pixel centres measured from the centre of the image; y points down, as in `grid_sample`
+    y = torch.arange(height, device=images.device, dtype=images.dtype)[:, None] - (height - 1) / 2
+    x = torch.arange(width, device=images.device, dtype=images.dtype)[None, :] - (width - 1) / 2
+    source_x = math.cos(angle) * x - math.sin(angle) * y
+    source_y = math.sin(angle) * x + math.cos(angle) * y
+    source = torch.stack([2 * source_x / width, 2 * source_y / height], dim=-1)  # [H, W, 2], borders at -1 and 1
+    source = source.expand(images.shape[0], -1, -1, -1)
+    return F.grid_sample(images, source, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+def rotate_image(image: Image.Image, degrees: float) -> Image.Image:
+    """`rotate` for a PIL image of 8 bits a channel."""
+    pixels = pil_to_tensor(image)[None].float()  # [1, C, H, W]
+    return to_pil_image(rotate(pixels, degrees)[0].round().byte(), mode=image.mode)
+
+
+class RotatedFolder(torch.utils.data.Dataset):
+    """A folder of images, one sub-folder per class, each image turned by an angle uniform in [0, 360) degrees.
+
+    For training the angle is drawn anew each time, from PyTorch's generator, which the data-loader workers seed. For
+    evaluation it is a fixed function of the index, so that every model and every epoch meets the same images.
+
+    The signature is the one timm gives to torchvision's data sets, which knows training and evaluation only: the
+    folder `train` or `training` of `root` is used for the one, `validation`, `val`, ... for the other, `root` itself
+    where there is none. For a split of another name give its folder as `root`.
+
+    Args:
+        root: the folder.
+        train: draw random angles, and look for the training split.
+        download: must be False: there is nothing to download.
+        reader_options: passed to `timm.data.create_dataset`, such as `input_key`.
+
+    Raises:
+        ValueError: `download` is set.
+    """
+
+    def __init__(self, root: str, train: bool, download: bool = False, **reader_options: Any) -> None:
+        if download:
+            raise ValueError(f"rotated_folder reads {root!r} and downloads nothing: leave --dataset-download out")
+        self.images = create_dataset("", root, split="train" if train else "validation", **reader_options)
+        self.train = train
+        self.transform = None  # set by timm's loader
+        self.target_transform = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image, target = self.images[index]
+        fraction = torch.rand(()).item() if self.train else np.random.default_rng(index).random()
+        image = rotate_image(image, 360 * fraction)
+        image = image if self.transform is None else self.transform(image)
+        return image, target if self.target_transform is None else self.target_transform(target)
+
+    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        """As in timm's `ImageDataset`."""
+        return self.images.filename(index, basename, absolute)
+
+    def filenames(self, basename: bool = False, absolute: bool = False) -> list[str]:
+        """As in timm's `ImageDataset`."""
+        return self.images.filenames(basename, absolute)
+
+
+_TORCH_BASIC_DS["rotated_folder"] = RotatedFolder
