@@ -27,6 +27,7 @@ from timm.models._features import feature_take_indices
 
 from equivision_timm.groups import Group
 from equivision_timm.layers import CheckImage, ConvNorm, GroupPool, check_pointwise, check_positionwise
+from equivision_timm.models.pretrained import HUB_ORG, WEIGHTS_FILE, build_pretrained
 
 __all__ = ["BasicBlock", "Bottleneck", "EquivariantResNet"]  # register_model adds every entrypoint
 
@@ -401,7 +402,8 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     for level in levels if isinstance(levels, (tuple, list)) else ():
         if not -5 <= level < 5:
             raise ValueError(f"feature level {level} of out_indices={levels} does not exist: use 0 to 4, or -5 to -1")
-    return build_model_with_cfg(EquivariantResNet, variant, pretrained, **kwargs)
+    build = partial(build_model_with_cfg, EquivariantResNet)
+    return build_pretrained(build, variant, **kwargs) if pretrained else build(variant, pretrained, **kwargs)
 
 
 _resnet18 = partial(_create, block=BasicBlock, layers=(2, 2, 2, 2))
@@ -427,14 +429,19 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
+def _pretrained_cfg(name_with_tag: str) -> dict[str, Any]:
+    """Weights of the original, converted; the cfg says where on the Hub they belong."""
+    return _cfg(hf_hub_id=f"{HUB_ORG}/{name_with_tag}", hf_hub_filename=WEIGHTS_FILE)
+
+
 default_cfgs = generate_default_cfgs(
     {
         "c1resnet18": _cfg(),
-        "d1resnet18": _cfg(),
-        "c4resnet18": _cfg(),
-        "d4resnet18": _cfg(),
-        "c8resnet18": _cfg(),
-        "d8resnet18": _cfg(),
+        "d1resnet18.equivision_in1k": _pretrained_cfg("d1resnet18.equivision_in1k"),
+        "c4resnet18.equivision_in1k": _pretrained_cfg("c4resnet18.equivision_in1k"),
+        "d4resnet18.equivision_in1k": _pretrained_cfg("d4resnet18.equivision_in1k"),
+        "c8resnet18.equivision_in1k": _pretrained_cfg("c8resnet18.equivision_in1k"),
+        "d8resnet18.equivision_in1k": _pretrained_cfg("d8resnet18.equivision_in1k"),
         "c1resnet18_fast": _cfg(),
         "d1resnet18_fast": _cfg(),
         "c4resnet18_fast": _cfg(),
@@ -442,10 +449,10 @@ default_cfgs = generate_default_cfgs(
         "c8resnet18_fast": _cfg(),
         "d8resnet18_fast": _cfg(),
         "c1resnet50": _cfg(),
-        "d1resnet50": _cfg(),
-        "c4resnet50": _cfg(),
-        "d4resnet50": _cfg(),
-        "c8resnet50": _cfg(),
+        "d1resnet50.equivision_in1k": _pretrained_cfg("d1resnet50.equivision_in1k"),
+        "c4resnet50.equivision_in1k": _pretrained_cfg("c4resnet50.equivision_in1k"),
+        "d4resnet50.equivision_in1k": _pretrained_cfg("d4resnet50.equivision_in1k"),
+        "c8resnet50.equivision_in1k": _pretrained_cfg("c8resnet50.equivision_in1k"),
         "d8resnet50": _cfg(),
         "c1resnet50_fast": _cfg(),
         "d1resnet50_fast": _cfg(),
@@ -454,9 +461,9 @@ default_cfgs = generate_default_cfgs(
         "c8resnet50_fast": _cfg(),
         "d8resnet50_fast": _cfg(),
         "c1resnet101": _cfg(),
-        "d1resnet101": _cfg(),
-        "c4resnet101": _cfg(),
-        "d4resnet101": _cfg(),
+        "d1resnet101.equivision_in1k": _pretrained_cfg("d1resnet101.equivision_in1k"),
+        "c4resnet101.equivision_in1k": _pretrained_cfg("c4resnet101.equivision_in1k"),
+        "d4resnet101.equivision_in1k": _pretrained_cfg("d4resnet101.equivision_in1k"),
         "c8resnet101": _cfg(),
         "d8resnet101": _cfg(),
         "c1resnet101_fast": _cfg(),
