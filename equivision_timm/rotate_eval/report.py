@@ -1,0 +1,155 @@
+"""Shows what rotate-eval measured: one picture, one table, one HTML page that needs no network."""
+
+import base64
+import html
+import io
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from equivision_timm.rotate_eval.results import Cell, Results
+
+__all__ = ["write_report"]
+
+_TITLES = {
+    "top1": "top-1 accuracy (%)",
+    "top5": "top-5 accuracy (%)",
+    "agreement": "same class as unturned (%)",
+    "drift": "relative change of the logits",
+}
+_CORNERS = {
+    "reflect": "corners filled by reflection",
+    "circle": "only the inscribed circle shown",
+}
+
+
+def write_report(results: Results, folder: Path) -> None:
+    """Write results.csv, rotation.png and report.html into `folder`."""
+    picture = io.BytesIO()
+    draw(results).savefig(picture, format="png", dpi=110)
+    results.write_csv(folder / "results.csv")
+    (folder / "rotation.png").write_bytes(picture.getvalue())
+    (folder / "report.html").write_text(_page(results, picture.getvalue()))
+
+
+def draw(results: Results) -> Figure:
+    """Accuracy against the angle, polar and Cartesian, and below it agreement and drift."""
+    cells, angles = results.measured(), results.settings["angles"]
+    main = "top1" if "top1" in cells[0].sums else "agreement"
+    figure = Figure(figsize=(12, 8.6), layout="constrained")
+    grid = figure.add_gridspec(2, 2)
+    polar = figure.add_subplot(grid[0, 0], projection="polar")
+    plain, agreement, drift = (figure.add_subplot(grid[place]) for place in ((0, 1), (1, 0), (1, 1)))
+    colours = matplotlib.colormaps["tab10"].colors
+
+    for i, cell in enumerate(cells):
+        style = {"color": colours[i % 10], "linewidth": 1.8, "marker": "o", "markersize": 3.5, "label": _label(cell)}
+        style["linestyle"] = ("-", "--", "-.", ":")[i // 10 % 4]
+        polar.plot(np.deg2rad(angles), cell.mean(main), **style)
+        plain.plot(angles, cell.mean(main), **style)
+        agreement.plot(angles, cell.mean("agreement"), **style)
+        drift.plot(angles, cell.mean("drift"), **style)
+
+    polar.set_ylim(0, 100)
+    polar.set_rlabel_position(22.5)
+    polar.set_title(_TITLES[main])
+    for axes, metric in ((plain, main), (agreement, "agreement"), (drift, "drift")):
+        axes.set_xlabel("angle (degrees, counter-clockwise)")
+        axes.set_ylabel(_TITLES[metric])
+        axes.xaxis.set_major_locator(matplotlib.ticker.MultipleLocator(45 if max(angles) - min(angles) > 180 else 15))
+        axes.grid(alpha=0.3)
+        axes.set_ylim(bottom=0)
+    plain.set_ylim(0, 102)
+    agreement.set_ylim(0, 102)
+    figure.legend(*plain.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(cells), 4))
+    figure.suptitle(_headline(results))
+    return figure
+
+
+def _label(cell: Cell) -> str:
+    return f"{_short(cell.model)}, {cell.size} px"
+
+
+def _short(model: str) -> str:
+    """`NAME=CHECKPOINT` with the file's name alone."""
+    name, separator, checkpoint = model.partition("=")
+    return f"{name}{separator}{Path(checkpoint).name}" if separator else name
+
+
+def _headline(results: Results) -> str:
+    settings = results.settings
+    return f"Turned images of {settings['data']} ({settings['files']} files, {_CORNERS[settings['corners']]})"
+
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; } img { max-width: 100%; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd; }
+th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #888; }
+.wide { overflow-x: auto; } .side { display: flex; flex-wrap: wrap; gap: 0 3rem; } .note { color: #666; }
+"""
+
+
+def _page(results: Results, picture: bytes) -> str:
+    title = html.escape(_headline(results))
+    source = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style></head><body>
+<h1>{title}</h1>
+{_notes(results)}
+<h2>Summary</h2><div class="wide">{_summary(results)}</div>
+<h2>Against the angle</h2><img alt="Accuracy, agreement and drift against the angle" src="{source}">
+<div class="side">{"".join(_by_angle(results, metric) for metric in results.measured()[0].metrics())}</div>
+<p class="note">Agreement: the predicted class is the one of the unturned image. Drift: |z - z0| / |z0|, z the logits
+less their mean, z0 those of the unturned image. Multiples of 90 degrees move whole pixels, other angles resample.</p>
+</body></html>
+"""
+
+
+def _notes(results: Results) -> str:
+    """A warning for every cell that does not hold all images."""
+    lines = []
+    for cell in results.measured():
+        if cell.position < results.settings["files"]:
+            lines.append(f"{_label(cell)}: interrupted after {cell.position} of {results.settings['files']} files.")
+        if cell.unreadable:
+            lines.append(f"{_label(cell)}: left out {len(cell.unreadable)} unreadable: {', '.join(cell.unreadable)}.")
+    return "".join(f'<p class="note">{html.escape(line)}</p>' for line in lines)
+
+
+def _summary(results: Results) -> str:
+    cells = results.measured()
+    main = "top1" if "top1" in cells[0].sums else "agreement"
+    rows = []
+    for cell in cells:
+        values, agreement, drift = cell.mean(main), cell.mean("agreement"), cell.mean("drift")
+        angle = results.settings["angles"][int(np.argmin(values))]
+        numbers = [f"{np.mean(values):.2f}", f"{min(values):.2f} (at {angle:g}°)"]
+        if main == "top1":
+            numbers.append(f"{np.mean(agreement):.2f}")
+        rows.append([_label(cell), str(cell.images), *numbers, f"{np.mean(drift):.3g}", f"{max(drift):.3g}"])
+    name = "top-1" if main == "top1" else "agreement"
+    head = ["model", "images", f"{name}, mean (%)", f"{name}, worst (%)"]
+    if main == "top1":
+        head.append("agreement, mean (%)")
+    return _table([*head, "drift, mean", "drift, worst"], rows)
+
+
+def _by_angle(results: Results, metric: str) -> str:
+    digits = "{:.2g}" if metric == "drift" else "{:.1f}"
+    columns = [[digits.format(value) for value in cell.mean(metric)] for cell in results.measured()]
+    rows = [[f"{angle:g}°", *values] for angle, *values in zip(results.settings["angles"], *columns, strict=True)]
+    head = ["angle", *(_label(cell) for cell in results.measured())]
+    return f'<div class="wide"><h2>{_TITLES[metric].capitalize()}</h2>{_table(head, rows)}</div>'
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    def row(cells: list[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    return (
+        f"<table><thead>{row(head, 'th')}</thead><tbody>{''.join(row(cells, 'td') for cells in rows)}</tbody></table>"
+    )

@@ -1,0 +1,147 @@
+"""One picture for a slide: an image at several angles, what the models predict, and whether a feature map turns along.
+
+For an equivariant network f and a rotation g, f(g x) = g f(x): turning the map of the turned image back gives the map
+of the upright image. The picture shows, for every model and angle, the turned image with the prediction, one feature
+map, the same map turned back, and its distance from the upright one:
+
+    |g^-1 f(g x) - f(x)| / |f(x)|        inside the circle that every turn keeps
+
+The map of an equivariant model is the mean over one regular field, which is a plain scalar map; that of another model
+is one channel. Shown is the field or channel with the largest variance over the upright image.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+from matplotlib.figure import Figure
+from PIL import Image
+from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
+
+from equivision_timm.groups import Group
+from equivision_timm.loading import InputError, check_model_name, load_model
+from equivision_timm.rotation import rotate
+
+__all__ = ["map_error", "scalar_maps", "show"]
+
+
+def show(
+    image: str,
+    models: list[str],
+    angles: list[float],
+    out: str = "equivision_show.png",
+    level: int = 1,
+    size: int | None = None,
+    num_classes: int | None = None,
+) -> None:
+    """Draw the picture into the file `out`.
+
+    Args:
+        image: picture file.
+        models: `NAME` or `NAME=CHECKPOINT`.
+        angles: in degrees, counter-clockwise.
+        out: PNG, PDF or SVG file.
+        level: which feature map, as in timm's `forward_intermediates`; 0 is the stem.
+        size: side of the image in pixels, the model's own where None.
+        num_classes: classes of the models, their own where None.
+
+    Raises:
+        InputError: the image cannot be read, a model or the level does not exist.
+    """
+    for name in models:
+        check_model_name(name)
+    try:
+        with Image.open(image) as file:
+            picture = file.convert("RGB")
+    except (OSError, SyntaxError) as error:  # what PIL raises for missing, empty, truncated and foreign files
+        raise InputError(f"cannot read the image {image!r}: {error}") from error
+    figure = Figure(figsize=((1.6 * len(angles) + 0.5) * len(models), 7.2), layout="constrained")
+    blocks = np.atleast_1d(figure.subfigures(1, len(models), wspace=0.03))
+    for block, name in zip(blocks, models, strict=True):
+        _draw_model(block, name, load_model(name, num_classes), picture, angles, level, size)
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=100)
+
+
+def scalar_maps(model: nn.Module, images: torch.Tensor, level: int) -> torch.Tensor:
+    """Feature maps [B, maps, h, w] that a rotation should only turn: the mean over each regular field, or channels."""
+    if not hasattr(model, "forward_intermediates"):
+        raise InputError(f"{type(model).__name__} gives no feature maps (timm's forward_intermediates): use another")
+    try:
+        (maps,) = model.forward_intermediates(images, indices=[level], intermediates_only=True)
+    except (AssertionError, IndexError) as error:
+        raise InputError(f"{type(model).__name__} has no feature map --level {level}: {error}") from error
+    group = getattr(model, "group", None)
+    return maps if group is None else maps.unflatten(1, (-1, Group.from_name(group).order)).mean(2)  # [B, m, h, w]
+
+
+def map_error(turned_back: torch.Tensor, upright: torch.Tensor) -> float:
+    """|turned_back - upright| / |upright| inside the inscribed circle of maps [h, w]."""
+    inside = _circle(*upright.shape)
+    return ((turned_back - upright)[inside].norm() / upright[inside].norm()).item()
+
+
+def _draw_model(block, name: str, model: nn.Module, picture: Image.Image, angles: list[float], level, size) -> None:
+    """Four rows in `block`, a column per angle: image, map, map turned back, difference."""
+    config = resolve_data_config({}, model=model)
+    size = size or config["input_size"][-1]
+    channels = config["input_size"][0]
+    prepare = create_transform(**{**config, "input_size": (channels, size, size)}, is_training=False)
+    upright = prepare(picture if channels == 3 else picture.convert("L"))[None]  # [1, C, size, size]
+    images = [rotate(upright, angle) for angle in angles]
+    with torch.inference_mode():
+        predictions = [model(x).softmax(1)[0] for x in images]
+        reference = scalar_maps(model, upright, level)[0]  # [maps, h, w]
+        chosen = int(reference.flatten(1).var(1).argmax())
+        maps = [scalar_maps(model, x, level)[0, chosen] for x in images]  # [h, w]
+    reference = reference[chosen]
+    returned = [rotate(m[None, None], -angle)[0, 0] for m, angle in zip(maps, angles, strict=True)]
+
+    shown = [_pixels(x[0], config) for x in images]
+    low, high = reference.min().item(), reference.max().item()
+    scale = {"cmap": "viridis", "vmin": low, "vmax": high}
+    axes = block.subplots(4, len(angles), squeeze=False)
+    names = _class_names(model)
+    for column, angle in enumerate(angles):
+        best = int(predictions[column].argmax())
+        axes[0, column].imshow(shown[column], cmap="gray")
+        axes[0, column].set_title(f"{angle:g}°\n{names(best)} {predictions[column][best]:.0%}", fontsize=9)
+        axes[1, column].imshow(maps[column], **scale)
+        axes[2, column].imshow(_masked(returned[column]), **scale)
+        difference = _masked((returned[column] - reference).abs())
+        axes[3, column].imshow(difference, cmap="magma", vmin=0, vmax=high - low)
+        axes[3, column].set_title(f"{map_error(returned[column], reference):.1%}", fontsize=9)
+    for row, label in enumerate(("image", "feature map", "turned back", "difference")):
+        axes[row, 0].set_ylabel(label)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    architecture = name.partition("=")[0]
+    block.suptitle(f"{architecture}, {size} px, level {level}", fontsize=11, fontweight="bold")
+
+
+def _circle(height: int, width: int) -> torch.Tensor:
+    """[height, width], whether a pixel lies inside the inscribed circle."""
+    y = torch.arange(height)[:, None] - (height - 1) / 2
+    x = torch.arange(width)[None, :] - (width - 1) / 2
+    return torch.hypot(x, y) <= min(height, width) / 2
+
+
+def _masked(values: torch.Tensor) -> np.ma.MaskedArray:
+    return np.ma.masked_array(values, ~_circle(*values.shape).numpy())
+
+
+def _pixels(image: torch.Tensor, config: dict) -> np.ndarray:
+    """A normalised image [C, H, W] as it looks, [H, W, C] or [H, W], in 0 ... 1."""
+    mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
+    return (image * std + mean).clamp(0, 1).permute(1, 2, 0).squeeze(-1).numpy()
+
+
+def _class_names(model: nn.Module):
+    """Class index -> name: ImageNet's first word for its classifiers, the number for others."""
+    subset = infer_imagenet_subset(model)
+    if subset is None:
+        return lambda index: f"class {index},"
+    info = ImageNetInfo(subset)
+    return lambda index: info.index_to_description(index).split(",")[0]
