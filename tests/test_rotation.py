@@ -1,0 +1,135 @@
+"""Rotation and the folder of rotated images: it turns, by angles that are uniform, and the corners are filled."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from small_models import write_textures
+from timm.data import create_dataset, create_loader
+
+from equivision_timm.rotation import RotatedFolder, rotate, rotate_image
+
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # timm leaves image files to the garbage collector
+
+
+def _smooth(height: int, width: int) -> torch.Tensor:
+    y, x = torch.meshgrid(torch.linspace(0, 3, height), torch.linspace(0, 4, width), indexing="ij")
+    return torch.stack([torch.sin(x + y * y), torch.cos(2 * x) * y])[None]  # [1, 2, height, width]
+
+
+@given(st.integers(-9, 9))
+def test_quarter_turns_move_whole_pixels(quarters: int) -> None:
+    images = torch.randn(2, 3, 5, 8)
+    assert torch.equal(rotate(images, 90.0 * quarters), images.rot90(quarters, dims=(-2, -1)))
+
+
+@pytest.mark.parametrize("degrees", [10, 45, 73, 135, 200, -30])
+def test_same_as_pillow_inside_the_circle(degrees: float) -> None:
+    size = 101
+    ours = rotate(_smooth(size, size), degrees)[0, 0]
+    theirs = Image.fromarray(_smooth(size, size)[0, 0].numpy()).rotate(degrees, Image.Resampling.BILINEAR)
+    y, x = np.mgrid[:size, :size] - (size - 1) / 2
+    inside = np.hypot(x, y) < size / 2 - 2
+    difference = np.abs(ours.numpy() - np.asarray(theirs))[inside]
+    assert difference.max() < 0.02
+    unturned = np.abs(_smooth(size, size)[0, 0].numpy() - np.asarray(theirs))[inside]
+    assert unturned.max() > 0.5  # the comparison would notice a wrong angle
+
+
+def test_turns_add_up() -> None:
+    images = _smooth(64, 64)
+    y, x = torch.meshgrid(torch.arange(64) - 31.5, torch.arange(64) - 31.5, indexing="ij")
+    inside = torch.hypot(x, y) < 28
+    error = (rotate(rotate(images, 25), 65) - images.rot90(1, dims=(-2, -1)))[..., inside]
+    assert error.abs().max() < 0.03
+
+
+@pytest.mark.parametrize("degrees", [0, 17, 45, 60, 90])
+def test_corners_are_reflected_not_black(degrees: float) -> None:
+    grey = Image.new("RGB", (40, 30), (100, 150, 200))
+    turned = rotate_image(grey, degrees)
+    assert np.unique(np.asarray(turned).reshape(-1, 3), axis=0).tolist() == [[100, 150, 200]]
+    assert turned.size == ((30, 40) if degrees in (60, 90) else (40, 30))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_image_mode_is_kept(mode: str) -> None:
+    assert rotate_image(Image.new(mode, (8, 8)), 30).mode == mode
+
+
+@pytest.fixture
+def dots(tmp_path: Path) -> Path:
+    """200 images of a bright dot to the right of the centre, so that an output tells its angle."""
+    y, x = np.mgrid[:65, :65] - 32
+    dot = (255 * np.exp(-((x - 20) ** 2 + y**2) / 18)).astype(np.uint8)
+    (tmp_path / "train" / "dot").mkdir(parents=True)
+    for i in range(200):
+        Image.fromarray(dot).save(tmp_path / "train" / "dot" / f"{i:03}.png")
+    return tmp_path
+
+
+def _angle(image: Image.Image) -> float:
+    """Where the dot is, in degrees counter-clockwise from the right."""
+    brightness = np.asarray(image.convert("L"), dtype=float) ** 2
+    y, x = np.mgrid[:65, :65] - 32
+    return math.degrees(math.atan2(-(brightness * y).sum(), (brightness * x).sum())) % 360
+
+
+def _assert_uniform(angles: list[float]) -> None:
+    """Kolmogorov and Smirnov's statistic of 200 angles against the uniform distribution; 0.115 is its 1 % level."""
+    expected = (np.arange(200) + 0.5) / 200
+    assert np.abs(np.sort(angles) / 360 - expected).max() < 0.115
+
+
+def test_training_angles_are_uniform_and_new_each_time(dots: Path) -> None:
+    torch.manual_seed(0)
+    folder = RotatedFolder(str(dots), train=True)
+    first, second = ([_angle(folder[i][0]) for i in range(200)] for _ in range(2))
+    _assert_uniform(first)
+    assert np.abs(np.subtract(first, second)).min() > 1e-3
+    torch.manual_seed(0)
+    assert [_angle(folder[i][0]) for i in range(200)] == first
+
+
+def test_validation_angles_are_uniform_and_stay(dots: Path) -> None:
+    (dots / "train").rename(dots / "val")
+    folder = RotatedFolder(str(dots), train=False)
+    angles = [_angle(folder[i][0]) for i in range(200)]
+    _assert_uniform(angles)
+    assert [_angle(folder[i][0]) for i in range(199, -1, -1)] == angles[::-1]
+
+
+def test_uniformity_test_notices_unturned_images(dots: Path) -> None:
+    plain = create_dataset("", str(dots), split="train")
+    with pytest.raises(AssertionError):
+        _assert_uniform([_angle(plain[i][0]) for i in range(200)])
+
+
+def test_timm_finds_it_by_name_and_loads_from_it(tmp_path: Path) -> None:
+    folder = write_textures(tmp_path, train=4, validation=2)
+    dataset = create_dataset("torch/rotated_folder", root=str(folder), split="validation", is_training=False)
+    assert isinstance(dataset, RotatedFolder)
+    assert len(dataset) == 6
+    assert dataset.filenames(basename=True)[0] == "000.png"
+    loader = create_loader(dataset, (3, 33, 33), 6, is_training=False, num_workers=1, device=torch.device("cpu"))
+    ((images, targets),) = list(loader)
+    plain = create_dataset("", root=str(folder), split="validation")
+    upright = create_loader(plain, (3, 33, 33), 6, is_training=False, num_workers=1, device=torch.device("cpu"))
+    ((expected, same_targets),) = list(upright)
+    assert targets.tolist() == same_targets.tolist() == [0, 0, 1, 1, 2, 2]
+    assert (images - expected).abs().mean() > 0.1
+
+
+def test_training_split_is_found(tmp_path: Path) -> None:
+    folder = write_textures(tmp_path, train=4, validation=2)
+    assert len(create_dataset("torch/rotated_folder", root=str(folder), split="train")) == 12
+
+
+def test_nothing_to_download(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="downloads nothing"):
+        RotatedFolder(str(tmp_path), train=True, download=True)
