@@ -69,8 +69,9 @@ class SteerableConv2d(nn.Module):
         basis = load_kernel_basis(group, kernel_size, input_type)
         n_basis, _, inputs = basis.coefficients.shape
         self.weight = nn.Parameter(torch.empty(out_fields, in_fields, n_basis, 1, **dd))
-        basis_shape = (n_basis, self.order, inputs, kernel_size, kernel_size)
-        self.register_buffer("basis", torch.empty(basis_shape, **dd), persistent=False)
+        self.kernel_shape = [self.order, inputs, kernel_size, kernel_size]
+        # Two axes instead of five: a channels-last model takes no 5-D buffers
+        self.register_buffer("basis", torch.empty(n_basis, math.prod(self.kernel_shape), **dd), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -83,14 +84,15 @@ class SteerableConv2d(nn.Module):
 
     def init_non_persistent_buffers(self) -> None:
         """Refill the basis, which no checkpoint carries (after `to_empty`, say)."""
-        self.basis.copy_(load_kernel_basis(self.group, self.kernel_size, self.input_type).sample())
+        self.basis.copy_(load_kernel_basis(self.group, self.kernel_size, self.input_type).sample().flatten(1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return expand.conv2d(x, self.weight, self.basis, self.stride, self.padding, self.dilation)
+        basis = self.basis.unflatten(1, self.kernel_shape)  # [n_basis, |G|, H, k, k]
+        return expand.conv2d(x, self.weight, basis, self.stride, self.padding, self.dilation)
 
     def fuse(self) -> nn.Conv2d:
         """The plain convolution that computes the same, for deployment; called by timm's `reparameterize_model`."""
-        filters = expand.expand_filter(self.weight, self.basis).detach()
+        filters = expand.expand_filter(self.weight, self.basis.unflatten(1, self.kernel_shape)).detach()
         conv = nn.Conv2d(
             filters.shape[1],
             filters.shape[0],
