@@ -73,8 +73,10 @@ def _label(cell: Cell) -> str:
 
 
 def _short(model: str) -> str:
-    """`NAME=CHECKPOINT` with the file's name alone."""
+    """`NAME=CHECKPOINT` and `local-dir:FOLDER` without the path to them."""
     name, separator, checkpoint = model.partition("=")
+    if name.startswith("local-dir:"):
+        name = Path(name.removeprefix("local-dir:")).name
     return f"{name}{separator}{Path(checkpoint).name}" if separator else name
 
 

@@ -1,0 +1,347 @@
+"""rotate-eval: the figures are right, an interrupted run goes on, and what cannot be used gets a clear error."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from small_models import TEXTURES, save_small_model, write_textures
+from timm.data import create_transform
+from torchvision.datasets import ImageFolder
+
+from equivision_timm.cli import main
+from equivision_timm.loading import InputError
+from equivision_timm.rotate_eval import run
+from equivision_timm.rotate_eval.measure import parse_angles
+from equivision_timm.rotate_eval.run import rotate_eval
+
+
+@pytest.fixture(scope="module")
+def textures(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_textures(tmp_path_factory.mktemp("textures"), train=1, validation=4))
+
+
+@pytest.fixture(scope="module")
+def c4(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_small_model(tmp_path_factory.mktemp("c4"), width=2)
+
+
+@pytest.fixture(scope="module")
+def c1(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_small_model(tmp_path_factory.mktemp("c1"), "c1resnet18_fast", width=4)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory, textures: str, c4: str, c1: str) -> Path:
+    """The output of one complete run."""
+    out = tmp_path_factory.mktemp("out")
+    options = ["--data", textures, "--angles", "0:180:45", "-b", "5", "-j", "0", "--device", "cpu", "--out", str(out)]
+    assert main(["rotate-eval", "--models", c4, c1, "--size", "33", "32", *options]) == 0
+    return out
+
+
+def _rows(out: Path) -> dict[tuple[str, int, float], dict[str, float]]:
+    """(model, size, angle) -> the figures of results.csv."""
+    with (out / "results.csv").open() as file:
+        return {
+            (row.pop("model"), int(row.pop("size")), float(row.pop("angle"))): {k: float(v) for k, v in row.items()}
+            for row in csv.DictReader(file)
+        }
+
+
+def test_figures_are_those_of_a_plain_loop(measured: Path, textures: str, c4: str) -> None:
+    """Against torchvision's folder and a loop over single images."""
+    model = timm.create_model(c4, pretrained=True).eval()
+    prepare = create_transform((3, 33, 33), crop_pct=1.0, interpolation="bilinear")
+    folder = ImageFolder(f"{textures}/validation", transform=prepare)
+    top1 = agreement = drift = 0.0
+    for image, target in folder:
+        with torch.inference_mode():
+            upright, turned = model(torch.stack([image, image.rot90(1, dims=(-2, -1))]))
+        top1 += (turned.argmax() == target).item()
+        agreement += (turned.argmax() == upright.argmax()).item()
+        centred, centred_turned = upright - upright.mean(), turned - turned.mean()
+        drift += ((centred_turned - centred).norm() / centred.norm()).item()
+    row = _rows(measured)[c4, 33, 90]
+    assert row["images"] == 12
+    assert row["top1"] == pytest.approx(100 * top1 / 12, abs=1e-3)
+    assert row["top5"] == 100  # of three classes
+    assert row["agreement"] == pytest.approx(100 * agreement / 12, abs=1e-3)
+    assert row["drift"] == pytest.approx(drift / 12, abs=1e-5)
+
+
+def test_what_equivariance_and_exact_sizes_buy(measured: Path, c4: str, c1: str) -> None:
+    rows = _rows(measured)
+    assert len(rows) == 2 * 2 * 5
+    assert rows[c4, 33, 0]["drift"] == rows[c1, 33, 0]["drift"] == 0
+    for quarter in (90, 180):
+        assert rows[c4, 33, quarter]["drift"] < 1e-4
+        assert rows[c4, 33, quarter]["agreement"] == 100
+        assert rows[c4, 32, quarter]["drift"] > 1e-3  # 32 is no exact size
+        assert rows[c1, 33, quarter]["drift"] > 1e-2  # not equivariant
+    assert rows[c4, 33, 45]["drift"] > 1e-3  # 45 degrees are not in C4
+
+
+class _Page(HTMLParser):
+    """Collects what a page loads and says."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.loads, self.words, self.rows = [], "", 0
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.rows += tag == "tr"
+        self.loads += [value for name, value in attributes if name in ("src", "href", "srcset", "data")]
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+
+def test_report_is_one_page_that_loads_nothing(measured: Path) -> None:
+    text = (measured / "report.html").read_text()
+    page = _Page(text)
+    assert [load[:22] for load in page.loads] == ["data:image/png;base64,"]
+    assert "http" not in text
+    assert "@import" not in text
+    assert page.rows == (1 + 4) + 4 * (1 + 5)  # summary, and a table for each metric
+    assert "Top-1 accuracy" in page.words
+    with Image.open(measured / "rotation.png") as picture:
+        assert picture.size[0] > 1000
+
+
+def test_circle_hides_the_corners(textures: str, c1: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def watch(name: str, num_classes: int | None) -> torch.nn.Module:
+        model = timm.create_model(name, pretrained=True).eval()
+        model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        return model
+
+    monkeypatch.setattr(run, "load_model", watch)
+    rotate_eval([c1], textures, [0.0, 30.0], str(tmp_path), corners="circle", workers=0, device="cpu")
+    assert len(seen) == 2
+    for images in seen:
+        assert (images[..., :4, :4] == 0).all()
+        assert (images[..., 16, :] != 0).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("flags", [["--amp", "--amp-dtype", "bfloat16"], ["--channels-last"], ["--reparam"]])
+def test_options_change_little(flags: list[str], measured: Path, textures: str, c4: str, tmp_path: Path) -> None:
+    options = ["--angles", "0:180:45", "--size", "33", "-j", "0", "--device", "cpu", "--out", str(tmp_path)]
+    assert main(["rotate-eval", "--models", c4, "--data", textures, *options, *flags]) == 0
+    expected, tolerance = _rows(measured), 0.05 if "--amp" in flags else 1e-3
+    for key, row in _rows(tmp_path).items():
+        assert row["drift"] == pytest.approx(expected[key]["drift"], abs=tolerance)
+
+
+def test_interrupted_run_goes_on(
+    measured: Path, textures: str, c4: str, c1: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the second batch of the second model; the rest gives the figures of the run that was not stopped."""
+    options = ["--data", textures, "--angles", "0:180:45", "-b", "5", "-j", "0", "--device", "cpu"]
+    command = ["rotate-eval", "--models", c4, c1, "--size", "33", "32", *options, "--out", str(tmp_path)]
+    measure, calls = run.measure, []
+
+    def stop_early(cell, *rest):
+        calls.append(cell)
+        for count, after in enumerate(measure(cell, *rest)):
+            if len(calls) == 2 and count == 1:
+                raise KeyboardInterrupt
+            yield after
+
+    monkeypatch.setattr(run, "measure", stop_early)
+    assert main(command) == 130
+    assert "interrupted after 5 of 12 files" in (tmp_path / "report.html").read_text()
+    positions = [cell["position"] for cell in json.loads((tmp_path / "results.json").read_text())["cells"]]
+    assert positions == [12, 5]
+    monkeypatch.setattr(run, "measure", measure)
+    assert main(command) == 0
+    resumed, whole = _rows(tmp_path), _rows(measured)
+    assert resumed.keys() == whole.keys()
+    for key, row in whole.items():
+        assert resumed[key] == pytest.approx(row, rel=1e-5)
+
+
+def test_ctrl_c_leaves_what_was_measured(c4: str, tmp_path: Path) -> None:
+    """A real SIGINT to a real process, once it has kept a batch."""
+    folder = write_textures(tmp_path / "data", train=1, validation=300)
+    options = ["--angles", "0:360:5", "-b", "4", "-j", "0", "--device", "cpu", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "equivision_timm", "rotate-eval", "--models", c4, "--data", str(folder), *options]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    kept = tmp_path / "out" / "results.json"
+    deadline = time.monotonic() + 120
+    while not kept.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "interrupted; what was measured is in" in errors
+    assert "Traceback" not in errors
+    (cell,) = json.loads(kept.read_text())["cells"]
+    assert 0 < cell["images"] < 900
+    assert {"results.csv", "results.json", "rotation.png", "report.html"} == {p.name for p in kept.parent.iterdir()}
+
+
+def test_unreadable_images_are_left_out_and_named(textures: str, c4: str, tmp_path: Path, capsys) -> None:
+    folder = Path(shutil.copytree(textures, tmp_path / "data"))
+    good = (folder / "validation" / "grass" / "000.png").read_bytes()
+    (folder / "validation" / "brick" / "empty.png").write_bytes(b"")
+    (folder / "validation" / "gravel" / "half.png").write_bytes(good[: len(good) // 2])
+    (folder / "validation" / "gravel" / "text.jpg").write_text("no image")
+    rotate_eval([c4], str(folder), [0.0, 90.0], str(tmp_path / "out"), batch_size=4, workers=0, device="cpu")
+    (cell,) = json.loads((tmp_path / "out" / "results.json").read_text())["cells"]
+    assert cell["images"] == 12
+    assert cell["position"] == 15
+    assert cell["unreadable"] == ["brick/empty.png", "gravel/half.png", "gravel/text.jpg"]
+    assert "left out 3 unreadable image(s): brick/empty.png" in capsys.readouterr().out
+    assert "gravel/half.png" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_only_unreadable_images(c4: str, tmp_path: Path) -> None:
+    for name in TEXTURES:
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "empty.png").write_bytes(b"")
+    with pytest.raises(InputError, match="none of the 3 images"):
+        rotate_eval([c4], str(tmp_path / "data"), [0.0], str(tmp_path / "out"), workers=0, device="cpu")
+
+
+def test_unlabelled_folder(textures: str, c4: str, tmp_path: Path) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i, file in enumerate(Path(textures, "validation").rglob("*.png")):
+        shutil.copy(file, flat / f"{i}.png")
+    with pytest.raises(InputError, match=r"lie in no class folders.*--unlabelled"):
+        rotate_eval([c4], str(flat), [0.0], str(tmp_path / "out"))
+    rotate_eval([c4], str(flat), [0.0, 90.0], str(tmp_path / "out"), unlabelled=True, workers=0, device="cpu")
+    assert set(_rows(tmp_path / "out")[c4, 33, 90]) == {"images", "agreement", "drift"}
+
+
+def test_too_little_memory_says_what_to_lower(
+    textures: str, c4: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second batch runs out of memory: the first is kept."""
+    calls = []
+
+    def run_out(x: torch.Tensor) -> torch.Tensor:
+        calls.append(x)
+        if len(calls) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return x.mean((2, 3))
+
+    class Model(torch.nn.Module):
+        num_classes, pretrained_cfg = 3, {"input_size": (3, 33, 33)}
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return run_out(x)
+
+    monkeypatch.setattr(run, "load_model", lambda name, num_classes: Model())
+    with pytest.raises(InputError, match=r"too little memory for 4 images of 33 x 33 pixels.*lower --batch-size"):
+        rotate_eval([c4], textures, [0.0, 90.0], str(tmp_path), batch_size=4, workers=0, device="cpu")
+    assert json.loads((tmp_path / "results.json").read_text())["cells"][0]["images"] == 4
+
+
+def test_other_settings_do_not_mix(measured: Path, textures: str, c4: str) -> None:
+    before = (measured / "results.json").read_bytes()
+    with pytest.raises(InputError, match=r"measured with other settings .angles.*choose another --out"):
+        rotate_eval([c4], textures, [0.0], str(measured))
+    assert (measured / "results.json").read_bytes() == before
+
+
+def test_foreign_results_file(textures: str, c4: str, tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text('{"a": 1}')
+    with pytest.raises(InputError, match="holds no results of rotate-eval"):
+        rotate_eval([c4], textures, [0.0], str(tmp_path))
+    assert (tmp_path / "results.json").read_text() == '{"a": 1}'
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("c8resnet19", "unknown model 'c8resnet19': did you mean c8resnet18"),
+        ("xyzzy", "unknown model 'xyzzy'"),
+        ("c8resnet18_fast=nowhere.pth", "cannot load the weights of 'c8resnet18_fast=nowhere.pth'.*nowhere.pth"),
+        ("resnet10t.no_such_tag", "cannot load the weights of 'resnet10t.no_such_tag'.*tags are resnet10t.c3_in1k"),
+        ("test_resnet2", "unknown model 'test_resnet2': did you mean test_resnet"),
+    ],
+)
+def test_models_that_cannot_be_used(model: str, message: str, textures: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        rotate_eval([model], textures, [0.0], str(tmp_path), workers=0, device="cpu")
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_no_network(textures: str, tmp_path: Path) -> None:
+    """In a process of its own, because the Hub's client reads its settings once."""
+    command = [sys.executable, "-m", "equivision_timm", "rotate-eval", "--models", "resnet10t", "--data", textures]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "out")], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert done.returncode == 2, done.stderr
+    assert "cannot load the weights of 'resnet10t'" in done.stderr
+    assert "resnet10t=CHECKPOINT" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_classes_that_do_not_fit(textures: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    five = save_small_model(tmp_path_factory.mktemp("five"), width=2, num_classes=5)
+    with pytest.raises(InputError, match="tells 5 classes apart, the folder holds 3: give --class-map"):
+        rotate_eval([five], textures, [0.0], str(tmp_path), workers=0, device="cpu")
+
+
+def test_fixed_size_model_refuses_other_sizes(textures: str, tmp_path: Path) -> None:
+    model = timm.create_model("test_vit", num_classes=3)
+    torch.save(model.state_dict(), tmp_path / "vit.pth")
+    with pytest.raises(InputError, match="does not take images of 33 x 33 pixels"):
+        rotate_eval(
+            [f"test_vit={tmp_path}/vit.pth"], textures, [0.0], str(tmp_path / "out"), [33], workers=0, device="cpu"
+        )
+
+
+def test_other_timm_models_with_a_checkpoint(textures: str, tmp_path: Path) -> None:
+    model = timm.create_model("test_resnet", num_classes=3)
+    torch.save(model.state_dict(), tmp_path / "plain.pth")
+    rotate_eval(
+        [f"test_resnet={tmp_path}/plain.pth"], textures, [0.0, 90.0], str(tmp_path / "out"), workers=0, device="cpu"
+    )
+    (upright, turned) = _rows(tmp_path / "out").values()
+    assert upright["drift"] == 0
+    assert turned["drift"] > 1e-2
+
+
+@pytest.mark.parametrize("folder", ["nowhere", "empty"])
+def test_no_images(folder: str, c4: str, tmp_path: Path) -> None:
+    (tmp_path / "empty" / "class").mkdir(parents=True)
+    with pytest.raises(InputError, match="no images to measure in"):
+        rotate_eval([c4], str(tmp_path / folder), [0.0], str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "north", "0:360", "0:360:0", "0:360:-15", "90:0:15", "1:2:3:4", "0,,90", "nan", "0:inf:1", "0:360:1e-9"],
+)
+def test_what_is_no_list_of_angles(text: str, textures: str, c4: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(InputError, match="angles"):
+        parse_angles(text)
+    if text:
+        assert main(["rotate-eval", "--models", c4, "--data", textures, "--angles", text]) == 2
+        assert repr(text) in capsys.readouterr().err
+
+
+@given(st.integers(-360, 360), st.integers(1, 90), st.integers(0, 30))
+def test_range_of_angles(start: int, step: int, count: int) -> None:
+    assert parse_angles(f"{start}:{start + count * step}:{step}") == [start + step * i for i in range(count + 1)]
+    assert parse_angles(f"{start},{step}") == [start, step]
