@@ -1,0 +1,148 @@
+"""Deployment: one plain convolution for every steerable one, in PyTorch, TorchScript, torch.export, ONNX and compiled.
+
+`fuse()` (timm's `reparameterize_model`, `--reparam` in its scripts) folds basis, coefficients and norm into
+`nn.Conv2d`; exported graphs then hold convolutions and no bases.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from timm.models import reparameterize_model
+
+from equivision_timm.layers import SteerableConv2d
+
+GROUPS = ("c1", "d1", "c4", "d4", "c8", "d8")
+FAST = [f"{group}resnet{depth}_fast" for group in GROUPS for depth in (18, 50)]
+CONVOLUTIONS = {18: 20, 50: 53}
+SIZE = 64
+
+
+def _model(name: str) -> nn.Module:
+    """In eval mode, with norms that do something: statistics of random images, scales and shifts away from 1 and 0."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10).train()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.uniform_(-0.2, 0.2)
+        model(torch.randn(4, 3, SIZE, SIZE))
+    return model.eval()
+
+
+def _images(batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+
+
+def _assert_same(ours: torch.Tensor | np.ndarray, expected: torch.Tensor, tolerance: float = 1e-4) -> None:
+    ours = torch.as_tensor(ours)
+    assert expected.std() > 1e-2  # logits that could differ
+    assert (ours - expected).abs().max().item() <= tolerance
+
+
+def _depth(name: str) -> int:
+    return 18 if "18" in name else 50
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [*FAST, "c8resnet18", "d4resnet50"])
+def test_fused_model_is_plain_and_the_same(name: str) -> None:
+    model = _model(name)
+    fused = reparameterize_model(model)
+    _assert_same(fused(_images()), model(_images()))
+    convolutions = [module for module in fused.modules() if isinstance(module, nn.Conv2d)]
+    assert len(convolutions) == CONVOLUTIONS[_depth(name)]
+    assert all(type(module) is nn.Conv2d and module.bias is not None for module in convolutions)
+    assert not any(isinstance(module, (SteerableConv2d, nn.BatchNorm2d)) for module in fused.modules())
+    assert not list(fused.buffers())  # neither bases nor statistics
+    assert any(isinstance(module, SteerableConv2d) for module in model.modules())  # the model itself stays
+
+
+@torch.no_grad()
+def test_comparison_notices_a_forgotten_norm() -> None:
+    model = _model("c4resnet18_fast")
+    expected = model(_images())
+    fused = reparameterize_model(model)
+    fused.conv1.bias.zero_()
+    with pytest.raises(AssertionError):
+        _assert_same(fused(_images()), expected)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:`torch.jit:DeprecationWarning")  # TorchScript's own
+@pytest.mark.parametrize("name", FAST)
+def test_torchscript(name: str, tmp_path: Path) -> None:
+    model = _model(name)
+    torch.jit.script(reparameterize_model(model)).save(tmp_path / "model.pt")
+    loaded = torch.jit.load(tmp_path / "model.pt")
+    _assert_same(loaded(_images(3)), model(_images(3)))
+    assert not list(loaded.buffers())
+    if _depth(name) == 18:
+        _assert_same(torch.jit.script(model)(_images(3)), model(_images(3)))  # unfused too
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAST)
+def test_torch_export(name: str) -> None:
+    model = _model(name)
+    fused = reparameterize_model(model)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(fused, (_images(),), dynamic_shapes=({0: batch},))
+    _assert_same(program.module()(_images(3)), model(_images(3)))
+    convolutions = [node for node in program.graph.nodes if "conv2d" in str(node.target)]
+    assert len(convolutions) == CONVOLUTIONS[_depth(name)]
+    assert not program.graph_signature.buffers
+    assert not any("matmul" in str(node.target) for node in program.graph.nodes)  # no filter is expanded
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # inside torch.onnx
+@pytest.mark.parametrize("name", FAST)
+def test_onnx(name: str, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx", reason="ONNX export needs the extra `export`")
+    runtime = pytest.importorskip("onnxruntime", reason="ONNX export needs the extra `export`")
+    pytest.importorskip("onnxscript", reason="ONNX export needs the extra `export`")
+    model = _model(name)
+    path = tmp_path / "model.onnx"
+    batch = torch.export.Dim("batch", min=1, max=64)
+    torch.onnx.export(
+        reparameterize_model(model),
+        (_images(),),
+        path,
+        dynamo=True,
+        dynamic_shapes=({0: batch},),
+        external_data=False,
+        verbose=False,
+    )
+    graph = onnx.load(path).graph
+    assert sum(node.op_type == "Conv" for node in graph.node) == CONVOLUTIONS[_depth(name)]
+    assert not any(node.op_type in ("MatMul", "Einsum", "BatchNormalization") for node in graph.node)
+    assert not any("basis" in tensor.name for tensor in graph.initializer)
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for size in (1, 3):  # the batch is dynamic
+        (logits,) = session.run(None, {session.get_inputs()[0].name: _images(size).numpy()})
+        _assert_same(logits, model(_images(size)))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")  # inside
+@pytest.mark.parametrize(
+    ("name", "backend"), [*((name, "aot_eager") for name in FAST), ("d4resnet18_fast", "inductor")]
+)
+def test_torch_compile(name: str, backend: str) -> None:
+    """Unfused, as in training; the code generator, which takes a minute, for one model only."""
+    torch.compiler.reset()
+    model = _model(name)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    expected = model(_images())
+    logits = compiled(_images())
+    _assert_same(logits.detach(), expected.detach())
+    logits.square().mean().backward()
+    gradient = model.conv1.conv.weight.grad.clone()
+    model.zero_grad()
+    expected.square().mean().backward()
+    assert gradient.abs().max() > 0
+    torch.testing.assert_close(gradient, model.conv1.conv.weight.grad, rtol=1e-3, atol=1e-5)
