@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.nn as nn
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download
 from safetensors import SafetensorError
 from timm.models import PretrainedCfg, resolve_pretrained_cfg
 
@@ -59,23 +59,27 @@ def build_pretrained(
     if not _is_ours(cfg):
         return build(pretrained_cfg_overlay=overlay)
 
-    local_file = local_folder(cfg.hf_hub_id) / WEIGHTS_FILE
-    remedy = f"python -m equivision_timm fetch {variant}"
-    if local_file.is_file():
-        try:
-            return build(pretrained_cfg_overlay={**overlay, "file": str(local_file)})
-        except SafetensorError as error:
-            raise RuntimeError(
-                f"{local_file} is damaged ({error}): delete {local_file.parent} and run `{remedy}`"
-            ) from error
+    file = local_folder(cfg.hf_hub_id) / WEIGHTS_FILE
+    if not file.is_file():
+        file = _download(variant, cfg.hf_hub_id, file, kwargs.get("cache_dir"))
     try:
-        return build(pretrained_cfg_overlay=overlay)
-    except OSError as error:  # what huggingface_hub raises where a file cannot be had
+        return build(pretrained_cfg_overlay={**overlay, "file": str(file)})
+    except SafetensorError as error:
+        raise RuntimeError(
+            f"{file} is damaged ({error}): delete it and run `python -m equivision_timm fetch {variant}`"
+        ) from error
+
+
+def _download(variant: str, hf_hub_id: str, local_file: Path, cache_dir: str | Path | None) -> Path:
+    """The file in the Hub's cache, downloaded if need be."""
+    try:
+        return Path(hf_hub_download(hf_hub_id, WEIGHTS_FILE, cache_dir=cache_dir))
+    except Exception as error:  # errors of huggingface_hub, of its HTTP library, of the system
         raise RuntimeError(
             f"no weights for {variant}. Tried:\n"
             f"- the local weights folder: there is no {local_file}\n"
-            f"- the Hub, {constants.ENDPOINT}/{cfg.hf_hub_id}: {type(error).__name__}: {error}\n"
-            f"To get them, run `{remedy}`"
+            f"- the Hub, {constants.ENDPOINT}/{hf_hub_id}: {type(error).__name__}: {error}\n"
+            f"To get them, run `python -m equivision_timm fetch {variant}`"
         ) from error
 
 

@@ -1,0 +1,167 @@
+"""Publish converted weights: a folder with all that a Hub repository needs, and its upload.
+
+A publication is `config.json` and `model.safetensors` of the local weights folder, bit by bit, and a model card. The
+card is the same whenever it is written, so that publishing again uploads nothing.
+"""
+
+import filecmp
+import shutil
+from pathlib import Path
+from string import Template
+from tempfile import TemporaryDirectory
+
+import timm
+import torch
+from huggingface_hub import EvalResult, HfApi, ModelCardData
+from timm.models import get_pretrained_cfg, model_entrypoint
+from timm.utils.model import reparameterize_model
+from torch.utils.flop_counter import FlopCounterMode
+
+from equivision_timm.checkpoints.folder import CONFIG_FILE, read_provenance
+from equivision_timm.checkpoints.released import SOURCE, released
+from equivision_timm.models.pretrained import WEIGHTS_FILE, local_folder
+
+__all__ = ["FILES", "complexity", "models_in_weights_folder", "upload", "write_publication"]
+
+FILES = (CONFIG_FILE, WEIGHTS_FILE, "README.md")
+
+
+def upload(model_name: str, organisation: str, private: bool = False) -> str:
+    """Upload `model_name` to the Hub under the user's own login, download it again and compare every bit.
+
+    What the Hub has already is not sent again: a run that broke off goes on where it stopped.
+
+    Args:
+        model_name: a model in the local weights folder.
+        organisation: user or organisation on the Hub that will hold the repository.
+        private: create the repository as a private one; one that exists stays what it is.
+
+    Returns:
+        Address of the commit that holds the files.
+
+    Raises:
+        FileNotFoundError: the model is not in the local weights folder.
+        RuntimeError: the Hub returned other bytes than were sent.
+    """
+    api = HfApi()
+    with TemporaryDirectory() as folder:
+        publication = write_publication(model_name, Path(folder), organisation)
+        repository = f"{organisation}/{publication.name}"
+        api.create_repo(repository, private=private, exist_ok=True)
+        commit = api.upload_folder(repo_id=repository, folder_path=publication, commit_message=f"Add {model_name}")
+        for name in FILES:
+            copy = api.hf_hub_download(repository, name, revision=commit.oid, local_dir=Path(folder) / "copy")
+            if not filecmp.cmp(publication / name, copy, shallow=False):
+                raise RuntimeError(f"{repository}: the Hub returned another {name} than was sent: publish it again")
+    return commit.commit_url
+
+
+def write_publication(model_name: str, parent: Path, organisation: str) -> Path:
+    """Write what would be uploaded to a sub-folder of `parent`, named as the repository.
+
+    Args:
+        model_name: a model in the local weights folder.
+        parent: where to make the folder.
+        organisation: who will hold the repository; the card names it.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileNotFoundError: the model is not in the local weights folder.
+    """
+    source = local_folder(_hub_id(model_name))
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (source / name).is_file():
+            raise FileNotFoundError(
+                f"there is no {source / name} to publish: run `python -m equivision_timm fetch {model_name}`"
+            )
+    card = model_card(model_name, f"{organisation}/{source.name}", read_provenance(source / WEIGHTS_FILE))
+    parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=parent, prefix=".writing-") as staging:
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            shutil.copyfile(source / name, Path(staging) / name)
+        (Path(staging) / "README.md").write_text(card, encoding="utf-8")
+        publication = parent / source.name
+        publication.mkdir(exist_ok=True)
+        for name in FILES:
+            (Path(staging) / name).replace(publication / name)
+    return publication
+
+
+def model_card(model_name: str, repository: str, provenance: dict[str, str]) -> str:
+    """The model card, Markdown with the Hub's metadata in front."""
+    entry = released()[model_name]
+    parameters, gmacs = complexity(model_name)
+    with torch.device("meta"):
+        model = timm.create_model(model_name)
+    fields = model.feature_info[-1]["num_fields"]
+    metadata = ModelCardData(
+        license="mit",
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "timm", "equivariance", "group-convolution"],
+        datasets=["imagenet-1k"],
+        model_name=repository.split("/")[1],
+        eval_results=[
+            _reported("Top-1 accuracy", entry.top1),
+            _reported("Top-5 accuracy", entry.top5),
+        ],
+    )
+    template = Template(Path(__file__).with_name("model_card.md").read_text(encoding="utf-8"))
+    return template.substitute(
+        metadata=metadata.to_yaml(),
+        name=repository.split("/")[1],
+        description=model_entrypoint(model_name).__doc__,
+        source=SOURCE,
+        repository=repository,
+        channels=model.num_features,
+        fields=fields,
+        order=model.num_features // fields,
+        parameters=f"{parameters / 1e6:.2f}",
+        gmacs=f"{gmacs:.2f}",
+        top1=f"{100 * entry.top1:.1f}",
+        top5=f"{100 * entry.top5:.1f}",
+        provenance="\n".join(f"| {key} | {value} |" for key, value in provenance.items()),
+    )
+
+
+def models_in_weights_folder() -> list[str]:
+    """Names of the released models that the local weights folder holds."""
+    return [name for name in released() if (local_folder(_hub_id(name)) / WEIGHTS_FILE).is_file()]
+
+
+def complexity(model_name: str) -> tuple[int, float]:
+    """Number of parameters, and 10^9 multiply-accumulates of one 224 x 224 image.
+
+    Counted with PyTorch's flop counter on the fused network, whose convolutions have expanded filters; only those and
+    the classifier count. Nothing is computed: the tensors are on the meta device.
+    """
+    with torch.device("meta"), torch.no_grad():
+        model = timm.create_model(model_name).eval()
+        parameters = sum(p.numel() for p in model.parameters())
+        fused = reparameterize_model(model)
+        with FlopCounterMode(display=False) as counter:
+            fused(torch.empty(1, 3, 224, 224))
+    counts = counter.get_flop_counts()["Global"]
+    flops = sum(count for op, count in counts.items() if op in (torch.ops.aten.convolution, torch.ops.aten.addmm))
+    return parameters, flops / 2 / 1e9
+
+
+def _hub_id(model_name: str) -> str:
+    if model_name not in released():
+        raise ValueError(f"{model_name} has no weights to publish; there are: {', '.join(released())}")
+    return get_pretrained_cfg(model_name).hf_hub_id
+
+
+def _reported(metric: str, value: float) -> EvalResult:
+    return EvalResult(
+        task_type="image-classification",
+        dataset_type="imagenet-1k",
+        dataset_name="ImageNet-1k",
+        metric_type="accuracy",
+        metric_name=metric,
+        metric_value=value,
+        source_name="equivision, as reported",
+        source_url=SOURCE,
+    )

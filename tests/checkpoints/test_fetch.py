@@ -1,0 +1,239 @@
+"""Fetching: from the original's file on (a loopback) Google Drive to a model that `create_model` finds."""
+
+import hashlib
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import timm
+import torch
+from reference_data import checkpoint
+
+from equivision_timm.checkpoints import fetch as fetch_module
+from equivision_timm.checkpoints.convert import convert_original
+from equivision_timm.checkpoints.fetch import fetch
+from equivision_timm.checkpoints.released import released
+from equivision_timm.cli import main
+
+pytest.importorskip("gdown", reason="fetching needs the extra `fetch`")
+from drive_server import Drive
+
+NAME = "c4resnet18"
+DRIVE_ID = released()[NAME].drive_id
+MIB = 1 << 20
+
+
+def saved(state_dict) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state_dict, buffer)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def original():
+    return checkpoint(NAME)
+
+
+@pytest.fixture(scope="module")
+def original_file(original):
+    return saved(original)
+
+
+@pytest.fixture
+def drive(tmp_path, monkeypatch, original_file):
+    """Google Drive with one file, an empty weights folder, and nothing else of the user's."""
+    with Drive(tmp_path) as drive:
+        drive.files[DRIVE_ID] = original_file
+        environment = {
+            **drive.environment,
+            "HOME": str(tmp_path / "home"),
+            "EQUIVISION_TIMM_WEIGHTS": str(tmp_path / "w"),
+        }
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        yield drive
+
+
+@pytest.fixture
+def weights(tmp_path):
+    return tmp_path / "w"
+
+
+def files(folder):
+    """Files below `folder`, without the locks, which may stay."""
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.suffix != ".lock")
+
+
+MODEL_FILES = [f"{NAME}.equivision_in1k/config.json", f"{NAME}.equivision_in1k/model.safetensors"]
+
+
+def test_fetch_makes_pretrained_work(drive, weights, original, original_file, tmp_path, capsys):
+    assert main(["fetch", NAME]) == 0
+    assert files(weights) == MODEL_FILES
+    assert not (tmp_path / "home").exists()  # no cookies, no caches
+    expected = convert_original(original, NAME)
+    model = timm.create_model(NAME, pretrained=True)
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+    output = capsys.readouterr().out
+    assert hashlib.sha256(original_file).hexdigest() in output
+    assert f"NOT the file of September 2023, {released()[NAME].sha256}" in output
+
+    assert main(["fetch", NAME]) == 0
+    assert "already in" in capsys.readouterr().out
+    assert drive.offsets == [0]
+
+
+@pytest.mark.parametrize(("published", "verdict"), [("same", "(as published)"), (None, "(none was published")])
+def test_says_whether_the_hash_matches(drive, original_file, monkeypatch, capsys, published, verdict):
+    sha256 = hashlib.sha256(original_file).hexdigest() if published else None
+    table = {NAME: type(released()[NAME])(DRIVE_ID, 0.5, 0.6, sha256=sha256)}
+    monkeypatch.setattr(fetch_module, "released", lambda: table)
+    fetch(NAME)
+    assert verdict in capsys.readouterr().out
+
+
+def test_continues_a_broken_download(drive, weights, capsys):
+    drive.break_after = 2 * MIB
+    assert main(["fetch", NAME]) == 1
+    assert "goes on where the download stopped" in capsys.readouterr().err
+    assert [os.path.dirname(name) for name in files(weights)] == ["downloads"]
+    assert drive.offsets == [0, 2 * MIB, 4 * MIB, 6 * MIB]  # gdown's own retries
+
+    drive.break_after = None
+    assert main(["fetch", NAME]) == 0
+    assert drive.offsets[4:] == [0, 8 * MIB]  # gdown asks anew, drops that answer and continues
+    assert files(weights) == MODEL_FILES
+
+
+def test_a_file_that_changed_between_the_parts_is_refused(drive, weights):
+    drive.break_after = 10 * MIB
+    with pytest.raises(ConnectionError):
+        fetch(NAME)
+    drive.break_after = None
+    drive.files[DRIVE_ID] = saved(checkpoint(NAME, seed=1))
+    with pytest.raises(ValueError, match="checksum"):
+        fetch(NAME)
+    assert files(weights) == []
+    fetch(NAME)  # afresh
+    assert files(weights) == MODEL_FILES
+
+
+def over_quota(drive):
+    drive.over_quota = True
+
+
+def not_there(drive):
+    drive.files.clear()
+
+
+def no_checkpoint(drive):
+    drive.files[DRIVE_ID] = b"no checkpoint at all" * 1000
+
+
+def truncated(drive):
+    drive.files[DRIVE_ID] = drive.files[DRIVE_ID][:-1000]
+
+
+def code_inside(drive):
+    drive.files[DRIVE_ID] = saved({"conv1.weights": os.getcwd})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (over_quota, "Too many users"),
+        (not_there, "did not give the checkpoint of c4resnet18"),
+        (no_checkpoint, "something else than a sound checkpoint"),
+        (truncated, "something else than a sound checkpoint"),
+        (code_inside, "something else than a sound checkpoint"),
+    ],
+)
+def test_a_clear_error_and_nothing_half_written(drive, weights, capsys, spoil, message):
+    spoil(drive)
+    assert main(["fetch", NAME]) == 1
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert files(weights) == []
+
+
+def test_no_network(drive, weights, monkeypatch, capsys):
+    for name in ("HTTPS_PROXY", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
+    assert main(["fetch", NAME]) == 1
+    assert f"https://drive.google.com/uc?id={DRIVE_ID} in a browser" in capsys.readouterr().err
+    assert files(weights) == []
+
+
+def test_another_models_checkpoint(drive, weights):
+    drive.files[DRIVE_ID] = saved(checkpoint("c4resnet18_fast"))
+    with pytest.raises(ValueError, match=r"c4resnet18(.|\n)*the download is kept"):
+        fetch(NAME)
+    assert files(weights) == [f"downloads/{NAME}.ckpt"]
+
+
+def test_a_whole_download_is_not_repeated(drive, weights, monkeypatch):
+    """As where the signs could not be settled and the user comes back with photographs."""
+    calls = []
+
+    def refuse(checkpoint_path, model_name, out_folder, images, signs):
+        calls.append((images, signs))
+        raise ValueError("undecided")
+
+    monkeypatch.setattr(fetch_module, "convert_file", refuse)
+    assert main(["fetch", NAME]) == 1
+    assert main(["fetch", NAME, "--images", "photographs", "--signs", "avx512"]) == 1
+    assert drive.offsets == [0]
+    assert [(str(images), signs) for images, signs in calls] == [("None", None), ("photographs", "avx512")]
+
+
+def test_one_failure_does_not_stop_the_others(drive, weights, capsys):
+    assert main(["fetch", "d1resnet18", "c8resnet101", NAME]) == 1
+    errors = capsys.readouterr().err
+    assert "Google Drive did not give the checkpoint of d1resnet18" in errors
+    assert "no weights of c8resnet101 were ever released; there are: d1resnet18, c4resnet18" in errors
+    assert files(weights) == MODEL_FILES
+
+
+def test_all_asks_for_every_released_model(monkeypatch):
+    asked = []
+    monkeypatch.setattr(fetch_module, "fetch", lambda name, images, signs: asked.append(name))
+    assert main(["fetch", "--all"]) == 0
+    assert asked == list(released())
+    assert len(asked) == 12
+
+
+def test_without_gdown(drive, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gdown", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'equivision-timm\[fetch\]'"):
+        fetch(NAME)
+
+
+def start_fetch():
+    command = [sys.executable, "-m", "equivision_timm", "fetch", NAME]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+def test_killed_midway_then_two_processes_at_once(drive, weights):
+    drive.pause_after = 5 * MIB
+    killed = start_fetch()
+    while not any(part.stat().st_size for part in weights.glob("downloads/*.part")):
+        assert killed.poll() is None
+        time.sleep(0.05)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    drive.pause_after = None
+    drive.goes_on.set()
+    assert [os.path.dirname(name) for name in files(weights)] == ["downloads"]
+
+    processes = [start_fetch(), start_fetch()]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert sorted("written" in output for output in outputs) == [False, True]
+    assert sorted("already in" in output for output in outputs) == [False, True]
+    assert drive.offsets[:2] == [0, 0]  # of the killed one, and the answer that gdown drops in order to continue
+    assert 0 < drive.offsets[2] <= 5 * MIB
+    assert len(drive.offsets) == 3
+    assert files(weights) == MODEL_FILES

@@ -1,0 +1,118 @@
+"""Google Drive on loopback: a proxy that answers for drive.google.com itself, with a certificate made for the test.
+
+So the real download path runs unchanged: the environment (`HTTPS_PROXY`, `REQUESTS_CA_BUNDLE`) does the rest.
+"""
+
+import ssl
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import trustme
+
+CONFIRM = (  # all on one line, as Drive has it
+    '<html><body><form id="download-form" action="https://drive.usercontent.google.com/download" method="get">'
+    '<input type="hidden" name="id" value="{id}"><input type="hidden" name="confirm" value="t"></form></body></html>'
+)
+QUOTA = """<html><body><p class="uc-error-caption">Sorry, you can't view or download this file at this time.</p>
+<p class="uc-error-subcaption">Too many users have viewed or downloaded this file recently.</p></body></html>"""
+
+
+class Drive:
+    """Context manager: runs the server in a thread.
+
+    Attributes:
+        files: content by Drive id; an id that is missing is answered with 404.
+        over_quota: answer with the page that says that too many people downloaded the file.
+        break_after: bytes after which a download loses its connection, None for never.
+        pause_after: bytes after which a download waits for `goes_on`, None for never.
+        offsets: where each download began.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.files: dict[str, bytes] = {}
+        self.over_quota = False
+        self.break_after: int | None = None
+        self.pause_after: int | None = None
+        self.goes_on = threading.Event()
+        self.offsets: list[int] = []
+        authority = trustme.CA()
+        authority.cert_pem.write_to_path(str(folder / "authority.pem"))
+        self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        authority.issue_cert("drive.google.com", "drive.usercontent.google.com").configure_cert(self.tls)
+        self.authority = folder / "authority.pem"
+
+        class Handler(_Handler):
+            drive = self
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What makes a process take this for Google Drive."""
+        proxy = f"http://127.0.0.1:{self.server.server_port}"
+        return {"HTTPS_PROXY": proxy, "https_proxy": proxy, "NO_PROXY": "", "REQUESTS_CA_BUNDLE": str(self.authority)}
+
+    def __enter__(self) -> "Drive":
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    drive: Drive
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args) -> None:
+        pass
+
+    def do_CONNECT(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.connection = self.drive.tls.wrap_socket(self.connection, server_side=True)
+        self.rfile, self.wfile = self.connection.makefile("rb"), self.connection.makefile("wb", 0)
+        self.close_connection = False
+
+    def finish(self) -> None:
+        super().finish()
+        self.connection.close()
+
+    def do_GET(self) -> None:
+        file_id = parse_qs(urlsplit(self.path).query)["id"][0]
+        content = self.drive.files.get(file_id)
+        if content is None:
+            self._send(404, {"Content-Type": "text/html"}, b"<html><body>Not Found</body></html>")
+        elif self.drive.over_quota:
+            self._send(200, {"Content-Type": "text/html"}, QUOTA.encode())
+        elif self.path.startswith("/uc"):  # large files ask for a confirmation: not checked for viruses
+            self._send(200, {"Content-Type": "text/html"}, CONFIRM.format(id=file_id).encode())
+        else:
+            self._send_file(content)
+
+    def _send_file(self, content: bytes) -> None:
+        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
+        headers = {"Content-Type": "application/octet-stream", "Content-Disposition": 'attachment; filename="model.pt"'}
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        self.drive.offsets.append(start)
+        self._send(206 if start else 200, headers, content[start:])
+
+    def _send(self, status: int, headers: dict[str, str], body: bytes) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        limit = self.drive.break_after or self.drive.pause_after
+        if limit and len(body) > limit:
+            self.wfile.write(body[:limit])
+            if self.drive.pause_after:
+                self.drive.goes_on.wait()
+            self.close_connection = True
+        else:
+            self.wfile.write(body)

@@ -1,0 +1,257 @@
+"""A small Hub on loopback: the part of the Hugging Face Hub's HTTP protocol that huggingface_hub uses for model files.
+
+What PyPI offers did not fit: olah only mirrors a Hub it can reach, the wheel of hf-local-hub lacks the server itself (a
+Go program), and neither can break a connection midway. Served here: model info, files by revision (metadata, a redirect
+to another host for large files, ranges), creating repositories, and commits with regular and LFS files. Tokens: `TOKEN`
+may write and read private repositories, nobody else.
+"""
+
+import base64
+import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
+
+TOKEN = "hf_test"
+LFS_FROM = 100_000  # bytes from which a file is stored as the Hub stores large files
+
+
+class Repository:
+    """History of one repository: commits are {path: content}, named by their hash."""
+
+    def __init__(self, private: bool = False) -> None:
+        self.private = private
+        self.commits: dict[str, dict[str, bytes]] = {}
+        self.commit({})
+
+    def commit(self, files: dict[str, bytes]) -> str:
+        content = {**self.head_files(), **files}
+        digest = hashlib.sha1(repr([len(self.commits), sorted(content)]).encode())
+        for data in content.values():
+            digest.update(hashlib.sha256(data).digest())
+        self.commits[digest.hexdigest()] = content
+        return digest.hexdigest()
+
+    @property
+    def head(self) -> str:
+        return list(self.commits)[-1]
+
+    def head_files(self) -> dict[str, bytes]:
+        return self.commits[self.head] if self.commits else {}
+
+
+class Hub:
+    """Context manager: runs the server in a thread.
+
+    Attributes:
+        repositories: by id, 'organisation/name'.
+        requests: (method, path) of every request so far.
+        offsets: where each download of a large file began.
+        break_downloads_after: bytes after which a download loses its connection, None for never.
+        break_uploads: whether an upload of a large file loses its connection.
+    """
+
+    def __init__(self) -> None:
+        self.repositories: dict[str, Repository] = {}
+        self.large_files: dict[str, bytes] = {}  # by sha256: uploaded, perhaps in no commit yet
+        self.requests: list[tuple[str, str]] = []
+        self.offsets: list[int] = []
+        self.break_downloads_after: int | None = None
+        self.break_uploads = False
+        hub = self
+
+        class Handler(_Handler):
+            pass
+
+        Handler.hub = hub
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_port}"
+
+    def add(self, repository: str, files: dict[str, bytes], private: bool = False) -> str:
+        """Commit `files` to `repository`, as if uploaded; returns the commit."""
+        if repository not in self.repositories:
+            self.repositories[repository] = Repository(private)
+        return self.repositories[repository].commit(files)
+
+    def count(self, method: str, part: str) -> int:
+        """Number of requests so far with this method whose path contains `part`."""
+        return sum(m == method and part in path for m, path in self.requests)
+
+    def __enter__(self) -> "Hub":
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self._get()
+
+    def do_GET(self) -> None:
+        self._get()
+
+    def _get(self) -> None:
+        self.hub.requests.append((self.command, self.path))
+        path = unquote(self.path.partition("?")[0]).strip("/").split("/")
+        if path[0] == "large":  # the host of large files, which needs no token
+            content = next(
+                c
+                for r in self.hub.repositories.values()
+                for f in r.commits.values()
+                for c in f.values()
+                if hashlib.sha256(c).hexdigest() == path[1]
+            )
+            return self._send_file(content, {"ETag": f'"{path[1]}"'})
+        is_info = path[:2] == ["api", "models"]
+        name = "/".join(path[2:4] if is_info else path[:2])
+        repository = self._readable(name)
+        if repository is None:
+            return None
+        if is_info:
+            revision = path[5] if path[4:5] == ["revision"] else "main"
+            commit = repository.head if revision == "main" else revision
+            siblings = [{"rfilename": file} for file in repository.commits[commit]]
+            return self._send_json({"id": name, "sha": commit, "private": repository.private, "siblings": siblings})
+        _, revision, file = path[2], path[3], "/".join(path[4:])  # <organisation>/<name>/resolve/<revision>/<file>
+        commit = repository.head if revision == "main" else revision
+        if commit not in repository.commits:
+            return self._send_error(404, "RevisionNotFound")
+        content = repository.commits[commit].get(file)
+        if content is None:
+            return self._send_error(404, "EntryNotFound", {"X-Repo-Commit": commit})
+        if len(content) < LFS_FROM:
+            return self._send_file(content, {"X-Repo-Commit": commit, "ETag": f'"{_git_sha1(content)}"'})
+        sha256 = hashlib.sha256(content).hexdigest()
+        self.send_response(302)
+        self.send_header("X-Repo-Commit", commit)
+        self.send_header("X-Linked-Size", str(len(content)))
+        self.send_header("X-Linked-ETag", f'"{sha256}"')
+        self.send_header("Location", f"http://localhost:{self.server.server_port}/large/{sha256}")  # another host name
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+        return None
+
+    def do_POST(self) -> None:
+        self.hub.requests.append(("POST", self.path))
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if not self._may_write():
+            return self._send_error(401, "")
+        if self.path == "/api/validate-yaml":
+            return self._send_json({"errors": [], "warnings": []})
+        if self.path == "/api/repos/create":
+            return self._create(json.loads(body))
+        if self.path.endswith(".git/info/lfs/objects/batch"):
+            return self._large_files_batch(json.loads(body))
+        _, _, _, organisation, name, verb, _ = self.path.split("/")  # /api/models/<organisation>/<name>/<verb>/<branch>
+        repository = self._readable(f"{organisation}/{name}")
+        if repository is None:
+            return None
+        if verb == "preupload":
+            return self._send_json({"files": [_upload_mode(repository, file) for file in json.loads(body)["files"]]})
+        return self._commit(repository, [json.loads(line) for line in body.splitlines()])
+
+    def do_PUT(self) -> None:
+        self.hub.requests.append(("PUT", self.path))
+        if self.hub.break_uploads:
+            self.rfile.read(1000)
+            return self._break_connection()
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        self.hub.large_files[hashlib.sha256(content).hexdigest()] = content
+        return self._send_json({})
+
+    def _create(self, wanted: dict) -> None:
+        name = f"{wanted['organization']}/{wanted['name']}"
+        exists = name in self.hub.repositories
+        if not exists:
+            private = wanted.get("private") or wanted.get("visibility") == "private"
+            self.hub.repositories[name] = Repository(bool(private))
+        self._send_json({"url": f"{self.hub.endpoint}/{name}"}, 409 if exists else 200)
+
+    def _large_files_batch(self, wanted: dict) -> None:
+        objects = []
+        for file in wanted["objects"]:
+            upload = {"upload": {"href": f"{self.hub.endpoint}/upload/{file['oid']}"}}
+            objects.append({**file, **({} if file["oid"] in self.hub.large_files else {"actions": upload})})
+        self._send_json({"transfer": "basic", "objects": objects})
+
+    def _commit(self, repository: Repository, lines: list[dict]) -> None:
+        files = {}
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.hub.large_files[value["oid"]]
+        commit = repository.commit(files)
+        self._send_json({"commitUrl": f"{self.hub.endpoint}/x/y/commit/{commit}", "commitOid": commit})
+
+    def _may_write(self) -> bool:
+        return self.headers.get("Authorization") == f"Bearer {TOKEN}"
+
+    def _readable(self, name: str) -> Repository | None:
+        """The repository, or None after an answer that says no; the Hub hides what one may not see."""
+        repository = self.hub.repositories.get(name)
+        if repository is None or (repository.private and not self._may_write()):
+            self._send_error(404 if self._may_write() else 401, "RepoNotFound")
+            return None
+        return repository
+
+    def _send_json(self, value: dict, status: int = 200) -> None:
+        self._send(status, {"Content-Type": "application/json"}, json.dumps(value).encode())
+
+    def _send_error(self, status: int, code: str, headers: dict[str, str] | None = None) -> None:
+        self._send(status, {"X-Error-Code": code, "X-Error-Message": code or "Unauthorized", **(headers or {})}, b"")
+
+    def _send_file(self, content: bytes, headers: dict[str, str]) -> None:
+        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
+        if start:
+            headers = {**headers, "Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
+        if self.path.startswith("/large/") and self.command == "GET":
+            self.hub.offsets.append(start)
+        self._send(206 if start else 200, {"Accept-Ranges": "bytes", **headers}, content[start:])
+
+    def _send(self, status: int, headers: dict[str, str], body: bytes) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        limit = self.hub.break_downloads_after
+        if limit is not None and self.command == "GET" and len(body) > limit:
+            self.wfile.write(body[:limit])
+            return self._break_connection()
+        self.wfile.write(body)
+
+    def _break_connection(self) -> None:
+        self.wfile.flush()
+        self.close_connection = True
+
+
+def _git_sha1(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def _upload_mode(repository: Repository, file: dict) -> dict:
+    """Answer of `preupload`: how to send the file, and what lies there already."""
+    present = repository.head_files().get(file["path"])
+    large = file["size"] >= LFS_FROM
+    oid = None
+    if present is not None:
+        oid = hashlib.sha256(present).hexdigest() if len(present) >= LFS_FROM else _git_sha1(present)
+    return {"path": file["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False, "oid": oid}

@@ -1,0 +1,241 @@
+"""`create_model(name, pretrained=True)` with weights in the local weights folder, and the ways around it."""
+
+import json
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models import get_pretrained_cfg
+
+from equivision_timm.checkpoints.folder import write_model_folder
+from equivision_timm.checkpoints.released import released
+from equivision_timm.models.pretrained import HUB_ORG, local_folder, weights_folder
+
+NAME = "c4resnet18"
+TAGGED = f"{NAME}.equivision_in1k"
+
+
+@pytest.fixture(scope="module")
+def converted():
+    """The model whose weights lie in the weights folder."""
+    torch.manual_seed(0)
+    return timm.create_model(NAME).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(converted, tmp_path_factory):
+    """A weights folder that holds one model."""
+    folder = tmp_path_factory.mktemp("weights")
+    write_model_folder(folder / TAGGED, NAME, converted.state_dict(), {"source_sha256": "0" * 64})
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def offline(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("EQUIVISION_TIMM_WEIGHTS", str(folder))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+@pytest.fixture
+def elsewhere(converted, tmp_path):
+    """A file with other weights."""
+    path = tmp_path / "other.safetensors"
+    save_file({key: value + 1 for key, value in converted.state_dict().items()}, path)
+    return path
+
+
+def same_weights(model, other, without=()):
+    ours, theirs = model.state_dict(), other.state_dict()
+    return all(torch.equal(value, theirs[key]) for key, value in ours.items() if not key.startswith(without))
+
+
+def test_where_the_weights_folder_is(monkeypatch, tmp_path):
+    monkeypatch.setenv("EQUIVISION_TIMM_WEIGHTS", "~/weights")
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert str(weights_folder()) == "/home/someone/weights"
+    monkeypatch.delenv("EQUIVISION_TIMM_WEIGHTS")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert str(weights_folder()) == "/home/someone/.cache/equivision_timm"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    assert str(weights_folder()) == "/caches/equivision_timm"
+    assert str(local_folder(f"{HUB_ORG}/{TAGGED}")) == f"/caches/equivision_timm/{TAGGED}"
+
+
+def test_the_models_with_weights_are_the_released_ones():
+    names = {name for name in timm.list_pretrained() if "equivision" in name}
+    assert names == {f"{name}.equivision_in1k" for name in released()}
+    for name in names:
+        cfg = get_pretrained_cfg(name)
+        assert (cfg.hf_hub_id, cfg.hf_hub_filename) == (f"{HUB_ORG}/{name}", "model.safetensors")
+
+
+@pytest.mark.parametrize("name", [n for n in timm.list_models("[cd]?resnet*") if n not in released()])
+def test_a_model_without_weights_says_so(name):
+    assert not get_pretrained_cfg(name).has_weights
+    with torch.device("meta"), pytest.raises(RuntimeError, match=f"No pretrained weights exist for {name}"):
+        timm.create_model(name, pretrained=True)
+
+
+@pytest.mark.parametrize("name", [NAME, TAGGED])
+def test_local_folder(name, converted):
+    model = timm.create_model(name, pretrained=True).eval()
+    assert same_weights(model, converted)
+    x = torch.randn(2, 3, 33, 33)
+    assert torch.equal(model(x), converted(x))
+    assert not same_weights(timm.create_model(NAME), converted)  # without `pretrained`
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"pretrained_cfg": "equivision_in1k"},
+        {"pretrained_cfg": get_pretrained_cfg(NAME).to_dict()},  # as timm's scripts pass it
+        {"pretrained_cfg_overlay": {"mean": (0.5, 0.5, 0.5)}},
+        {"cache_dir": "nowhere"},
+    ],
+)
+def test_local_folder_also_where_arguments_name_no_other_source(arguments, converted):
+    assert same_weights(timm.create_model(NAME, pretrained=True, **arguments), converted)
+
+
+def test_overlay_reaches_the_model():
+    model = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay={"mean": (0.5, 0.5, 0.5), "crop_pct": 1.0})
+    data = timm.data.resolve_model_data_config(model)
+    assert (data["mean"], data["crop_pct"]) == ((0.5, 0.5, 0.5), 1.0)
+
+
+def test_num_classes(converted):
+    for classes in (0, 10):
+        model = timm.create_model(NAME, pretrained=True, num_classes=classes).eval()
+        assert same_weights(model, converted, without="fc.")
+        assert model(torch.randn(1, 3, 33, 33)).shape == (1, classes or converted.head_hidden_size)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_in_chans(channels, converted):
+    model = timm.create_model(NAME, pretrained=True, in_chans=channels)
+    assert same_weights(model, converted, without="conv1.conv.")
+    weight, original = model.conv1.conv.weight, converted.conv1.conv.weight
+    if channels == 1:  # a grey image gives what the colour image with three such channels gives
+        torch.testing.assert_close(weight, original.sum(1, keepdim=True))
+    else:
+        torch.testing.assert_close(weight, original[:, [0, 1, 2, 0]] * 3 / 4)
+
+
+def test_features_only(converted):
+    model = timm.create_model(NAME, pretrained=True, features_only=True, out_indices=(0, 2, 4)).eval()
+    x = torch.randn(1, 3, 33, 33)
+    expected = converted.forward_intermediates(x, indices=[0, 2, 4], intermediates_only=True)
+    for ours, theirs in zip(model(x), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_global_pool(converted):
+    x = torch.randn(1, 3, 65, 65)
+    model = timm.create_model(NAME, pretrained=True, global_pool="max").eval()
+    assert same_weights(model, converted)
+    assert not torch.allclose(model(x), converted(x))
+    features = timm.create_model(NAME, pretrained=True, num_classes=0, global_pool="", group_pool="").eval()
+    assert torch.equal(features(x), converted.forward_features(x))
+
+
+def test_checkpoint_path(converted, elsewhere, folder):
+    model = timm.create_model(NAME, checkpoint_path=folder / TAGGED / "model.safetensors")
+    assert same_weights(model, converted)
+    model = timm.create_model(NAME, pretrained=True, checkpoint_path=elsewhere)  # timm loads it last
+    assert torch.equal(model.fc.bias, converted.fc.bias + 1)
+
+
+def test_local_dir(converted, folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("EQUIVISION_TIMM_WEIGHTS", str(tmp_path / "nothing here"))
+    assert same_weights(timm.create_model(f"local-dir:{folder / TAGGED}", pretrained=True), converted)
+    model = timm.create_model(f"local-dir:{folder / TAGGED}", pretrained=True, num_classes=7, in_chans=1)
+    assert same_weights(model, converted, without=("fc.", "conv1.conv."))
+
+
+def test_local_dir_wins_over_the_weights_folder(converted, tmp_path):
+    other = timm.create_model(NAME)
+    write_model_folder(tmp_path / "mine", NAME, other.state_dict(), {})
+    assert same_weights(timm.create_model(f"local-dir:{tmp_path / 'mine'}", pretrained=True), other)
+
+
+@pytest.mark.parametrize("argument", ["pretrained_cfg", "pretrained_cfg_overlay"])
+def test_another_file_wins_over_the_weights_folder(argument, converted, elsewhere):
+    cfg = get_pretrained_cfg(NAME).to_dict() if argument == "pretrained_cfg" else {}
+    model = timm.create_model(NAME, pretrained=True, **{argument: {**cfg, "file": str(elsewhere)}})
+    assert torch.equal(model.fc.bias, converted.fc.bias + 1)
+
+
+def test_a_state_dict_wins_over_the_weights_folder(converted):
+    state_dict = {key: value + 1 for key, value in converted.state_dict().items()}
+    model = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay={"state_dict": state_dict})
+    assert torch.equal(model.fc.bias, converted.fc.bias + 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "overlay"),
+    [
+        (NAME, {"hf_hub_id": "someone/else"}),
+        (NAME, {"hf_hub_id": f"{HUB_ORG}/{TAGGED}@a-revision"}),
+        (NAME, {"hf_hub_filename": "another.safetensors"}),
+        (f"hf-hub:{HUB_ORG}/{TAGGED}", None),
+    ],
+)
+def test_another_place_on_the_hub_wins_over_the_weights_folder(name, overlay):
+    """Offline, so the Hub is seen by its error."""
+    with pytest.raises((OSError, RuntimeError), match=r"on the Hub|the Hub, https"):
+        timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
+
+
+def test_no_weights_anywhere(monkeypatch, tmp_path):
+    monkeypatch.setenv("EQUIVISION_TIMM_WEIGHTS", str(tmp_path))
+    with pytest.raises(RuntimeError) as raised:
+        timm.create_model("d8resnet18", pretrained=True)
+    message = str(raised.value)
+    assert message.startswith("no weights for d8resnet18.")
+    assert str(tmp_path / "d8resnet18.equivision_in1k" / "model.safetensors") in message
+    assert f"https://huggingface.co/{HUB_ORG}/d8resnet18.equivision_in1k" in message
+    assert "`python -m equivision_timm fetch d8resnet18`" in message
+    with pytest.raises(RuntimeError, match="no weights for d8resnet18"):
+        timm.create_model("d8resnet18", pretrained=True, features_only=True)
+
+
+@pytest.fixture
+def broken_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("EQUIVISION_TIMM_WEIGHTS", str(tmp_path))
+    (tmp_path / TAGGED).mkdir()
+    return tmp_path / TAGGED
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100_000, -1])
+def test_a_damaged_local_file(keep, folder, broken_folder):
+    content = (folder / TAGGED / "model.safetensors").read_bytes()
+    (broken_folder / "model.safetensors").write_bytes(content[:keep])
+    with pytest.raises(RuntimeError, match="is damaged") as raised:
+        timm.create_model(NAME, pretrained=True)
+    assert f"{broken_folder / 'model.safetensors'} is damaged" in str(raised.value)
+    assert f"delete it and run `python -m equivision_timm fetch {NAME}`" in str(raised.value)
+
+
+def test_a_directory_in_place_of_the_local_file(broken_folder):
+    (broken_folder / "model.safetensors").mkdir()
+    with pytest.raises(RuntimeError, match=r"there is no .*model\.safetensors"):
+        timm.create_model(NAME, pretrained=True)
+
+
+def test_another_models_local_file(broken_folder, folder):
+    other = timm.create_model("c4resnet18_fast")
+    write_model_folder(broken_folder, "c4resnet18_fast", other.state_dict(), {})
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        timm.create_model(NAME, pretrained=True)
+
+
+def test_the_configuration_keeps_no_local_path(folder, tmp_path):
+    """What a user saves or uploads must not say where on this machine the weights lay."""
+    model = timm.create_model(NAME, pretrained=True)
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    assert str(folder) not in (tmp_path / "config.json").read_text()
+    assert json.loads((tmp_path / "config.json").read_text())["architecture"] == NAME
