@@ -107,7 +107,7 @@ def _draw_model(block, name: str, model: nn.Module, picture: Image.Image, angles
         best = int(predictions[column].argmax())
         axes[0, column].imshow(shown[column], cmap="gray")
         axes[0, column].set_title(f"{angle:g}°\n{names(best)} {predictions[column][best]:.0%}", fontsize=9)
-        axes[1, column].imshow(maps[column], **scale)
+        axes[1, column].imshow(maps[column].numpy(), **scale)
         axes[2, column].imshow(_masked(returned[column]), **scale)
         difference = _masked((returned[column] - reference).abs())
         axes[3, column].imshow(difference, cmap="magma", vmin=0, vmax=high - low)
@@ -129,7 +129,7 @@ def _circle(height: int, width: int) -> torch.Tensor:
 
 
 def _masked(values: torch.Tensor) -> np.ma.MaskedArray:
-    return np.ma.masked_array(values, ~_circle(*values.shape).numpy())
+    return np.ma.masked_array(values.numpy(), ~_circle(*values.shape).numpy())
 
 
 def _pixels(image: torch.Tensor, config: dict) -> np.ndarray:

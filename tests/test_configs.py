@@ -1,0 +1,154 @@
+"""Every recipe in configs/ loads through timm's own parser and builds model, optimiser, scheduler and augmentation."""
+
+import argparse
+import importlib.util
+import os
+import re
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import timm
+import torch
+import yaml
+from timm.data import Mixup, create_dataset, create_transform
+from timm.loss import BinaryCrossEntropy
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+
+from equivision_timm.rotation import RotatedFolder
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+NEEDS_CLONE = "needs timm's scripts: set TIMM_SCRIPTS to a clone of its repository"
+
+
+@pytest.fixture(params=CONFIGS, ids=lambda path: path.stem)
+def config(request: pytest.FixtureRequest) -> Path:
+    return request.param
+
+
+@pytest.fixture
+def train_script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """timm's train.py as a module."""
+    if "TIMM_SCRIPTS" not in os.environ:
+        pytest.skip(NEEDS_CLONE)
+    spec = importlib.util.spec_from_file_location("timm_train", Path(os.environ["TIMM_SCRIPTS"], "train.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_all_recipes_are_there() -> None:
+    assert {path.stem for path in CONFIGS} >= {"equivision_in1k", "rotated_in1k", "modern_in1k", "finetune"}
+
+
+def test_header_says_command_hardware_and_result(config: Path) -> None:
+    header = re.split(r"^[^#]", config.read_text(), maxsplit=1, flags=re.MULTILINE)[0]
+    assert f"--config configs/{config.name}" in header
+    assert "torchrun --nnodes=2" in header
+    assert "Hardware:" in header
+    assert "Result to expect:" in header
+
+
+def test_timm_parser_knows_every_key_and_value(
+    config: Path, train_script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """timm takes defaults from YAML unchecked; here each must come out as if it had been typed."""
+    values = yaml.safe_load(config.read_text())
+    actions = {action.dest: action for action in train_script.parser._actions}
+    assert not values.keys() - actions.keys()
+    typed = ["train.py", "--data-dir", "DIR"]
+    for key, value in values.items():
+        action = actions[key]
+        words = [] if value is True else [str(v) for v in value] if isinstance(value, list) else [str(value)]
+        assert not (value is True and not isinstance(action, argparse._StoreTrueAction)), key
+        typed += [action.option_strings[-1], *words]
+    monkeypatch.setattr(sys, "argv", typed)
+    as_typed, _ = train_script._parse_args()
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data-dir", "DIR", "--config", str(config)])
+    from_config, _ = train_script._parse_args()
+    assert vars(from_config) == vars(as_typed)
+    for key, value in values.items():
+        assert getattr(from_config, key) == value
+
+
+def _build(args: SimpleNamespace | argparse.Namespace) -> SimpleNamespace:
+    """What train.py makes from its arguments, by timm's own factories."""
+    model = timm.create_model(
+        "c4resnet18_fast", num_classes=10, drop_path_rate=getattr(args, "drop_path", None), width=2
+    )
+    optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args))
+    scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=10)
+    transform = create_transform(
+        (3, args.img_size, args.img_size),
+        is_training=True,
+        scale=getattr(args, "scale", None),
+        hflip=getattr(args, "hflip", 0.5),
+        color_jitter=getattr(args, "color_jitter", 0.4),
+        auto_augment=getattr(args, "aa", None),
+        interpolation=getattr(args, "train_interpolation", "random"),
+    )
+    return SimpleNamespace(model=model, optimizer=optimizer, scheduler=scheduler, epochs=epochs, transform=transform)
+
+
+def _train_one_step(built: SimpleNamespace, args: SimpleNamespace | argparse.Namespace) -> None:
+    """A step on noise: finite loss, parameters that move."""
+    torch.manual_seed(0)
+    images, targets = torch.randn(4, 3, 33, 33), torch.arange(4)
+    loss_function = torch.nn.CrossEntropyLoss()
+    if getattr(args, "mixup", 0):
+        mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=10)
+        images, targets = mixup(images, targets)
+        loss_function = BinaryCrossEntropy(target_threshold=args.bce_target_thresh)
+    built.scheduler.step(args.warmup_epochs)
+    before = built.model.conv1.conv.weight.clone()
+    loss = loss_function(built.model(images), targets)
+    loss.backward()
+    built.optimizer.step()
+    assert loss.isfinite()
+    assert not torch.equal(before, built.model.conv1.conv.weight)
+
+
+def test_builds_and_trains_from_the_values(config: Path) -> None:
+    """Without timm's scripts: the same factories, fed from the file."""
+    args = SimpleNamespace(**{"momentum": 0.9, **yaml.safe_load(config.read_text())})
+    built = _build(args)
+    assert built.epochs == args.epochs
+    _train_one_step(built, args)
+
+
+def test_builds_and_trains_through_timms_parser(
+    config: Path, train_script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data-dir", "DIR", "--config", str(config)])
+    args, _ = train_script._parse_args()
+    _train_one_step(_build(args), args)
+
+
+@pytest.mark.parametrize("name", ["equivision_in1k", "rotated_in1k"])
+def test_original_recipe(name: str) -> None:
+    """The original's command line and defaults, read back from what timm builds."""
+    args = SimpleNamespace(**yaml.safe_load((CONFIGS[0].parent / f"{name}.yaml").read_text()))
+    built = _build(args)
+    assert type(built.optimizer) is torch.optim.SGD
+    for group in built.optimizer.param_groups:
+        assert (group["momentum"], group["nesterov"], group["lr"]) == (0.9, False, 0.1)
+        assert group["weight_decay"] in (0.0, 1e-4)
+    rates = []
+    for epoch in range(90):
+        built.scheduler.step(epoch)
+        rates.append(built.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx(30 * [0.1] + 30 * [0.01] + 30 * [0.001])
+    assert 4 * args.batch_size * args.grad_accum_steps == 256
+    assert (args.amp_dtype, args.seed, args.img_size, args.crop_pct) == ("float16", 10, 224, 0.875)
+    names = [type(step).__name__ for step in built.transform.transforms]
+    assert names[:2] == ["RandomResizedCropAndInterpolation", "RandomHorizontalFlip"]
+    assert built.transform.transforms[0].interpolation.value == "bilinear"
+
+
+def test_rotated_recipe_rotates(tmp_path: Path) -> None:
+    args = yaml.safe_load((CONFIGS[0].parent / "rotated_in1k.yaml").read_text())
+    (tmp_path / "class").mkdir()
+    (tmp_path / "class" / "image.png").write_bytes(b"")
+    assert isinstance(create_dataset(args["dataset"], root=str(tmp_path), split="train"), RotatedFolder)

@@ -1,0 +1,82 @@
+"""The picture of an image and its feature maps at several angles."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from small_models import save_small_model
+
+from equivision_timm.cli import main
+from equivision_timm.rotation import rotate
+from equivision_timm.show import map_error, scalar_maps
+
+
+@pytest.fixture
+def photograph(tmp_path: Path) -> str:
+    data = pytest.importorskip("skimage.data", reason="the photograph for this test comes from scikit-image")
+    Image.fromarray(data.astronaut()).resize((128, 128)).save(tmp_path / "astronaut.png")
+    return str(tmp_path / "astronaut.png")
+
+
+def _errors(model: torch.nn.Module, degrees: float, size: int = 97) -> list[float]:
+    """The error of every map at level 1 under one rotation."""
+    torch.manual_seed(0)
+    coarse = torch.randn(1, 3, 9, 9)
+    image = torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic", align_corners=True)
+    with torch.inference_mode():
+        upright, turned = (scalar_maps(model.eval(), x, 1)[0] for x in (image, rotate(image, degrees)))
+    return [map_error(rotate(t[None, None], -degrees)[0, 0], u) for t, u in zip(turned, upright, strict=True)]
+
+
+@pytest.mark.parametrize(("name", "maps"), [("c4resnet18_fast", 16), ("d4resnet18_fast", 8), ("c8resnet18_fast", 8)])
+def test_maps_of_equivariant_models_turn_along(name: str, maps: int) -> None:
+    torch.manual_seed(1)
+    errors = _errors(timm.create_model(name), 90)
+    assert len(errors) == maps
+    assert max(errors) < 1e-4
+
+
+def test_eighth_turns_are_close_in_c8_alone() -> None:
+    torch.manual_seed(1)
+    c8, c4 = (np.median(_errors(timm.create_model(name), 45, 193)) for name in ("c8resnet18_fast", "c4resnet18_fast"))
+    assert c8 < 0.75 * c4
+
+
+def test_maps_of_plain_models_do_not() -> None:
+    torch.manual_seed(1)
+    assert np.median(_errors(timm.create_model("resnet18"), 90)) > 0.2
+
+
+def test_picture_of_two_models(photograph: str, tmp_path: Path) -> None:
+    """An equivariant one, and one of timm's own with a checkpoint."""
+    ours = save_small_model(tmp_path / "ours", width=2, size=65)
+    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "plain.pth")
+    out = tmp_path / "folder" / "show.png"
+    models = [ours, f"test_resnet={tmp_path}/plain.pth"]
+    assert main(["show", photograph, "--model", *models, "--angles", "0,45,90", "--out", str(out)]) == 0
+    with Image.open(out) as picture:
+        assert picture.size[0] > picture.size[1] > 500
+        assert len(picture.getcolors(1 << 24)) > 1000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["IMAGE", "--model", "c8resnet19"], "unknown model 'c8resnet19': did you mean c8resnet18"),
+        (["nowhere.png", "--model", "c8resnet18"], "cannot read the image 'nowhere.png'"),
+        (["IMAGE", "--model", "c8resnet18", "--angles", "north"], "'north' is no list of angles"),
+        (["EMPTY", "--model", "c8resnet18"], "cannot read the image"),
+        (["IMAGE", "--model", "OURS", "--level", "7"], "no feature map --level 7"),
+    ],
+)
+def test_bad_input(arguments: list[str], message: str, photograph: str, tmp_path: Path, capsys) -> None:
+    (tmp_path / "empty.png").write_bytes(b"")
+    ours = save_small_model(tmp_path / "ours", width=2)
+    stand_in = {"IMAGE": photograph, "EMPTY": str(tmp_path / "empty.png"), "OURS": ours}
+    out = tmp_path / "show.png"
+    assert main(["show", *(stand_in.get(a, a) for a in arguments), "--out", str(out)]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
