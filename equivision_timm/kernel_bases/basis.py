@@ -19,7 +19,7 @@ origin, ring profiles and sha256 in `manifest.json`, so that a weight means the 
 import hashlib
 import json
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib import resources
 
 import torch
@@ -57,10 +57,12 @@ class KernelBasis:
     he_std: torch.Tensor
 
     def sample(self) -> torch.Tensor:
-        """The kernels on the pixel grid: [n_basis, |G|, H, k, k].
+        """The kernels on the pixel grid: [n_basis, |G|, H, k, k], computed once; not to be changed in place."""
+        return self._kernels
 
-        K_b(x)[g, h] = k_b(g^-1 x, g^-1 h) = sum_j C[b, j, g^-1 h] psi_j(g^-1 x)
-        """
+    @cached_property
+    def _kernels(self) -> torch.Tensor:
+        """K_b(x)[g, h] = k_b(g^-1 x, g^-1 h) = sum_j C[b, j, g^-1 h] psi_j(g^-1 x)."""
         if self.coefficients.shape[-1] == 1:  # trivial input: no h, C[b, j] for every g
             moved = self.coefficients[:, :, None, :].expand(-1, -1, self.group.order, -1)
         else:
