@@ -49,7 +49,8 @@ class Hub:
         requests: (method, path) of every request so far.
         offsets: where each download of a large file began.
         break_downloads_after: bytes after which a download loses its connection, None for never.
-        break_uploads: whether an upload of a large file loses its connection.
+        spoil_downloads: whether the last byte of every file that is served is wrong.
+        hang_uploads: whether the upload of a large file sets `hanging` and waits for `goes_on`.
     """
 
     def __init__(self) -> None:
@@ -58,13 +59,13 @@ class Hub:
         self.requests: list[tuple[str, str]] = []
         self.offsets: list[int] = []
         self.break_downloads_after: int | None = None
-        self.break_uploads = False
-        hub = self
+        self.spoil_downloads = False
+        self.hang_uploads = False
+        self.hanging, self.goes_on = threading.Event(), threading.Event()
 
         class Handler(_Handler):
-            pass
+            hub = self
 
-        Handler.hub = hub
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
 
@@ -162,12 +163,13 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         if verb == "preupload":
             return self._send_json({"files": [_upload_mode(repository, file) for file in json.loads(body)["files"]]})
-        return self._commit(repository, [json.loads(line) for line in body.splitlines()])
+        return self._commit(f"{organisation}/{name}", [json.loads(line) for line in body.splitlines()])
 
     def do_PUT(self) -> None:
         self.hub.requests.append(("PUT", self.path))
-        if self.hub.break_uploads:
-            self.rfile.read(1000)
+        if self.hub.hang_uploads:
+            self.hub.hanging.set()
+            self.hub.goes_on.wait()
             return self._break_connection()
         content = self.rfile.read(int(self.headers["Content-Length"]))
         self.hub.large_files[hashlib.sha256(content).hexdigest()] = content
@@ -188,7 +190,7 @@ class _Handler(BaseHTTPRequestHandler):
             objects.append({**file, **({} if file["oid"] in self.hub.large_files else {"actions": upload})})
         self._send_json({"transfer": "basic", "objects": objects})
 
-    def _commit(self, repository: Repository, lines: list[dict]) -> None:
+    def _commit(self, name: str, lines: list[dict]) -> None:
         files = {}
         for line in lines:
             value = line["value"]
@@ -196,8 +198,8 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.hub.large_files[value["oid"]]
-        commit = repository.commit(files)
-        self._send_json({"commitUrl": f"{self.hub.endpoint}/x/y/commit/{commit}", "commitOid": commit})
+        commit = self.hub.repositories[name].commit(files)
+        self._send_json({"commitUrl": f"{self.hub.endpoint}/{name}/commit/{commit}", "commitOid": commit})
 
     def _may_write(self) -> bool:
         return self.headers.get("Authorization") == f"Bearer {TOKEN}"
@@ -217,6 +219,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, {"X-Error-Code": code, "X-Error-Message": code or "Unauthorized", **(headers or {})}, b"")
 
     def _send_file(self, content: bytes, headers: dict[str, str]) -> None:
+        if self.hub.spoil_downloads:
+            content = content[:-1] + bytes([content[-1] ^ 1])
         start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
         if start:
             headers = {**headers, "Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}

@@ -1,12 +1,11 @@
 """Weights on (a loopback) Hub, as `create_model(name, pretrained=True)` sees them."""
 
 import json
-import os
 
 import pytest
 import timm
 import torch
-from hub_client import Client
+from fresh_process import FreshProcess, create_pretrained
 from hub_server import TOKEN, Hub
 from safetensors.torch import load, save
 
@@ -45,20 +44,18 @@ def hub(first):
 
 @pytest.fixture
 def start(hub, tmp_path):
-    """Starts a process that creates models and knows nothing of the user's but the loopback Hub."""
+    """Starts a process that creates pretrained models and knows nothing of the user's but the loopback Hub."""
+    environment = {"HOME": tmp_path / "home", "HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_PROGRESS_BARS": 1}
 
     def start(*models, **variables):
-        inherited = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "XDG_"))}
-        ours = {"HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        environment = {**inherited, **ours, **{key: str(value) for key, value in variables.items()}}
-        return Client(models or [(NAME, {})], environment)
+        return FreshProcess({**environment, **variables}, create_pretrained, *(models or [(NAME, {})]))
 
     return start
 
 
 @pytest.fixture
 def run(start):
-    return lambda *models, **variables: start(*models, **variables).results()
+    return lambda *models, **variables: start(*models, **variables).result()
 
 
 def test_first_download_then_cached_then_changed_then_offline(hub, run, first, second):
@@ -129,4 +126,4 @@ def test_a_connection_that_stays_broken(hub, run, first, tmp_path):
 
 def test_two_processes_at_once(hub, start, first):
     processes = [start(), start()]
-    assert [process.results() for process in processes] == [[bias(first)]] * 2
+    assert [process.result() for process in processes] == [[bias(first)]] * 2

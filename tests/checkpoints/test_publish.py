@@ -1,0 +1,208 @@
+"""Publishing: the folder that would be uploaded, and its upload to (a loopback) Hub."""
+
+import re
+
+import huggingface_hub
+import numpy as np
+import pytest
+import timm
+import torch
+from fresh_process import FreshProcess, create_pretrained, run_command, run_snippet
+from hub_server import TOKEN, Hub
+from PIL import Image
+
+from equivision_timm.checkpoints import publish
+from equivision_timm.checkpoints.folder import write_model_folder
+from equivision_timm.cli import main
+from equivision_timm.models.pretrained import HUB_ORG
+
+NAMES = ("c4resnet18", "d1resnet18")
+TAGGED = "c4resnet18.equivision_in1k"
+PROVENANCE = {"source_sha256": "ab" * 32, "signs": "+-+"}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A weights folder with two models."""
+    folder = tmp_path_factory.mktemp("weights")
+    for seed, name in enumerate(NAMES):
+        torch.manual_seed(seed)
+        write_model_folder(folder / f"{name}.equivision_in1k", name, timm.create_model(name).state_dict(), PROVENANCE)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def environment(weights, monkeypatch):
+    monkeypatch.setenv("EQUIVISION_TIMM_WEIGHTS", str(weights))
+
+
+@pytest.fixture
+def hub():
+    with Hub() as hub:
+        yield hub
+
+
+@pytest.fixture
+def logged_in(hub, weights, tmp_path):
+    """Environment of a process that may write to the Hub; LFS uploads, for this Hub does not speak Xet."""
+    return {
+        "HOME": tmp_path / "home",
+        "EQUIVISION_TIMM_WEIGHTS": weights,
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_TOKEN": TOKEN,
+        "HF_HUB_DISABLE_XET": 1,
+        "HF_HUB_DISABLE_PROGRESS_BARS": 1,
+    }
+
+
+@pytest.fixture
+def run(logged_in):
+    """Runs a command in a process of its own: exit status, output, errors."""
+    return lambda *arguments, **variables: FreshProcess({**logged_in, **variables}, run_command, *arguments).result()
+
+
+def content(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_would_be_uploaded(weights, tmp_path, capsys):
+    assert main(["publish", "c4resnet18", "--to", str(tmp_path / "out")]) == 0
+    assert str(tmp_path / "out" / TAGGED) in capsys.readouterr().out
+    written = content(tmp_path / "out")
+    assert sorted(written) == [f"{TAGGED}/README.md", f"{TAGGED}/config.json", f"{TAGGED}/model.safetensors"]
+    for name in ("config.json", "model.safetensors"):
+        assert written[f"{TAGGED}/{name}"] == (weights / TAGGED / name).read_bytes()
+    model = timm.create_model(f"local-dir:{tmp_path / 'out' / TAGGED}", pretrained=True)
+    assert torch.equal(model.fc.bias, timm.create_model("c4resnet18", pretrained=True).fc.bias)
+
+    assert main(["publish", "--all", "--to", str(tmp_path / "out")]) == 0  # again, and the rest of the family
+    assert {name: data for name, data in content(tmp_path / "out").items() if name in written} == written
+    assert len(content(tmp_path / "out")) == 3 * len(NAMES)
+
+
+def test_model_card():
+    card = publish.model_card("c8resnet50", f"{HUB_ORG}/c8resnet50.equivision_in1k", PROVENANCE)
+    metadata = huggingface_hub.ModelCard(card, ignore_metadata_errors=False).data
+    assert (metadata.license, metadata.library_name, metadata.pipeline_tag) == ("mit", "timm", "image-classification")
+    assert [result.metric_value for result in metadata.eval_results] == [0.787, 0.945]
+    assert {result.source_url for result in metadata.eval_results} == {"https://github.com/dmklee/equivision"}
+    body = card.split("---\n", 2)[2]
+    for text in (
+        "import equivision_timm",
+        f'timm.create_model("hf-hub:{HUB_ORG}/c8resnet50.equivision_in1k", pretrained=True)',
+        "| Parameters | 24.84 million |",
+        "| 39.13 billion (",
+        "| 78.7 % |",
+        "| 94.5 % |",
+        "n = 1 mod 32",
+        f"| source_sha256 | {PROVENANCE['source_sha256']} |",
+        "| signs | +-+ |",
+        "MIT",
+        "klee2023equivision",
+        "cesa2022program",
+        "rw2019timm",
+    ):
+        assert text in body
+    assert "$" not in card
+    assert max(map(len, body.splitlines())) <= 120
+
+
+def test_complexity_by_hand():
+    """d8resnet18 at 224 x 224: the convolutions of a plain ResNet-18 with 20 * 16 channels, layer by layer."""
+    macs = 3 * 320 * 7**2 * 112**2 + 160 * 1000  # stem; classifier on 8 * 20 fields
+    previous = 320
+    for width, size in ((320, 56), (640, 28), (1280, 14), (2560, 7)):
+        macs += size**2 * 3**2 * (previous * width + 3 * width**2)  # two blocks of two 3 x 3 convolutions
+        macs += size**2 * previous * width * (width != previous)  # shortcut
+        previous = width
+    parameters, gmacs = publish.complexity("d8resnet18")
+    assert parameters == sum(p.numel() for p in timm.create_model("d8resnet18").parameters())
+    assert gmacs == pytest.approx(macs / 1e9, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["c8resnet101", "resnet18"])
+def test_a_model_that_has_no_weights(name, tmp_path, capsys):
+    assert main(["publish", name, "--to", str(tmp_path)]) == 1
+    assert f"{name} has no weights to publish; there are: d1resnet18" in capsys.readouterr().err
+    assert content(tmp_path) == {}
+
+
+def test_weights_that_are_not_there(monkeypatch, tmp_path, capsys):
+    assert main(["publish", "d8resnet18", "--to", str(tmp_path / "out")]) == 1
+    assert "run `python -m equivision_timm fetch d8resnet18`" in capsys.readouterr().err
+    monkeypatch.setenv("EQUIVISION_TIMM_WEIGHTS", str(tmp_path))
+    assert main(["publish", "--all", "--to", str(tmp_path / "out")]) == 1
+    assert "the weights folder is empty" in capsys.readouterr().err
+    assert content(tmp_path) == {}
+
+
+def test_upload(hub, weights, run, logged_in):
+    status, output, errors = run("publish", "--all")
+    assert (status, errors) == (0, "")
+    for name in NAMES:
+        repository = hub.repositories[f"{HUB_ORG}/{name}.equivision_in1k"]
+        assert f"{name}: {hub.endpoint}/{HUB_ORG}/{name}.equivision_in1k/commit/{repository.head}" in output
+        assert not repository.private
+        files = repository.head_files()
+        assert sorted(files) == ["README.md", "config.json", "model.safetensors"]
+        for file in ("config.json", "model.safetensors"):
+            assert files[file] == (weights / f"{name}.equivision_in1k" / file).read_bytes()
+
+    elsewhere = {**logged_in, "EQUIVISION_TIMM_WEIGHTS": weights / "nothing here", "HF_TOKEN": ""}
+    models = [("c4resnet18", {}), (f"hf-hub:{HUB_ORG}/{TAGGED}", {})]
+    expected = timm.create_model("c4resnet18", pretrained=True).fc.bias.sum().item()
+    assert FreshProcess(elsewhere, create_pretrained, *models).result() == [expected, expected]
+
+
+def test_a_killed_upload_goes_on_where_it_stopped(hub, weights, run, logged_in):
+    assert run("publish", "c4resnet18")[0] == 0
+    done = hub.repositories[f"{HUB_ORG}/{TAGGED}"]
+    commits = list(done.commits)
+
+    hub.hang_uploads = True
+    process = FreshProcess(logged_in, run_command, "publish", "--all")
+    assert hub.hanging.wait(60)
+    process.kill()
+    hub.hang_uploads = False
+    hub.goes_on.set()
+    unfinished = hub.repositories[f"{HUB_ORG}/d1resnet18.equivision_in1k"]
+    assert unfinished.head_files() == {}
+
+    uploads = hub.count("PUT", "/upload/")
+    assert run("publish", "--all")[0] == 0
+    assert hub.count("PUT", "/upload/") == uploads + 1  # the other one was there
+    assert list(done.commits) == commits
+    weights_file = weights / "d1resnet18.equivision_in1k" / "model.safetensors"
+    assert unfinished.head_files()["model.safetensors"] == weights_file.read_bytes()
+
+
+def test_private_and_another_owner(hub, run):
+    assert run("publish", "c4resnet18", "--org", "someone", "--private")[0] == 0
+    repository = hub.repositories[f"someone/{TAGGED}"]
+    assert repository.private
+    assert f'"hf-hub:someone/{TAGGED}"' in repository.head_files()["README.md"].decode()
+
+
+def test_without_login(hub, run):
+    status, _, errors = run("publish", "c4resnet18", HF_TOKEN="hf_of_somebody_else")
+    assert status == 1
+    assert "401" in errors
+    assert hub.repositories == {}
+
+
+def test_a_hub_that_returns_other_bytes(hub, run):
+    hub.spoil_downloads = True
+    status, _, errors = run("publish", "c4resnet18")
+    assert status == 1
+    assert "the Hub returned another config.json than was sent" in errors
+
+
+def test_the_snippet_of_the_card(hub, run, logged_in):
+    assert run("publish", "c4resnet18")[0] == 0
+    card = hub.repositories[f"{HUB_ORG}/{TAGGED}"].head_files()["README.md"].decode()
+    snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    picture = np.random.default_rng(0).integers(0, 256, (240, 320, 3), dtype=np.uint8)
+    names = {"image": Image.fromarray(picture)}
+    shapes = FreshProcess(logged_in, run_snippet, snippet, names, ("logits", "features")).result()
+    assert shapes["logits"] == (1, 1000)
+    assert f"# {list(shapes['features'])}\n" in snippet
