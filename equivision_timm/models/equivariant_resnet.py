@@ -10,6 +10,7 @@ with n = 1 mod 32 (225, 257, ...). Turns by 45 degrees are approximate: the pixe
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -434,6 +435,22 @@ def _pretrained_cfg(name_with_tag: str) -> dict[str, Any]:
     return _cfg(hf_hub_id=f"{HUB_ORG}/{name_with_tag}", hf_hub_filename=WEIGHTS_FILE)
 
 
+def _digits_cfg(variant: str) -> dict[str, Any]:
+    """Weights inside the package, trained on handwritten digits by scripts/train_digits.py."""
+    return _cfg(
+        file=str(Path(__file__).parents[1] / "digits" / f"{variant}.safetensors"),
+        num_classes=10,
+        input_size=(3, 65, 65),
+        pool_size=(3, 3),
+        crop_pct=1.0,
+        mean=(0.0, 0.0, 0.0),  # the black ground stays zero, as the padding and the corners of a turned image are
+        std=(1.0, 1.0, 1.0),
+        label_names=tuple("0123456789"),
+        description="handwritten digits (MNIST), trained upright",
+        origin_url=None,
+    )
+
+
 default_cfgs = generate_default_cfgs(
     {
         "c1resnet18": _cfg(),
@@ -472,6 +489,9 @@ default_cfgs = generate_default_cfgs(
         "d4resnet101_fast": _cfg(),
         "c8resnet101_fast": _cfg(),
         "d8resnet101_fast": _cfg(),
+        "test_c1resnet.digits": _digits_cfg("test_c1resnet"),
+        "test_d4resnet.digits": _digits_cfg("test_d4resnet"),
+        "test_c8resnet.digits": _digits_cfg("test_c8resnet"),
     }
 )
 
@@ -690,3 +710,21 @@ def c8resnet101_fast(pretrained: bool = False, **kwargs: Any) -> EquivariantResN
 def d8resnet101_fast(pretrained: bool = False, **kwargs: Any) -> EquivariantResNet:
     """D8 ResNet-101: eighth turns and mirrors; 4 fields, as many channels as the plain ResNet."""
     return _resnet101("d8resnet101_fast", pretrained, **{"group": "d8", "width": 4, **kwargs})
+
+
+@register_model
+def test_c1resnet(pretrained: bool = False, **kwargs: Any) -> EquivariantResNet:
+    """Tiny C1 ResNet for tests: no symmetry (the plain twin); 11 fields, about as many parameters as the others."""
+    return _test_resnet("test_c1resnet", pretrained, **{"group": "c1", "width": 11, **kwargs})
+
+
+@register_model
+def test_d4resnet(pretrained: bool = False, **kwargs: Any) -> EquivariantResNet:
+    """Tiny D4 ResNet for tests: quarter turns and mirrors; 4 fields."""
+    return _test_resnet("test_d4resnet", pretrained, **{"group": "d4", "width": 4, **kwargs})
+
+
+@register_model
+def test_c8resnet(pretrained: bool = False, **kwargs: Any) -> EquivariantResNet:
+    """Tiny C8 ResNet for tests: eighth turns; 4 fields."""
+    return _test_resnet("test_c8resnet", pretrained, **{"group": "c8", "width": 4, **kwargs})

