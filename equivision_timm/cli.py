@@ -5,6 +5,8 @@ One function a sub-command; the work is done elsewhere.
 
 import argparse
 import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 __all__ = ["main"]
 
@@ -21,6 +23,10 @@ def main(arguments: list[str] | None = None) -> int:
     _add_demo(commands)
     _add_rotate_eval(commands)
     _add_show(commands)
+    _add_fetch(commands)
+    _add_publish(commands)
+    _add_convert(commands)
+    _add_verify(commands)
     if arguments and not arguments[0].startswith("-") and arguments[0] not in commands.choices:
         from equivision_timm.runner import run_script
 
@@ -38,8 +44,16 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
 
 def _demo(args: argparse.Namespace) -> int:
     from equivision_timm.demo import run
+    from equivision_timm.loading import InputError
 
-    run(args.out)
+    try:
+        run(args.out)
+    except InputError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"demo: interrupted; {args.out} was not written", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -119,3 +133,130 @@ def _show(args: argparse.Namespace) -> int:
         return 2
     print(args.out)
     return 0
+
+
+def _add_fetch(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "fetch",
+        help="have the original's weights in the local weights folder",
+        description="Downloads checkpoints of the original from Google Drive, converts them and puts them into the "
+        "local weights folder ($EQUIVISION_TIMM_WEIGHTS, by default equivision_timm in the user's cache folder), where "
+        "create_model(NAME, pretrained=True) finds them. The same call continues a broken download.",
+    )
+    _add_names(parser, "every model whose checkpoint was released")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="photographs that settle the signs of D4 and D8")
+    parser.add_argument("--signs", metavar="PATTERN", help="sign pattern of D4 and D8, where it is known")
+    parser.set_defaults(run=_fetch)
+
+
+def _fetch(args: argparse.Namespace) -> int:
+    from equivision_timm.checkpoints.fetch import fetch
+    from equivision_timm.checkpoints.released import released
+
+    return _for_each(args.names or released(), lambda name: fetch(name, args.images, args.signs))
+
+
+def _add_publish(commands: argparse._SubParsersAction) -> None:
+    from equivision_timm.models.pretrained import HUB_ORG
+
+    parser = commands.add_parser(
+        "publish",
+        help="upload converted weights to the Hub, or write what would be uploaded",
+        description="Uploads models of the local weights folder (config, weights, model card) under your own login "
+        "(`hf auth login`) and compares what the Hub then returns, bit by bit. The same call continues a broken one.",
+    )
+    _add_names(parser, "every model in the local weights folder")
+    parser.add_argument("--to", type=Path, metavar="DIR", help="write to DIR/NAME.TAG instead of uploading")
+    parser.add_argument("--org", default=HUB_ORG, help="user or organisation on the Hub (default: %(default)s)")
+    parser.add_argument("--private", action="store_true", help="create private repositories")
+    parser.set_defaults(run=_publish)
+
+
+def _publish(args: argparse.Namespace) -> int:
+    from equivision_timm.checkpoints.publish import models_in_weights_folder, upload, write_publication
+
+    def publish(name: str) -> None:
+        done = write_publication(name, args.to, args.org) if args.to else upload(name, args.org, args.private)
+        print(f"{name}: {done}")
+
+    names = args.names or models_in_weights_folder()
+    if not names:
+        print("the weights folder is empty: run `python -m equivision_timm fetch --all`", file=sys.stderr)
+        return 1
+    return _for_each(names, publish)
+
+
+def _add_names(parser: argparse.ArgumentParser, meaning_of_all: str) -> None:
+    names = parser.add_mutually_exclusive_group(required=True)
+    names.add_argument("names", nargs="*", default=[], metavar="NAME", help="models, e.g. c8resnet50")
+    names.add_argument("--all", action="store_true", help=meaning_of_all)
+
+
+def _for_each(names: Iterable[str], action: Callable[[str], object]) -> int:
+    """Do all of them, even where one fails; 1 if one did."""
+    return max([_attempt(name, action) for name in names])
+
+
+def _attempt(name: str, action: Callable[[str], object]) -> int:
+    try:
+        action(name)
+    except Exception as error:  # of the network, the file system, the Hub's client, ...: the other models still count
+        print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _add_convert(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "convert",
+        help="convert a checkpoint of the original",
+        description="Writes DIR/model.safetensors and DIR/config.json, which create_model('local-dir:DIR', "
+        "pretrained=True) loads, and prints where the weights come from. A D4 or D8 checkpoint without its kernel "
+        "basis is open up to signs, which are found on photographs.",
+    )
+    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="checkpoint file of the original network")
+    parser.add_argument("--model", required=True, metavar="NAME", help="the model, e.g. c8resnet50")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="model folder to write")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="photographs (default: those of scikit-image)")
+    parser.add_argument("--signs", metavar="PATTERN", help="sign pattern of D4 or D8, by name or as '+' and '-'")
+    parser.set_defaults(run=_convert)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    import timm
+
+    from equivision_timm.checkpoints.convert_file import convert_file
+
+    if args.model not in timm.list_models(module="equivariant_resnet"):
+        print(f"convert: {args.model!r} is no model of this package, e.g. c8resnet50", file=sys.stderr)
+        return 2
+    try:
+        print(convert_file(args.checkpoint, args.model, args.out, args.images, args.signs))
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"convert: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _add_verify(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "verify",
+        help="check weights: hash, origin, values, equivariance, statistics, accuracy",
+        description="Prints a table; exit status 1 where a check fails.",
+    )
+    parser.add_argument("target", metavar="PATH_OR_NAME", help="model folder, safetensors file, or pretrained model")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="photographs (default: those of scikit-image)")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="labelled images, such as ImageNet's validation set")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.set_defaults(run=_verify)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    import json
+
+    from equivision_timm.checkpoints.verify import as_json, as_table, verify
+
+    checks = verify(args.target, args.images, args.data)
+    result = as_json(checks)
+    print(json.dumps(result, indent=1) if args.json else as_table(checks))
+    return 0 if result["ok"] else 1

@@ -1,55 +1,272 @@
-"""Original equivision state dict -> state dict of our model of the same name. No input or output of files."""
+"""Original equivision state dict -> state dict of our model of the same name. Pure: no input or output of files.
+
+A convolution's coefficients are one flat vector in the order (output field o, input field i, basis element b), our
+`weight` [out_fields, in_fields, n_basis, 1]: a reshape, where the author's basis is ours. What else the checkpoint
+carries says whether it is:
+
+- `sampled_basis` B' [n_basis, |G|, H, k^2], the author's basis: sum_b w'_b B'_b = sum_b w_b B_b gives w = w' T with
+  T B = B', by least squares, exact since both span the same space;
+- `filter` K [O |G|, I H, k, k] alone: sum_b w_b B_b = K gives w, likewise;
+- neither: the bases of C_N and D_1 are the same everywhere; those of D_4 and D_8 differ by signs (`sign_groups.py`),
+  which the caller must know (`signs.py` finds them): w_b = s_b w'_b.
+
+`weights`, norms and classifier are needed, `filter`, `sampled_basis` and index tables taken where they are.
+"""
 
 import re
+from dataclasses import dataclass
+from functools import cache
 
 import timm
 import torch
 
-__all__ = ["convert_original"]
+from equivision_timm.checkpoints.sign_groups import element_signs, sign_groups
+from equivision_timm.groups import Group
+from equivision_timm.kernel_bases import load_kernel_basis
+from equivision_timm.layers import ConvNorm
+
+__all__ = ["Conversion", "convert_original", "convert_with_details", "translate_basis"]
+
+_TOLERANCE = 1e-4  # of least-squares residuals, relative to the largest value; float32 leaves 1e-6
 
 
-def convert_original(state_dict: dict[str, torch.Tensor], model_name: str) -> dict[str, torch.Tensor]:
-    """Rename and reshape the weights of an original network; its coefficients are taken to be in the canonical basis.
+@dataclass(frozen=True)
+class Conversion:
+    """A converted state dict and how it came about.
 
-    A convolution's coefficients are one flat vector in the order (output field, input field, basis element), our
-    `weight` [out_fields, in_fields, n_basis, 1]: a reshape. Norms and classifier carry over as they are.
+    Attributes:
+        state_dict: exactly the entries of our model, in its order, float32.
+        basis: what fixed the coefficients: 'sampled_basis', 'filter', 'signs', 'canonical' (taken as they are: the
+            basis of C_N and D_1, or D_4 and D_8 without `signs`).
+        residual: largest relative residual of the least squares, 0 where there were none.
+        dtypes: types other than float32 that were converted.
+    """
+
+    state_dict: dict[str, torch.Tensor]
+    basis: str
+    residual: float
+    dtypes: tuple[str, ...]
+
+
+def convert_original(
+    state_dict: dict[str, torch.Tensor], model_name: str, signs: str | None = None
+) -> dict[str, torch.Tensor]:
+    """The weights of an original network as those of ours; see `convert_with_details`, whose `state_dict` this is.
+
+    Example:
+        >>> convert_original({"fc.bias": torch.zeros(1000)}, "c4resnet18")
+        Traceback (most recent call last):
+        ValueError: this is no checkpoint of c4resnet18: 121 entries are missing (conv1.weights, ...)...
+    """
+    return convert_with_details(state_dict, model_name, signs).state_dict
+
+
+def convert_with_details(state_dict: dict[str, torch.Tensor], model_name: str, signs: str | None = None) -> Conversion:
+    """Convert the weights of an original network and say how.
 
     Args:
         state_dict: names of the original, `conv1.weights`, `layer1.0.bn1.batch_norm_[8].weight`, `fc.bias`, ...
         model_name: the model, e.g. 'c8resnet50'.
-
-    Returns:
-        Exactly the entries of our model, in its order.
+        signs: the sign pattern of the author's machine (D_4, D_8, where the checkpoint does not carry its basis): a
+            name of `known_patterns` or a string of '+' and '-'; None takes the coefficients to be in our basis.
 
     Raises:
-        ValueError: names are missing, left over or of another shape.
+        ValueError: names are missing, left over or of another shape; the basis or the filter is not one of this
+            group; `signs` where there are none to choose.
     """
+    entries = _entries_of(model_name)
+    _check_names(state_dict, entries, model_name)
+    _check_shapes(state_dict, entries, model_name)
+
     with torch.device("meta"):
-        expected = timm.create_model(model_name).state_dict()
-    renamed = {_our_name(name): (name, value) for name, value in state_dict.items()}
-    missing = [name for name in expected if name not in renamed]
-    left_over = [original for name, (original, _) in renamed.items() if name not in expected]
-    if missing or left_over:
+        model = timm.create_model(model_name)
+    convs = {name: module.conv for name, module in model.named_modules() if isinstance(module, ConvNorm)}
+    original_names = {entry.ours: name for name, entry in entries.items() if entry.ours}
+    sources = {_source(state_dict, original_names[f"{name}.conv.weight"]) for name in convs}
+    if signs is not None and sources != {"signs"}:
+        raise ValueError(f"the checkpoint carries its basis ({', '.join(sorted(sources))}): leave signs={signs!r} out")
+    if sign_groups(model.group) and len(sources) > 1 and "signs" in sources:
         raise ValueError(
-            f"this is no checkpoint of {model_name}: {len(missing)} entries are missing ({', '.join(missing[:3])}), "
-            f"{len(left_over)} do not belong to it ({', '.join(left_over[:3])})"
+            f"some convolutions of this {model_name} checkpoint carry their basis and some do not, so that their signs "
+            "may differ: save all of sampled_basis or none"
         )
-    converted = {}
-    for name, ours in expected.items():
-        original, value = renamed[name]
-        coefficients = name.endswith(".conv.weight")  # flat (o, i, b) -> [out_fields, in_fields, n_basis, 1]
-        if value.numel() != ours.numel() or not (coefficients or value.shape == ours.shape):
+    elements = element_signs(model.group, signs) if signs is not None else {}
+
+    converted, residual = {}, 0.0
+    for name, target in model.state_dict().items():
+        value = state_dict[original_names[name]]
+        if name.endswith(".conv.weight"):
+            conv = convs[name.removesuffix(".conv.weight")]
+            weight = value.detach().to(torch.float32).reshape(target.shape[:3])  # [out_fields, in_fields, n_basis]
+            weight, error = _to_canonical(weight, state_dict, original_names[name], conv, elements)
+            residual = max(residual, error)
+            value = weight.unsqueeze(-1)  # [out_fields, in_fields, n_basis, 1]
+        converted[name] = value.detach().to(target.dtype).clone()
+    dtypes = {str(v.dtype).removeprefix("torch.") for v in state_dict.values() if v.is_floating_point()} - {"float32"}
+    basis = "+".join(sorted(sources)) if sources != {"signs"} else "canonical" if signs is None else "signs"
+    return Conversion(converted, basis, residual, tuple(sorted(dtypes)))
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One name of the original: its shape, what it is called in our model (None: dropped), and whether it is needed."""
+
+    shape: tuple[int, ...]
+    ours: str | None = None
+    needed: bool = False
+
+
+@cache
+def _entries_of(model_name: str) -> dict[str, _Entry]:
+    """Every name that a checkpoint of the original network may hold."""
+    with torch.device("meta"):
+        model = timm.create_model(model_name)
+    order, entries = Group.from_name(model.group).order, {}
+    for name, module in model.named_modules():
+        if not isinstance(module, ConvNorm):
+            continue
+        conv, weight = module.conv, module.conv.weight
+        parent, _, last = name.rpartition(".")
+        conv_name, norm_name = (
+            (f"{name}.0", f"{name}.1")
+            if last == "downsample"
+            else (name, f"{parent}.{last}".lstrip(".").replace("conv", "bn"))
+        )
+        outputs, inputs, size = weight.shape[0], weight.shape[1] * _inputs(conv), conv.kernel_size
+        entries[f"{conv_name}.weights"] = _Entry((weight[..., 0].numel(),), f"{name}.conv.weight", needed=True)
+        entries[f"{conv_name}.filter"] = _Entry((outputs * order, inputs, size, size))
+        basis_shape = (weight.shape[2], order, _inputs(conv), size**2)
+        entries[f"{conv_name}._basisexpansion.sampled_basis"] = _Entry(basis_shape)
+        entries[f"{norm_name}.indices_{order}"] = _Entry((2,))
+        for field, value in module.norm.per_field.state_dict().items():
+            ours = f"{name}.norm.per_field.{field}"
+            entries[f"{norm_name}.batch_norm_[{order}].{field}"] = _Entry(tuple(value.shape), ours, needed=True)
+    entries |= {f"gpool.{side}_indices_{order}": _Entry((2,)) for side in ("in", "out")}
+    entries |= {f"fc.{name}": _Entry(tuple(v.shape), f"fc.{name}", True) for name, v in model.fc.state_dict().items()}
+    return entries
+
+
+def _inputs(conv: torch.nn.Module) -> int:
+    """H, the channels of one input field."""
+    return 1 if conv.input_type == "trivial" else conv.order
+
+
+def _plain(name: str) -> str:
+    """The name without the irreps that escnn writes into that of a sampled basis."""
+    return re.sub(r"_basisexpansion\.block_expansion_\([^)]*\)", "_basisexpansion", name)
+
+
+def _check_names(state_dict: dict[str, torch.Tensor], entries: dict[str, _Entry], model_name: str) -> None:
+    found = {_plain(name) for name in state_dict}
+    missing = [name for name, entry in entries.items() if entry.needed and name not in found]
+    left_over = [name for name in state_dict if _plain(name) not in entries]
+    if missing or left_over:
+        parts = [f"{len(missing)} entries are missing ({_some(missing)})"] if missing else []
+        parts += [f"{len(left_over)} do not belong to it ({_some(left_over)})"] if left_over else []
+        raise ValueError(f"this is no checkpoint of {model_name}: {', '.join(parts)}{_suggest(state_dict, model_name)}")
+
+
+def _check_shapes(state_dict: dict[str, torch.Tensor], entries: dict[str, _Entry], model_name: str) -> None:
+    for name, value in state_dict.items():
+        expected = entries[_plain(name)].shape
+        if tuple(value.shape) != expected:
             raise ValueError(
-                f"{original} has shape {tuple(value.shape)}, but {model_name} needs {tuple(ours.shape)}: "
-                "is it a checkpoint of another model?"
+                f"{name} has shape {tuple(value.shape)}, but {model_name} needs {expected}"
+                f"{_suggest(state_dict, model_name)}"
             )
-        converted[name] = value.reshape(ours.shape)
-    return converted
 
 
-def _our_name(name: str) -> str:
-    """`layer2.0.bn1.batch_norm_[4].bias` -> `layer2.0.conv1.norm.per_field.bias`, and so on."""
-    name = re.sub(r"downsample\.0\.weights$", "downsample.conv.weight", name)
-    name = re.sub(r"conv(\d)\.weights$", r"conv\1.conv.weight", name)
-    name = re.sub(r"downsample\.1\.batch_norm_\[\d+\]", "downsample.norm.per_field", name)
-    return re.sub(r"bn(\d)\.batch_norm_\[\d+\]", r"conv\1.norm.per_field", name)
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _suggest(state_dict: dict[str, torch.Tensor], model_name: str) -> str:
+    """Which other models of ours the names and shapes fit."""
+    shapes = {_plain(name): tuple(value.shape) for name, value in state_dict.items()}
+    fitting = []
+    for other in timm.list_models(module="equivariant_resnet"):
+        order = Group.from_name(re.search(r"[cd]\d+(?=resnet)", other)[0]).order
+        if other == model_name or f"bn1.batch_norm_[{order}].weight" not in shapes:
+            continue
+        entries = _entries_of(other)
+        needed = {name for name, entry in entries.items() if entry.needed}
+        if needed <= set(shapes) <= set(entries) and all(entries[name].shape == shapes[name] for name in shapes):
+            fitting.append(other)
+    return f"; it fits {' or '.join(fitting)}" if fitting else ""
+
+
+def _source(state_dict: dict[str, torch.Tensor], name: str) -> str:
+    """What the checkpoint says about the basis of the convolution whose coefficients are called `name`."""
+    if _sampled_basis(state_dict, name) is not None:
+        return "sampled_basis"
+    return "filter" if name.replace(".weights", ".filter") in state_dict else "signs"
+
+
+def _sampled_basis(state_dict: dict[str, torch.Tensor], name: str) -> torch.Tensor | None:
+    prefix = name.removesuffix("weights") + "_basisexpansion."
+    return next((value for key, value in state_dict.items() if key.startswith(prefix)), None)
+
+
+def _to_canonical(
+    weight: torch.Tensor, state_dict: dict[str, torch.Tensor], name: str, conv: torch.nn.Module, elements: dict
+) -> tuple[torch.Tensor, float]:
+    """Coefficients w' [out_fields, in_fields, n_basis] in the author's basis -> w in ours, and the residual."""
+    basis = load_kernel_basis(conv.group, conv.kernel_size, conv.input_type).sample()
+    theirs, filters = _sampled_basis(state_dict, name), state_dict.get(name.replace(".weights", ".filter"))
+    if theirs is not None:
+        translation, residual = translate_basis(theirs, basis, name)
+        weight = (weight.double() @ translation).float()
+        if filters is not None:
+            _check_filter(filters, weight, basis, name)
+        return weight, residual
+    if filters is not None:
+        blocks = _blocks(filters, basis)  # [out_fields, in_fields, |G| * H * k^2]
+        solved, residual = _solve(blocks.flatten(0, 1).double(), basis.flatten(1), name)
+        return solved.float().unflatten(0, blocks.shape[:2]), residual
+    signs = elements.get(f"{conv.group}/{conv.kernel_size}x{conv.kernel_size}/{conv.input_type}")
+    return (weight if signs is None else weight * signs), 0.0
+
+
+def translate_basis(source: torch.Tensor, target: torch.Tensor, name: str) -> tuple[torch.Tensor, float]:
+    """T [n_basis, n_basis] with T target = source, so that w T are coefficients in `target`; and the relative residual.
+
+    Args:
+        source: kernels [n_basis, |G|, H, ...].
+        target: the same kernels in another basis.
+        name: of the convolution, for the error.
+
+    Raises:
+        ValueError: the two do not span the same kernels.
+    """
+    translation, residual = _solve(source.double().flatten(1), target.double().flatten(1), name)
+    signs = translation.round()  # bases of escnn differ in signs: no rounding errors then
+    return (signs if torch.allclose(translation, signs, rtol=0, atol=1e-5) else translation), residual
+
+
+def _solve(rows: torch.Tensor, basis: torch.Tensor, name: str) -> tuple[torch.Tensor, float]:
+    """X [n, n_basis] with X basis = rows [n, values] in the least-squares sense, and the relative residual."""
+    solution = rows @ torch.linalg.pinv(basis)
+    residual = ((solution @ basis - rows).abs().max() / rows.abs().max().clamp_min(1e-30)).item()
+    if not residual <= _TOLERANCE:
+        raise ValueError(
+            f"the kernels of {name} lie outside the basis of this model's group (relative residual {residual:.1e}): "
+            "the checkpoint belongs to another group"
+        )
+    return solution, residual
+
+
+def _blocks(filters: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """The filter of every pair of fields: [O * |G|, I * H, k, k] -> [O, I, |G| * H * k^2]."""
+    order, inputs = basis.shape[1:3]
+    blocks = filters.unflatten(0, (-1, order)).unflatten(2, (-1, inputs))  # [O, |G|, I, H, k, k]
+    return blocks.transpose(1, 2).flatten(2)  # [O, I, |G|, H, k, k] -> [O, I, |G| * H * k^2]
+
+
+def _check_filter(filters: torch.Tensor, weight: torch.Tensor, basis: torch.Tensor, name: str) -> None:
+    """The filter that the checkpoint carries must be the one its coefficients give."""
+    expected, found = weight @ basis.flatten(1).float(), _blocks(filters, basis).float()
+    error = ((expected - found).abs().max() / found.abs().max().clamp_min(1e-30)).item()
+    if not error <= 1e-3:  # float16 checkpoints round to 5e-4
+        raise ValueError(
+            f"{name} and the filter beside it disagree (relative error {error:.1e}): the file mixes two states"
+        )

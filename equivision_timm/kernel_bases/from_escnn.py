@@ -14,10 +14,15 @@ if TYPE_CHECKING:
     from escnn.gspaces import GSpace2D
     from escnn.nn import FieldType, GeometricTensor
 
-__all__ = ["field_type", "gspace", "sample_kernels", "to_geometric_tensor"]
+__all__ = ["field_type", "gspace", "import_escnn", "sample_kernels", "to_geometric_tensor"]
 
 
-def _escnn() -> Any:
+def import_escnn() -> Any:
+    """The package escnn.
+
+    Raises:
+        ImportError: the extra is not installed.
+    """
     try:
         import escnn
         import escnn.gspaces
@@ -36,7 +41,7 @@ def gspace(group: str) -> "GSpace2D":
     Raises:
         ValueError: not a group name. ImportError: the extra is not installed.
     """
-    spaces = _escnn().gspaces
+    spaces = import_escnn().gspaces
     parsed = Group.from_name(group)
     if not parsed.reflections:
         return spaces.rot2dOnR2(N=parsed.rotations) if parsed.rotations > 1 else spaces.trivialOnR2()
@@ -46,7 +51,7 @@ def gspace(group: str) -> "GSpace2D":
 def field_type(group: str, fields: int) -> "FieldType":
     """The escnn type of `fields` regular fields."""
     space = gspace(group)
-    return _escnn().nn.FieldType(space, fields * [space.regular_repr])
+    return import_escnn().nn.FieldType(space, fields * [space.regular_repr])
 
 
 def to_geometric_tensor(features: torch.Tensor, group: str) -> "GeometricTensor":
@@ -61,7 +66,7 @@ def to_geometric_tensor(features: torch.Tensor, group: str) -> "GeometricTensor"
             f"a map of shape {tuple(features.shape)} does not consist of regular fields of {group}: "
             f"expected [B, fields * {order}, H, W]"
         )
-    return _escnn().nn.GeometricTensor(features, field_type(group, features.shape[1] // order))
+    return import_escnn().nn.GeometricTensor(features, field_type(group, features.shape[1] // order))
 
 
 def sample_kernels(group: str, kernel_size: int, input_type: str) -> dict[str, Any]:
@@ -72,7 +77,7 @@ def sample_kernels(group: str, kernel_size: int, input_type: str) -> dict[str, A
         harmonic J, ring radius, angular frequency, input and output irrep. rings: for each ring its radius, sigma
         and largest frequency.
     """
-    escnn = _escnn()
+    escnn = import_escnn()
     space = gspace(group)
     in_repr = space.trivial_repr if input_type == "trivial" else space.regular_repr
     in_type, out_type = escnn.nn.FieldType(space, [in_repr]), field_type(group, 1)

@@ -1,0 +1,146 @@
+"""A checkpoint file of the original -> a model folder of ours, and a report: what `convert` and `fetch` run."""
+
+import hashlib
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+
+import timm
+import torch
+
+from equivision_timm.checkpoints.convert import convert_with_details
+from equivision_timm.checkpoints.folder import write_model_folder
+from equivision_timm.checkpoints.original import read_original
+from equivision_timm.checkpoints.photographs import load_crops
+from equivision_timm.checkpoints.sign_groups import known_patterns, parse_signs, sign_groups
+from equivision_timm.checkpoints.signs import SignSearch, find_signs
+from equivision_timm.kernel_bases import manifest
+
+__all__ = ["Report", "convert_file"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was converted and how.
+
+    Attributes:
+        folder: the model folder that was written.
+        model_name: the model.
+        source_sha256: hash of the checkpoint file.
+        basis_sha256: hash of our kernel bases, in which the coefficients now are.
+        basis: what fixed the coefficients: 'sampled_basis', 'filter', 'signs' or 'canonical', see `convert.py`.
+        residual: largest relative residual of the change of basis.
+        dtypes: types other than float32 in the file; everything is float32 now.
+        signs: the sign pattern, None where there was none to choose.
+        search: how the pattern was found, None where it was given.
+    """
+
+    folder: Path
+    model_name: str
+    source_sha256: str
+    basis_sha256: str
+    basis: str
+    residual: float
+    dtypes: tuple[str, ...]
+    signs: str | None
+    search: SignSearch | None
+
+    def __str__(self) -> str:
+        rows = {"written": self.folder, **_provenance(self)}
+        return "\n".join(f"{name:18} {value}" for name, value in rows.items())
+
+
+def convert_file(
+    checkpoint_path: str | Path,
+    model_name: str,
+    out_folder: str | Path,
+    images: str | Path | None = None,
+    signs: str | None = None,
+) -> Report:
+    """Convert a checkpoint file into `model.safetensors` and `config.json`; nothing is written unless all went well.
+
+    Args:
+        checkpoint_path: file of the original network, see `read_original`.
+        model_name: the model, e.g. 'c8resnet50'.
+        out_folder: the folder to write.
+        images: folder of photographs on which the signs of a D_4 or D_8 checkpoint are found; None takes those of
+            scikit-image.
+        signs: the sign pattern, where it is known.
+
+    Raises:
+        ValueError: not a checkpoint, or one of another model; signs that cannot be told (`AmbiguousSigns`).
+        OSError: a file cannot be read or written.
+        ModuleNotFoundError: photographs are needed, none are named, and scikit-image is not installed.
+    """
+    checkpoint_path = Path(checkpoint_path)
+    original = read_original(checkpoint_path)
+    conversion = convert_with_details(original, model_name, signs)
+    with torch.device("meta"):
+        model = timm.create_model(model_name)
+    search = None
+    if conversion.basis == "canonical" and sign_groups(model.group):
+        search = _search(model_name, conversion.state_dict, images)
+        conversion = convert_with_details(original, model_name, search.signs)
+    if conversion.basis == "signs":
+        signs = search.signs if search else parse_signs(model.group, signs)
+    report = Report(
+        folder=Path(out_folder),
+        model_name=model_name,
+        source_sha256=_sha256(checkpoint_path),
+        basis_sha256=manifest()["sha256"],
+        basis=conversion.basis,
+        residual=conversion.residual,
+        dtypes=conversion.dtypes,
+        signs=signs,
+        search=search,
+    )
+    provenance = {"source_file": checkpoint_path.name, **_provenance(report), **_versions()}
+    write_model_folder(report.folder, model_name, conversion.state_dict, provenance)
+    return report
+
+
+def _search(model_name: str, state_dict: dict[str, torch.Tensor], images: str | Path | None) -> SignSearch:
+    crops = load_crops(images)  # before the model: photographs may be missing
+    model = timm.create_model(model_name)
+    model.load_state_dict(state_dict)
+    return find_signs(model, crops)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _provenance(report: Report) -> dict[str, str]:
+    rows = {
+        "model": report.model_name,
+        "source_sha256": report.source_sha256,
+        "basis_sha256": report.basis_sha256,
+        "basis_from": report.basis,
+    }
+    if report.residual:
+        rows["basis_residual"] = f"{report.residual:.1e}"
+    if report.dtypes:
+        rows["converted_dtypes"] = f"{', '.join(report.dtypes)} to float32"
+    if report.signs:
+        patterns = known_patterns(report.model_name.removeprefix("test_").split("resnet")[0])
+        names = [name for name, pattern in patterns.items() if pattern == report.signs]
+        rows |= {"signs": report.signs, "signs_known_as": names[0] if names else "unknown"}
+    if report.search:
+        search = asdict(report.search)
+        rows |= {
+            "signs_misfit": f"{search['misfit']:.4g}",
+            "runner_up": search["runner_up"],
+            "runner_up_misfit": f"{search['runner_up_misfit']:.4g}",
+            "separation": f"{search['separation']:.1f} standard errors",
+            "logits_differ": f"{search['logits_differ']:.2g} standard deviations",
+            "known_misfits": ", ".join(f"{name} {misfit:.4g}" for name, misfit in search["known"].items()),
+        }
+    elif report.signs:
+        rows["signs_given"] = "by the user"
+    return rows
+
+
+def _versions() -> dict[str, str]:
+    names = ("equivision-timm", "timm", "torch", "safetensors")
+    return {**{name: version(name) for name in names}, "date": datetime.now(timezone.utc).date().isoformat()}

@@ -1,0 +1,120 @@
+"""Write a model folder that timm's `local-dir:` loads, all or nothing; read the provenance of its weights.
+
+The files are written to a hidden folder beside the target, flushed to the disk, and only then moved into place: a full
+disk, a crash or a kill leaves the target as it was. What a killed process may leave is the hidden folder alone.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from timm.models._hub import save_config_for_hf
+
+from equivision_timm.models.pretrained import WEIGHTS_FILE
+
+__all__ = ["CONFIG_FILE", "read_provenance", "write_model_folder"]
+
+CONFIG_FILE = "config.json"
+
+
+def write_model_folder(
+    folder: str | Path, model_name: str, state_dict: dict[str, torch.Tensor], provenance: dict[str, str]
+) -> Path:
+    """Write `model.safetensors` and `config.json` to `folder`, or leave it as it is.
+
+    Args:
+        folder: created where missing. One that exists keeps its other files; it may hold the same model only.
+        model_name: e.g. 'c8resnet50'.
+        state_dict: exactly the entries of this model.
+        provenance: where the weights come from; goes into the metadata of the safetensors file.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: the weights do not fit the model, or `folder` holds another model.
+        OSError: the folder cannot be written; nothing has changed.
+    """
+    folder = Path(folder).absolute()
+    with torch.device("meta"):
+        model = timm.create_model(model_name)
+    _check_fit(model.state_dict(), state_dict, model_name)
+    _check_target(folder, model_name)
+    tensors = {name: value.contiguous() for name, value in state_dict.items()}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
+    try:
+        save_config_for_hf(model, str(staging / CONFIG_FILE))
+        _write(staging / CONFIG_FILE, (staging / CONFIG_FILE).read_bytes())
+        _write(staging / WEIGHTS_FILE, save(tensors, metadata={"format": "pt", **provenance}))
+        _sync_folder(staging)
+        folder.mkdir(exist_ok=True)
+        for name in (CONFIG_FILE, WEIGHTS_FILE):  # the same config as before, so any order is consistent
+            os.replace(staging / name, folder / name)
+        _sync_folder(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return folder
+
+
+def read_provenance(path: str | Path) -> dict[str, str]:
+    """The provenance of a safetensors file, or of the one in a model folder; empty where it carries none.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it is no safetensors file.
+    """
+    path = Path(path)
+    path = path / WEIGHTS_FILE if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file, or a damaged one: {error}") from error
+    return {key: metadata[key] for key in sorted(metadata) if key != "format"}
+
+
+def _check_fit(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], model_name: str) -> None:
+    names = [name for name in {**expected, **found} if name not in expected or name not in found]
+    names += [name for name in expected if name in found and expected[name].shape != found[name].shape]
+    if names:
+        raise ValueError(f"these weights do not fit {model_name}: {len(names)} entries differ, {', '.join(names[:3])}")
+
+
+def _check_target(folder: Path, model_name: str) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file: name a folder for the converted model")
+    config = folder / CONFIG_FILE
+    if not config.exists():
+        return
+    try:
+        held = json.loads(config.read_text(encoding="utf-8"))["architecture"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{config} belongs to something else: name another folder") from error
+    if held != model_name:
+        raise ValueError(f"{folder} holds {held}, and {model_name} would take its place: name another folder")
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power cut; only POSIX can open folders."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

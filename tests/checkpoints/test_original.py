@@ -1,0 +1,215 @@
+"""Reading checkpoint files: every form that occurs; a clear error for everything else; thousands of damaged files."""
+
+import io
+import os
+import pickle
+import random
+import zipfile
+
+import pytest
+import timm
+import torch
+from reference_data import checkpoint
+from safetensors.torch import save, save_file
+
+import equivision_timm  # noqa: F401  registers the models
+from equivision_timm.checkpoints.convert import convert_original
+from equivision_timm.checkpoints.original import read_original
+
+NAME = "d8resnet18_fast"  # the smallest
+
+
+@pytest.fixture(scope="module")
+def state():
+    return checkpoint(NAME)
+
+
+def small_state():
+    """A tiny state dict for what needs no network."""
+    return {"conv1.weights": torch.arange(6.0), "bn1.batch_norm_[8].num_batches_tracked": torch.tensor(3)}
+
+
+def same(a, b):
+    return list(a) == list(b) and all(torch.equal(a[key], b[key]) and a[key].dtype == b[key].dtype for key in a)
+
+
+LIGHTNING = {"epoch": 3, "pytorch-lightning_version": "2.0.9", "optimizer_states": [{"state": {0: torch.ones(2)}}]}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {"state_dict": state},
+        lambda state: {**LIGHTNING, "state_dict": {f"model.{key}": value for key, value in state.items()}},
+        lambda state: {f"module.{key}": value for key, value in state.items()},
+        lambda state: {"state_dict": {f"model.module.{key}": value for key, value in state.items()}},
+    ],
+    ids=["bare", "state_dict", "lightning", "ddp", "lightning and ddp"],
+)
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_forms_that_occur(tmp_path, wrap, legacy):
+    path = tmp_path / "x.ckpt"
+    torch.save(wrap(small_state()), path, _use_new_zipfile_serialization=not legacy)
+    assert same(read_original(path), small_state())
+
+
+def test_safetensors_symlinks_and_dtypes(tmp_path):
+    tensors = {key: value.half() if value.is_floating_point() else value for key, value in small_state().items()}
+    save_file(tensors, tmp_path / "x.bin")
+    (tmp_path / "link").symlink_to(tmp_path / "x.bin")
+    found = read_original(tmp_path / "link")
+    assert found["conv1.weights"].dtype == torch.float16
+    assert all(torch.equal(found[key], value) for key, value in tensors.items())
+
+
+class Harmful:
+    """Unpickling this writes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_code_is_refused_and_not_run(tmp_path, legacy):
+    path, proof = tmp_path / "x.ckpt", tmp_path / "proof"
+    torch.save({**small_state(), "hyper_parameters": Harmful(proof)}, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(ValueError, match="can run code"):
+        read_original(path)
+    assert not proof.exists()
+    torch.load(path, weights_only=False)  # negative control: it would have been run
+    assert proof.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "0 bytes"),
+        (b"<!DOCTYPE html><title>Google Drive - Quota exceeded</title>", "a web page"),
+        (b"hello, this is text", "something that begins with"),
+        (b"\x80\x02" + b"}q\x00.", "holds an empty state dict|damaged|code"),
+        (pickle.dumps({"a": 1}, 2), "damaged|code|no checkpoint"),
+        (b"PK\x03\x04" + bytes(50), "damaged archive"),
+        ((40).to_bytes(8, "little") + b'{"a": 1}' + bytes(60), "damaged safetensors"),
+    ],
+)
+def test_other_files(tmp_path, content, message):
+    path = tmp_path / "x.ckpt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_original(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], "holds a list"),
+        (torch.ones(3), "holds a Tensor"),
+        ({}, "empty"),
+        ({"state_dict": {}}, "empty"),
+        ({3: torch.ones(1)}, "not a string"),
+        ({"a": "text"}, "'a' is a str"),
+        ({"a": {"b": torch.ones(1)}}, "'a' is a dict"),
+        ({"a": torch.ones(3).to_sparse()}, "not a dense tensor"),
+        ({"a": torch.ones(1).expand(10**9)}, "claims shape"),
+        ({"a": torch.tensor([1.0, float("nan")])}, "'a' holds NaN"),
+        ({"a": torch.tensor([float("inf")])}, "'a' holds NaN or infinity"),
+        ({"a": torch.ones(1), "module.a": torch.ones(1)}, "two entries for a"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Validating sparse:UserWarning")
+def test_other_contents(tmp_path, content, message):
+    torch.save(content, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match=message):
+        read_original(tmp_path / "x.ckpt")
+
+
+def test_no_file_folder_and_pipe(tmp_path):
+    with pytest.raises(FileNotFoundError, match="missing"):
+        read_original(tmp_path / "missing.ckpt")
+    (tmp_path / "broken").symlink_to(tmp_path / "missing.ckpt")
+    with pytest.raises(FileNotFoundError, match="broken"):
+        read_original(tmp_path / "broken")
+    with pytest.raises(ValueError, match="is a folder"):
+        read_original(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="device or pipe"):  # and does not wait for it
+        read_original(tmp_path / "pipe")
+    with (tmp_path / "huge.ckpt").open("wb") as file:
+        file.truncate(5 << 30)  # sparse
+    with pytest.raises(ValueError, match=f"{5 << 30} bytes"):
+        read_original(tmp_path / "huge.ckpt")
+
+
+def mutations(content, count, seed):
+    """Damaged copies: bits flipped, bytes overwritten, cut off, cut out, repeated, half in the parts with structure."""
+    rng = random.Random(seed)
+    with zipfile.ZipFile(io.BytesIO(content)) if content[:2] == b"PK" else io.BytesIO() as archive:
+        starts = [entry.header_offset for entry in archive.infolist()] if content[:2] == b"PK" else [0]
+    for _ in range(count):
+        copy = bytearray(content)
+        near = rng.choice([*starts, len(copy) - 1500]) + rng.randrange(1500)
+        position = near % len(copy) if rng.random() < 0.5 else rng.randrange(len(copy))
+        kind = rng.randrange(5)
+        if kind == 0:
+            copy[position] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            copy[position : position + 8] = rng.randbytes(8)
+        elif kind == 2:
+            del copy[position:]
+        elif kind == 3:
+            del copy[position : position + rng.randrange(1, 64)]
+        else:
+            copy[position:position] = copy[position : position + 64]
+        yield bytes(copy)
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
+def test_damaged_files(tmp_path, form):
+    """A thousand of each form: a clean error, or tensors; the very same ones from a zip archive: it has checksums."""
+    model = timm.create_model("test_d4resnet")  # names do not matter to the reader, size does to the test
+    state = {key: value[:8] if value.ndim else value for key, value in list(model.state_dict().items())[:40]}
+    buffer = io.BytesIO()
+    torch.save(state, buffer, _use_new_zipfile_serialization=form == "zip")
+    content = save({k: v.contiguous() for k, v in state.items()}) if form == "safetensors" else buffer.getvalue()
+    path, refused, read = tmp_path / "x.ckpt", 0, 0
+    for copy in mutations(content, 1000, seed=0):
+        path.write_bytes(copy)
+        try:
+            found = read_original(path)
+        except ValueError:  # anything else is a failure
+            refused += 1
+        else:
+            read += 1
+            if form == "zip":
+                assert same(found, state)
+            assert all(isinstance(value, torch.Tensor) and value.isfinite().all() for value in found.values())
+    assert refused > 500
+    assert read > 0
+
+
+def test_damaged_state_dicts(state):
+    """Names and shapes: every change is refused, and what is equivalent is converted to the same."""
+    rng = random.Random(0)
+    names, expected = list(state), convert_original(state, NAME)
+    for _ in range(300):
+        damaged, name = dict(state), rng.choice(names)
+        value = damaged.pop(name)
+        kind = rng.randrange(5)
+        if kind == 1:
+            damaged[name + rng.choice(["x", ".weight", " "])] = value
+        elif kind == 2:
+            damaged[name] = torch.cat([value.flatten(), value.flatten()[:1]])
+        elif kind == 3:
+            damaged[name] = value.unsqueeze(0)
+        elif kind == 4:
+            other = rng.choice([n for n in names if state[n].shape != value.shape])
+            damaged[name] = state[other]
+        with pytest.raises(ValueError, match=r"no checkpoint of|has shape"):
+            convert_original(damaged, NAME)
+    shuffled = rng.sample(names, len(names))
+    again = convert_original({name: state[name] for name in shuffled}, NAME)
+    assert same(again, expected)

@@ -1,0 +1,174 @@
+"""The search for signs: networks whose batch-norm statistics were computed on photographs under a pattern we know.
+
+The statistics of the narrow networks come from 20 crops, 16 of which the search sees: as little noise as many more
+crops would leave, at a fraction of the time. Without any in common, see `test_other_photographs`.
+"""
+
+import copy
+
+import pytest
+import timm
+import torch
+
+import equivision_timm  # noqa: F401  registers the models
+from equivision_timm.checkpoints.photographs import load_crops
+from equivision_timm.checkpoints.sign_groups import half_turn, irrep_flips, known_patterns, sign_groups
+from equivision_timm.checkpoints.signs import (
+    Z_LIMIT,
+    AmbiguousSigns,
+    apply_signs,
+    combine,
+    find_signs,
+    statistics_misfit,
+)
+from equivision_timm.layers import ConvNorm
+
+pytest.importorskip("skimage", reason="photographs come with scikit-image, the extra `convert`")
+
+SIZE = 65  # n = 1 mod 32
+NARROW = {"d4": 8, "d8": 6}
+
+
+def conv_norms(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, ConvNorm)}
+
+
+def coefficients(model):
+    return {name: module.conv.weight.detach().clone() for name, module in conv_norms(model).items()}
+
+
+@torch.no_grad()
+def trained_elsewhere(name, pattern, crops, seed=0, **options):
+    """(A network with the coefficients of a checkpoint from a machine with `pattern`, the true network).
+
+    The true network computed its running statistics on `crops`; the first one shares all but its signs.
+    """
+    torch.manual_seed(seed)
+    model = timm.create_model(name, **options)
+    for module in conv_norms(model).values():
+        module.norm.per_field.weight.uniform_(0.3, 0.7)
+        module.norm.per_field.bias.normal_(0, 0.1)
+        module.norm.per_field.momentum = 1.0
+    stored = coefficients(model)
+    truth = copy.deepcopy(model)
+    apply_signs(truth, stored, pattern)
+    truth.train()(crops)
+    model.load_state_dict({k: v for k, v in truth.state_dict().items() if not k.endswith("conv.weight")}, strict=False)
+    return model.eval(), truth.eval()
+
+
+def random_pattern(group, seed):
+    bits = torch.randint(2, (len(sign_groups(group)),), generator=torch.Generator().manual_seed(seed))
+    return "".join("-" if bit else "+" for bit in bits.tolist())
+
+
+@torch.no_grad()
+def difference(model, truth, pattern):
+    """Largest difference of the logits to the true ones at an exact size, in standard deviations."""
+    found = copy.deepcopy(model)
+    apply_signs(found, coefficients(model), pattern)
+    x = load_crops(None, 2, 97)
+    expected = truth(x)
+    return ((found(x) - expected).abs().max() / expected.std()).item()
+
+
+def check_found(model, truth, pattern, crops, restarts):
+    search = find_signs(model, crops, restarts)
+    assert search.signs in (pattern, combine(pattern, half_turn(model.group)))
+    assert difference(model, truth, search.signs) < 1e-3
+    assert search.separation >= Z_LIMIT
+    assert search.misfit < search.runner_up_misfit
+    assert search.logits_differ > 0.01
+    assert difference(model, truth, search.runner_up) > 0.01  # negative control: the runner-up is another network
+    return search
+
+
+KNOWN = [(group, name) for group in ("d4", "d8") for name in known_patterns(group)]
+
+
+@pytest.mark.parametrize(("group", "name"), KNOWN)
+def test_known_patterns(group, name):
+    pattern, crops = known_patterns(group)[name], load_crops(None, 20, SIZE)
+    model, truth = trained_elsewhere(f"{group}resnet18", pattern, crops, width=NARROW[group])
+    search = check_found(model, truth, pattern, crops[:16], restarts=0)
+    assert search.name == name
+    assert min(search.known, key=search.known.get) == name
+    others = [misfit for other, misfit in search.known.items() if other != name]
+    assert min(others) > 2 * search.misfit
+
+
+@pytest.mark.parametrize("group", ["d4", "d8"])
+def test_random_signs(group):
+    pattern, crops = random_pattern(group, seed=1), load_crops(None, 20, SIZE)
+    model, truth = trained_elsewhere(f"{group}resnet18", pattern, crops, width=NARROW[group])
+    search = check_found(model, truth, pattern, crops[:16], restarts=1)
+    assert search.name is None
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"), [("d4resnet18", "scipy1.11-avx512"), ("d8resnet18", "scipy1.9-cooperlake")]
+)
+def test_full_size(name, pattern):
+    """The published widths, statistics and search on different crops."""
+    group = name[:2]
+    signs, crops = known_patterns(group)[pattern], load_crops(None, 20, SIZE)
+    model, truth = trained_elsewhere(name, signs, crops)
+    search = check_found(model, truth, signs, crops[:12], restarts=0)
+    assert search.name == pattern
+
+
+def test_the_half_turn_changes_nothing():
+    crops = load_crops(None, 8, SIZE)
+    for group, width in NARROW.items():
+        model, truth = trained_elsewhere(f"{group}resnet18", "+" * len(half_turn(group)), crops, width=width)
+        assert difference(model, truth, half_turn(group)) < 1e-4
+        others = [flip for flip in irrep_flips(group) if flip != half_turn(group)]
+        assert min(difference(model, truth, flip) for flip in others) > 0.01  # other irreps do matter
+
+
+def test_statistics_that_fit_no_pattern_are_refused():
+    """Half of the fields from one network, half from another: nothing reproduces them, and nothing is chosen."""
+    crops = load_crops(None, 16, SIZE)
+    first, second = list(known_patterns("d4").values())[:2]
+    model, _ = trained_elsewhere("d4resnet18", first, crops, width=8)
+    _, other = trained_elsewhere("d4resnet18", second, crops, width=8)
+    for name, module in conv_norms(model).items():
+        theirs = conv_norms(other)[name].norm.per_field.running_var
+        module.norm.per_field.running_var[::2] = theirs[::2]
+    with pytest.raises(AmbiguousSigns, match=r"standard errors apart \(3 are needed\)") as raised:
+        find_signs(model, crops, restarts=0)
+    for part in (first, second, "scipy1.11-avx2", "--signs", "--images"):
+        assert part in str(raised.value)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_other_photographs(seed):
+    """Statistics from some photographs, the search on others: the right pattern, or none, but never a wrong one."""
+    crops = load_crops(None, 40, SIZE)
+    seen = torch.arange(40) % 10 % 2 == 1  # the photographs take turns
+    pattern = list(known_patterns("d4").values())[seed + 1]
+    model, truth = trained_elsewhere("d4resnet18", pattern, crops[~seen], seed, width=8)
+    try:
+        search = find_signs(model, crops[seen], restarts=0)
+    except AmbiguousSigns as refusal:
+        message = str(refusal)
+    else:
+        message = search.signs
+        assert difference(model, truth, search.signs) < 1e-3
+    assert pattern in message
+
+
+def test_groups_without_signs():
+    with pytest.raises(ValueError, match="same on every machine"):
+        find_signs(timm.create_model("test_c8resnet"), torch.zeros(1, 3, 33, 33))
+
+
+def test_statistics_misfit_leaves_the_model_alone():
+    crops = load_crops(None, 8, SIZE)
+    model, truth = trained_elsewhere("d4resnet18", "+" * 24, crops, width=8)
+    before = copy.deepcopy(truth.state_dict())
+    residuals = statistics_misfit(truth, crops)
+    assert set(residuals) == set(conv_norms(model))
+    assert max(r.abs().max() for r in residuals.values()) < 1e-3  # the very crops
+    assert all(torch.equal(value, before[key]) for key, value in truth.state_dict().items())
+    assert not truth.training
