@@ -1,0 +1,53 @@
+"""Equivariant maps in escnn: the last feature map as a `GeometricTensor`, and a head of escnn's layers on it.
+
+Needs the extra `escnn` (a Fortran compiler, numpy < 2).
+
+    pip install 'equivision-timm[escnn]'
+    python scripts/examples/escnn_head.py
+"""
+
+import timm
+import torch
+from escnn import nn as enn
+
+import equivision_timm  # noqa: F401  registers the models
+from equivision_timm.kernel_bases.from_escnn import field_type, to_geometric_tensor
+
+
+class VectorHead(torch.nn.Module):
+    """Predicts one vector a pixel that turns with the image, say the direction of growth: [B, 2, H / 32, W / 32].
+
+    Args:
+        name: one of our models.
+        options: for `timm.create_model`.
+    """
+
+    def __init__(self, name: str, **options) -> None:
+        super().__init__()
+        self.body = timm.create_model(name, num_classes=0, **options)
+        fields = self.body.num_features // self.body.group_pool.order
+        regular = field_type(self.body.group, fields)
+        self.vector = enn.FieldType(regular.gspace, [regular.gspace.irrep(1)])
+        self.head = enn.R2Conv(regular, self.vector, kernel_size=1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> enn.GeometricTensor:
+        return self.head(to_geometric_tensor(self.body.forward_features(x), self.body.group))
+
+
+def error(model: VectorHead, size: int = 97) -> float:
+    """How far turning the image by 90 degrees is from turning the vectors by 90 degrees, relative to their length."""
+    image = torch.randn(1, 3, size, size)
+    with torch.no_grad():
+        turned = model.eval()(image.rot90(1, dims=(-2, -1))).tensor
+        x, y = model(image).tensor.rot90(1, dims=(-2, -1)).unbind(1)
+        expected = torch.stack([-y, x], dim=1)  # a vector (x, y) turned counter-clockwise, y pointing up
+    return ((turned - expected).norm() / expected.norm()).item()
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    print(f"error of the vectors under a quarter turn: {error(VectorHead('c8resnet18_fast')):.1e}")
+
+
+if __name__ == "__main__":
+    main()

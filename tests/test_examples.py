@@ -1,0 +1,76 @@
+"""The examples in scripts/examples run and do what they say."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import timm
+import torch
+
+EXAMPLES = Path(__file__).parents[1] / "scripts" / "examples"
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch):
+    """`example("probe", needs=[...])`: the file as a module."""
+
+    def load(name: str, needs: list[str]) -> ModuleType:
+        for module in needs:
+            pytest.importorskip(module, reason=f"scripts/examples/{name}.py needs {module}")
+        monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
+        spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+def test_probe(example) -> None:
+    """Features of an equivariant network serve turned images as well as upright ones, those of a plain one do not."""
+    probe = example("probe", needs=["sklearn"])
+    models = (timm.create_model(name, pretrained=True).eval() for name in ("test_c8resnet", "test_c1resnet"))
+    equivariant, plain = (probe.probe(model, count=600, angles=(0, 90)) for model in models)
+    for classifier in ("linear probe", "5 nearest neighbours"):
+        assert equivariant[classifier][0] > 0.7
+        assert abs(equivariant[classifier][90] - equivariant[classifier][0]) < 0.02
+        assert plain[classifier][90] < plain[classifier][0] - 0.2
+
+
+def test_detection(example) -> None:
+    detection = example("detection", needs=["skimage"])
+    torch.manual_seed(0)
+    model = detection.detector("c4resnet18_fast", width=4)
+    losses = detection.train(model, steps=8)
+    assert losses[-1] < 0.9 * losses[0]
+    assert model.backbone.body.feature_info.reduction() == [8, 16, 32]
+
+
+@pytest.mark.parametrize("name", ["c8resnet18_fast", "d4resnet50_fast"])
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of segmentation_models.pytorch
+def test_segmentation(name: str, example) -> None:
+    segmentation = example("segmentation", needs=["segmentation_models_pytorch", "skimage"])
+    torch.manual_seed(0)
+    model = segmentation.unet(name, **({"width": 4} if "18" in name else {"width": 1}))
+    scores = segmentation.train(model, steps=8)
+    assert scores[-1] > max(0.5, scores[0])
+
+
+def test_segmentation_takes_the_named_model(example) -> None:
+    """`tu-c8resnet18` itself, at its full width."""
+    segmentation = example("segmentation", needs=["segmentation_models_pytorch", "skimage"])
+    model = segmentation.unet("c8resnet18").eval()
+    assert model.encoder.out_channels == [3, 224, 224, 448, 896, 1792]
+    with torch.no_grad():
+        assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 1, 64, 64)
+
+
+@pytest.mark.parametrize("group", ["c4", "c8"])
+def test_escnn_head(group: str, example) -> None:
+    head = example("escnn_head", needs=["escnn"])
+    torch.manual_seed(0)
+    model = head.VectorHead(f"{group}resnet18_fast", width=2)
+    assert head.error(model) < 1e-3
+    assert head.error(model, size=96) > 1e-3  # 96 is no exact size
