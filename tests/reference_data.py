@@ -22,7 +22,7 @@ FOLDER = Path(__file__).parent / "data" / "reference"
 
 @cache
 def networks() -> dict[str, dict]:
-    """For each network its `parameters`, the `state_dict` as published {name: shape}, and `conv_in_fields` {name: n}."""
+    """Per network its `parameters`, the `state_dict` as published {name: shape}, and `conv_in_fields` {name: n}."""
     return json.loads((FOLDER / "networks.json").read_text())
 
 
@@ -34,7 +34,7 @@ def training_runs() -> dict[str, dict]:
 
 @cache
 def load_bases() -> dict[str, torch.Tensor]:
-    """`<group>/<k>x<k>/<input type>`: kernels [n_basis, |G|, H, k, k]; `.../he_std`; `<group>/regular_representation`."""
+    """`<group>/<k>x<k>/<input type>`: [n_basis, |G|, H, k, k]; its `/he_std`; `<group>/regular_representation`."""
     return load_file(FOLDER / "bases.safetensors")
 
 
@@ -47,7 +47,7 @@ def sign_patterns() -> list[dict[str, list[int]]]:
 
 
 def figures(name: str, size: int) -> dict[str, np.ndarray]:
-    """Logits [1000]; for `maxpool`, `layer1` ... `layer4` the `/shape`, `/meanstd` and `/centre` (all channels there)."""
+    """Logits [1000]; for `maxpool`, `layer1` ... `layer4` the `/shape`, `/meanstd` and channels at the `/centre`."""
     with np.load(FOLDER / "logits" / f"{name}.npz") as archive:
         prefix = f"s0/{size}/"
         return {key.removeprefix(prefix): archive[key] for key in archive if key.startswith(prefix)}

@@ -20,7 +20,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from functools import cache, cached_property
-from importlib import resources
+from pathlib import Path
 
 import torch
 from safetensors.torch import load
@@ -28,6 +28,8 @@ from safetensors.torch import load
 from equivision_timm.groups import Group
 
 __all__ = ["KernelBasis", "Ring", "load_kernel_basis", "manifest", "sample_functions"]
+
+FOLDER = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def sample_functions(group: Group, kernel_size: int, rings: tuple[Ring, ...]) ->
 @cache
 def manifest() -> dict:
     """Where the tables come from: escnn version, sha256, ring profiles, and the harmonics of every basis element."""
-    return json.loads((_folder() / "manifest.json").read_text())
+    return json.loads((FOLDER / "manifest.json").read_text())
 
 
 @cache
@@ -125,14 +127,10 @@ def load_kernel_basis(group_name: str, kernel_size: int, input_type: str) -> Ker
 
 @cache
 def _tables() -> dict[str, torch.Tensor]:
-    content = (_folder() / "tables.safetensors").read_bytes()
+    content = (FOLDER / "tables.safetensors").read_bytes()
     found, expected = hashlib.sha256(content).hexdigest(), manifest()["sha256"]
     if found != expected:
         raise RuntimeError(
             f"kernel basis tables are damaged: sha256 {found}, the manifest says {expected}; reinstall equivision-timm"
         )
     return load(content)
-
-
-def _folder() -> resources.abc.Traversable:
-    return resources.files("equivision_timm.kernel_bases")

@@ -400,7 +400,7 @@ def _batch_norm_options(norm_layer: Callable[..., nn.Module], **options: float |
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     """Build `variant` through timm; see `EquivariantResNet` for the keywords, all of which may be overridden."""
     levels = kwargs.get("out_indices", ()) if kwargs.get("features_only") else ()
-    for level in levels if isinstance(levels, (tuple, list)) else ():
+    for level in range(-levels, 0) if isinstance(levels, int) else levels:  # an int: the last levels
         if not -5 <= level < 5:
             raise ValueError(f"feature level {level} of out_indices={levels} does not exist: use 0 to 4, or -5 to -1")
     build = partial(build_model_with_cfg, EquivariantResNet)

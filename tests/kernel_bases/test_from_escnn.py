@@ -1,0 +1,116 @@
+"""The bridge to escnn, and our layers against escnn's: forward and gradient, for every frozen basis."""
+
+import importlib.util
+
+import pytest
+import torch
+from cases import FROZEN, GROUPS
+from reference_data import sign_patterns
+
+from equivision_timm.groups import Group
+from equivision_timm.kernel_bases import from_escnn, load_kernel_basis, manifest
+from equivision_timm.layers import ConvNorm, GroupPool
+
+HAS_ESCNN = importlib.util.find_spec("escnn") is not None
+needs_escnn = pytest.mark.skipif(not HAS_ESCNN, reason="compares with escnn: pip install 'equivision-timm[escnn]'")
+
+
+@pytest.mark.skipif(HAS_ESCNN, reason="escnn is installed; this is about the message without it")
+@pytest.mark.parametrize("function", [from_escnn.gspace, lambda group: from_escnn.sample_kernels(group, 3, "regular")])
+def test_message_without_escnn(function):
+    with pytest.raises(ImportError, match=r"pip install 'equivision-timm\[escnn\]'.*gfortran"):
+        function("c4")
+
+
+def test_map_that_has_no_whole_fields():
+    for shape in ((1, 9, 3, 3), (1, 8)):
+        with pytest.raises(ValueError, match=r"does not consist of regular fields of c4: expected \[B, fields \* 4"):
+            from_escnn.to_geometric_tensor(torch.zeros(shape), "c4")
+
+
+@needs_escnn
+@pytest.mark.parametrize("group", GROUPS)
+def test_geometric_tensor_has_our_transform(group):
+    parsed = Group.from_name(group)
+    features = torch.randn(2, 3 * parsed.order, 7, 7)
+    tensor = from_escnn.to_geometric_tensor(features, group)
+    assert tensor.tensor is features
+    space = from_escnn.gspace(group)
+    elements = list(space.testing_elements)
+    assert len(elements) == parsed.order
+    assert list(tensor.type.representations) == 3 * [space.regular_repr]
+    for g in parsed.grid_elements:
+        expected = parsed.transform_fields(features, g)
+        torch.testing.assert_close(tensor.transform(elements[g]).tensor, expected, rtol=1e-4, atol=1e-5)
+
+
+@needs_escnn
+def test_our_feature_maps_as_geometric_tensors():
+    import timm
+
+    model = timm.create_model("d4resnet18_fast", features_only=True).eval()
+    with torch.no_grad():
+        maps = model(torch.randn(1, 3, 33, 33))
+    for features, fields in zip(maps, model.feature_info.get("num_fields"), strict=True):
+        assert len(from_escnn.to_geometric_tensor(features, "d4").type) == fields
+
+
+def machine_signs(group, size, input_type):
+    """The sign of each basis element as this machine's escnn computes it, relative to the frozen one."""
+    found = from_escnn.sample_kernels(group, size, input_type)
+    frozen = load_kernel_basis(group, size, input_type)
+    signs = torch.sign((found["kernels"] * frozen.sample()).flatten(1).sum(1)).float()
+    kernels = found["kernels"] * signs.view(-1, 1, 1, 1, 1)
+    return signs, (kernels - frozen.sample()).abs().max(), found
+
+
+@needs_escnn
+@pytest.mark.parametrize(("group", "size", "input_type"), FROZEN)
+def test_sampled_kernels_are_the_frozen_ones_but_for_known_signs(group, size, input_type):
+    key = f"{group}/{size}x{size}/{input_type}"
+    signs, error, found = machine_signs(group, size, input_type)
+    assert error < 1e-6
+    assert found["elements"] == manifest()["elements"][key]
+    assert (found["he_std"] - load_kernel_basis(group, size, input_type).he_std).abs().max() < 1e-6
+    negated = torch.nonzero(signs < 0).flatten().tolist()
+    known = [pattern.get(key, []) for pattern in sign_patterns()]
+    assert negated in known or (size == 3 and input_type == "trivial")  # of these no pattern was recorded
+
+
+@needs_escnn
+@pytest.mark.parametrize(("group", "size", "input_type"), FROZEN)
+def test_forward_and_gradient_equal_those_of_escnn(group, size, input_type):
+    import escnn.nn as enn
+
+    order, space = Group.from_name(group).order, from_escnn.gspace(group)
+    in_type = enn.FieldType(space, 3 * [space.trivial_repr if input_type == "trivial" else space.regular_repr])
+    out_type = enn.FieldType(space, 2 * [space.regular_repr])
+    conv = enn.R2Conv(in_type, out_type, size, padding=size // 2, stride=2, bias=False, initialize=False)
+    theirs = enn.SequentialModule(conv, enn.InnerBatchNorm(out_type), enn.GroupPooling(out_type))
+    ours = torch.nn.Sequential(ConvNorm(3, 2, size, group, input_type, stride=2), GroupPool(order))
+
+    signs, _, _ = machine_signs(group, size, input_type)
+    weight, norm = ours[0].conv.weight, ours[0].norm.per_field
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    their_norm = next(
+        module for module in theirs.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
+    )
+    their_norm.load_state_dict(norm.state_dict())
+    with torch.no_grad():
+        conv.weights.copy_((weight[..., 0] * signs).flatten())  # (o, i, b)
+
+    x = torch.randn(4, in_type.size, 9, 9)
+    mine, reference = x.clone().requires_grad_(), x.clone().requires_grad_()
+    found, expected = ours(mine), theirs(enn.GeometricTensor(reference, in_type)).tensor
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert expected.std() > 0.1
+    direction = torch.randn_like(expected)
+    (found * direction).sum().backward()
+    (expected * direction).sum().backward()
+    torch.testing.assert_close(mine.grad, reference.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(weight.grad[..., 0].flatten(), conv.weights.grad * signs.repeat(6), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(norm.weight.grad, their_norm.weight.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(norm.bias.grad, their_norm.bias.grad, rtol=1e-4, atol=1e-4)
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(norm, name), getattr(their_norm, name), rtol=1e-4, atol=1e-5)

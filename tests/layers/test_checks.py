@@ -1,0 +1,66 @@
+import pytest
+import torch
+import torch.nn as nn
+from timm.layers import get_norm_layer
+
+from equivision_timm.layers import CheckImage, check_pointwise, check_positionwise
+
+
+@pytest.mark.parametrize("act_layer", ["relu", "silu", "gelu", "hard_swish", "leaky_relu", nn.ELU, nn.Identity])
+def test_pointwise_activations_pass(act_layer):
+    assert issubclass(check_pointwise(act_layer), nn.Module)
+
+
+@pytest.mark.parametrize("act_layer", [nn.GLU, lambda: nn.Softmax(1), nn.Softmax2d])
+def test_other_activations_are_refused(act_layer):
+    with pytest.raises(ValueError, match="is not pointwise") as error:
+        check_pointwise(act_layer)
+    assert repr(act_layer) in str(error.value)
+
+
+@pytest.mark.parametrize("act_layer", ["rellu", "", None])
+def test_unknown_activations(act_layer):
+    with pytest.raises(ValueError, match="'relu'") as error:
+        check_pointwise(act_layer)
+    assert repr(act_layer) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["batchnorm2d", "groupnorm1", "layernorm2d", "instancenorm2d"])
+def test_norms_that_ignore_positions_pass(name):
+    norm_layer = {"instancenorm2d": nn.InstanceNorm2d}.get(name) or get_norm_layer(name)
+    check_positionwise(norm_layer, 8)
+
+
+@pytest.mark.parametrize("norm_layer", [lambda fields: nn.LayerNorm([fields, 4, 6]), nn.LayerNorm])
+def test_other_norms_are_refused(norm_layer):
+    class Fresh(nn.Module):  # weights other than one, or a layer norm over positions would look equivariant
+        def __init__(self, fields):
+            super().__init__()
+            self.norm = norm_layer(fields)
+            nn.init.normal_(self.norm.weight)
+
+        def forward(self, x):
+            return self.norm(x)
+
+    with pytest.raises(ValueError, match="depends on the position"):
+        check_positionwise(Fresh, 8)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(3, 64, 64), r"got 3 dimension\(s\): add the batch axis"),
+        (torch.zeros(1, 1, 64, 64), r"expected 3 image channel\(s\), got 1: create the model with in_chans=1"),
+        (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), "got torch.uint8: convert with"),
+        (torch.zeros(1, 3, 31, 64), "height 31 is too small: use at least 32"),
+        (torch.zeros(1, 3, 64, 8), "width 8 is too small: use at least 32"),
+    ],
+)
+def test_images_that_do_not_fit(x, message):
+    with pytest.raises(AssertionError, match=message):
+        CheckImage(3)(x)
+
+
+def test_images_that_fit_pass_unchanged():
+    x = torch.zeros(2, 3, 32, 40, dtype=torch.bfloat16)
+    assert CheckImage(3)(x) is x

@@ -1,0 +1,86 @@
+"""Whole networks, level by level, for every element of the group that is exact on the pixel grid."""
+
+import pytest
+import timm
+import torch
+from cases import GROUPS
+from reference_data import image
+
+from equivision_timm.groups import Group
+from equivision_timm.testing import equivariance_error
+
+# Size of the images, largest relative error of the maps and of the logits; bfloat16 has 8 significant bits, float32 24
+CASES = {torch.float32: (65, 1e-5, 1e-4), torch.bfloat16: (33, 0.1, 0.1)}
+
+
+def trained_a_little(name, size=65, **kwargs):
+    """A network whose norms have statistics and weights of their own."""
+    model = timm.create_model(name, num_classes=10, **kwargs).train()
+    with torch.no_grad():
+        model(image((4, 3, size, size), seed=1))
+        for parameter in model.parameters():
+            parameter.mul_(torch.rand_like(parameter) + 0.5)
+    return model.eval()
+
+
+def relative(found, expected):
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.mark.parametrize("dtype", CASES)
+@pytest.mark.parametrize("depth", ["18_fast", "50_fast"])
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_level_and_the_logits(group, depth, dtype):
+    model, parsed = trained_a_little(f"{group}resnet{depth}").to(dtype), Group.from_name(group)
+    size, map_tolerance, logit_tolerance = CASES[dtype]
+    x = image((2, 3, size, size)).to(dtype)
+    with torch.no_grad():
+        last, maps = model.forward_intermediates(x)
+        logits = model.forward_head(last).float()
+        assert relative(logits[0], logits[1]) > 0.01
+        for g in parsed.grid_elements:
+            last, moved = model.forward_intermediates(parsed.transform_image(x, g))
+            for level, (found, plain) in enumerate(zip(moved, maps, strict=True)):
+                expected = parsed.transform_fields(plain, g)
+                assert relative(found.float(), expected.float()) < map_tolerance, (level, g)
+                assert g == 0 or not torch.allclose(found, plain, rtol=0.1, atol=map_tolerance), (level, g)
+            assert relative(model.forward_head(last).float(), logits) < logit_tolerance, g
+
+
+@pytest.mark.parametrize("name", ["c4resnet18", "d4resnet18_fast", "c8resnet50_fast", "d8resnet18_fast"])
+def test_logits_at_the_size_of_imagenet(name):
+    model = trained_a_little(name)
+    errors, group = equivariance_error(model, 225), Group.from_name(model.group)
+    print({g: f"{error:.0e}" for g, error in errors.items()})  # turns by 45 degrees are reported, not asserted
+    assert len(errors) == group.order
+    assert max(errors[g] for g in group.grid_elements) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "lacking"), [("c1resnet18_fast", "c4"), ("c4resnet18_fast", "d1"), ("d1resnet18_fast", "c4")]
+)
+def test_symmetries_that_the_group_lacks_change_the_logits(name, lacking):
+    errors = equivariance_error(trained_a_little(name), 65, lacking)
+    assert min(error for g, error in errors.items() if g) > 1e-3
+
+
+@pytest.mark.parametrize("keywords", [{"global_pool": "max"}, {"global_pool": "catavgmax"}, {"group_pool": "avg"}])
+def test_other_poolings_are_invariant(keywords):
+    assert max(equivariance_error(trained_a_little("d4resnet18_fast", **keywords), 65).values()) < 1e-4
+
+
+def test_the_group_axis_is_kept_on_request():
+    model = trained_a_little("c4resnet18_fast", group_pool="")
+    assert min(error for g, error in equivariance_error(model, 65).items() if g) > 1e-3
+
+
+@pytest.mark.parametrize("output_stride", [8, 16])
+def test_dilated_networks_are_invariant(output_stride):
+    model = trained_a_little("d4resnet50_fast", output_stride=output_stride)
+    assert max(equivariance_error(model, 65).values()) < 1e-4
+
+
+@pytest.mark.parametrize("norm_layer", ["groupnorm1", "layernorm2d"])
+def test_other_norms_and_activations_are_invariant(norm_layer):
+    model = trained_a_little("d4resnet18_fast", norm_layer=norm_layer, act_layer="silu")
+    assert max(equivariance_error(model, 65).values()) < 1e-4

@@ -1,0 +1,95 @@
+import pytest
+import torch
+from cases import GROUPS
+from hypothesis import given
+from hypothesis import strategies as st
+from reference_data import load_bases
+
+from equivision_timm.groups import Group
+
+groups = st.builds(Group, rotations=st.integers(1, 24), reflections=st.booleans())
+
+
+@st.composite
+def group_with_elements(draw, elements):
+    group = draw(groups)
+    return group, *(draw(st.integers(0, group.order - 1)) for _ in range(elements))
+
+
+@given(group_with_elements(3))
+def test_product_is_associative(case):
+    group, a, b, c = case
+    assert group.product(group.product(a, b), c) == group.product(a, group.product(b, c))
+
+
+@given(group_with_elements(1))
+def test_identity_and_inverse(case):
+    group, a = case
+    assert group.product(0, a) == group.product(a, 0) == a
+    assert group.product(a, group.inverse(a)) == group.product(group.inverse(a), a) == 0
+
+
+@given(group_with_elements(1))
+def test_left_quotients_are_permutations(case):
+    group, g = case
+    quotients = group.left_quotients()[g]
+    assert sorted(quotients.tolist()) == list(range(group.order))
+    assert [group.product(g, h) for h in quotients.tolist()] == list(range(group.order))
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_product_is_the_stored_representation(name):
+    group, matrices = Group.from_name(name), load_bases()[f"{name}/regular_representation"].round()
+    assert len(matrices) == group.order
+    for a in range(group.order):
+        for b in range(group.order):
+            assert matrices[a][group.product(a, b), b] == 1  # rho(a) e_b = e_ab
+        assert matrices[a].sum() == group.order
+        assert torch.equal(matrices[group.inverse(a)], matrices[a].T)
+
+
+@given(group_with_elements(2), st.data())
+def test_angle_of_a_product(case, data):
+    group, a, b = case
+    angle = torch.tensor(data.draw(st.floats(-3, 3)), dtype=torch.float64)
+    combined = group.inverse_angle(group.product(a, b), angle)  # (ab)^-1 x = b^-1 (a^-1 x)
+    stepwise = group.inverse_angle(b, group.inverse_angle(a, angle))
+    torch.testing.assert_close(torch.exp(1j * combined), torch.exp(1j * stepwise))
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_actions_on_images_and_fields_follow_the_product(name):
+    group = Group.from_name(name)
+    for act, x in (
+        (group.transform_image, torch.randn(2, 3, 5, 5)),
+        (group.transform_fields, torch.randn(2, 3 * group.order, 5, 5)),
+    ):
+        moved = {g: act(x, g) for g in group.grid_elements}
+        for a in group.grid_elements:
+            for b in group.grid_elements:
+                assert torch.equal(act(moved[b], a), moved[group.product(a, b)])
+            assert torch.equal(moved[a], x) == (a == 0)
+
+
+@pytest.mark.parametrize(("name", "elements"), [("c1", 1), ("d1", 2), ("c4", 4), ("d4", 8), ("c8", 4), ("d8", 8)])
+def test_grid_elements(name, elements):
+    assert len(Group.from_name(name).grid_elements) == elements
+
+
+def test_quarter_turn_is_counter_clockwise_and_the_mirror_swaps_left_and_right():
+    image = torch.tensor([[1, 2], [3, 4]])
+    d4 = Group.from_name("d4")
+    assert d4.transform_image(image, 1).tolist() == [[2, 4], [1, 3]]
+    assert d4.transform_image(image, 4).tolist() == [[2, 1], [4, 3]]
+
+
+@pytest.mark.parametrize("name", ["e4", "c", "c0", "4", "", "C4", "d-1", "c4 ", 4, None])
+def test_unknown_name(name):
+    with pytest.raises(ValueError, match="use 'cN'") as error:
+        Group.from_name(name)
+    assert repr(name) in str(error.value)
+
+
+def test_eighth_turn_is_no_symmetry_of_the_grid():
+    with pytest.raises(ValueError, match=r"element 1 of c8 .* use \[0, 2, 4, 6\]"):
+        Group.from_name("c8").transform_image(torch.zeros(1, 1, 3, 3), 1)
