@@ -181,7 +181,7 @@ def _draw_digits(
         for row, image in enumerate(turn(digits[chosen], angles[index], size=65)):
             top = row * row_height
             extent = (column + 0.04, column + 0.96, top + 0.96, top + 0.04)
-            axes.imshow(image[0], cmap="gray_r", vmin=0, vmax=1, extent=extent, interpolation="bilinear")
+            axes.imshow(image[0].numpy(), cmap="gray_r", vmin=0, vmax=1, extent=extent, interpolation="bilinear")
             for shift, name in ((0.27, EQUIVARIANT), (0.73, PLAIN)):
                 answer = int(predictions[name][index, chosen[row]])
                 _draw_answer(axes, column + shift, top + 1.13, answer, answer == labels[chosen[row]], COLOURS[name])

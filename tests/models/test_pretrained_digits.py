@@ -1,0 +1,132 @@
+"""The models trained on digits: they load without a network, read held-out digits, and are as invariant as they say."""
+
+import json
+import re
+import socket
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from safetensors import safe_open
+from timm.models import save_for_hf
+
+from equivision_timm.demo import load_digits, predict, turn
+
+NAMES = ("test_c8resnet", "test_d4resnet", "test_c1resnet")
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args, **kwargs) -> None:
+        raise AssertionError("packaged weights need no network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def _pretrained(name: str, **kwargs) -> nn.Module:
+    return timm.create_model(name, pretrained=True, **kwargs).eval()
+
+
+def _images(count: int) -> torch.Tensor:
+    """[count, 3, 65, 65], digits of all classes."""
+    digits, _ = load_digits()
+    return turn(digits[:: len(digits) // count][:count], 0, 65).expand(-1, 3, -1, -1)
+
+
+@torch.inference_mode()
+def _change(model: nn.Module, move: Callable[[torch.Tensor], torch.Tensor]) -> float:
+    """max |f(move(x)) - f(x)| over the logits of 20 digits."""
+    images = _images(20)
+    return (model(move(images)) - model(images)).abs().max().item()
+
+
+def _quarter_turn(images: torch.Tensor) -> torch.Tensor:
+    return images.rot90(1, (-2, -1))
+
+
+def _mirror(images: torch.Tensor) -> torch.Tensor:
+    return images.flip(-1)
+
+
+def test_package_carries_small_files() -> None:
+    folder = files("equivision_timm") / "digits"
+    sizes = {file.name: len(file.read_bytes()) for file in folder.iterdir()}
+    assert set(sizes) == {"README.md", "held_out.safetensors", *(f"{name}.safetensors" for name in NAMES)}
+    assert max(sizes.values()) < 1_000_000
+    assert "CC BY-SA 3.0" in (folder / "README.md").read_text()
+
+
+def test_twins_have_as_many_parameters() -> None:
+    counts = [sum(p.numel() for p in timm.create_model(name).parameters()) for name in NAMES]
+    assert max(counts) < 1.1 * min(counts)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reads_held_out_upright_digits(name: str) -> None:
+    digits, labels = load_digits()
+    assert torch.bincount(labels).tolist() == [50] * 10
+    accuracy = (predict(_pretrained(name), digits, 0) == labels).double().mean().item()
+    assert accuracy > 0.95
+    with safe_open(files("equivision_timm") / "digits" / f"{name}.safetensors", "pt") as file:
+        reported = float(re.match(r"0\.\d+", file.metadata()["upright_accuracy"])[0])  # of twice as many digits
+    assert accuracy == pytest.approx(reported, abs=0.02)
+
+
+@pytest.mark.parametrize("name", ["test_c8resnet", "test_d4resnet"])
+def test_quarter_turns_change_nothing(name: str) -> None:
+    model = _pretrained(name)
+    assert _change(model, _quarter_turn) < 1e-4
+    digits, labels = load_digits()
+    right = predict(model, digits[::5], 0) == labels[::5]
+    for degrees in (90, 180, 270):
+        assert torch.equal(predict(model, digits[::5], degrees) == labels[::5], right)
+
+
+def test_symmetries_that_the_group_lacks_change_the_logits() -> None:
+    assert _change(_pretrained("test_c1resnet"), _quarter_turn) > 1
+    assert _change(_pretrained("test_c8resnet"), _mirror) > 1
+    assert _change(_pretrained("test_d4resnet"), _mirror) < 1e-4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tag_names_the_same_weights(name: str) -> None:
+    assert f"{name}.digits" in timm.list_pretrained("test_*")
+    images = _images(2)
+    assert torch.equal(_pretrained(name)(images), _pretrained(f"{name}.digits")(images))
+    assert not torch.equal(_pretrained(name)(images), timm.create_model(name).eval()(images))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_grey_images_give_the_same_logits(name: str) -> None:
+    images = _images(4)
+    expected = _pretrained(name)(images)
+    assert (_pretrained(name, in_chans=1)(images[:, :1]) - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_other_heads_keep_the_features(name: str) -> None:
+    images = _images(2)
+    whole = _pretrained(name)
+    features = whole.forward_features(images)
+    other = _pretrained(name, num_classes=5)
+    assert other(images).shape == (2, 5)
+    assert torch.equal(other.forward_features(images), features)
+    levels = _pretrained(name, features_only=True)(images)
+    assert len(levels) == 5
+    assert torch.equal(levels[-1], features)
+
+
+def test_saved_config_names_no_path_of_this_machine(tmp_path: Path) -> None:
+    model = _pretrained("test_c8resnet")
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    text = (tmp_path / "config.json").read_text()
+    assert str(files("equivision_timm")) not in text
+    config = json.loads(text)
+    assert config["architecture"] == "test_c8resnet"
+    assert config["num_classes"] == 10
+    images = _images(2)
+    assert torch.equal(_pretrained(f"local-dir:{tmp_path}")(images), model(images))
