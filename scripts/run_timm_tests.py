@@ -5,7 +5,8 @@
     GITHUB_ACTIONS=1 python scripts/run_timm_tests.py              # as timm's CI: some heavy tests are left out
 
 The tests come from the sdist of the installed timm (downloaded with pip unless given). timm picks the models for its
-tests of intermediates and pruning by the module that defines them, so our names are added to its module `resnet`. One
+tests of intermediates and pruning by the module that defines them, so our names are added to its module `resnet`. Its
+tests of pretrained models find random weights in a local weights folder made for the occasion. One
 test is left out, and the summary says so: `test_model_inference` fetches the expected outputs of timm's own `test_*`
 models from timm's Hub repositories, which ours do not have.
 """
@@ -24,9 +25,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read on import: a test that needed the net
 
 import pytest
 import timm
+from timm.models import get_pretrained_cfg
 from timm.models._registry import _module_to_models
 
-import equivision_timm  # noqa: F401  (registers the models)
+from equivision_timm.checkpoints.folder import write_model_folder
+from equivision_timm.models.pretrained import local_folder
 
 NEEDS_TIMM_HUB = "test_model_inference"
 
@@ -70,6 +73,14 @@ def unpack_tests(sdist: Path, folder: Path) -> Path:
     return folder / root
 
 
+def write_random_weights(names: list[str], folder: Path) -> None:
+    """Make `folder` the local weights folder, with weights for those models that have pretrained ones."""
+    os.environ["EQUIVISION_TIMM_WEIGHTS"] = str(folder)
+    for name in names:
+        if hub_id := get_pretrained_cfg(name).hf_hub_id:
+            write_model_folder(local_folder(hub_id), name, timm.create_model(name).state_dict(), {"source": "random"})
+
+
 def download_sdist(folder: Path) -> Path:
     options = ["--quiet", "--no-deps", "--no-binary", "timm", "--dest", str(folder), f"timm=={timm.__version__}"]
     subprocess.run([sys.executable, "-m", "pip", "download", *options], check=True)
@@ -92,6 +103,7 @@ def main() -> int:
     _module_to_models["resnet"].update(names)
 
     with tempfile.TemporaryDirectory() as folder:
+        write_random_weights(names, Path(folder) / "weights")
         root = unpack_tests(args.sdist or download_sdist(Path(folder)), Path(folder))
         settings = ["-c", str(root / "pyproject.toml"), "--rootdir", str(root), "-p", "no:cacheprovider", "-q", "-ra"]
         return pytest.main([*settings, str(root / "tests" / "test_models.py")], plugins=[Selection(names)])

@@ -17,6 +17,7 @@ from equivision_timm.checkpoints import fetch as fetch_module
 from equivision_timm.checkpoints.convert import convert_original
 from equivision_timm.checkpoints.fetch import fetch
 from equivision_timm.checkpoints.released import released
+from equivision_timm.checkpoints.sign_groups import known_patterns
 from equivision_timm.cli import main
 
 pytest.importorskip("gdown", reason="fetching needs the extra `fetch`")
@@ -187,6 +188,19 @@ def test_a_whole_download_is_not_repeated(drive, weights, monkeypatch):
     assert main(["fetch", NAME, "--images", "photographs", "--signs", "avx512"]) == 1
     assert drive.offsets == [0]
     assert [(str(images), signs) for images, signs in calls] == [("None", None), ("photographs", "avx512")]
+
+
+def test_signs_reach_the_conversion(drive):
+    """The checkpoint of a D4 network, whose coefficients mean something only together with the signs."""
+    d4 = checkpoint("d4resnet18")
+    drive.files[released()["d4resnet18"].drive_id] = saved(d4)
+    pattern = list(known_patterns("d4"))[1]
+    assert main(["fetch", "d4resnet18", "--signs", pattern]) == 0
+    model = timm.create_model("d4resnet18", pretrained=True)
+    expected, unsigned = convert_original(d4, "d4resnet18", signs=pattern), convert_original(d4, "d4resnet18")
+    weight = model.layer4[1].conv2.conv.weight
+    assert torch.equal(weight, expected["layer4.1.conv2.conv.weight"])
+    assert not torch.equal(weight, unsigned["layer4.1.conv2.conv.weight"])
 
 
 def test_one_failure_does_not_stop_the_others(drive, weights, capsys):

@@ -106,8 +106,11 @@ def test_the_local_folder_comes_first_but_not_for_hf_hub_names(hub, run, first, 
 
 
 def test_a_connection_that_breaks_midway_is_continued(hub, run, first):
-    hub.break_downloads_after = len(first) // 2 + 1
-    assert run() == [bias(first)]
+    hub.break_downloads_after = 2 * len(first) // 3
+    (result,) = run()
+    if result != bias(first):  # the oldest supported huggingface_hub leaves it to the next call to go on
+        assert result.startswith(f"RuntimeError: no weights for {NAME}")
+        assert run() == [bias(first)]
     starts = hub.offsets
     assert starts[0] == 0
     assert len(starts) > 1

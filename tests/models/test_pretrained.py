@@ -35,7 +35,6 @@ def folder(converted, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def offline(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("EQUIVISION_TIMM_WEIGHTS", str(folder))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
