@@ -163,6 +163,9 @@ def _statistics(model: EquivariantResNet, images: str | Path | None) -> Iterator
 def _accuracy(model: EquivariantResNet, data: str | Path) -> Iterator[Check]:
     """Top-1 and top-5; where the original reported a figure, ours must not fall short of it beyond chance."""
     config = resolve_data_config({}, model=model)
+    if not Path(data).is_dir():
+        yield Check("accuracy", False, f"{data} is no folder of labelled images")
+        return
     try:
         dataset = create_dataset("", root=str(data), split="validation")
     except (OSError, RuntimeError, ValueError) as error:
