@@ -139,9 +139,12 @@ def _pixels(image: torch.Tensor, config: dict) -> np.ndarray:
 
 
 def _class_names(model: nn.Module):
-    """Class index -> name: ImageNet's first word for its classifiers, the number for others."""
+    """Class index -> name: the model's own names, ImageNet's first word for its classifiers, else the number."""
+    own = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+    if own and len(own) == model.num_classes:
+        return lambda index: f"reads {own[index]}:"
     subset = infer_imagenet_subset(model)
     if subset is None:
-        return lambda index: f"class {index},"
+        return lambda index: f"class {index}:"
     info = ImageNetInfo(subset)
-    return lambda index: info.index_to_description(index).split(",")[0]
+    return lambda index: info.index_to_description(index).split(",")[0] + ":"

@@ -179,7 +179,11 @@ def test_ctrl_c_leaves_what_was_measured(c4: str, tmp_path: Path) -> None:
     """A real SIGINT to a real process, once it has kept a batch."""
     folder = write_textures(tmp_path / "data", train=1, validation=300)
     options = ["--angles", "0:360:5", "-b", "4", "-j", "0", "--device", "cpu", "--out", str(tmp_path / "out")]
-    command = [sys.executable, "-m", "equivision_timm", "rotate-eval", "--models", c4, "--data", str(folder), *options]
+    program = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in background jobs
+        "from equivision_timm.cli import main; sys.exit(main())"
+    )
+    command = [sys.executable, "-c", program, "rotate-eval", "--models", c4, "--data", str(folder), *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     kept = tmp_path / "out" / "results.json"
     deadline = time.monotonic() + 120

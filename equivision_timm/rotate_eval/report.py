@@ -91,7 +91,8 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; } img { max
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd; }
 th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #888; }
-.wide { overflow-x: auto; } .side { display: flex; flex-wrap: wrap; gap: 0 3rem; } .note { color: #666; }
+.wide { overflow-x: auto; } .side { display: flex; flex-wrap: wrap; gap: 0 2.5rem; }
+.side table { font-size: .8rem; } .side th, .side td { padding: .1rem .45rem; } .note { color: #666; }
 """
 
 

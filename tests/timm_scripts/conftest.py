@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from small_models import write_textures
 
+CPU_DDP = Path(__file__).with_name("cpu_ddp.py")
+
 
 @pytest.fixture(scope="session")
 def scripts() -> Path:
@@ -28,8 +30,9 @@ def run(scripts: Path) -> Callable[..., subprocess.CompletedProcess]:
     """`run("train.py", ...)`: one of timm's scripts through our runner; `processes`: under torchrun."""
 
     def start(script: str, *arguments: str | Path, processes: int = 0, cwd: Path | None = None):
-        launcher = ["torch.distributed.run", f"--nproc_per_node={processes}", "-m"] if processes else []
-        command = [*launcher, "equivision_timm", str(scripts / script), *map(str, arguments)]
+        torchrun = ["torch.distributed.run", f"--nproc_per_node={processes}", str(CPU_DDP)]
+        launcher = torchrun if processes else ["equivision_timm"]
+        command = [*launcher, str(scripts / script), *map(str, arguments)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             [sys.executable, "-m", *command], capture_output=True, text=True, env=environment, cwd=cwd, timeout=900

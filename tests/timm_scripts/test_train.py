@@ -11,19 +11,16 @@ from pathlib import Path
 import pytest
 from timm_runs import TRAINING, result
 
-OPTIONS = {
-    "plain": [],
-    "ema": ["--model-ema", "--model-ema-decay", "0.5"],
-    "grad_accum": ["--grad-accum-steps", "2"],
-    "channels_last": ["--channels-last"],
-    "amp": ["--amp", "--amp-dtype", "bfloat16"],
-    "compile": ["--torchcompile"],
-    "drop_path": ["--drop-path", "0.1"],
-    "bn_momentum": ["--bn-momentum", "0.05", "--bn-eps", "1e-4"],
-    "grad_checkpointing": ["--grad-checkpointing"],
-    "rotated": ["--dataset", "torch/rotated_folder"],
-}
-TOGETHER = [word for name in OPTIONS if name != "compile" for word in OPTIONS[name]]
+OPTIONS = [
+    *("--model-ema", "--model-ema-decay", "0.5"),
+    *("--grad-accum-steps", "2"),
+    "--grad-checkpointing",
+    "--channels-last",
+    *("--amp", "--amp-dtype", "bfloat16"),
+    *("--drop-path", "0.1"),
+    *("--bn-momentum", "0.05", "--bn-eps", "1e-4"),
+    *("--dataset", "torch/rotated_folder"),
+]
 
 
 def _summary(folder: Path) -> list[dict[str, float]]:
@@ -40,17 +37,12 @@ def _assert_learns(folder: Path) -> None:
     assert (folder / "model_best.pth.tar").is_file()
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-def test_one_process(option: str, run, textures: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [0, 2])
+@pytest.mark.parametrize("options", [[], OPTIONS, ["--torchcompile"]], ids=["plain", "all", "compile"])
+def test_options(options: list[str], processes: int, run, textures: Path, tmp_path: Path) -> None:
+    """In one process, and in two under torchrun."""
     place = ["--data-dir", textures, "--output", tmp_path, "--experiment", "out"]
-    run("train.py", *TRAINING, *place, "--epochs", "2", *OPTIONS[option])
-    _assert_learns(tmp_path / "out")
-
-
-@pytest.mark.parametrize("options", [[], TOGETHER, ["--torchcompile", "aot_eager"]], ids=["plain", "all", "compile"])
-def test_two_processes(options: list[str], run, textures: Path, tmp_path: Path) -> None:
-    place = ["--data-dir", textures, "--output", tmp_path, "--experiment", "out"]
-    run("train.py", *TRAINING, *place, "--epochs", "2", *options, processes=2)
+    run("train.py", *TRAINING, *place, "--epochs", "2", *options, processes=processes)
     _assert_learns(tmp_path / "out")
 
 

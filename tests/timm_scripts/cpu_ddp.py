@@ -1,0 +1,24 @@
+"""Runs a script of timm under torchrun on CPUs: `torchrun ... cpu_ddp.py SCRIPT ARGS`.
+
+timm hands its device to `DistributedDataParallel` as `device_ids`, which PyTorch takes for GPUs and refuses for CPUs.
+Here they are dropped; nothing else is changed, and on GPUs none of this is needed.
+"""
+
+import functools
+import sys
+
+from torch.nn.parallel import DistributedDataParallel
+
+from equivision_timm.runner import run_script
+
+__init__ = DistributedDataParallel.__init__
+
+
+@functools.wraps(__init__)
+def _without_device_ids(self, module, device_ids=None, **options):
+    __init__(self, module, **options)
+
+
+if __name__ == "__main__":
+    DistributedDataParallel.__init__ = _without_device_ids
+    run_script(sys.argv[1], sys.argv[2:])
