@@ -1,0 +1,145 @@
+"""Feature extraction: `features_only` with each of timm's wrappers, intermediates, pruning and heads."""
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from reference_data import image
+
+import equivision_timm  # noqa: F401  (registers the models)
+
+NAMES = ("d4resnet18_fast", "c8resnet50_fast")
+
+
+def seeded(name, **kwargs):
+    torch.manual_seed(0)
+    return timm.create_model(name, **kwargs).eval()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_five_levels_with_their_fields(name):
+    model, x = seeded(name, features_only=True), image((1, 3, 96, 96))
+    with torch.no_grad():
+        maps = model(x)
+    info = model.feature_info
+    order = {"d4": 8, "c8": 8}[name[:2]]
+    assert info.reduction() == [2, 4, 8, 16, 32]
+    assert [m.shape[1] for m in maps] == info.channels() == [order * fields for fields in info.get("num_fields")]
+    assert [m.shape[2:] for m in maps] == [(96 // reduction,) * 2 for reduction in info.reduction()]
+    assert info.get("group") == 5 * [name[:2]]
+    assert info.get("num_fields")[0] == 8
+
+
+@pytest.mark.parametrize("feature_cls", ["list", "dict", "hook", "fx", "getter"])
+@pytest.mark.parametrize("out_indices", [(0, 1, 2, 3, 4), (1, 3), (-2, -1), 2])
+def test_every_wrapper_gives_the_intermediates(feature_cls, out_indices):
+    x = image((1, 3, 65, 65))
+    model = seeded("d4resnet18_fast", features_only=True, feature_cls=feature_cls, out_indices=out_indices)
+    levels = [-2, -1] if out_indices == 2 else list(out_indices)
+    with torch.no_grad():
+        expected = seeded("d4resnet18_fast").forward_intermediates(x, levels, intermediates_only=True)
+        found = model(x)
+    found = list(found.values()) if isinstance(found, dict) else found
+    for ours, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, reference)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_intermediates_equal_the_features(name):
+    model, x = seeded(name), image((2, 3, 65, 65))
+    with torch.no_grad():
+        last, maps = model.forward_intermediates(x)
+        torch.testing.assert_close(last, model.forward_features(x))
+        torch.testing.assert_close(maps[-1], last)
+        early, stopped = model.forward_intermediates(x, [0, 2], stop_early=True)
+        assert early.shape == maps[2].shape
+        assert [m.shape for m in stopped] == [maps[0].shape, maps[2].shape]
+    assert last.shape[1] == model.num_features
+
+
+def test_equivariant_and_invariant_maps_by_one_keyword():
+    x = image((1, 3, 65, 65))
+    equivariant = seeded("d4resnet18_fast", num_classes=0, global_pool="", group_pool="")
+    invariant = seeded("d4resnet18_fast", num_classes=0, global_pool="")
+    with torch.no_grad():
+        fields = equivariant(x)
+        assert fields.shape == (1, 64 * 8, 3, 3)
+        torch.testing.assert_close(fields, equivariant.forward_features(x))
+        torch.testing.assert_close(invariant(x), fields.unflatten(1, (64, 8)).amax(2))
+
+
+@pytest.mark.parametrize("group_pool", ["max", "avg", ""])
+@pytest.mark.parametrize(("global_pool", "factor"), [("avg", 1), ("max", 1), ("avgmax", 1), ("catavgmax", 2)])
+def test_heads(group_pool, global_pool, factor):
+    model = seeded("c4resnet18_fast", num_classes=7, group_pool=group_pool, global_pool=global_pool)
+    x, width = image((2, 3, 33, 33)), factor * (512 if group_pool == "" else 128)
+    features = model.forward_features(x)
+    assert model.head_hidden_size == model.get_classifier().in_features == width
+    assert model.forward_head(features, pre_logits=True).shape == (2, width)
+    assert model(x).shape == (2, 7)
+    model.reset_classifier(5)
+    assert model(x).shape == (2, 5)
+    model.reset_classifier(0)
+    torch.testing.assert_close(model(x), model.forward_head(features, pre_logits=True))
+    model.reset_classifier(0, "")
+    assert model(x).shape == (2, 512 if group_pool == "" else 128, 2, 2)
+    model.reset_classifier(3, "avg")
+    assert model(x).shape == (2, 3)
+
+
+def test_pools_over_space_before_the_group():
+    model, x = seeded("c4resnet18_fast"), image((1, 3, 65, 65))
+    features = model.forward_features(x)
+    expected = features.mean((2, 3)).unflatten(1, (128, 4)).amax(2)
+    torch.testing.assert_close(model.forward_head(features, pre_logits=True), expected)
+    other_order = features.unflatten(1, (128, 4)).amax(2).mean((2, 3))
+    assert not torch.allclose(other_order, expected, rtol=1e-3)
+
+
+def test_classifier_ends_the_parameters():
+    # timm's adaptive gradient clipping leaves the last two out
+    names = [name for name, _ in seeded("c4resnet18_fast").named_parameters()]
+    assert names[-2:] == ["fc.weight", "fc.bias"]
+
+
+@pytest.mark.parametrize(("output_stride", "side"), [(32, 3), (16, 5), (8, 9)])
+@pytest.mark.parametrize("name", NAMES)
+def test_output_stride(name, output_stride, side):
+    model = seeded(name, output_stride=output_stride, features_only=True)
+    maps = model(image((1, 3, 65, 65)))
+    assert maps[-1].shape[2:] == (side, side)
+    assert model.feature_info.reduction() == [min(r, output_stride) for r in (2, 4, 8, 16, 32)]
+
+
+def test_drop_path_grows_with_depth_and_acts_in_training():
+    model = seeded("c4resnet18_fast", drop_path_rate=0.7)
+    rates = [module.drop_prob for module in model.modules() if type(module).__name__ == "DropPath"]
+    assert rates == pytest.approx([0.1 * i for i in range(1, 8)])
+    x = image((2, 3, 33, 33))
+    torch.testing.assert_close(model(x), model(x))
+    model.train()
+    assert not torch.allclose(model(x), model(x))
+
+
+def test_dropout_acts_in_training():
+    model, x = seeded("c4resnet18_fast", drop_rate=0.5), image((2, 3, 33, 33))
+    features = model.forward_features(x)
+    kept = model.train().forward_head(features, pre_logits=True)
+    assert (kept == 0).any()
+    torch.testing.assert_close(kept[kept > 0], 2 * model.eval().forward_head(features, pre_logits=True)[kept > 0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_zero_init_last_makes_every_block_a_shortcut(name):
+    model = seeded(name, zero_init_last=True)
+    block, x = model.layer1[1], torch.rand(1, model.layer1[1].conv1.conv.weight.shape[1] * 8, 5, 5)
+    torch.testing.assert_close(block(x), x)
+    model.init_weights()
+    assert not torch.allclose(block(x), x)
+
+
+def test_norm_options():
+    model = seeded("c4resnet18_fast", bn_momentum=0.2, bn_eps=1e-3)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert len(norms) == 20
+    assert all((norm.momentum, norm.eps) == (0.2, 1e-3) for norm in norms)

@@ -1,0 +1,42 @@
+"""What timm's listing shows of us, and that every name builds what it says."""
+
+import json
+
+import pytest
+import timm
+import torch
+
+import equivision_timm  # noqa: F401  (registers the models)
+from equivision_timm.groups import Group
+
+GROUPS = ("c1", "d1", "c4", "d4", "c8", "d8")
+NAMES = [f"{group}resnet{depth}{width}" for group in GROUPS for depth in (18, 50, 101) for width in ("", "_fast")]
+OURS = timm.list_models(module="equivariant_resnet")
+
+
+def test_all_names_and_only_they_are_listed():
+    assert sorted(name for name in OURS if not name.startswith("test_")) == sorted(NAMES)
+    assert not set(NAMES) & set(timm.list_models(module="resnet"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_name_says_what_is_built(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+        plain = timm.create_model(name[2:].removesuffix("_fast"))
+    assert model.group == name[:2]
+    ratio = sum(p.numel() for p in model.parameters()) / sum(p.numel() for p in plain.parameters())
+    if name.endswith("_fast"):
+        channels = model.feature_info[0]["num_chs"]
+        assert channels == {"d8resnet18_fast": 48}.get(name, 64)  # as many as the plain ResNet
+    else:
+        assert 0.8 < ratio < 1.2  # as many parameters as the plain ResNet
+    assert model.num_features == model.head_hidden_size * Group.from_name(model.group).order
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_every_keyword_survives_json(name):
+    cfg = timm.get_pretrained_cfg(name).to_dict()
+    assert json.loads(json.dumps(cfg))["architecture"] == name
+    assert cfg["first_conv"] == "conv1.conv"
+    assert cfg["classifier"] == "fc"

@@ -1,0 +1,257 @@
+"""Ways to run and train a model: compile, mixed precision, memory formats, copies, EMA, sync norm, freezing."""
+
+import copy
+import pickle
+import shutil
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from reference_data import image
+from timm.layers import convert_sync_batchnorm
+from timm.models import group_parameters
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3, freeze, reparameterize_model, unfreeze
+from timm.utils.agc import adaptive_clip_grad
+from timm.utils.model import get_state_dict
+
+import equivision_timm  # noqa: F401  (registers the models)
+from equivision_timm.layers import SteerableConv2d
+
+NAMES = ("d4resnet18_fast", "c8resnet50_fast")  # both kinds of block
+LABELS = torch.tensor([1, 3])
+
+
+def create(name="d4resnet18_fast", **kwargs):
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=10, **kwargs)
+
+
+def step(model, x, **kwargs):
+    """Gradients of one backward pass."""
+    model.zero_grad()
+    F.cross_entropy(model(x).float(), LABELS).backward()
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:torch")  # inside PyTorch's own compiler
+@pytest.mark.parametrize("name", NAMES)
+def test_compiles_whole_forward_and_backward(name):
+    model, x = create(name).train(), image((2, 3, 65, 65))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    expected = step(model, x)
+    for found, gradient in zip(step(compiled, x), expected, strict=True):
+        torch.testing.assert_close(found, gradient, rtol=1e-3, atol=1e-5)
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:torch")  # inside PyTorch's own compiler
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ to make machine code")
+def test_compiles_to_machine_code():
+    model, x = create("test_d4resnet").train(), image((2, 3, 33, 33))
+    expected = step(model, x)
+    for found, gradient in zip(step(torch.compile(model, fullgraph=True), x), expected, strict=True):
+        torch.testing.assert_close(found, gradient, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_to_bfloat16(name):
+    model, x = create(name).train(), image((2, 3, 65, 65))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(x)
+        F.cross_entropy(logits, LABELS).backward()
+    assert logits.dtype == torch.bfloat16
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(logits.float(), create(name).train()(x), rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_channels_last(name):
+    model, x = create(name).eval(), image((2, 3, 65, 65))
+    expected = step(model, x)
+    model = model.to(memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=torch.channels_last)
+    assert model.forward_features(x).is_contiguous(memory_format=torch.channels_last)
+    for found, gradient in zip(step(model, x), expected, strict=True):
+        torch.testing.assert_close(found, gradient, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_are_equal_and_independent(copied):
+    model, x = create().eval(), image((2, 3, 33, 33))
+    twin = copied(model)
+    with torch.no_grad():
+        expected = model(x)
+        assert torch.equal(twin(x), expected)
+        twin.conv1.conv.weight.mul_(2)
+        twin.conv1.conv.basis.mul_(2)
+        assert torch.equal(model(x), expected)
+        assert not torch.allclose(twin(x), expected)
+
+
+def test_state_dict_is_the_same_in_both_modes_and_free_of_bases():
+    model = create().train()
+    training = list(model.state_dict())
+    model(image((2, 3, 33, 33)))
+    assert list(model.eval().state_dict()) == training
+    model(image((2, 3, 33, 33)))
+    assert list(model.state_dict()) == training
+    assert not any("basis" in name or "filter" in name for name in training)
+    assert len(training) == len(list(model.parameters())) + 3 * 20  # mean, variance and count of each batch norm
+
+
+def test_a_change_of_weight_in_eval_mode_changes_the_output():
+    model, x = create().eval(), image((2, 3, 33, 33))
+    with torch.no_grad():
+        before = model(x)
+        model.layer3[0].conv1.conv.weight.mul_(2)
+        changed = model(x)
+        assert not torch.allclose(changed, before)
+        model.layer3[0].conv1.conv.weight.data = model.layer3[0].conv1.conv.weight.data / 2
+        assert torch.equal(model(x), before)
+    other = create().eval()
+    nn.init.normal_(other.conv1.conv.weight)
+    model.load_state_dict(other.state_dict())
+    torch.testing.assert_close(model(x), other(x))
+
+
+def test_moves_between_types_after_a_forward():
+    model, x = create().eval(), image((2, 3, 33, 33))
+    with torch.no_grad():
+        expected = model(x)
+        low = model.to(torch.bfloat16)(x.bfloat16())
+        assert low.dtype == torch.bfloat16
+        torch.testing.assert_close(low.float(), expected, rtol=0.1, atol=0.1)
+        assert model.to(torch.float64)(x.double()).dtype == torch.float64
+
+
+def test_ema_follows_through_changes_of_mode():
+    model = create().train()
+    ema = ModelEmaV3(model, decay=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    averages = {name: value.clone().double() for name, value in model.state_dict().items()}
+    for index in range(3):
+        model.train()
+        step(model, image((2, 3, 33, 33), seed=index))
+        optimizer.step()
+        model.eval()
+        model(image((2, 3, 33, 33)))
+        ema.eval()
+        ema.update(model)
+        for name, value in model.state_dict().items():
+            floating = value.is_floating_point()
+            averages[name] = 0.5 * averages[name] + 0.5 * value.double() if floating else value.double()
+    for name, value in get_state_dict(ema.module).items():
+        torch.testing.assert_close(value.double(), averages[name], rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(ema.module(image((2, 3, 33, 33))), model(image((2, 3, 33, 33))))
+
+
+@pytest.mark.parametrize("convert", [convert_sync_batchnorm, nn.SyncBatchNorm.convert_sync_batchnorm])
+def test_every_norm_becomes_a_sync_norm_inside_its_field_norm(convert):
+    model = create()
+    names = {name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    state = model.state_dict()
+    converted = convert(model)
+    assert {name for name, module in converted.named_modules() if isinstance(module, nn.SyncBatchNorm)} == names
+    assert len(names) == 20
+    assert all(name.endswith("norm.per_field") for name in names)
+    assert list(converted.state_dict()) == list(state)
+
+
+def test_freeze_and_unfreeze():
+    model = create().train()
+    freeze(model, ["conv1", "layer1"])
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {name for name, _ in model.named_parameters() if name.split(".")[0] in ("conv1", "layer1")}
+    before = {name: buffer.clone() for name, buffer in model.named_buffers() if "running" in name}
+    F.cross_entropy(model(image((2, 3, 33, 33))), LABELS).backward()
+    for name, buffer in model.named_buffers():
+        if "running" in name:
+            assert torch.equal(buffer, before[name]) == (name.split(".")[0] in ("conv1", "layer1")), name
+    unfreeze(model, ["conv1", "layer1"])
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("features_only", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_checkpointing_changes_no_gradient(name, features_only):
+    model, x = create(name, features_only=features_only).train(), image((2, 3, 33, 33))
+    gradients = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        output = model(x)
+        loss = sum(m.pow(2).mean() for m in output) if features_only else F.cross_entropy(output, LABELS)
+        loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+def test_weight_decay_and_layer_decay_reach_the_coefficients():
+    model = create()
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.5)
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        decays = name.endswith("conv.weight") or name == "fc.weight"
+        assert groups[id(parameter)]["weight_decay"] == (0.05 if decays else 0), name
+    scales = [groups[id(model.get_parameter(f"{name}.weight"))]["lr_scale"] for name in LAYERS]
+    assert scales == sorted(scales)
+    assert len(set(scales)) == 6
+    assert scales[-1] == 1
+
+
+LAYERS = (
+    "conv1.conv",
+    "layer1.0.conv1.conv",
+    "layer2.0.conv1.conv",
+    "layer3.0.conv1.conv",
+    "layer4.1.conv1.conv",
+    "fc",
+)
+
+
+@pytest.mark.parametrize(("coarse", "number"), [(True, 6), (False, 10)])
+def test_groups_of_parameters(coarse, number):
+    model = create()
+    groups = group_parameters(model, model.group_matcher(coarse), reverse=True)
+    assert set(groups) == {name for name, _ in model.named_parameters()}
+    assert len(set(groups.values())) == number
+
+
+def test_adaptive_gradient_clipping():
+    model = create().train()
+    gradients = step(model, image((2, 3, 33, 33)))
+    adaptive_clip_grad(model.parameters(), clip_factor=1e-4)
+    clipped = [parameter.grad for parameter in model.parameters()]
+    assert sum((a.norm() < b.norm()).item() for a, b in zip(clipped, gradients, strict=True)) > 10
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("norm_layer", ["batchnorm2d", "layernorm2d"])
+def test_reparameterised_models_are_plain(name, norm_layer):
+    model, x = create(name, norm_layer=norm_layer).train(), image((2, 3, 65, 65))
+    with torch.no_grad():
+        model(x)
+        expected = model.eval()(x)
+        plain = reparameterize_model(model)
+        torch.testing.assert_close(plain(x), expected, rtol=1e-3, atol=1e-4)
+    kinds = {type(module) for module in plain.modules()}
+    assert SteerableConv2d not in kinds
+    assert nn.Conv2d in kinds
+    assert nn.BatchNorm2d not in kinds
+    assert any(isinstance(module, SteerableConv2d) for module in model.modules())  # a copy was changed
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_exports_with_a_dynamic_batch(name):
+    model, x = create(name).eval(), image((2, 3, 65, 65))
+    program = torch.export.export(model, (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch", min=1, max=64)}})
+    with torch.no_grad():
+        batch = image((5, 3, 65, 65))
+        torch.testing.assert_close(program.module()(batch), model(batch), rtol=1e-4, atol=1e-5)
