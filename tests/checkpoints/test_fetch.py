@@ -72,10 +72,9 @@ def files(folder):
 MODEL_FILES = [f"{NAME}.equivision_in1k/config.json", f"{NAME}.equivision_in1k/model.safetensors"]
 
 
-def test_fetch_makes_pretrained_work(drive, weights, original, original_file, tmp_path, capsys):
+def test_fetch_makes_pretrained_work(drive, weights, original, original_file, capsys):
     assert main(["fetch", NAME]) == 0
     assert files(weights) == MODEL_FILES
-    assert not (tmp_path / "home").exists()  # no cookies, no caches
     expected = convert_original(original, NAME)
     model = timm.create_model(NAME, pretrained=True)
     assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
@@ -230,7 +229,7 @@ def start_fetch():
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
 
-def test_killed_midway_then_two_processes_at_once(drive, weights):
+def test_killed_midway_then_two_processes_at_once(drive, weights, tmp_path):
     drive.pause_after = 5 * MIB
     killed = start_fetch()
     while not any(part.stat().st_size for part in weights.glob("downloads/*.part")):
@@ -251,3 +250,4 @@ def test_killed_midway_then_two_processes_at_once(drive, weights):
     assert 0 < drive.offsets[2] <= 5 * MIB
     assert len(drive.offsets) == 3
     assert files(weights) == MODEL_FILES
+    assert not (tmp_path / "home").exists()  # no cookies, no caches
