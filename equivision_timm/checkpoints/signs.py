@@ -49,6 +49,7 @@ __all__ = ["Z_LIMIT", "AmbiguousSigns", "SignSearch", "find_signs", "statistics_
 
 Z_LIMIT = 3.0  # standard errors by which the chosen pattern must lead
 _DEPTHS = (1, 2, 4)  # stages on which patterns are compared, one after the other
+_SAME_LOGITS = 1e-3  # logits that differ by less, in their standard deviations, are the same network
 
 
 class AmbiguousSigns(ValueError):
@@ -192,7 +193,7 @@ def apply_signs(model: EquivariantResNet, coefficients: dict[str, torch.Tensor],
 
 @torch.no_grad()
 def _residuals(model: EquivariantResNet, images: torch.Tensor, stages: int) -> dict[str, torch.Tensor]:
-    """r [fields] of the layers up to stage `stages`, by name; overwrites the running statistics of `model`."""
+    """r [fields alive] of the layers up to stage `stages`, by name; overwrites the running statistics of `model`."""
     layers = [model.layer1, model.layer2, model.layer3, model.layer4][:stages]
     trunk = nn.Sequential(model.conv1, model.act1, model.maxpool, *layers).train()
     norms = {name: module.norm.per_field for name, module in _conv_norms(model)}
@@ -201,7 +202,11 @@ def _residuals(model: EquivariantResNet, images: torch.Tensor, stages: int) -> d
     for norm in norms.values():
         norm.momentum = 1.0  # the running statistics become those of this batch
     trunk(images)
-    ratios = {name: (norm.running_var / before[name]).log() for name, norm in norms.items()}
+    ratios = {}
+    for name, norm in norms.items():
+        alive = before[name] > 0  # a field whose coefficients are all zero tells nothing
+        if alive.any():
+            ratios[name] = (norm.running_var[alive] / before[name][alive]).clamp_min(1e-30).log()
     return {name: ratio - ratio.median() for name, ratio in ratios.items()}
 
 
@@ -267,9 +272,14 @@ def _conclude(
     """The result, or AmbiguousSigns where the closest rival with other logits is too close."""
     depth = _DEPTHS[-1]
     misfits = {name: scorer.fit(pattern, depth).misfit for name, pattern in known.items()}
-    distances = {rival: _distance(scorer, model, images, best, rival) for rival in closest}
-    rivals = [rival for rival in closest if distances[rival] > 1e-3] or list(closest)
-    runner_up = min(rivals, key=closest.__getitem__)
+    rivals = sorted(closest, key=closest.__getitem__)
+    expected = _logits(scorer, model, images, best)
+    runner_up, distance = rivals[0], 0.0
+    for rival in rivals:  # the closest one that is another network
+        difference = ((_logits(scorer, model, images, rival) - expected).abs().max() / expected.std()).item()
+        if difference > _SAME_LOGITS:
+            runner_up, distance = rival, difference
+            break
     names = {pattern: name for name, pattern in known.items()}
     search = SignSearch(
         signs=known_patterns(model.group)[names[best]] if best in names else best,
@@ -278,10 +288,12 @@ def _conclude(
         runner_up=runner_up,
         runner_up_misfit=scorer.fit(runner_up, depth).misfit,
         separation=closest[runner_up],
-        logits_differ=distances[runner_up],
+        logits_differ=distance,
         known=misfits,
     )
-    if search.logits_differ > 1e-3 and (search.separation < Z_LIMIT or search.misfit >= search.runner_up_misfit):
+    if search.logits_differ > _SAME_LOGITS and (
+        search.separation < Z_LIMIT or search.misfit >= search.runner_up_misfit
+    ):
         patterns = {best, *rivals, *known.values()}
         rows = sorted(
             (scorer.fit(pattern, depth).misfit, names.get(pattern, "not known"), pattern) for pattern in patterns
@@ -297,11 +309,8 @@ def _conclude(
 
 
 @torch.no_grad()
-def _distance(scorer: _Scorer, model: EquivariantResNet, images: torch.Tensor, a: str, b: str) -> float:
-    """The largest difference of the logits under two patterns, in standard deviations of the logits."""
+def _logits(scorer: _Scorer, model: EquivariantResNet, images: torch.Tensor, pattern: str) -> torch.Tensor:
+    """What `model` says under a pattern, with the statistics of the checkpoint, on two of the images."""
     network = copy.deepcopy(model).eval()
-    logits = []
-    for pattern in (a, b):
-        apply_signs(network, scorer.coefficients, pattern)
-        logits.append(network(images[:2]))
-    return ((logits[0] - logits[1]).abs().max() / logits[0].std()).item()
+    apply_signs(network, scorer.coefficients, pattern)
+    return network(images[:2])
