@@ -75,9 +75,7 @@ def train(name: str, digits: Digits, epochs: int, seed: int) -> nn.Module:
         ratio=(0.9, 1.1),
         hflip=0.0,
         color_jitter=0.0,
-        num_workers=0,
-        device=torch.device("cpu"),
-        **_data_config(model),
+        **_loader_config(model),
     )
     optimizer = create_optimizer_v2(model, opt="adamw", lr=LEARNING_RATE, weight_decay=0.05)
     scheduler, _ = create_scheduler_v2(
@@ -107,16 +105,16 @@ def train(name: str, digits: Digits, epochs: int, seed: int) -> nn.Module:
 @torch.inference_mode()
 def upright_accuracy(model: nn.Module, digits: Digits) -> float:
     """The fraction of upright digits that `model` classifies rightly."""
-    loader = create_loader(
-        digits, batch_size=BATCH_SIZE, num_workers=0, device=torch.device("cpu"), **_data_config(model)
-    )
+    loader = create_loader(digits, batch_size=BATCH_SIZE, **_loader_config(model))
     right = sum((model(images).argmax(1) == labels).sum().item() for images, labels in loader)
     return right / len(digits)
 
 
-def _data_config(model: nn.Module) -> dict:
+def _loader_config(model: nn.Module) -> dict:
+    """What the loaders for training and evaluation share: the images that `model` wants, loaded in this process."""
     config = resolve_data_config(model=model)
-    return {key: config[key] for key in ("input_size", "interpolation", "mean", "std", "crop_pct")}
+    images = {key: config[key] for key in ("input_size", "interpolation", "mean", "std", "crop_pct")}
+    return {**images, "num_workers": 0, "persistent_workers": False, "device": torch.device("cpu")}
 
 
 def _write(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:

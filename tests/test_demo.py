@@ -36,8 +36,8 @@ def test_prints_measured_accuracies_and_draws_a_picture(tmp_path: Path, capsys: 
 
 def test_swapped_counts_sixes_and_nines_taken_for_each_other() -> None:
     labels = torch.tensor([6, 6, 9, 9, 1])
-    predicted = torch.tensor([[6, 6, 9, 9, 1], [9, 6, 6, 9, 6], [9, 9, 6, 6, 9], [8, 0, 1, 2, 3]])
-    assert demo._swapped(predicted, labels).tolist() == [0, 50, 100, 0]
+    predicted = torch.tensor([[6, 6, 9, 9, 1], [9, 6, 9, 9, 6], [6, 6, 6, 6, 1], [9, 9, 6, 6, 9], [8, 0, 1, 2, 3]])
+    assert demo._swapped(predicted, labels).tolist() == [0, 25, 50, 100, 0]
 
 
 def test_upright_digits_look_as_in_timms_evaluation() -> None:

@@ -121,12 +121,10 @@ def test_other_heads_keep_the_features(name: str) -> None:
 
 
 def test_saved_config_names_no_path_of_this_machine(tmp_path: Path) -> None:
-    model = _pretrained("test_c8resnet")
-    save_for_hf(model, tmp_path, safe_serialization=True)
+    save_for_hf(_pretrained("test_c8resnet"), tmp_path, safe_serialization=True)
     text = (tmp_path / "config.json").read_text()
     assert str(files("equivision_timm")) not in text
     config = json.loads(text)
     assert config["architecture"] == "test_c8resnet"
     assert config["num_classes"] == 10
-    images = _images(2)
-    assert torch.equal(_pretrained(f"local-dir:{tmp_path}")(images), model(images))
+    assert config["pretrained_cfg"]["tag"] == "digits"
