@@ -294,11 +294,9 @@ def _conclude(
     if search.logits_differ > _SAME_LOGITS and (
         search.separation < Z_LIMIT or search.misfit >= search.runner_up_misfit
     ):
-        patterns = {best, *rivals, *known.values()}
-        rows = sorted(
-            (scorer.fit(pattern, depth).misfit, names.get(pattern, "not known"), pattern) for pattern in patterns
-        )
-        table = "\n".join(f"  {misfit:10.4g}  {name:18}  {pattern}" for misfit, name, pattern in rows)
+        rows = [(misfits[name], name, pattern) for name, pattern in known_patterns(model.group).items()]
+        rows += [(scorer.fit(p, depth).misfit, "not known", p) for p in {best, *rivals} - set(known.values())]
+        table = "\n".join(f"  {misfit:10.4g}  {name:18}  {pattern}" for misfit, name, pattern in sorted(rows))
         raise AmbiguousSigns(
             f"the signs of this {model.group} checkpoint cannot be told on {len(images)} crops: the two best patterns "
             f"are {search.separation:.1f} standard errors apart ({Z_LIMIT:.0f} are needed) and their logits differ by "
