@@ -54,7 +54,8 @@ def test_wrong_number_of_classes_is_refused(run, trained: Path, textures: Path) 
 
 def test_average_and_clean(run, trained: Path, reported: float, textures: Path, tmp_path: Path) -> None:
     """The mean of two checkpoints; then a checkpoint of weights alone, which a model loads and which validates."""
-    run("avg_checkpoints.py", "--input", trained, "-n", "2", "--output", tmp_path / "mean.safetensors", "--safetensors")
+    averaged = ["--output", tmp_path / "mean.safetensors", "--safetensors"]
+    run("avg_checkpoints.py", "--input", trained, "--filter", "checkpoint-*", "-n", "2", *averaged)
     mean = timm.models.load_state_dict(str(tmp_path / "mean.safetensors"))
     best = run(
         "clean_checkpoint.py",
@@ -93,7 +94,9 @@ def test_benchmark_alone_and_in_bulk(run, scripts: Path, tmp_path: Path) -> None
     assert single["infer_samples_per_sec"] > 0
     assert single["train_samples_per_sec"] > 0
     table = tmp_path / "table.csv"
-    bulk = ["--model-list", "c[14]resnet18_fast", "--results-file", table, "-m", "equivision_timm"]
+    key = ["--sort-key", "infer_samples_per_sec"]
+    # bulk_runner's --module takes a value, any, and then runs `python -m equivision_timm benchmark.py ...`
+    bulk = ["--model-list", "c[14]resnet18_fast", "--results-file", table, *key, "--module=yes", "equivision_timm"]
     run("bulk_runner.py", *bulk, scripts / "benchmark.py", *options, "--bench", "inference")
     with table.open() as file:
         rows = list(csv.DictReader(file))

@@ -75,7 +75,7 @@ def test_two_processes_train_like_one(norm: str, tolerance: float | None, run, t
     one, two = _summary(tmp_path / "one"), _summary(tmp_path / "two")
     for name in ("train_loss", "eval_loss"):
         losses, other = [row[name] for row in one], [row[name] for row in two]
-        assert max(losses) - min(losses) > 0.05  # a trajectory, not a constant
+        assert max(losses) - min(losses) > 0.02  # a trajectory, not a constant
         if tolerance is None:
             assert other != pytest.approx(losses, abs=1e-4)
         else:
