@@ -47,7 +47,7 @@ def test_options(options: list[str], processes: int, run, textures: Path, tmp_pa
 
 
 def test_device_modules_instead_of_the_runner(scripts: Path, textures: Path, tmp_path: Path) -> None:
-    place = ["--data-dir", str(textures), "--output", str(tmp_path), "--experiment", "out", "--epochs", "2"]
+    place = ["--data-dir", str(textures), "--output", str(tmp_path), "--experiment", "out", "--epochs", "2", "-j", "1"]
     command = [sys.executable, str(scripts / "train.py"), "--device-modules", "equivision_timm", *TRAINING, *place]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
