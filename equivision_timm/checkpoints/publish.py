@@ -14,7 +14,7 @@ import timm
 import torch
 from huggingface_hub import EvalResult, HfApi, ModelCardData
 from timm.models import get_pretrained_cfg, model_entrypoint
-from timm.utils.model import reparameterize_model
+from timm.utils import reparameterize_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from equivision_timm.checkpoints.folder import CONFIG_FILE, read_provenance

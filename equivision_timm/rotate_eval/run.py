@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 from timm.data import resolve_data_config
-from timm.models import reparameterize_model
+from timm.utils import reparameterize_model
 from tqdm import tqdm
 
 from equivision_timm.loading import InputError, check_model_name, load_model
