@@ -10,18 +10,19 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, get_img_exten
 
 __all__ = ["load_crops"]
 
+_LEAST, _MOST = 40, 256  # crops where the caller leaves the number open
 _BUNDLED = ("astronaut", "chelsea", "coffee", "rocket", "camera", "brick", "grass", "gravel", "coins")
 
 
-def load_crops(folder: str | Path | None, count: int = 32, size: int = 97) -> torch.Tensor:
-    """`count` random crops of photographs, [count, 3, size, size] float32, the same at every call.
+def load_crops(folder: str | Path | None, count: int | None = None, size: int = 97) -> torch.Tensor:
+    """Random crops of photographs, [count, 3, size, size] float32, the same at every call.
 
     Each crop is a square with 8 to 100 % of the largest one's area, as in the training of the original; half of them
     are mirrored. The photographs take turns.
 
     Args:
         folder: photographs, in sub-folders or not; None takes those that come with scikit-image.
-        count: number of crops; a multiple of the number of photographs treats them alike.
+        count: number of crops; None takes one of each photograph, at least 40, at most 256.
         size: side in pixels.
 
     Raises:
@@ -29,7 +30,8 @@ def load_crops(folder: str | Path | None, count: int = 32, size: int = 97) -> to
         ValueError: there is no picture in the folder.
         ModuleNotFoundError: no folder is named and scikit-image is not installed.
     """
-    photographs = _bundled() if folder is None else _from_folder(Path(folder), count)
+    photographs = _bundled() if folder is None else _from_folder(Path(folder), count or _MOST)
+    count = count or max(_LEAST, len(photographs))
     generator = torch.Generator().manual_seed(0)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     crops = [_crop(photographs[i % len(photographs)], size, generator) for i in range(count)]
