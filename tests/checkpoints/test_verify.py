@@ -136,7 +136,7 @@ def test_found_signs_and_their_scores_are_written_down(tmp_path, monkeypatch, ph
     torch.save(checkpoint(name), tmp_path / "d4.ckpt")
     arguments = ["convert", str(tmp_path / "d4.ckpt"), "--model", name, "--out", str(tmp_path / "out")]
     assert main([*arguments, "--images", str(photographs)]) == 0
-    assert seen == [(32, 3, 97, 97)]
+    assert seen == [(40, 3, 97, 97)]  # the test's photographs are few: the least number of crops
     provenance = read_provenance(tmp_path / "out")
     expected = {
         "signs": pattern,
