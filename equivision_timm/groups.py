@@ -71,6 +71,43 @@ class Group:
             device="cpu",
         )
 
+    def irreps(self) -> tuple[tuple[int, int], ...]:
+        """(size, copies) of each block of `fourier_matrix`: the one-dimensional irreps, then those of dimension 2.
+
+        A map of fields that commutes with the group is, in the irreps basis, one matrix [size, size] for each block,
+        shared by its copies (Schur's lemma). C_N: two-dimensional irreps are of complex type and occur once; D_N: of
+        real type, twice.
+        """
+        n = self.rotations
+        ones = (1 if n % 2 else 2) * (2 if self.reflections else 1)
+        return ((1, 1),) * ones + ((2, 2 if self.reflections else 1),) * ((n - 1) // 2)
+
+    def fourier_matrix(self) -> torch.Tensor:
+        """Q [|G|, |G|] float64, orthogonal: coefficients of a function on the group in the irreps basis, f^ = Q f.
+
+        Q[(rho, a, b), h] = sqrt(d / |G|) rho_ab(h), d the dimension of rho: under (g f)(h) = f(g^-1 h) the index a
+        turns with rho(g) and b stays, so a counts the copies of D_N's blocks and b the rows inside. C_N, whose rho of
+        dimension 2 are complex, has rows cos and sin in one copy. Blocks in the order of `irreps`.
+
+        Source of the maths: Serre, Linear Representations of Finite Groups (1977), chapters 2 and 5.
+        """
+        n = self.rotations
+        turn = torch.arange(n, dtype=torch.float64, device="cpu")
+        signs = [torch.ones(n, dtype=torch.float64, device="cpu")]  # one-dimensional irreps of the rotations
+        if n % 2 == 0:
+            signs.append(1 - 2 * (turn % 2))
+        rows = []
+        for sign in signs:
+            rows += [torch.cat([sign, sign]), torch.cat([sign, -sign])] if self.reflections else [sign]
+        for k in range(1, (n - 1) // 2 + 1):
+            cos, sin = torch.cos(2 * math.pi * k * turn / n), torch.sin(2 * math.pi * k * turn / n)
+            if self.reflections:  # rho(r^t f^p) = [[cos, -sin], [sin, cos]] diag(1, -1)^p, entry by entry
+                rows += [torch.cat(pair) for pair in ((cos, cos), (-sin, sin), (sin, sin), (cos, -cos))]
+            else:
+                rows += [cos, sin]
+        matrix = torch.stack(rows)
+        return matrix / matrix.norm(dim=1, keepdim=True)
+
     def inverse_angle(self, g: int, angle: torch.Tensor) -> torch.Tensor:
         """The polar angle (radians) of g^-1 x for points x at polar angle `angle`.
 

@@ -4,13 +4,14 @@ from equivision_timm.layers.checks import CheckImage, check_pointwise, check_pos
 from equivision_timm.layers.conv import SteerableConv2d
 from equivision_timm.layers.conv_norm import ConvNorm
 from equivision_timm.layers.norm import FieldNorm
-from equivision_timm.layers.pool import GroupPool
+from equivision_timm.layers.pool import GroupPool, MaxPool2d
 
 __all__ = [
     "CheckImage",
     "ConvNorm",
     "FieldNorm",
     "GroupPool",
+    "MaxPool2d",
     "SteerableConv2d",
     "check_pointwise",
     "check_positionwise",

@@ -1,17 +1,21 @@
 """Steerable convolution: learns the coefficients of a frozen kernel basis, not the pixels of a filter."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import register_notrace_module
 
 from equivision_timm.groups import Group
-from equivision_timm.kernel_bases import load_kernel_basis
-from equivision_timm.layers.conv_strategies import expand
+from equivision_timm.kernel_bases import load_irreps_basis, load_kernel_basis
+from equivision_timm.layers.conv_strategies import STRATEGIES, auto, block_diagonal, expand
 
 __all__ = ["SteerableConv2d"]
 
 
+@register_notrace_module  # the strategy follows from shapes: one node for torch.fx
 class SteerableConv2d(nn.Module):
     """Convolution from `in_fields` fields to `out_fields` regular fields that commutes with the group; no bias.
 
@@ -25,6 +29,9 @@ class SteerableConv2d(nn.Module):
     to it; the input second, so that timm can adapt it to other numbers of image channels; the last axis because a
     channels-last model takes 4-D parameters.
 
+    The output does not depend on `strategy` but for float noise, the time does (`conv_strategies/`). Graphs that leave
+    Python (TorchScript, `torch.export`, ONNX) contain the definition, 'expand', in standard operators.
+
     Args:
         in_fields: number of input fields.
         out_fields: number of output fields.
@@ -33,11 +40,13 @@ class SteerableConv2d(nn.Module):
         input_type: 'regular' or 'trivial'.
         stride: as in `nn.Conv2d`.
         dilation: as in `nn.Conv2d`.
+        strategy: 'expand', 'block_diagonal' (regular input only) or 'auto', the faster one by estimate.
         device: where to create the parameters and buffers.
         dtype: their type.
 
     Raises:
-        ValueError: unknown group, or no basis frozen for this kernel size and input type.
+        ValueError: unknown group, no basis frozen for this kernel size and input type, or a strategy that does not
+            exist or cannot run here.
 
     Source of the maths: Weiler and Cesa, General E(2)-Equivariant Steerable CNNs (2019).
     """
@@ -51,6 +60,7 @@ class SteerableConv2d(nn.Module):
         input_type: str = "regular",
         stride: int = 1,
         dilation: int = 1,
+        strategy: str = "auto",
         device=None,
         dtype=None,
     ) -> None:
@@ -72,7 +82,44 @@ class SteerableConv2d(nn.Module):
         self.kernel_shape = [self.order, inputs, kernel_size, kernel_size]
         # Two axes instead of five: a channels-last model takes no 5-D buffers
         self.register_buffer("basis", torch.empty(n_basis, math.prod(self.kernel_shape), **dd), persistent=False)
+        self.matrix_shapes: list[tuple[int, int, int]] = []  # of `block_diagonal`, which takes regular input only
+        if input_type == "regular":
+            irreps_basis = load_irreps_basis(group, kernel_size)
+            self.matrix_shapes = irreps_basis.shapes
+            self.irreps_products = irreps_basis.products
+        entries = sum(math.prod(shape) for shape in self.matrix_shapes)
+        self.register_buffer("irreps_basis", torch.empty(n_basis, entries, **dd), persistent=False)
+        self.check_strategy(strategy)
+        self.strategy = strategy
+        self._prepared = _Prepared()
         self.reset_parameters()
+
+    def check_strategy(self, strategy: str) -> None:
+        """Raises ValueError where `strategy` does not exist, or is 'block_diagonal' for trivial input."""
+        if strategy not in STRATEGIES:
+            raise ValueError(f"unknown conv_strategy {strategy!r}: use one of {', '.join(map(repr, STRATEGIES))}")
+        if strategy == "block_diagonal" and self.input_type != "regular":
+            raise ValueError(
+                f"conv_strategy {strategy!r} needs regular fields, but the input of this layer is {self.input_type}: "
+                "use 'expand' or 'auto'"
+            )
+
+    def strategy_for(self, shape: tuple[int, int, int, int], device: torch.device) -> str:
+        """What `strategy` comes to for an input of `shape` on `device`: 'expand' or 'block_diagonal'."""
+        if self.strategy != "auto":
+            return self.strategy
+        if self.input_type != "regular":
+            return "expand"
+        return auto.choose(
+            shape,
+            device,
+            self.in_fields,
+            self.out_fields,
+            self.kernel_size,
+            self.stride,
+            self.order,
+            self.irreps_products,
+        )
 
     def reset_parameters(self) -> None:
         """Draw the coefficients, w_b ~ N(0, he_std_b^2 / in_fields), and refill the basis."""
@@ -83,31 +130,117 @@ class SteerableConv2d(nn.Module):
         self.init_non_persistent_buffers()
 
     def init_non_persistent_buffers(self) -> None:
-        """Refill the basis, which no checkpoint carries (after `to_empty`, say)."""
+        """Refill the basis in both its forms, which no checkpoint carries (after `to_empty`, say)."""
         self.basis.copy_(load_kernel_basis(self.group, self.kernel_size, self.input_type).sample().flatten(1))
+        if self.input_type == "regular":
+            self.irreps_basis.copy_(load_irreps_basis(self.group, self.kernel_size).coefficients)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        basis = self.basis.unflatten(1, self.kernel_shape)  # [n_basis, |G|, H, k, k]
-        return expand.conv2d(x, self.weight, basis, self.stride, self.padding, self.dilation)
+        if torch.jit.is_scripting():
+            basis = self.basis.unflatten(1, self.kernel_shape)  # [n_basis, |G|, H, k, k]
+            return expand.conv2d(x, self.weight, basis, self.stride, self.padding, self.dilation)
+        else:
+            return self.convolve(x)
 
-    def fuse(self) -> nn.Conv2d:
-        """The plain convolution that computes the same, for deployment; called by timm's `reparameterize_model`."""
-        filters = expand.expand_filter(self.weight, self.basis.unflatten(1, self.kernel_shape)).detach()
-        conv = nn.Conv2d(
-            filters.shape[1],
-            filters.shape[0],
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            bias=False,
-            device="meta",
-        )
-        conv.weight = nn.Parameter(filters)
+    @torch.jit.unused
+    def convolve(
+        self,
+        x: torch.Tensor,
+        fold: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None,
+        *sources: torch.Tensor,
+    ) -> torch.Tensor:
+        """The convolution of x with the coefficients, or with the coefficients and the bias that `fold` makes of them.
+
+        Without gradients the filter (or the block matrices) is kept from call to call on the CPU, as long as the
+        coefficients and the `sources` of `fold` hold the same numbers: they are compared at every call, so that no
+        change of theirs, however made, meets an old filter.
+        """
+        strategy = "expand" if leaves_python() else self.strategy_for(x.shape, x.device)
+        dtype = self.weight.dtype
+        if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:  # as autocast treats nn.Conv2d
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x = x.to(dtype)
+
+        def prepare() -> tuple[list[torch.Tensor], torch.Tensor | None]:
+            weight, bias = (self.weight, None) if fold is None else fold(self.weight)
+            weight, bias = weight.to(dtype), bias if bias is None else bias.to(dtype)
+            if strategy == "expand":
+                bias = bias if bias is None else bias.repeat_interleave(self.order)
+                return [self._filter(weight)], bias
+            matrices = block_diagonal.block_weights(weight, self.irreps_basis.to(dtype), self.matrix_shapes)
+            return matrices, bias
+
+        if torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling() or leaves_python():
+            prepared, bias = prepare()
+        else:
+            sources = (self.weight, self.basis, *sources)
+            prepared, bias = self._prepared.get(sources, (strategy, dtype), prepare)
+        if strategy == "expand":
+            return F.conv2d(x, prepared[0], bias, self.stride, self.padding, self.dilation)
+        return block_diagonal.conv2d(x, prepared, bias, self.group, self.kernel_size, self.stride, self.dilation)
+
+    def _filter(self, weight: torch.Tensor) -> torch.Tensor:
+        basis = self.basis.to(weight).unflatten(1, self.kernel_shape)  # [n_basis, |G|, H, k, k]
+        return expand.expand_filter(weight, basis)
+
+    def fuse(self, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None) -> nn.Conv2d:
+        """The plain convolution that computes the same, for deployment; called by timm's `reparameterize_model`.
+
+        Args:
+            weight: coefficients to use in place of the layer's own.
+            bias: one number for each output field, or None.
+        """
+        with torch.no_grad():
+            filters = self._filter(self.weight if weight is None else weight)
+            conv = nn.Conv2d(
+                filters.shape[1],
+                filters.shape[0],
+                self.kernel_size,
+                self.stride,
+                self.padding,
+                self.dilation,
+                bias=bias is not None,
+                device="meta",
+            )
+            conv.weight = nn.Parameter(filters.detach())
+            if bias is not None:
+                conv.bias = nn.Parameter(bias.detach().repeat_interleave(self.order))
         return conv
 
     def extra_repr(self) -> str:
         return (
             f"{self.in_fields}, {self.out_fields}, kernel_size={self.kernel_size}, group={self.group!r}, "
-            f"input_type={self.input_type!r}, stride={self.stride}, dilation={self.dilation}"
+            f"input_type={self.input_type!r}, stride={self.stride}, dilation={self.dilation}, "
+            f"strategy={self.strategy!r}"
         )
+
+
+def leaves_python() -> bool:
+    """Whether a graph is recorded that must do without this package."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+
+class _Prepared:
+    """The last value made of some tensors, and copies of them to compare with. Neither copied nor saved."""
+
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+        self.key = None
+        self.value = None
+
+    def get(self, sources: tuple[torch.Tensor, ...], key: tuple, make: Callable):
+        if key != self.key or not _equal(sources, self.seen):
+            self.value, self.key, self.seen = make(), key, [source.detach().clone() for source in sources]
+        return self.value
+
+    def __deepcopy__(self, memo) -> "_Prepared":
+        return _Prepared()
+
+    def __reduce__(self):
+        return _Prepared, ()
+
+
+def _equal(tensors: tuple[torch.Tensor, ...], others: list[torch.Tensor]) -> bool:
+    return len(tensors) == len(others) and all(
+        a.dtype == b.dtype and a.device == b.device and torch.equal(a, b) for a, b in zip(tensors, others, strict=True)
+    )

@@ -1,9 +1,20 @@
-"""Group pooling: one number per field, unchanged by the group."""
+"""Pooling: over the group, one number per field, unchanged by the group; and over neighbouring pixels."""
 
 import torch
 import torch.nn as nn
+from timm.layers import register_notrace_module
 
-__all__ = ["GroupPool"]
+__all__ = ["GroupPool", "MaxPool2d"]
+
+
+@register_notrace_module  # asks how the pixels lie in memory
+class MaxPool2d(nn.MaxPool2d):
+    """`nn.MaxPool2d`, on the CPU always in the channels-last format, where PyTorch's kernel is several times faster."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.device.type != "cpu" or x.is_contiguous(memory_format=torch.channels_last):
+            return super().forward(x)
+        return super().forward(x.contiguous(memory_format=torch.channels_last)).contiguous()
 
 
 class GroupPool(nn.Module):

@@ -27,7 +27,15 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 
 from equivision_timm.groups import Group
-from equivision_timm.layers import CheckImage, ConvNorm, GroupPool, check_pointwise, check_positionwise
+from equivision_timm.layers import (
+    CheckImage,
+    ConvNorm,
+    GroupPool,
+    MaxPool2d,
+    SteerableConv2d,
+    check_pointwise,
+    check_positionwise,
+)
 from equivision_timm.models.pretrained import HUB_ORG, WEIGHTS_FILE, build_pretrained
 
 __all__ = ["BasicBlock", "Bottleneck", "EquivariantResNet"]  # register_model adds every entrypoint
@@ -84,7 +92,8 @@ class BasicBlock(nn.Module):
         shortcut = self.downsample(x)
         x = self.act1(self.conv1(x))
         x = self.drop_path(self.conv2(x))
-        return self.act2(x + shortcut)
+        x += shortcut
+        return self.act2(x)
 
 
 class Bottleneck(nn.Module):
@@ -128,7 +137,8 @@ class Bottleneck(nn.Module):
         x = self.act1(self.conv1(x))
         x = self.act2(self.conv2(x))
         x = self.drop_path(self.conv3(x))
-        return self.act3(x + shortcut)
+        x += shortcut
+        return self.act3(x)
 
 
 class EquivariantResNet(nn.Module):
@@ -156,6 +166,7 @@ class EquivariantResNet(nn.Module):
         drop_rate: dropout in front of the classifier.
         drop_path_rate: stochastic depth, rising linearly from 0 to this rate at the last block.
         zero_init_last: start every residual branch at zero (last norm weight 0); the original network does not.
+        conv_strategy: how to compute the convolutions, see `set_conv_strategy`; the output does not depend on it.
         device: where to create parameters and buffers.
         dtype: their type.
 
@@ -182,6 +193,7 @@ class EquivariantResNet(nn.Module):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         zero_init_last: bool = False,
+        conv_strategy: str | dict[str, str] = "auto",
         device=None,
         dtype=None,
     ) -> None:
@@ -204,7 +216,7 @@ class EquivariantResNet(nn.Module):
         self.conv1 = ConvNorm(in_chans, width, 7, group, "trivial", stride=2, norm_layer=norm_layer, **dd)
         self.act1 = act_layer(inplace=True)
         self.feature_info = [_feature_info(width, group, reduction=2, module="act1")]
-        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        self.maxpool = MaxPool2d(kernel_size=3, stride=2, padding=1)
 
         # Stages
         drop_rates = torch.linspace(0, drop_path_rate, sum(layers), device="cpu").tolist()
@@ -242,8 +254,55 @@ class EquivariantResNet(nn.Module):
         self.group_pool = GroupPool(order, group_pool)
         self._create_classifier(**dd)
 
+        self.set_conv_strategy(conv_strategy)
         if zero_init_last:
             self._zero_init_last()
+
+    @torch.jit.ignore
+    def set_conv_strategy(self, strategy: str | dict[str, str]) -> None:
+        """How to compute the convolutions: faster or slower, with the same output but for float noise.
+
+        Args:
+            strategy: 'auto' (by estimate, for each layer and input size), 'expand' or 'block_diagonal', for all
+                convolutions of regular fields (the stem, whose input is an image, always expands); or a mapping from
+                names of layers to these, as `conv_strategies` returns it, which leaves other layers as they are.
+
+        Raises:
+            ValueError: an unknown strategy or layer, or one that cannot run there. Then nothing is changed.
+        """
+        layers = {name: m for name, m in self.named_modules() if isinstance(m, SteerableConv2d)}
+        if isinstance(strategy, str):
+            strategy = {name: strategy for name, layer in layers.items() if layer.input_type == "regular"}
+        unknown = [name for name in strategy if name not in layers]
+        if unknown:
+            raise ValueError(
+                f"conv_strategy names {unknown[0]!r}, which is no convolution of this model: see conv_strategies()"
+            )
+        for name, value in strategy.items():
+            layers[name].check_strategy(value)
+        for name, value in strategy.items():
+            layers[name].strategy = value
+
+    @torch.jit.ignore
+    def conv_strategies(self, size: int = 224, batch_size: int = 8) -> dict[str, str]:
+        """The strategy that each convolution takes for `batch_size` images of size x size pixels: {layer: strategy}."""
+        layers = {name: m for name, m in self.named_modules() if isinstance(m, SteerableConv2d)}
+        shapes: dict[str, tuple[int, ...]] = {}
+        hooks = [
+            layer.register_forward_pre_hook(lambda _, args, name=name: shapes.update({name: args[0].shape}))
+            for name, layer in layers.items()
+        ]
+        was_training, weight = self.training, next(self.parameters())
+        try:
+            with torch.no_grad():
+                self.eval().forward_features(weight.new_zeros(1, self.in_chans, size, size))
+        finally:
+            self.train(was_training)
+            for hook in hooks:
+                hook.remove()
+        return {
+            name: layers[name].strategy_for((batch_size, *shape[1:]), weight.device) for name, shape in shapes.items()
+        }
 
     @torch.jit.ignore
     def init_weights(self, zero_init_last: bool = False) -> None:

@@ -97,8 +97,8 @@ def test_initialisation_keeps_the_variance():
 def test_only_the_coefficients_are_saved():
     layer = make("c8", 3, "regular")
     assert list(layer.state_dict()) == ["weight"]
-    assert [name for name, _ in layer.named_buffers()] == ["basis"]
-    assert all(tensor.ndim in (2, 4) for tensor in (layer.weight, layer.basis))  # what channels-last models take
+    assert [name for name, _ in layer.named_buffers()] == ["basis", "irreps_basis"]
+    assert all(tensor.ndim in (2, 4) for tensor in (layer.weight, *layer.buffers()))  # what channels-last models take
 
 
 def test_restored_after_to_empty():

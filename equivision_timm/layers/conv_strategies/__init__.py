@@ -1,1 +1,3 @@
-"""One exact algorithm a file, each a pure function (input, coefficients, basis) -> output; `expand` defines it."""
+"""Exact algorithms for one layer, one a file: `expand` is the definition, the others are faster, `auto` chooses."""
+
+STRATEGIES = ("auto", "expand", "block_diagonal")

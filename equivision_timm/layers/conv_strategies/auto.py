@@ -1,0 +1,53 @@
+"""Which strategy is fastest for a layer: an estimate from its shapes.
+
+On the CPU both are timed by products and by the numbers that pass through memory,
+
+    expand:          dense products / 54 G/s + 0.45 ns (inputs + outputs)
+    block_diagonal:  products in the irreps basis / 40 G/s + 1.1 ns (inputs + outputs) + 3x3: 13 ns outputs of `steer`
+                     + 0.1 ms (1x1) or 0.5 ms (3x3) each time some images are worked on
+
+The constants fit 120 layers of all groups, measured one by one (scripts/benchmark.py --layers); they hold for one core
+of an AMD EPYC with AVX-512, and their ratios, which decide, roughly for others. Elsewhere `expand`: many small matrices
+are no fast path on a GPU, and nothing has been measured there.
+"""
+
+import torch
+
+__all__ = ["choose"]
+
+
+def choose(
+    shape: tuple[int, int, int, int],
+    device: torch.device,
+    in_fields: int,
+    out_fields: int,
+    kernel_size: int,
+    stride: int,
+    order: int,
+    products: int,
+) -> str:
+    """'expand' or 'block_diagonal' for an input of `shape` [B, I * |G|, height, width] of regular fields.
+
+    Args:
+        shape: of the input.
+        device: where it lies.
+        in_fields: I.
+        out_fields: O.
+        kernel_size: 1 or 3.
+        stride: of the convolution.
+        order: |G|.
+        products: those of one pair of fields in the irreps basis, over all functions and copies.
+    """
+    if device.type != "cpu":
+        return "expand"
+    batch, _, height, width = shape
+    out_pixels = ((height - 1) // stride + 1) * ((width - 1) // stride + 1)
+    pairs = batch * out_pixels * in_fields * out_fields
+    numbers = batch * (order * in_fields * height * width + order * out_fields * out_pixels)
+
+    dense = pairs * order**2 * kernel_size**2 / 54e9 + 0.45e-9 * numbers
+    blocks = pairs * products / 40e9 + 1.1e-9 * numbers
+    if kernel_size > 1:
+        blocks += 13e-9 * batch * order * in_fields * out_pixels
+    blocks += (1e-4 if kernel_size == 1 else 5e-4) * max(1, batch * out_pixels / 4096)
+    return "block_diagonal" if blocks < dense else "expand"

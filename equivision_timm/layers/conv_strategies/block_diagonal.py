@@ -1,0 +1,328 @@
+"""Steerable convolution in the irreps basis, where it is block diagonal: the same output, 3 to 14 times fewer products.
+
+    f^ = Q f                  to the irreps basis, field by field
+    S[j] = phi_j * f^         3x3 only: filter with the functions of the plane, see `steer.py`
+    T = A S                   3x3 only: products of irreps
+    y^[k] = W[k] T[k]         block by block, many pixels at once
+    y = Q^T y^
+
+`kernel_bases/irreps_basis.py` derives it; the matrices W hold the learnt coefficients (`block_weights`). A few images
+are worked on at a time, so that what lies between two steps stays in the cache and memory does not grow with the batch;
+the backward pass computes T again instead of keeping it. No dense filter exists anywhere.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from equivision_timm.groups import Group
+from equivision_timm.kernel_bases import load_irreps_basis
+from equivision_timm.layers.conv_strategies.steer import Grid, Terms
+
+__all__ = ["block_weights", "conv2d"]
+
+
+def block_weights(
+    weight: torch.Tensor, coefficients: torch.Tensor, shapes: list[tuple[int, int, int]]
+) -> list[torch.Tensor]:
+    """W: for each block, for each set of functions, the matrix [size * O, n * size * I]; differentiable.
+
+    Args:
+        weight: w [O, I, n_basis, 1].
+        coefficients: those of `IrrepsBasis`, [n_basis, entries], of the type and on the device of `weight`.
+        shapes: (size, n, size) of each matrix, `IrrepsBasis.shapes`.
+    """
+    entries = weight.squeeze(-1) @ coefficients  # W = sum_b w_b coefficients_b: [O, I, entries]
+    matrices = []
+    for part, shape in zip(entries.split([math.prod(shape) for shape in shapes], -1), shapes, strict=True):
+        matrix = part.unflatten(-1, shape).permute(2, 0, 3, 4, 1)  # [size (row), O, n, size (column), I]
+        matrices.append(matrix.flatten(2).flatten(0, 1))  # [size * O, n * size * I]
+    return matrices
+
+
+_LAYER = "str group, int kernel_size, int stride, int dilation"
+
+
+@torch.library.custom_op(
+    "equivision_timm::block_diagonal_conv2d",
+    mutates_args=(),
+    schema=f"(Tensor x, Tensor[] matrices, Tensor? bias, {_LAYER}) -> Tensor",
+)
+def conv2d(
+    x: torch.Tensor,
+    matrices: list[torch.Tensor],
+    bias: torch.Tensor | None,
+    group: str,
+    kernel_size: int,
+    stride: int,
+    dilation: int,
+) -> torch.Tensor:
+    """Steerable convolution of x [B, I * |G|, height, width] by `block_weights`: [B, O * |G|, height', width'].
+
+    Differentiable once with respect to x, the matrices and the bias. One operator for autograd and `torch.compile`.
+
+    Args:
+        x: regular fields, field-major; of the type and on the device of the matrices.
+        matrices: from `block_weights`.
+        bias: [O], added to each field, or None.
+        group: name of the group.
+        kernel_size: 1 or 3; the padding is dilation * (kernel_size // 2).
+        stride: as in `nn.Conv2d`.
+        dilation: as in `nn.Conv2d`.
+    """
+    plan = _plan(group, kernel_size, x.dtype, x.device)
+    grid = Grid(kernel_size, stride, dilation, x.shape[2], x.shape[3])
+    in_fields, out_fields = x.shape[1] // plan.order, matrices[0].shape[0]
+    y = x.new_empty(len(x), out_fields * plan.order, grid.out_height, grid.out_width)
+    for images, work in _in_turn(plan, grid, x, in_fields, out_fields):
+        for index, matrix, rows, out in work.blocks(matrices, work.load(x[images])):
+            if index % len(plan.sets) == 0:
+                torch.bmm(matrix.expand(len(rows), -1, -1), rows, out=out)  # y^ = W T
+            else:
+                out.baddbmm_(matrix.expand(len(rows), -1, -1), rows)
+        if bias is not None:  # the same for all elements: in the trivial irrep alone, sqrt(|G|) times
+            work.out_irreps[0].view(out_fields, -1).add_(bias[:, None], alpha=math.sqrt(plan.order))
+        torch.mm(plan.fourier.T, work.out_irreps, out=work.out_regular.flatten(1))  # y = Q^T y^
+        valid = work.out_regular[..., : grid.out_height, : grid.out_width].permute(2, 1, 0, 3, 4)
+        y[images].unflatten(1, (out_fields, plan.order)).copy_(valid)  # [n, O, |G|, height', width']
+    return y
+
+
+@conv2d.register_fake
+def _(x, matrices, bias, group, kernel_size, stride, dilation):
+    out_fields, order = matrices[0].shape[0], Group.from_name(group).order
+    height, width = ((size - 1) // stride + 1 for size in x.shape[2:])
+    return x.new_empty(len(x), out_fields * order, height, width)
+
+
+@torch.library.custom_op(
+    "equivision_timm::block_diagonal_conv2d_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor x, Tensor[] matrices, {_LAYER}, bool for_x, bool for_matrices) -> Tensor[]",
+)
+def _backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    matrices: list[torch.Tensor],
+    group: str,
+    kernel_size: int,
+    stride: int,
+    dilation: int,
+    for_x: bool,
+    for_matrices: bool,
+) -> list[torch.Tensor]:
+    """The gradients with respect to x, if `for_x`, and to the matrices, if `for_matrices`, in this order."""
+    plan = _plan(group, kernel_size, x.dtype, x.device)
+    grid = Grid(kernel_size, stride, dilation, x.shape[2], x.shape[3])
+    in_fields, out_fields = x.shape[1] // plan.order, matrices[0].shape[0]
+    dx = x.new_zeros(x.shape) if for_x else None
+    sums = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dw = [torch.zeros_like(matrix, dtype=sums) for matrix in matrices] if for_matrices else []
+    for images, work in _in_turn(plan, grid, x, in_fields, out_fields):
+        fields = grad[images].unflatten(1, (out_fields, plan.order)).permute(2, 1, 0, 3, 4)  # [|G|, O, n, ...]
+        work.out_regular[..., : grid.out_height, : grid.out_width] = fields
+        work.out_regular[..., grid.out_height :, :] = 0
+        work.out_regular[..., grid.out_width :] = 0
+        torch.mm(plan.fourier, work.out_regular.flatten(1), out=work.out_irreps)  # dy^ = Q dy
+        t = work.load(x[images])
+        for index, matrix, rows, out in work.blocks(matrices, t):
+            if for_matrices:
+                dw[index] += torch.bmm(out, rows.mT).sum(0)  # dW = dy^ T^T, over the copies
+            if for_x:  # T has served: dT = W^T dy^ takes its place
+                torch.bmm(matrix.mT.expand(len(rows), -1, -1), out, out=rows)
+        if for_x:
+            work.unload(t, dx[images])
+    return ([dx] if for_x else []) + [d.to(x.dtype) for d in dw]
+
+
+@_backward.register_fake
+def _(grad, x, matrices, group, kernel_size, stride, dilation, for_x, for_matrices):
+    return ([x.new_empty(x.shape)] if for_x else []) + [m.new_empty(m.shape) for m in matrices if for_matrices]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, matrices, _, *ctx.layer = inputs
+    ctx.save_for_backward(x, *matrices)
+
+
+def _differentiate(ctx, grad):
+    x, *matrices = ctx.saved_tensors
+    for_x, for_matrices, for_bias = ctx.needs_input_grad[:3]
+    for_matrices = any(for_matrices) if isinstance(for_matrices, (list, tuple)) else for_matrices
+    grads = _backward(grad, x, matrices, *ctx.layer, for_x, for_matrices)
+    dx = grads.pop(0) if for_x else None
+    dbias = grad.unflatten(1, (matrices[0].shape[0], -1)).sum((0, 2, 3, 4)) if for_bias else None
+    return dx, grads if for_matrices else [None] * len(matrices), dbias, None, None, None, None
+
+
+conv2d.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+@dataclass(frozen=True)
+class _Set:
+    """A `FunctionSet` in the type and on the device of the images: n functions, their terms, A or None."""
+
+    terms: list[Terms]
+    product: torch.Tensor | None
+
+    @property
+    def n(self) -> int:
+        return len(self.terms)
+
+    @property
+    def is_delta(self) -> bool:
+        """One function, 1 in the middle and 0 elsewhere: nothing to filter."""
+        return self.terms == [[(0, 0, 1.0)]]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the group and the kernel size determine, in the type and on the device of the images."""
+
+    fourier: torch.Tensor  # Q [|G|, |G|]
+    blocks: list[tuple[int, int, int]]  # (size, copies, first row)
+    sets: list[_Set]
+
+    @property
+    def order(self) -> int:
+        return len(self.fourier)
+
+
+@cache
+def _plan(group: str, kernel_size: int, dtype: torch.dtype, device: torch.device) -> _Plan:
+    basis = load_irreps_basis(group, kernel_size)
+    sets = []
+    for functions in basis.sets:
+        terms = [[(a, b, term[a, b].item()) for a, b in term.nonzero().tolist()] for term in functions.terms]
+        product = None if functions.product is None else functions.product.to(device, dtype)
+        sets.append(_Set(terms, product))
+    blocks, row = [], 0
+    for size, copies in basis.blocks:
+        blocks.append((size, copies, row))
+        row += size * copies
+    return _Plan(basis.fourier.to(device, dtype), blocks, sets)
+
+
+class _Workspace:
+    """The buffers for `n` images at a time and the steps between them; f^, S and T as in the head of the file.
+
+    Rows of |G| channels come first, [|G|, fields, n, height, width] with the zeros of `Grid`, so that every step is
+    one matrix product or one addition on long stretches of memory.
+    """
+
+    def __init__(self, plan: _Plan, grid: Grid, like: torch.Tensor, in_fields: int, out_fields: int, n: int) -> None:
+        self.plan, self.grid, self.n = plan, grid, n
+        self.in_fields, self.out_fields = in_fields, out_fields
+        self.phases = [(f, g) for f in grid.phases for g in grid.phases]
+        pixels = n * grid.height * grid.width
+        self.total = plan.order * in_fields * pixels
+        self.regular = {
+            phase: _zeros_behind(like.new_empty(plan.order, in_fields, n, grid.height, grid.width), grid, *phase)
+            for phase in self.phases
+        }
+        self.planes = {phase: self._buffer(like, self.total) for phase in self.phases}  # f^
+        self.steered = [i for i, functions in enumerate(plan.sets) if not functions.is_delta]
+        self.functions = sum(plan.sets[i].n for i in self.steered)
+        self.filtered = self._buffer(like, self.functions * self.total)  # S
+        self.products = [
+            None if functions.product is None else like.new_empty(plan.order * functions.n, self.total // plan.order)
+            for functions in plan.sets
+        ]
+        self.out_irreps = like.new_empty(plan.order, out_fields * pixels)  # y^
+        self.out_regular = like.new_empty(plan.order, out_fields, n, grid.height, grid.width)  # y
+
+    def _buffer(self, like: torch.Tensor, numbers: int) -> torch.Tensor:
+        """[margin + numbers + margin], zero in the margins."""
+        buffer = like.new_empty(numbers + 2 * self.grid.margin)
+        buffer[: self.grid.margin] = 0
+        buffer[len(buffer) - self.grid.margin :] = 0
+        return buffer
+
+    def _inner(self, buffer: torch.Tensor) -> torch.Tensor:
+        return buffer[self.grid.margin : len(buffer) - self.grid.margin]
+
+    def _filtered_rows(self) -> list[torch.Tensor]:
+        """S of each set that is steered: [n * |G|, I * pixels], rows (j, s)."""
+        rows = self._inner(self.filtered).view(self.functions * self.plan.order, -1)
+        return list(rows.split([self.plan.sets[i].n * self.plan.order for i in self.steered]))
+
+    def _terms(self) -> list[Terms]:
+        return [term for i in self.steered for term in self.plan.sets[i].terms]
+
+    def load(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """T of x [n, I * |G|, H, W]: for each set [|G| * n_functions, I * pixels], rows (block, copy, j, row)."""
+        plan, grid = self.plan, self.grid
+        fields = x.unflatten(1, (self.in_fields, plan.order)).permute(2, 1, 0, 3, 4)  # [|G|, I, n, H, W]
+        for phase in self.phases:
+            source = grid.plane(fields, *phase)
+            self.regular[phase][..., : source.shape[-2], : source.shape[-1]] = source
+            irreps = self._inner(self.planes[phase]).view(plan.order, -1)
+            torch.mm(plan.fourier, self.regular[phase].flatten(1), out=irreps)  # f^ = Q f
+        if self.steered:
+            grid.steer(self.planes, self._terms(), list(self._inner(self.filtered).view(self.functions, -1)))
+        rows = iter(self._filtered_rows() if self.steered else ())
+        result = []
+        for functions, product in zip(plan.sets, self.products, strict=True):
+            if functions.is_delta:
+                result.append(self._inner(self.planes[0, 0]).view(plan.order, -1))
+            elif functions.product is None:
+                result.append(next(rows))
+            else:
+                result.append(torch.mm(functions.product, next(rows), out=product))  # T = A S
+        return result
+
+    def unload(self, grads: list[torch.Tensor], dx: torch.Tensor) -> None:
+        """The transpose of `load`: the gradient of T -> dx [n, I * |G|, H, W], zero before. Overwrites S and f^."""
+        plan, grid = self.plan, self.grid
+        rows = iter(self._filtered_rows() if self.steered else ())
+        for functions, grad in zip(plan.sets, grads, strict=True):
+            if functions.is_delta:
+                continue
+            if functions.product is None:
+                next(rows).copy_(grad)
+            else:
+                torch.mm(functions.product.T, grad, out=next(rows))
+        inner = {phase: self._inner(self.planes[phase]) for phase in self.phases}
+        for phase in self.phases:
+            if phase != (0, 0):  # that one is T of the function that is 1 in the middle, and holds its gradient
+                inner[phase].zero_()
+        if self.steered:
+            grid.steer_transposed(self.filtered, self._terms(), inner)
+        fields = dx.unflatten(1, (self.in_fields, plan.order)).permute(2, 1, 0, 3, 4)  # [|G|, I, n, H, W]
+        for phase in self.phases:
+            regular = self.regular[phase]
+            torch.mm(plan.fourier.T, inner[phase].view(plan.order, -1), out=regular.flatten(1))
+            target = grid.plane(fields, *phase)
+            target.copy_(regular[..., : target.shape[-2], : target.shape[-1]])
+
+    def blocks(self, matrices: list[torch.Tensor], t: list[torch.Tensor]) -> Iterator[tuple]:
+        """For each block and each set: (index, W, T [copies, n * size * I, pixels], y^ [copies, size * O, pixels])."""
+        for k, (size, copies, row) in enumerate(self.plan.blocks):
+            out = self.out_irreps[row : row + size * copies].view(copies, size * self.out_fields, -1)
+            for i, functions in enumerate(self.plan.sets):
+                rows = t[i][row * functions.n : (row + size * copies) * functions.n]
+                index = k * len(self.plan.sets) + i
+                yield index, matrices[index], rows.view(copies, functions.n * size * self.in_fields, -1), out
+
+
+def _zeros_behind(maps: torch.Tensor, grid: Grid, f: int, g: int) -> torch.Tensor:
+    """Zeros in maps [..., height, width] behind the pixels of plane (f, g)."""
+    rows, columns = (len(range(phase, size, grid.stride)) for phase, size in ((f, grid.in_height), (g, grid.in_width)))
+    maps[..., rows:, :] = 0
+    maps[..., columns:] = 0
+    return maps
+
+
+def _in_turn(plan: _Plan, grid: Grid, x: torch.Tensor, in_fields: int, out_fields: int) -> Iterator[tuple]:
+    """(slice of the batch, workspace of that many images): about 4096 output pixels at a time on the CPU."""
+    batch = len(x)
+    at_once = batch if x.is_cuda else min(batch, max(1, 4096 // (grid.out_height * grid.out_width)))
+    work = None
+    for start in range(0, batch, at_once):
+        n = min(at_once, batch - start)
+        if work is None or work.n != n:
+            work = _Workspace(plan, grid, x, in_fields, out_fields, n)
+        yield slice(start, start + n), work
