@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.layers import register_notrace_module
 
 __all__ = ["GroupPool", "MaxPool2d"]
@@ -12,9 +13,11 @@ class MaxPool2d(nn.MaxPool2d):
     """`nn.MaxPool2d`, on the CPU always in the channels-last format, where PyTorch's kernel is several times faster."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type != "cpu" or x.is_contiguous(memory_format=torch.channels_last):
-            return super().forward(x)
-        return super().forward(x.contiguous(memory_format=torch.channels_last)).contiguous()
+        convert = x.device.type == "cpu" and not x.is_contiguous(memory_format=torch.channels_last)
+        if convert:
+            x = x.contiguous(memory_format=torch.channels_last)
+        x = F.max_pool2d(x, self.kernel_size, self.stride, self.padding)
+        return x.contiguous() if convert else x
 
 
 class GroupPool(nn.Module):

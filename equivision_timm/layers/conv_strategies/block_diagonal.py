@@ -14,13 +14,13 @@ the backward pass computes T again instead of keeping it. No dense filter exists
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 
 from equivision_timm.groups import Group
 from equivision_timm.kernel_bases import load_irreps_basis
-from equivision_timm.layers.conv_strategies.steer import Grid, Terms
+from equivision_timm.layers.conv_strategies.steer import Grid, Steps, Terms
 
 __all__ = ["block_weights", "conv2d"]
 
@@ -252,6 +252,19 @@ class _Workspace:
     def _terms(self) -> list[Terms]:
         return [term for i in self.steered for term in self.plan.sets[i].terms]
 
+    @cached_property
+    def _steer(self) -> Steps:
+        if not self.steered:
+            return []
+        return self.grid.steer(self.planes, self._terms(), list(self._inner(self.filtered).view(self.functions, -1)))
+
+    @cached_property
+    def _steer_transposed(self) -> Steps:
+        if not self.steered:
+            return []
+        inner = {phase: self._inner(plane) for phase, plane in self.planes.items()}
+        return self.grid.steer_transposed(self.filtered, self._terms(), inner)
+
     def load(self, x: torch.Tensor) -> list[torch.Tensor]:
         """T of x [n, I * |G|, H, W]: for each set [|G| * n_functions, I * pixels], rows (block, copy, j, row)."""
         plan, grid = self.plan, self.grid
@@ -261,8 +274,8 @@ class _Workspace:
             self.regular[phase][..., : source.shape[-2], : source.shape[-1]] = source
             irreps = self._inner(self.planes[phase]).view(plan.order, -1)
             torch.mm(plan.fourier, self.regular[phase].flatten(1), out=irreps)  # f^ = Q f
-        if self.steered:
-            grid.steer(self.planes, self._terms(), list(self._inner(self.filtered).view(self.functions, -1)))
+        for step in self._steer:
+            step()
         rows = iter(self._filtered_rows() if self.steered else ())
         result = []
         for functions, product in zip(plan.sets, self.products, strict=True):
@@ -289,8 +302,8 @@ class _Workspace:
         for phase in self.phases:
             if phase != (0, 0):  # that one is T of the function that is 1 in the middle, and holds its gradient
                 inner[phase].zero_()
-        if self.steered:
-            grid.steer_transposed(self.filtered, self._terms(), inner)
+        for step in self._steer_transposed:
+            step()
         fields = dx.unflatten(1, (self.in_fields, plan.order)).permute(2, 1, 0, 3, 4)  # [|G|, I, n, H, W]
         for phase in self.phases:
             regular = self.regular[phase]

@@ -9,16 +9,19 @@ The neighbour at distance t d is then in one plane, a fixed step away:
 
     s y + t d = s (y + shift) + phase,   shift = floor(t d / s),   phase = t d mod s
 
-so that every operation below adds two contiguous stretches of memory.
+so that every step adds two contiguous stretches of memory. The steps are prepared once for given buffers, and run for
+what the buffers hold at the time.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 
 __all__ = ["Grid"]
 
+Steps = list[Callable[[], torch.Tensor]]
 Terms = list[tuple[int, int, float]]  # (a, b, value) of one function
 
 
@@ -75,14 +78,15 @@ class Grid:
         """The pixels that belong to plane (f, g), a view: [..., in_height, in_width] -> [..., rows, columns]."""
         return x[..., f :: self.stride, g :: self.stride]
 
-    def steer(self, planes: dict[tuple[int, int], torch.Tensor], terms: list[Terms], out: list[torch.Tensor]) -> None:
-        """out[j] = phi_j * x.
+    def steer(self, planes: dict[tuple[int, int], torch.Tensor], terms: list[Terms], out: list[torch.Tensor]) -> Steps:
+        """The steps of out[j] = phi_j * x.
 
         Args:
             planes: (f, g) -> flat buffer [margin + N + margin], zero in the margins.
             terms: of each function.
             out: [N] of each function, written.
         """
+        steps: Steps = []
         step, total, like = self.width, len(out[0]), out[0]
         reach = self.pad * step  # the rows above and below
         block = _block(total, like.device)
@@ -100,7 +104,7 @@ class Grid:
                         g, shift = self.taps[t]
                         first = self.margin - reach + start + shift
                         parts.append((planes[f, g][first : first + n + 2 * reach], sign))
-                    rows[f, b] = _sum(parts, free)
+                    rows[f, b] = _sum(parts, free, steps)
             filtered = {}  # (a, b) -> e_a(y) e_b(x) * x, [n]
             for a, b in used:
                 parts = []
@@ -108,24 +112,25 @@ class Grid:
                     f, shift = self.taps[t]
                     first = reach + shift * step
                     parts.append((rows[f, b][first : first + n], sign))
-                filtered[a, b] = _sum(parts, free)
+                filtered[a, b] = _sum(parts, free, steps)
             for function, result in zip(terms, out, strict=True):
                 stretch = result[start : start + n]
-                if (
-                    combined := _sum([(filtered[a, b], value) for a, b, value in function], iter([stretch]))
-                ) is not stretch:
-                    stretch.copy_(combined)
+                combined = _sum([(filtered[a, b], value) for a, b, value in function], iter([stretch]), steps)
+                if combined is not stretch:  # a single term
+                    steps.append(partial(stretch.copy_, combined))
+        return steps
 
     def steer_transposed(
         self, grad: torch.Tensor, terms: list[Terms], planes: dict[tuple[int, int], torch.Tensor]
-    ) -> None:
-        """The transpose of `steer`: planes[f, g] += the gradient, given that of its output.
+    ) -> Steps:
+        """The steps of the transpose of `steer`: planes[f, g] += the gradient, given that of its output.
 
         Args:
             grad: [margin + J * N + margin], zero in the margins and behind rows and images.
             terms: of each function.
             planes: (f, g) -> [N], added to; what they hold behind rows and images means nothing.
         """
+        steps: Steps = []
         total, step = next(iter(planes.values())).shape[0], self.width
         reach = self.pad * step
         wide = reach + self.pad  # what the sums along columns and rows reach, together
@@ -143,26 +148,35 @@ class Grid:
                     first = self.margin + j * total + start - wide
                     stretch = grad[first : first + n + 2 * wide]
                     parts += [(stretch, value) for i, k, value in function if (i, k) == (a, b)]
-                filtered[a, b] = _sum(parts, free)
+                filtered[a, b] = _sum(parts, free, steps)
             rows = {}  # gradient of e_b(x) * x in the rows of phase f, [pad + n + pad]
             for b in sorted({b for _, b in used}):
                 column = {a: filtered[a, b] for a in range(3) if (a, b) in used}
-                for f, parts in self._scatter(column, step, reach, n + 2 * self.pad, free).items():
-                    rows[f, b] = _sum(parts, free)
+                for f, parts in self._scatter(column, step, reach, n + 2 * self.pad, free, steps).items():
+                    rows[f, b] = _sum(parts, free, steps)
             for f in self.phases:
                 row = {b: rows[f, b] for b in range(3) if (f, b) in rows}
-                for g, parts in self._scatter(row, 1, self.pad, n, free).items():
+                for g, parts in self._scatter(row, 1, self.pad, n, free, steps).items():
                     for part, factor in parts:
-                        planes[f, g][start : start + n].add_(part, alpha=factor)
+                        steps.append(partial(planes[f, g][start : start + n].add_, part, alpha=factor))
+        return steps
 
-    def _scatter(self, by_difference: dict[int, torch.Tensor], step: int, reach: int, n: int, free) -> dict[int, list]:
-        """The transpose of e_0, e_1, e_2 along one axis: what each phase receives, from where, as parts of a sum."""
-        received: dict[int, list] = {}
+    def _scatter(
+        self,
+        differences: dict[int, torch.Tensor],
+        step: int,
+        reach: int,
+        n: int,
+        free: Iterator[torch.Tensor],
+        steps: Steps,
+    ) -> dict[int, list[tuple[torch.Tensor, float]]]:
+        """The transpose of e_0, e_1, e_2 along one axis: phase -> what it receives, as parts of a sum."""
+        received: dict[int, list[tuple[torch.Tensor, float]]] = {}
         for t, (phase, shift) in enumerate(self.taps):
-            parts = [(by_difference[a], dict(_SIGNS[a])[t]) for a in by_difference if t in dict(_SIGNS[a])]
+            parts = [(differences[a], dict(_SIGNS[a])[t]) for a in differences if t in dict(_SIGNS[a])]
             if parts:
                 first = reach - shift * step
-                received.setdefault(phase, []).append((_sum(parts, free)[first : first + n], 1.0))
+                received.setdefault(phase, []).append((_sum(parts, free, steps)[first : first + n], 1.0))
         return received
 
 
@@ -175,21 +189,16 @@ def _block(total: int, device: torch.device) -> int:
     return min(total, 1 << 18) if device.type == "cpu" else total
 
 
-def _sum(parts: list[tuple[torch.Tensor, float]], free) -> torch.Tensor:
-    """sum_i factor_i * part_i, in the next free buffer; a single part with factor 1 as it is."""
-    parts = sorted(parts, key=lambda part: part[1] != 1)  # a factor of 1 costs nothing
-    first, factor = parts[0]
-    if len(parts) == 1 and factor == 1:
+def _sum(parts: list[tuple[torch.Tensor, float]], free: Iterator[torch.Tensor], steps: Steps) -> torch.Tensor:
+    """Where sum_i factor_i part_i will be: in the next free buffer, or the part itself if it is alone and plain."""
+    (first, factor), *others = sorted(parts, key=lambda part: part[1] != 1)  # a factor of 1 costs nothing
+    if factor == 1 and not others:
         return first
     out = next(free)[: len(first)]
     if factor != 1:
-        first, parts = torch.mul(first, factor, out=out), parts[1:]
-        for part, value in parts:
-            out.add_(part, alpha=value)
-        return out
-    if len(parts) == 1:
-        return first
-    torch.add(first, parts[1][0], alpha=parts[1][1], out=out)
-    for part, value in parts[2:]:
-        out.add_(part, alpha=value)
+        steps.append(partial(torch.mul, first, factor, out=out))
+    else:
+        part, value = others.pop(0)
+        steps.append(partial(torch.add, first, part, alpha=value, out=out))
+    steps += [partial(out.add_, part, alpha=value) for part, value in others]
     return out
