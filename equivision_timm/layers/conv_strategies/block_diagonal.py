@@ -20,6 +20,7 @@ import torch
 
 from equivision_timm.groups import Group
 from equivision_timm.kernel_bases import load_irreps_basis
+from equivision_timm.layers.conv_strategies.by_images import by_images
 from equivision_timm.layers.conv_strategies.steer import Grid, Steps, Terms
 
 __all__ = ["block_weights", "conv2d"]
@@ -77,17 +78,21 @@ def conv2d(
     grid = Grid(kernel_size, stride, dilation, x.shape[2], x.shape[3])
     in_fields, out_fields = x.shape[1] // plan.order, matrices[0].shape[0]
     y = x.new_empty(len(x), out_fields * plan.order, grid.out_height, grid.out_width)
-    for images, work in _in_turn(plan, grid, x, in_fields, out_fields):
-        for index, matrix, rows, out in work.blocks(matrices, work.load(x[images])):
-            if index % len(plan.sets) == 0:
-                torch.bmm(matrix.expand(len(rows), -1, -1), rows, out=out)  # y^ = W T
-            else:
-                out.baddbmm_(matrix.expand(len(rows), -1, -1), rows)
-        if bias is not None:  # the same for all elements: in the trivial irrep alone, sqrt(|G|) times
-            work.out_irreps[0].view(out_fields, -1).add_(bias[:, None], alpha=math.sqrt(plan.order))
-        torch.mm(plan.fourier.T, work.out_irreps, out=work.out_regular.flatten(1))  # y = Q^T y^
-        valid = work.out_regular[..., : grid.out_height, : grid.out_width].permute(2, 1, 0, 3, 4)
-        y[images].unflatten(1, (out_fields, plan.order)).copy_(valid)  # [n, O, |G|, height', width']
+
+    def convolve(part: slice) -> None:
+        for images, work in _in_turn(plan, grid, x, in_fields, out_fields, part):
+            for index, matrix, rows, out in work.blocks(matrices, work.load(x[images])):
+                if index % len(plan.sets) == 0:
+                    torch.bmm(matrix.expand(len(rows), -1, -1), rows, out=out)  # y^ = W T
+                else:
+                    out.baddbmm_(matrix.expand(len(rows), -1, -1), rows)
+            if bias is not None:  # the same for all elements: in the trivial irrep alone, sqrt(|G|) times
+                work.out_irreps[0].view(out_fields, -1).add_(bias[:, None], alpha=math.sqrt(plan.order))
+            torch.mm(plan.fourier.T, work.out_irreps, out=work.out_regular.flatten(1))  # y = Q^T y^
+            valid = work.out_regular[..., : grid.out_height, : grid.out_width].permute(2, 1, 0, 3, 4)
+            y[images].unflatten(1, (out_fields, plan.order)).copy_(valid)  # [n, O, |G|, height', width']
+
+    by_images(convolve, len(x), x.device)
     return y
 
 
@@ -120,22 +125,27 @@ def _backward(
     in_fields, out_fields = x.shape[1] // plan.order, matrices[0].shape[0]
     dx = x.new_zeros(x.shape) if for_x else None
     sums = torch.float64 if x.dtype == torch.float64 else torch.float32
-    dw = [torch.zeros_like(matrix, dtype=sums) for matrix in matrices] if for_matrices else []
-    for images, work in _in_turn(plan, grid, x, in_fields, out_fields):
-        fields = grad[images].unflatten(1, (out_fields, plan.order)).permute(2, 1, 0, 3, 4)  # [|G|, O, n, ...]
-        work.out_regular[..., : grid.out_height, : grid.out_width] = fields
-        work.out_regular[..., grid.out_height :, :] = 0
-        work.out_regular[..., grid.out_width :] = 0
-        torch.mm(plan.fourier, work.out_regular.flatten(1), out=work.out_irreps)  # dy^ = Q dy
-        t = work.load(x[images])
-        for index, matrix, rows, out in work.blocks(matrices, t):
-            if for_matrices:
-                dw[index] += torch.bmm(out, rows.mT).sum(0)  # dW = dy^ T^T, over the copies
-            if for_x:  # T has served: dT = W^T dy^ takes its place
-                torch.bmm(matrix.mT.expand(len(rows), -1, -1), out, out=rows)
-        if for_x:
-            work.unload(t, dx[images])
-    return ([dx] if for_x else []) + [d.to(x.dtype) for d in dw]
+
+    def differentiate(part: slice) -> list[torch.Tensor]:
+        dw = [torch.zeros_like(matrix, dtype=sums) for matrix in matrices if for_matrices]
+        for images, work in _in_turn(plan, grid, x, in_fields, out_fields, part):
+            fields = grad[images].unflatten(1, (out_fields, plan.order)).permute(2, 1, 0, 3, 4)  # [|G|, O, n, ...]
+            work.out_regular[..., : grid.out_height, : grid.out_width] = fields
+            work.out_regular[..., grid.out_height :, :] = 0
+            work.out_regular[..., grid.out_width :] = 0
+            torch.mm(plan.fourier, work.out_regular.flatten(1), out=work.out_irreps)  # dy^ = Q dy
+            t = work.load(x[images])
+            for index, matrix, rows, out in work.blocks(matrices, t):
+                if for_matrices:
+                    dw[index] += torch.bmm(out, rows.mT).sum(0)  # dW = dy^ T^T, over the copies
+                if for_x:  # T has served: dT = W^T dy^ takes its place
+                    torch.bmm(matrix.mT.expand(len(rows), -1, -1), out, out=rows)
+            if for_x:
+                work.unload(t, dx[images])
+        return dw
+
+    dw = [sum(parts).to(x.dtype) for parts in zip(*by_images(differentiate, len(x), x.device), strict=True)]
+    return ([dx] if for_x else []) + dw
 
 
 @_backward.register_fake
@@ -329,13 +339,14 @@ def _zeros_behind(maps: torch.Tensor, grid: Grid, f: int, g: int) -> torch.Tenso
     return maps
 
 
-def _in_turn(plan: _Plan, grid: Grid, x: torch.Tensor, in_fields: int, out_fields: int) -> Iterator[tuple]:
-    """(slice of the batch, workspace of that many images): about 4096 output pixels at a time on the CPU."""
-    batch = len(x)
-    at_once = batch if x.is_cuda else min(batch, max(1, 4096 // (grid.out_height * grid.out_width)))
+def _in_turn(
+    plan: _Plan, grid: Grid, x: torch.Tensor, in_fields: int, out_fields: int, part: slice
+) -> Iterator[tuple[slice, _Workspace]]:
+    """(images of this part of the batch, workspace for as many): about 4096 output pixels at a time on the CPU."""
+    at_once = max(1, 4096 // (grid.out_height * grid.out_width)) if x.device.type == "cpu" else part.stop - part.start
     work = None
-    for start in range(0, batch, at_once):
-        n = min(at_once, batch - start)
+    for start in range(part.start, part.stop, at_once):
+        n = min(at_once, part.stop - start)
         if work is None or work.n != n:
             work = _Workspace(plan, grid, x, in_fields, out_fields, n)
         yield slice(start, start + n), work

@@ -1,0 +1,358 @@
+"""Time our networks against the dense network of the same width, timm's ResNet and the escnn network.
+
+    python scripts/benchmark.py                                      # the models of the README, eval and train
+    python scripts/benchmark.py c8resnet50 'd8*' --modes eval --batch-size 4 --size 225
+    python scripts/benchmark.py c8resnet50 --layers                  # every layer, every strategy
+    python scripts/benchmark.py c8resnet50 --escnn                   # also the network built with escnn (extra)
+
+The dense network has plain `nn.Conv2d` and `nn.BatchNorm2d` of the same number of channels in place of ours, and runs in
+each of its forms: eager or compiled, NCHW or channels-last, for eval also with its batch norms folded into the
+convolutions. The best of them, in the same run, is what we are compared with. Ours runs as `create_model` makes it.
+
+All forms take turns, so that a busy machine slows each alike; medians count, and the ratios of medians. A training step
+is forward, backward and SGD with momentum. Peak memory is that of one step in a process of its own, without what the
+process held before the network was built. glibc's allocator keeps freed memory (MALLOC_MMAP_THRESHOLD_ and
+MALLOC_TRIM_THRESHOLD_ are raised), which spares all networks the page faults of each new feature map.
+
+Writes NAME.json, NAME.md and NAME.png into --out (default: scripts/benchmarks).
+"""
+
+import argparse
+import copy
+import fnmatch
+import json
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from datetime import date
+from multiprocessing import get_context
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.utils.model import reparameterize_model
+from tqdm import tqdm
+
+from equivision_timm.layers import ConvNorm, MaxPool2d, SteerableConv2d
+
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
+DEFAULT_MODELS = ("c8resnet50", "d4resnet50", "c4resnet50", "d8resnet18", "c8resnet18", "d4resnet18", "c4resnet18")
+DENSE_FORMS = ("dense", "dense channels-last", "dense compiled", "dense compiled channels-last")
+
+
+def dense_twin(model: nn.Module) -> nn.Module:
+    """The plain network with as many channels everywhere: convolutions and batch norms without any symmetry."""
+    twin = copy.deepcopy(model)
+    for name, module in model.named_modules():
+        if isinstance(module, ConvNorm):
+            conv = module.conv.fuse()
+            plain = nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels)).train(module.training)
+        elif isinstance(module, MaxPool2d):
+            plain = nn.MaxPool2d(module.kernel_size, module.stride, module.padding)
+        else:
+            continue
+        parent, _, child = name.rpartition(".")
+        setattr(twin.get_submodule(parent), child, plain)
+    return twin
+
+
+def build(form: str, name: str, mode: str) -> nn.Module:
+    """The network called `form`, in train or eval mode."""
+    torch.manual_seed(0)
+    if form == "timm":
+        model = timm.create_model(name[name.index("resnet") :].split("_")[0])
+    elif form == "escnn":
+        from escnn_resnet import escnn_resnet  # beside this file
+
+        model = escnn_resnet(timm.create_model(name))
+    else:
+        model = timm.create_model(name)
+        if form == "dense folded" or form == "dense folded channels-last":
+            model = reparameterize_model(model.eval())
+            for parameter in model.parameters():
+                parameter.requires_grad_(False)
+        elif form.startswith("dense"):
+            model = dense_twin(model)
+    model.train(mode == "train")
+    if "channels-last" in form:
+        model = model.to(memory_format=torch.channels_last)
+    return torch.compile(model) if "compiled" in form else model
+
+
+def make_step(model: nn.Module, form: str, mode: str, batch_size: int, size: int) -> Callable[[], None]:
+    """One forward pass without gradients, or one training step."""
+    x = torch.randn(batch_size, 3, size, size, generator=torch.Generator().manual_seed(0))
+    if "channels-last" in form:
+        x = x.contiguous(memory_format=torch.channels_last)
+    if mode == "eval":
+
+        def step() -> None:
+            with torch.inference_mode():
+                model(x)
+
+        return step
+
+    target = torch.arange(batch_size)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), target).backward()
+        optimizer.step()
+
+    return step
+
+
+def measure(name: str, mode: str, forms: list[str], batch_size: int, size: int, repeats: int, threads: int) -> dict:
+    """Seconds of each form, taken in turns: {form: [seconds]}."""
+    torch.set_num_threads(threads)
+    if mode == "create":
+        makers = {form: lambda form=form: build(form, name, "eval") for form in forms}
+        steps = makers
+    else:
+        steps = {form: make_step(build(form, name, mode), form, mode, batch_size, size) for form in forms}
+    seconds: dict[str, list[float]] = {form: [] for form in forms}
+    for step in steps.values():
+        step()
+        step()
+    for _ in range(repeats):
+        for form, step in steps.items():
+            start = time.perf_counter()
+            step()
+            seconds[form].append(time.perf_counter() - start)
+    return seconds
+
+
+def peak_memory(name: str, mode: str, form: str, batch_size: int, size: int, threads: int) -> float:
+    """MB that a process gains at its peak from building the network and two steps."""
+    torch.set_num_threads(threads)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step = make_step(build(form, name, mode), form, mode, batch_size, size)
+    step()
+    step()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def in_new_process(function: Callable, *args):
+    """function(*args) in a fresh process, which starts with the allocator's settings."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def measure_layers(name: str, batch_size: int, size: int, repeats: int, threads: int) -> list[dict]:
+    """Seconds of both strategies for each distinct convolution of a network, forward and training."""
+    torch.set_num_threads(threads)
+    model = timm.create_model(name)
+    shapes: dict[str, torch.Size] = {}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, SteerableConv2d)}
+    for layer_name, layer in layers.items():
+        layer.register_forward_pre_hook(lambda _, args, key=layer_name: shapes.update({key: args[0].shape}))
+    with torch.inference_mode():
+        model.eval()(torch.zeros(1, 3, size, size))
+    kinds: dict[tuple, list[str]] = {}
+    for layer_name, layer in layers.items():
+        kind = (layer.in_fields, layer.out_fields, layer.kernel_size, layer.stride, layer.input_type)
+        kinds.setdefault((*kind, *shapes[layer_name][1:]), []).append(layer_name)
+
+    rows = []
+    for (i, o, k, stride, input_type, channels, height, width), names in tqdm(kinds.items(), desc=name, leave=False):
+        x = torch.randn(batch_size, channels, height, width)
+        strategies = ["expand", "block_diagonal"] if input_type == "regular" else ["expand"]
+        group = model.group
+        made = {s: SteerableConv2d(i, o, k, group, input_type, stride, strategy=s).eval() for s in strategies}
+        for layer in made.values():
+            layer.load_state_dict(made["expand"].state_dict())
+        seconds: dict[tuple[str, str], list[float]] = {}
+        for repeat in range(repeats + 1):  # the first warms up
+            for s, layer in made.items():
+                start = time.perf_counter()
+                with torch.inference_mode():
+                    y = layer(x)
+                middle = time.perf_counter()
+                layer(x.requires_grad_()).backward(y.clone())
+                if repeat:
+                    seconds.setdefault((s, "eval"), []).append(middle - start)
+                    seconds.setdefault((s, "train"), []).append(time.perf_counter() - middle)
+        pixels = batch_size * y.shape[2] * y.shape[3]
+        dense = pixels * y.shape[1] * channels * k * k
+        first = made["expand"]
+        products = {"expand": dense, "block_diagonal": pixels * i * o * getattr(first, "irreps_products", 0)}
+        auto = SteerableConv2d(i, o, k, group, input_type, stride).strategy_for(x.shape, x.device)
+        row = {"layer": names[0], "count": len(names), "fields": f"{i} -> {o}", "kernel": k, "stride": stride}
+        row |= {"size": height, "auto": auto}
+        for (s, mode), values in seconds.items():
+            passes = 1 if mode == "eval" else 3  # the backward pass counts twice
+            row[f"{s} {mode} ms"] = 1e3 * statistics.median(values)
+            row[f"{s} {mode} GFLOP/s"] = 2e-9 * passes * products[s] / statistics.median(values)
+        rows.append(row)
+    for mode in ("eval", "train"):
+        total = sum(row["count"] * row[f"{row['auto']} {mode} ms"] for row in rows)
+        for row in rows:
+            row[f"{mode} share"] = row["count"] * row[f"{row['auto']} {mode} ms"] / total
+    return rows
+
+
+def layer_table(rows: list[dict]) -> str:
+    lines = [
+        "| layer | times | fields | kernel | input | expand ms, GFLOP/s | block diagonal ms, GFLOP/s | ratio "
+        "| train: expand ms | block diagonal ms | ratio | auto | share of eval | of train |",
+        "|---|---:|---|---|---:|---:|---:|---:|---:|---:|---:|---|---:|---:|",
+    ]
+    for row in rows:
+        stride = f"/{row['stride']}" if row["stride"] > 1 else ""
+        cells = [
+            f"`{row['layer']}`",
+            row["count"],
+            row["fields"],
+            f"{row['kernel']}x{row['kernel']}{stride}",
+            row["size"],
+        ]
+        cells.append(f"{row['expand eval ms']:.1f}, {row['expand eval GFLOP/s']:.0f}")
+        if "block_diagonal eval ms" in row:
+            cells.append(f"{row['block_diagonal eval ms']:.1f}, {row['block_diagonal eval GFLOP/s']:.0f}")
+            cells.append(f"{row['expand eval ms'] / row['block_diagonal eval ms']:.2f}")
+            cells += [f"{row['expand train ms']:.1f}", f"{row['block_diagonal train ms']:.1f}"]
+            cells.append(f"{row['expand train ms'] / row['block_diagonal train ms']:.2f}")
+        else:
+            cells += ["-", "-", f"{row['expand train ms']:.1f}", "-", "-"]
+        cells += [row["auto"], f"{row['eval share']:.0%}", f"{row['train share']:.0%}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def result_table(results: list[dict]) -> str:
+    lines = [
+        "| model | mode | ours, ms | best dense, ms | its form | **times faster than dense** | than timm's ResNet "
+        "| than escnn | peak memory: ours, MB | dense, MB |",
+        "|---|---|---:|---:|---|---:|---:|---:|---:|---:|",
+    ]
+    for result in results:
+        memory = result.get("memory", {})
+        cells = [f"`{result['model']}`", result["mode"], f"{1e3 * result['median']['ours']:.0f}"]
+        if result["best dense"]:
+            cells += [f"{1e3 * result['median'][result['best dense']]:.0f}", result["best dense"]]
+        else:
+            cells += ["-", "-"]
+        cells += [
+            f"{result['ratio'][key]:.2f}" if key in result["ratio"] else "-" for key in ("dense", "timm", "escnn")
+        ]
+        cells += [f"{memory[key]:.0f}" if key in memory else "-" for key in ("ours", "dense")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def picture(results: list[dict], path: Path, title: str) -> None:
+    """Bars: how many times faster than the best dense form, by model and mode."""
+    modes = [mode for mode in ("eval", "train") if any(result["mode"] == mode for result in results)]
+    names = list(dict.fromkeys(result["model"] for result in results))
+    figure, axis = plt.subplots(figsize=(8, 0.5 * len(names) + 1.6), layout="constrained")
+    height = 0.8 / len(modes)
+    for place, mode in enumerate(modes):
+        found = {r["model"]: r["ratio"]["dense"] for r in results if r["mode"] == mode and "dense" in r["ratio"]}
+        rows = [row for row, name in enumerate(names) if name in found]
+        values = [found[names[row]] for row in rows]
+        offset = (place - (len(modes) - 1) / 2) * height
+        label = {"eval": "inference", "train": "training step"}[mode]
+        bars = axis.barh(
+            [row + offset for row in rows], values, height, label=label, color=("#1f6f8b", "#e6a93b")[place]
+        )
+        axis.bar_label(bars, fmt="%.1f×", padding=3, fontsize=9)
+    axis.axvline(1, color="0.3", linewidth=1)
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    axis.set_xlim(0, axis.get_xlim()[1] * 1.08)
+    axis.set_xlabel("times faster than the dense network with as many channels, at its best")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, loc="lower right")
+    axis.set_title(title, fontsize=9, loc="left", color="0.35")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    return f"{names[0] if names else platform.processor()}{' with AVX-512' if 'avx512f' in flags else ''}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=list(DEFAULT_MODELS), help="names or patterns (default: README's)")
+    parser.add_argument("--modes", nargs="+", choices=("create", "eval", "train"), default=["create", "eval", "train"])
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--size", type=int, default=224, help="side of the images (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=7, help="timed runs of each form (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--eager", action="store_true", help="leave out the compiled forms, which take minutes to make")
+    parser.add_argument("--escnn", action="store_true", help="also the network as escnn builds it (extra 'escnn')")
+    parser.add_argument("--layers", action="store_true", help="a table of layers instead of networks")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "benchmarks")
+    parser.add_argument("--name", default="networks", help="of the files written (default: %(default)s)")
+    args = parser.parse_args()
+    os.environ.update(ALLOCATOR)  # for the processes that measure
+    known = timm.list_models(module="equivariant_resnet")
+    names = [name for pattern in args.models for name in fnmatch.filter(known, pattern)]
+    if not names:
+        parser.error(f"no model matches {args.models}: see timm.list_models(module='equivariant_resnet')")
+
+    about = {
+        "date": date.today().isoformat(),
+        "machine": f"{processor()}, {args.threads} threads",
+        "versions": f"torch {torch.__version__.split('+')[0]}, timm {timm.__version__}, python {platform.python_version()}",
+        "batch": f"{args.batch_size} x 3 x {args.size} x {args.size}, float32",
+    }
+    title = ", ".join(about.values())
+    args.out.mkdir(parents=True, exist_ok=True)
+    stem = args.out / args.name
+
+    if args.layers:
+        layers = {
+            name: in_new_process(measure_layers, name, args.batch_size, args.size, args.repeats, args.threads)
+            for name in names
+        }
+        text = f"{title}\n" + "".join(f"\n## {name}\n{layer_table(rows)}\n" for name, rows in layers.items())
+        stem.with_suffix(".json").write_text(json.dumps({**about, "layers": layers}, indent=1) + "\n")
+        stem.with_suffix(".md").write_text(text)
+        print(text)
+        return
+
+    results = []
+    for name in (progress := tqdm(names)):
+        for mode in args.modes:
+            progress.set_description(f"{name} {mode}")
+            dense = [] if mode == "create" else list(DENSE_FORMS[: 2 if args.eager else 4])
+            if mode == "eval":
+                dense += ["dense folded", "dense folded channels-last"]
+            forms = ["ours", *dense, "timm", *(["escnn"] if args.escnn else [])]
+            seconds = in_new_process(measure, name, mode, forms, args.batch_size, args.size, args.repeats, args.threads)
+            median = {form: statistics.median(values) for form, values in seconds.items()}
+            best = min(dense, key=median.__getitem__) if dense else None
+            compared = {"dense": best, "timm": "timm", "escnn": "escnn"}
+            ratio = {key: median[form] / median["ours"] for key, form in compared.items() if form in median}
+            result = {"model": name, "mode": mode, "median": median, "best dense": best, "ratio": ratio}
+            if mode != "create":
+                result["memory"] = {
+                    key: in_new_process(peak_memory, name, mode, form, args.batch_size, args.size, args.threads)
+                    for key, form in (("ours", "ours"), ("dense", best))
+                }
+            results.append({**result, "seconds": seconds})
+            text = f"{title}\n\n{result_table(results)}\n"
+            stem.with_suffix(".json").write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
+            stem.with_suffix(".md").write_text(text)
+    if any(result["mode"] != "create" for result in results):
+        picture(results, stem.with_suffix(".png"), title)
+    print(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
