@@ -13,7 +13,8 @@ SCRIPT = """
 import os, sys
 import timm
 import beside  # a module next to the script
-print(__name__, sys.argv[1:], "c8resnet50" in timm.list_models(), os.environ.get("RANK"))
+line = f"{__name__} {sys.argv[1:]} {'c8resnet50' in timm.list_models()} {os.environ.get('RANK')}\\n"
+sys.stdout.write(line)  # at once: two processes that write unbuffered do not mix their lines
 if "--fail" in sys.argv:
     raise KeyError("the script's own error")
 if "--exit" in sys.argv:
@@ -30,7 +31,7 @@ def script(tmp_path: Path) -> Path:
 
 
 def _run(*command: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}  # as in many containers
     return subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, env=environment)
 
 
