@@ -5,8 +5,8 @@
     python scripts/benchmark.py c8resnet50 --layers                  # every layer, every strategy
     python scripts/benchmark.py c8resnet50 --escnn                   # also the network built with escnn (extra)
 
-The dense network has plain `nn.Conv2d` and `nn.BatchNorm2d` of the same number of channels in place of ours, and runs in
-each of its forms: eager or compiled, NCHW or channels-last, for eval also with its batch norms folded into the
+The dense network has plain `nn.Conv2d` and `nn.BatchNorm2d` of the same number of channels in place of ours, and runs
+in each of its forms: eager or compiled, NCHW or channels-last, for eval also with its batch norms folded into the
 convolutions. The best of them, in the same run, is what we are compared with. Ours runs as `create_model` makes it.
 
 All forms take turns, so that a busy machine slows each alike; medians count, and the ratios of medians. A training step
@@ -308,7 +308,7 @@ def main() -> None:
     about = {
         "date": date.today().isoformat(),
         "machine": f"{processor()}, {args.threads} threads",
-        "versions": f"torch {torch.__version__.split('+')[0]}, timm {timm.__version__}, python {platform.python_version()}",
+        "versions": f"torch {torch.__version__.split('+')[0]}, timm {timm.__version__}",
         "batch": f"{args.batch_size} x 3 x {args.size} x {args.size}, float32",
     }
     title = ", ".join(about.values())

@@ -157,8 +157,9 @@ class SteerableConv2d(nn.Module):
         """
         strategy = "expand" if leaves_python() else self.strategy_for(x.shape, x.device)
         dtype = self.weight.dtype
-        if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:  # as autocast treats nn.Conv2d
-            dtype = torch.get_autocast_dtype(x.device.type)
+        device = x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)  # as autocast treats nn.Conv2d
             x = x.to(dtype)
 
         def prepare() -> tuple[list[torch.Tensor], torch.Tensor | None]:

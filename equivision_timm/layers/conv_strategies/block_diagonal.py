@@ -79,8 +79,11 @@ def conv2d(
     in_fields, out_fields = x.shape[1] // plan.order, matrices[0].shape[0]
     y = x.new_empty(len(x), out_fields * plan.order, grid.out_height, grid.out_width)
 
-    def convolve(part: slice) -> None:
-        for images, work in _in_turn(plan, grid, x, in_fields, out_fields, part):
+    def workspace(n: int) -> _Workspace:
+        return _Workspace(plan, grid, x, in_fields, out_fields, n)
+
+    def convolve(share: list[tuple[slice, _Workspace]]) -> None:
+        for images, work in share:
             for index, matrix, rows, out in work.blocks(matrices, work.load(x[images])):
                 if index % len(plan.sets) == 0:
                     torch.bmm(matrix.expand(len(rows), -1, -1), rows, out=out)  # y^ = W T
@@ -92,7 +95,7 @@ def conv2d(
             valid = work.out_regular[..., : grid.out_height, : grid.out_width].permute(2, 1, 0, 3, 4)
             y[images].unflatten(1, (out_fields, plan.order)).copy_(valid)  # [n, O, |G|, height', width']
 
-    by_images(convolve, len(x), x.device)
+    by_images(convolve, workspace, len(x), _at_once(grid, x), x.device)
     return y
 
 
@@ -126,9 +129,12 @@ def _backward(
     dx = x.new_zeros(x.shape) if for_x else None
     sums = torch.float64 if x.dtype == torch.float64 else torch.float32
 
-    def differentiate(part: slice) -> list[torch.Tensor]:
+    def workspace(n: int) -> _Workspace:
+        return _Workspace(plan, grid, x, in_fields, out_fields, n)
+
+    def differentiate(share: list[tuple[slice, _Workspace]]) -> list[torch.Tensor]:
         dw = [torch.zeros_like(matrix, dtype=sums) for matrix in matrices if for_matrices]
-        for images, work in _in_turn(plan, grid, x, in_fields, out_fields, part):
+        for images, work in share:
             fields = grad[images].unflatten(1, (out_fields, plan.order)).permute(2, 1, 0, 3, 4)  # [|G|, O, n, ...]
             work.out_regular[..., : grid.out_height, : grid.out_width] = fields
             work.out_regular[..., grid.out_height :, :] = 0
@@ -144,8 +150,8 @@ def _backward(
                 work.unload(t, dx[images])
         return dw
 
-    dw = [sum(parts).to(x.dtype) for parts in zip(*by_images(differentiate, len(x), x.device), strict=True)]
-    return ([dx] if for_x else []) + dw
+    shares = by_images(differentiate, workspace, len(x), _at_once(grid, x), x.device)
+    return ([dx] if for_x else []) + [sum(dw).to(x.dtype) for dw in zip(*shares, strict=True)]
 
 
 @_backward.register_fake
@@ -339,14 +345,6 @@ def _zeros_behind(maps: torch.Tensor, grid: Grid, f: int, g: int) -> torch.Tenso
     return maps
 
 
-def _in_turn(
-    plan: _Plan, grid: Grid, x: torch.Tensor, in_fields: int, out_fields: int, part: slice
-) -> Iterator[tuple[slice, _Workspace]]:
-    """(images of this part of the batch, workspace for as many): about 4096 output pixels at a time on the CPU."""
-    at_once = max(1, 4096 // (grid.out_height * grid.out_width)) if x.device.type == "cpu" else part.stop - part.start
-    work = None
-    for start in range(part.start, part.stop, at_once):
-        n = min(at_once, part.stop - start)
-        if work is None or work.n != n:
-            work = _Workspace(plan, grid, x, in_fields, out_fields, n)
-        yield slice(start, start + n), work
+def _at_once(grid: Grid, x: torch.Tensor) -> int:
+    """How many images to work on together: about 4096 output pixels on the CPU, whose caches hold about as much."""
+    return max(1, 4096 // (grid.out_height * grid.out_width)) if x.device.type == "cpu" else max(1, len(x))
