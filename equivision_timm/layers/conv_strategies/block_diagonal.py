@@ -20,7 +20,7 @@ import torch
 
 from equivision_timm.groups import Group
 from equivision_timm.kernel_bases import load_irreps_basis
-from equivision_timm.layers.conv_strategies.by_images import by_images
+from equivision_timm.layers.conv_strategies.pieces import Piece, by_pieces
 from equivision_timm.layers.conv_strategies.steer import Grid, Steps, Terms
 
 __all__ = ["block_weights", "conv2d"]
@@ -79,12 +79,12 @@ def conv2d(
     in_fields, out_fields = x.shape[1] // plan.order, matrices[0].shape[0]
     y = x.new_empty(len(x), out_fields * plan.order, grid.out_height, grid.out_width)
 
-    def workspace(n: int) -> _Workspace:
-        return _Workspace(plan, grid, x, in_fields, out_fields, n)
+    def workspace(n: int, rows: int) -> _Workspace:
+        return _Workspace(plan, grid.of_rows(rows), x, in_fields, out_fields, n)
 
-    def convolve(share: list[tuple[slice, _Workspace]]) -> None:
-        for images, work in share:
-            for index, matrix, rows, out in work.blocks(matrices, work.load(x[images])):
+    def convolve(share: list[tuple[Piece, _Workspace]]) -> None:
+        for (images, own), work in share:
+            for index, matrix, rows, out in work.blocks(matrices, work.load(grid.rows(x[images], own))):
                 if index % len(plan.sets) == 0:
                     torch.bmm(matrix.expand(len(rows), -1, -1), rows, out=out)  # y^ = W T
                 else:
@@ -92,10 +92,10 @@ def conv2d(
             if bias is not None:  # the same for all elements: in the trivial irrep alone, sqrt(|G|) times
                 work.out_irreps[0].view(out_fields, -1).add_(bias[:, None], alpha=math.sqrt(plan.order))
             torch.mm(plan.fourier.T, work.out_irreps, out=work.out_regular.flatten(1))  # y = Q^T y^
-            valid = work.out_regular[..., : grid.out_height, : grid.out_width].permute(2, 1, 0, 3, 4)
-            y[images].unflatten(1, (out_fields, plan.order)).copy_(valid)  # [n, O, |G|, height', width']
+            valid = work.out_regular[..., : work.grid.out_height, : grid.out_width].permute(2, 1, 0, 3, 4)
+            y[images, :, own].unflatten(1, (out_fields, plan.order)).copy_(valid)  # [n, O, |G|, rows, width']
 
-    by_images(convolve, workspace, len(x), _at_once(grid, x), x.device)
+    by_pieces(convolve, workspace, _pieces(grid, x, max(in_fields, out_fields) * plan.order), x.device)
     return y
 
 
@@ -129,28 +129,29 @@ def _backward(
     dx = x.new_zeros(x.shape) if for_x else None
     sums = torch.float64 if x.dtype == torch.float64 else torch.float32
 
-    def workspace(n: int) -> _Workspace:
-        return _Workspace(plan, grid, x, in_fields, out_fields, n)
+    def workspace(n: int, rows: int) -> _Workspace:
+        return _Workspace(plan, grid.of_rows(rows), x, in_fields, out_fields, n)
 
-    def differentiate(share: list[tuple[slice, _Workspace]]) -> list[torch.Tensor]:
+    def differentiate(share: list[tuple[Piece, _Workspace]]) -> list[torch.Tensor]:
         dw = [torch.zeros_like(matrix, dtype=sums) for matrix in matrices if for_matrices]
-        for images, work in share:
-            fields = grad[images].unflatten(1, (out_fields, plan.order)).permute(2, 1, 0, 3, 4)  # [|G|, O, n, ...]
-            work.out_regular[..., : grid.out_height, : grid.out_width] = fields
-            work.out_regular[..., grid.out_height :, :] = 0
+        for (images, own), work in share:
+            fields = grad[images, :, own].unflatten(1, (out_fields, plan.order)).permute(2, 1, 0, 3, 4)  # [|G|, O, ...]
+            work.out_regular[..., : work.grid.out_height, : grid.out_width] = fields
+            work.out_regular[..., work.grid.out_height :, :] = 0
             work.out_regular[..., grid.out_width :] = 0
             torch.mm(plan.fourier, work.out_regular.flatten(1), out=work.out_irreps)  # dy^ = Q dy
-            t = work.load(x[images])
+            t = work.load(grid.rows(x[images], own))
             for index, matrix, rows, out in work.blocks(matrices, t):
                 if for_matrices:
                     dw[index] += torch.bmm(out, rows.mT).sum(0)  # dW = dy^ T^T, over the copies
                 if for_x:  # T has served: dT = W^T dy^ takes its place
                     torch.bmm(matrix.mT.expand(len(rows), -1, -1), out, out=rows)
             if for_x:
-                work.unload(t, dx[images])
+                work.unload(t, grid.rows(dx[images], own))
         return dw
 
-    shares = by_images(differentiate, workspace, len(x), _at_once(grid, x), x.device)
+    pieces = _pieces(grid, x, max(in_fields, out_fields) * plan.order)
+    shares = by_pieces(differentiate, workspace, pieces, x.device)
     return ([dx] if for_x else []) + [sum(dw).to(x.dtype) for dw in zip(*shares, strict=True)]
 
 
@@ -345,6 +346,21 @@ def _zeros_behind(maps: torch.Tensor, grid: Grid, f: int, g: int) -> torch.Tenso
     return maps
 
 
-def _at_once(grid: Grid, x: torch.Tensor) -> int:
-    """How many images to work on together: about 4096 output pixels on the CPU, whose caches hold about as much."""
-    return max(1, 4096 // (grid.out_height * grid.out_width)) if x.device.type == "cpu" else max(1, len(x))
+_LEAST = 1568
+
+
+def _pieces(grid: Grid, x: torch.Tensor, channels: int) -> list[list[Piece]]:
+    """What to work on at a time: on the CPU what its caches hold, about 600000 numbers of the wider side.
+
+    Some images each; or, for 1x1, some rows of one image. The rows of an image stay together.
+    """
+    batch, height, pixels = len(x), grid.out_height, grid.out_height * grid.out_width
+    if x.device.type != "cpu":
+        return [[(slice(0, batch), slice(0, height))]] if batch else []
+    at_once = min(max(_LEAST, 600_000 // channels), 4096)  # pixels
+    images = max(1, at_once // pixels)
+    rows = height if grid.kernel_size > 1 else max(1, min(height, at_once // grid.out_width))
+    return [
+        [(slice(i, min(i + images, batch)), slice(r, min(r + rows, height))) for r in range(0, height, rows)]
+        for i in range(0, batch, images)
+    ]

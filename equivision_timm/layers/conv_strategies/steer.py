@@ -14,7 +14,7 @@ what the buffers hold at the time.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import torch
@@ -73,6 +73,15 @@ class Grid:
     def margin(self) -> int:
         """Zeros that a flat buffer needs before and behind its pixels."""
         return self.pad * (self.width + 1)
+
+    def rows(self, x: torch.Tensor, own: slice) -> torch.Tensor:
+        """The rows of x [..., in_height, in_width] that the output rows `own` need, a view; of 1x1, or all."""
+        last = self.stride * (own.stop - 1) + 1 if own.stop < self.out_height else self.in_height
+        return x[..., self.stride * own.start : last, :]
+
+    def of_rows(self, n: int) -> "Grid":
+        """The grid of `rows` for n output rows."""
+        return self if n == self.out_height else replace(self, in_height=self.stride * (n - 1) + 1)
 
     def plane(self, x: torch.Tensor, f: int, g: int) -> torch.Tensor:
         """The pixels that belong to plane (f, g), a view: [..., in_height, in_width] -> [..., rows, columns]."""
