@@ -93,3 +93,16 @@ def test_unknown_name(name):
 def test_eighth_turn_is_no_symmetry_of_the_grid():
     with pytest.raises(ValueError, match=r"element 1 of c8 .* use \[0, 2, 4, 6\]"):
         Group.from_name("c8").transform_image(torch.zeros(1, 1, 3, 3), 1)
+
+
+@given(groups)
+def test_fourier_matrix_makes_equivariant_maps_block_diagonal(group):
+    fourier = group.fourier_matrix()
+    torch.testing.assert_close(fourier @ fourier.T, torch.eye(group.order, dtype=torch.float64))
+    kernel = torch.randn(group.order, dtype=torch.float64)
+    found = fourier @ kernel[group.left_quotients()] @ fourier.T  # a map that commutes with the group
+    blocks, row = [], 0
+    for size, copies in group.irreps():
+        blocks += [found[row : row + size, row : row + size]] * copies  # the copies are equal
+        row += size * copies
+    torch.testing.assert_close(found, torch.block_diag(*blocks))

@@ -174,7 +174,8 @@ class SteerableConv2d(nn.Module):
         if torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling() or leaves_python():
             prepared, bias = prepare()
         else:
-            sources = (self.weight, self.basis, *sources)
+            basis = self.basis if strategy == "expand" else self.irreps_basis
+            sources = (self.weight, basis, *sources)
             prepared, bias = self._prepared.get(sources, (strategy, dtype), prepare)
         if strategy == "expand":
             return F.conv2d(x, prepared[0], bias, self.stride, self.padding, self.dilation)

@@ -327,6 +327,7 @@ class _Workspace:
             torch.mm(plan.fourier.T, inner[phase].view(plan.order, -1), out=regular.flatten(1))
             target = grid.plane(fields, *phase)
             target.copy_(regular[..., : target.shape[-2], : target.shape[-1]])
+            _zeros_behind(regular, grid, *phase)  # as `load` expects them
 
     def blocks(self, matrices: list[torch.Tensor], t: list[torch.Tensor]) -> Iterator[tuple]:
         """For each block and each set: (index, W, T [copies, n * size * I, pixels], y^ [copies, size * O, pixels])."""
