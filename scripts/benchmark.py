@@ -1,9 +1,8 @@
-"""Time our networks against the dense network of the same width, timm's ResNet and the escnn network.
+"""Time our networks against the dense network of the same width and timm's ResNet.
 
     python scripts/benchmark.py                                      # the models of the README, eval and train
     python scripts/benchmark.py c8resnet50 'd8*' --modes eval --batch-size 4 --size 225
     python scripts/benchmark.py c8resnet50 --layers                  # every layer, every strategy
-    python scripts/benchmark.py c8resnet50 --escnn                   # also the network built with escnn (extra)
 
 The dense network has plain `nn.Conv2d` and `nn.BatchNorm2d` of the same number of channels in place of ours, and runs
 in each of its forms: eager or compiled, NCHW or channels-last, for eval also with its batch norms folded into the
@@ -69,10 +68,6 @@ def build(form: str, name: str, mode: str) -> nn.Module:
     torch.manual_seed(0)
     if form == "timm":
         model = timm.create_model(name[name.index("resnet") :].split("_")[0])
-    elif form == "escnn":
-        from escnn_resnet import escnn_resnet  # beside this file
-
-        model = escnn_resnet(timm.create_model(name))
     else:
         model = timm.create_model(name)
         if form == "dense folded" or form == "dense folded channels-last":
@@ -231,8 +226,8 @@ def layer_table(rows: list[dict]) -> str:
 def result_table(results: list[dict]) -> str:
     lines = [
         "| model | mode | ours, ms | best dense, ms | its form | **times faster than dense** | than timm's ResNet "
-        "| than escnn | peak memory: ours, MB | dense, MB |",
-        "|---|---|---:|---:|---|---:|---:|---:|---:|---:|",
+        "| peak memory: ours, MB | dense, MB |",
+        "|---|---|---:|---:|---|---:|---:|---:|---:|",
     ]
     for result in results:
         memory = result.get("memory", {})
@@ -241,9 +236,7 @@ def result_table(results: list[dict]) -> str:
             cells += [f"{1e3 * result['median'][result['best dense']]:.0f}", result["best dense"]]
         else:
             cells += ["-", "-"]
-        cells += [
-            f"{result['ratio'][key]:.2f}" if key in result["ratio"] else "-" for key in ("dense", "timm", "escnn")
-        ]
+        cells += [f"{result['ratio'][key]:.2f}" if key in result["ratio"] else "-" for key in ("dense", "timm")]
         cells += [f"{memory[key]:.0f}" if key in memory else "-" for key in ("ours", "dense")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -294,7 +287,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="timed runs of each form (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--eager", action="store_true", help="leave out the compiled forms, which take minutes to make")
-    parser.add_argument("--escnn", action="store_true", help="also the network as escnn builds it (extra 'escnn')")
     parser.add_argument("--layers", action="store_true", help="a table of layers instead of networks")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "benchmarks")
     parser.add_argument("--name", default="networks", help="of the files written (default: %(default)s)")
@@ -333,11 +325,11 @@ def main() -> None:
             dense = [] if mode == "create" else list(DENSE_FORMS[: 2 if args.eager else 4])
             if mode == "eval":
                 dense += ["dense folded", "dense folded channels-last"]
-            forms = ["ours", *dense, "timm", *(["escnn"] if args.escnn else [])]
+            forms = ["ours", *dense, "timm"]
             seconds = in_new_process(measure, name, mode, forms, args.batch_size, args.size, args.repeats, args.threads)
             median = {form: statistics.median(values) for form, values in seconds.items()}
             best = min(dense, key=median.__getitem__) if dense else None
-            compared = {"dense": best, "timm": "timm", "escnn": "escnn"}
+            compared = {"dense": best, "timm": "timm"}
             ratio = {key: median[form] / median["ours"] for key, form in compared.items() if form in median}
             result = {"model": name, "mode": mode, "median": median, "best dense": best, "ratio": ratio}
             if mode != "create":

@@ -226,14 +226,13 @@ class _Prepared:
     """The last value made of some tensors, and copies of them to compare with. Neither copied nor saved."""
 
     def __init__(self) -> None:
-        self.seen: list[torch.Tensor] = []
-        self.key = None
-        self.value = None
+        self.kept: tuple | None = None  # (key, copies, value), replaced as a whole: threads may share a layer
 
     def get(self, sources: tuple[torch.Tensor, ...], key: tuple, make: Callable):
-        if key != self.key or not _equal(sources, self.seen):
-            self.value, self.key, self.seen = make(), key, [source.detach().clone() for source in sources]
-        return self.value
+        kept = self.kept
+        if kept is None or kept[0] != key or not _equal(sources, kept[1]):
+            kept = self.kept = (key, [source.detach().clone() for source in sources], make())
+        return kept[2]
 
     def __deepcopy__(self, memo) -> "_Prepared":
         return _Prepared()

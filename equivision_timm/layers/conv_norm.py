@@ -64,7 +64,8 @@ class ConvNorm(nn.Module):
 
     def _statistics(self) -> list[torch.Tensor]:
         norm = self.norm.per_field
-        return [t for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias) if t is not None]
+        statistics = (norm.running_mean, norm.running_var, norm.weight, norm.bias, torch.tensor(norm.eps))
+        return [t for t in statistics if t is not None]
 
     def _fold(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """w' = w gamma / sqrt(var + eps),  bias = beta - mean gamma / sqrt(var + eps), field by field."""

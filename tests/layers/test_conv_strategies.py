@@ -292,6 +292,7 @@ CHANGES = {
     "norm bias": lambda layer: layer.norm.per_field.bias.data.add_(1),
     "mean": lambda layer: layer.norm.per_field.running_mean.add_(1),
     "variance": lambda layer: layer.norm.per_field.running_var.mul_(2),
+    "epsilon": lambda layer: setattr(layer.norm.per_field, "eps", 0.5),
     "bfloat16 and back": lambda layer: layer.bfloat16().float(),
 }
 
@@ -332,7 +333,7 @@ def test_copies_keep_nothing(copier):
     with torch.inference_mode():
         expected = layer(x)
     other = copier(layer)
-    assert other.conv._prepared.value is None
+    assert other.conv._prepared.kept is None
     with torch.no_grad():
         torch.testing.assert_close(other(x), expected)
         other.conv.weight.mul_(2)

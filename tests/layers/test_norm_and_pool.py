@@ -4,7 +4,7 @@ import torch.nn as nn
 from cases import GROUPS
 
 from equivision_timm.groups import Group
-from equivision_timm.layers import FieldNorm, GroupPool
+from equivision_timm.layers import FieldNorm, GroupPool, MaxPool2d
 from equivision_timm.testing import assert_equivariant
 
 REGULAR = {"input_type": "regular", "output_type": "regular", "tolerance": 1e-5}
@@ -70,3 +70,15 @@ def test_pool_over_the_wrong_channels_is_rejected():
 def test_unknown_pool():
     with pytest.raises(ValueError, match="unknown group_pool 'maximum': use 'max', 'avg', or ''"):
         GroupPool(4, "maximum")
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_max_pool_is_the_stock_one_and_keeps_the_format(memory_format):
+    x = torch.randn(2, 6, 13, 12).contiguous(memory_format=memory_format).requires_grad_()
+    results = []
+    for pool in (MaxPool2d(3, 2, 1), nn.MaxPool2d(3, 2, 1)):
+        y = pool(x)
+        assert y.is_contiguous(memory_format=memory_format)
+        results.append((y, *torch.autograd.grad(y.pow(2).sum(), x)))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
