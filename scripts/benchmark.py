@@ -24,6 +24,7 @@ import os
 import platform
 import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -140,6 +141,14 @@ def in_new_process(function: Callable, *args):
     """function(*args) in a fresh process, which starts with the allocator's settings."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
+
+
+def import_seconds(repeats: int) -> float:
+    """What `import equivision_timm` adds to `import timm`, median of fresh processes."""
+    code = "import timm, time; t = time.perf_counter(); import equivision_timm; print(time.perf_counter() - t)"
+    command = [sys.executable, "-c", code]
+    runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(repeats)]
+    return statistics.median(float(run.stdout) for run in runs)
 
 
 def measure_layers(name: str, batch_size: int, size: int, repeats: int, threads: int) -> list[dict]:
@@ -304,6 +313,8 @@ def main() -> None:
         "batch": f"{args.batch_size} x 3 x {args.size} x {args.size}, float32",
     }
     title = ", ".join(about.values())
+    if "create" in args.modes and not args.layers:
+        about["import"] = f"{import_seconds(args.repeats):.3f} s for `import equivision_timm` after `import timm`"
     args.out.mkdir(parents=True, exist_ok=True)
     stem = args.out / args.name
 
@@ -338,7 +349,7 @@ def main() -> None:
                     for key, form in (("ours", "ours"), ("dense", best))
                 }
             results.append({**result, "seconds": seconds})
-            text = f"{title}\n\n{result_table(results)}\n"
+            text = f"{title}\n\n{result_table(results)}\n" + (f"\n{about['import']}\n" if "import" in about else "")
             stem.with_suffix(".json").write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
             stem.with_suffix(".md").write_text(text)
     if any(result["mode"] != "create" for result in results):
