@@ -157,29 +157,32 @@ class SteerableConv2d(nn.Module):
         """
         strategy = "expand" if leaves_python() else self.strategy_for(x.shape, x.device)
         dtype = self.weight.dtype
-        device = x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(device)  # as autocast treats nn.Conv2d
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(x.device.type)  # as autocast treats nn.Conv2d
             x = x.to(dtype)
 
-        def prepare() -> tuple[list[torch.Tensor], torch.Tensor | None]:
-            weight, bias = (self.weight, None) if fold is None else fold(self.weight)
-            weight, bias = weight.to(dtype), bias if bias is None else bias.to(dtype)
-            if strategy == "expand":
-                bias = bias if bias is None else bias.repeat_interleave(self.order)
-                return [self._filter(weight)], bias
-            matrices = block_diagonal.block_weights(weight, self.irreps_basis.to(dtype), self.matrix_shapes)
-            return matrices, bias
-
         if torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling() or leaves_python():
-            prepared, bias = prepare()
+            prepared, bias = self._prepare(strategy, dtype, fold)
         else:
             basis = self.basis if strategy == "expand" else self.irreps_basis
             sources = (self.weight, basis, *sources)
-            prepared, bias = self._prepared.get(sources, (strategy, dtype), prepare)
+            prepared, bias = self._prepared.get(
+                sources, (strategy, dtype), lambda: self._prepare(strategy, dtype, fold)
+            )
         if strategy == "expand":
             return F.conv2d(x, prepared[0], bias, self.stride, self.padding, self.dilation)
         return block_diagonal.conv2d(x, prepared, bias, self.group, self.kernel_size, self.stride, self.dilation)
+
+    @torch.jit.unused
+    def _prepare(
+        self, strategy: str, dtype: torch.dtype, fold: Callable | None
+    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """The filter, alone in a list, or the block matrices; and the bias, if `fold` makes one."""
+        weight, bias = (self.weight, None) if fold is None else fold(self.weight)
+        weight, bias = weight.to(dtype), bias if bias is None else bias.to(dtype)
+        if strategy == "expand":
+            return [self._filter(weight)], bias if bias is None else bias.repeat_interleave(self.order)
+        return block_diagonal.block_weights(weight, self.irreps_basis.to(dtype), self.matrix_shapes), bias
 
     def _filter(self, weight: torch.Tensor) -> torch.Tensor:
         basis = self.basis.to(weight).unflatten(1, self.kernel_shape)  # [n_basis, |G|, H, k, k]

@@ -177,8 +177,8 @@ def test_meta_tensors_have_the_right_shape():
 
 
 def test_compiles_as_one_graph():
-    _, block = pair("c8", 3, dtype=torch.float32)
-    x, weights = torch.randn(2, 24, 9, 9), torch.randn(2, 16, 9, 9)
+    _, block = pair("c8", 3)
+    x, weights = torch.randn(2, 24, 9, 9, dtype=torch.float64), torch.randn(2, 16, 9, 9, dtype=torch.float64)
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     for found, expected in zip(gradients(compiled, x, weights), gradients(block, x, weights), strict=True):
         torch.testing.assert_close(found, expected)

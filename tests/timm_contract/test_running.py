@@ -40,11 +40,12 @@ def step(model, x, **kwargs):
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:torch")  # inside PyTorch's own compiler
 @pytest.mark.parametrize("name", NAMES)
 def test_compiles_whole_forward_and_backward(name):
-    model, x = create(name).train(), image((2, 3, 65, 65))
+    # In float64: two images of 65 pixels leave batch norms of 18 numbers, which blow up float32's rounding
+    model, x = create(name).double().train(), image((2, 3, 65, 65)).double()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     expected = step(model, x)
     for found, gradient in zip(step(compiled, x), expected, strict=True):
-        torch.testing.assert_close(found, gradient, rtol=1e-3, atol=1e-5)
+        assert (found - gradient).abs().max() < 1e-3 * gradient.abs().max()
     model.eval()
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
@@ -52,8 +53,11 @@ def test_compiles_whole_forward_and_backward(name):
 
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:torch")  # inside PyTorch's own compiler
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ to make machine code")
-def test_a_block_compiles_to_machine_code():
+@pytest.mark.parametrize("strategy", ["expand", "block_diagonal"])
+def test_a_block_compiles_to_machine_code(strategy):
     block, x = BasicBlock(2, 2, "c4").train(), torch.randn(2, 8, 9, 9)
+    for unit in (block.conv1, block.conv2):
+        unit.conv.strategy = strategy
     gradients = []
     for run in (block, torch.compile(block, fullgraph=True)):
         block.zero_grad()
