@@ -26,6 +26,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -274,7 +275,7 @@ def picture(results: list[dict], path: Path, title: str) -> None:
     axis.set_xlabel("times faster than the dense network with as many channels, at its best")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, loc="lower right")
-    axis.set_title(title, fontsize=9, loc="left", color="0.35")
+    axis.set_title(textwrap.fill(title, 90), fontsize=9, loc="left", color="0.35")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -311,6 +312,7 @@ def main() -> None:
         "machine": f"{processor()}, {args.threads} threads",
         "versions": f"torch {torch.__version__.split('+')[0]}, timm {timm.__version__}",
         "batch": f"{args.batch_size} x 3 x {args.size} x {args.size}, float32",
+        "dense forms": "eager and compiled" if not args.eager else "eager forms only",
     }
     title = ", ".join(about.values())
     if "create" in args.modes and not args.layers:
