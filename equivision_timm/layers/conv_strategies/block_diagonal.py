@@ -1,4 +1,4 @@
-"""Steerable convolution in the irreps basis, where it is block diagonal: the same output, up to 14 times fewer products.
+"""Steerable convolution in the irreps basis, block diagonal there: the same output, up to 14 times fewer products.
 
     f^ = Q f                  to the irreps basis, field by field
     S[j] = phi_j * f^         3x3 only: filter with the functions of the plane, see `steer.py`
