@@ -112,8 +112,7 @@ def measure(name: str, mode: str, forms: list[str], batch_size: int, size: int, 
     """Seconds of each form, taken in turns: {form: [seconds]}."""
     torch.set_num_threads(threads)
     if mode == "create":
-        makers = {form: lambda form=form: build(form, name, "eval") for form in forms}
-        steps = makers
+        steps = {form: lambda form=form: build(form, name, "eval") for form in forms}
     else:
         steps = {form: make_step(build(form, name, mode), form, mode, batch_size, size) for form in forms}
     seconds: dict[str, list[float]] = {form: [] for form in forms}
@@ -156,16 +155,11 @@ def measure_layers(name: str, batch_size: int, size: int, repeats: int, threads:
     """Seconds of both strategies for each distinct convolution of a network, forward and training."""
     torch.set_num_threads(threads)
     model = timm.create_model(name)
-    shapes: dict[str, torch.Size] = {}
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, SteerableConv2d)}
-    for layer_name, layer in layers.items():
-        layer.register_forward_pre_hook(lambda _, args, key=layer_name: shapes.update({key: args[0].shape}))
-    with torch.inference_mode():
-        model.eval()(torch.zeros(1, 3, size, size))
     kinds: dict[tuple, list[str]] = {}
-    for layer_name, layer in layers.items():
+    for layer_name, shape in model.conv_input_shapes(size).items():
+        layer = model.get_submodule(layer_name)
         kind = (layer.in_fields, layer.out_fields, layer.kernel_size, layer.stride, layer.input_type)
-        kinds.setdefault((*kind, *shapes[layer_name][1:]), []).append(layer_name)
+        kinds.setdefault((*kind, *shape[1:]), []).append(layer_name)
 
     rows = []
     for (i, o, k, stride, input_type, channels, height, width), names in tqdm(kinds.items(), desc=name, leave=False):
@@ -205,51 +199,51 @@ def measure_layers(name: str, batch_size: int, size: int, repeats: int, threads:
     return rows
 
 
-def layer_table(rows: list[dict]) -> str:
-    lines = [
-        "| layer | times | fields | kernel | input | expand ms, GFLOP/s | block diagonal ms, GFLOP/s | ratio "
-        "| train: expand ms | block diagonal ms | ratio | auto | share of eval | of train |",
-        "|---|---:|---|---|---:|---:|---:|---:|---:|---:|---:|---|---:|---:|",
+def markdown(columns: list[str], rows: list[list]) -> str:
+    """A table, the first column on the left, the others on the right; None as a dash."""
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    return "\n".join("| " + " | ".join("-" if cell is None else str(cell) for cell in line) + " |" for line in lines)
+
+
+def layer_table(layers: list[dict]) -> str:
+    columns = [
+        "layer",
+        "times",
+        "fields",
+        "kernel",
+        "input",
+        "expand ms, GFLOP/s",
+        "block diagonal ms, GFLOP/s",
+        "ratio",
     ]
-    for row in rows:
-        stride = f"/{row['stride']}" if row["stride"] > 1 else ""
-        cells = [
-            f"`{row['layer']}`",
-            row["count"],
-            row["fields"],
-            f"{row['kernel']}x{row['kernel']}{stride}",
-            row["size"],
-        ]
-        cells.append(f"{row['expand eval ms']:.1f}, {row['expand eval GFLOP/s']:.0f}")
-        if "block_diagonal eval ms" in row:
-            cells.append(f"{row['block_diagonal eval ms']:.1f}, {row['block_diagonal eval GFLOP/s']:.0f}")
-            cells.append(f"{row['expand eval ms'] / row['block_diagonal eval ms']:.2f}")
-            cells += [f"{row['expand train ms']:.1f}", f"{row['block_diagonal train ms']:.1f}"]
-            cells.append(f"{row['expand train ms'] / row['block_diagonal train ms']:.2f}")
+    columns += ["train: expand ms", "block diagonal ms", "ratio", "auto", "share of eval", "of train"]
+    rows = []
+    for layer in layers:
+        stride = f"/{layer['stride']}" if layer["stride"] > 1 else ""
+        row = [f"`{layer['layer']}`", layer["count"], layer["fields"], f"{layer['kernel']}x{layer['kernel']}{stride}"]
+        row += [layer["size"], f"{layer['expand eval ms']:.1f}, {layer['expand eval GFLOP/s']:.0f}"]
+        if "block_diagonal eval ms" in layer:
+            row.append(f"{layer['block_diagonal eval ms']:.1f}, {layer['block_diagonal eval GFLOP/s']:.0f}")
+            row.append(f"{layer['expand eval ms'] / layer['block_diagonal eval ms']:.2f}")
+            row += [f"{layer['expand train ms']:.1f}", f"{layer['block_diagonal train ms']:.1f}"]
+            row.append(f"{layer['expand train ms'] / layer['block_diagonal train ms']:.2f}")
         else:
-            cells += ["-", "-", f"{row['expand train ms']:.1f}", "-", "-"]
-        cells += [row["auto"], f"{row['eval share']:.0%}", f"{row['train share']:.0%}"]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+            row += [None, None, f"{layer['expand train ms']:.1f}", None, None]
+        rows.append([*row, layer["auto"], f"{layer['eval share']:.0%}", f"{layer['train share']:.0%}"])
+    return markdown(columns, rows)
 
 
 def result_table(results: list[dict]) -> str:
-    lines = [
-        "| model | mode | ours, ms | best dense, ms | its form | **times faster than dense** | than timm's ResNet "
-        "| peak memory: ours, MB | dense, MB |",
-        "|---|---|---:|---:|---|---:|---:|---:|---:|",
-    ]
+    columns = ["model", "mode", "ours, ms", "best dense, ms", "its form", "**times faster than dense**"]
+    columns += ["than timm's ResNet", "peak memory: ours, MB", "dense, MB"]
+    rows = []
     for result in results:
-        memory = result.get("memory", {})
-        cells = [f"`{result['model']}`", result["mode"], f"{1e3 * result['median']['ours']:.0f}"]
-        if result["best dense"]:
-            cells += [f"{1e3 * result['median'][result['best dense']]:.0f}", result["best dense"]]
-        else:
-            cells += ["-", "-"]
-        cells += [f"{result['ratio'][key]:.2f}" if key in result["ratio"] else "-" for key in ("dense", "timm")]
-        cells += [f"{memory[key]:.0f}" if key in memory else "-" for key in ("ours", "dense")]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        best, memory = result["best dense"], result.get("memory", {})
+        row = [f"`{result['model']}`", result["mode"], f"{1e3 * result['median']['ours']:.0f}"]
+        row += [f"{1e3 * result['median'][best]:.0f}", best] if best else [None, None]
+        row += [f"{result['ratio'][key]:.2f}" if key in result["ratio"] else None for key in ("dense", "timm")]
+        rows.append(row + [f"{memory[key]:.0f}" if key in memory else None for key in ("ours", "dense")])
+    return markdown(columns, rows)
 
 
 def picture(results: list[dict], path: Path, title: str) -> None:

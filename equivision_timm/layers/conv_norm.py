@@ -64,7 +64,7 @@ class ConvNorm(nn.Module):
 
     def _statistics(self) -> list[torch.Tensor]:
         norm = self.norm.per_field
-        statistics = (norm.running_mean, norm.running_var, norm.weight, norm.bias, torch.tensor(norm.eps))
+        statistics = (norm.running_mean, norm.running_var, norm.weight, norm.bias, torch.tensor(norm.eps, device="cpu"))
         return [t for t in statistics if t is not None]
 
     def _fold(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -286,23 +286,31 @@ class EquivariantResNet(nn.Module):
     @torch.jit.ignore
     def conv_strategies(self, size: int = 224, batch_size: int = 8) -> dict[str, str]:
         """The strategy that each convolution takes for `batch_size` images of size x size pixels: {layer: strategy}."""
-        layers = {name: m for name, m in self.named_modules() if isinstance(m, SteerableConv2d)}
-        shapes: dict[str, tuple[int, ...]] = {}
+        device = next(self.parameters()).device
+        shapes = self.conv_input_shapes(size)
+        return {
+            name: self.get_submodule(name).strategy_for((batch_size, *shape[1:]), device)
+            for name, shape in shapes.items()
+        }
+
+    @torch.jit.ignore
+    def conv_input_shapes(self, size: int = 224) -> dict[str, torch.Size]:
+        """The input [1, C, H, W] of each convolution for an image of size x size pixels: {layer: shape}."""
+        shapes: dict[str, torch.Size] = {}
         hooks = [
             layer.register_forward_pre_hook(lambda _, args, name=name: shapes.update({name: args[0].shape}))
-            for name, layer in layers.items()
+            for name, layer in self.named_modules()
+            if isinstance(layer, SteerableConv2d)
         ]
-        was_training, weight = self.training, next(self.parameters())
+        was_training = self.training
         try:
             with torch.no_grad():
-                self.eval().forward_features(weight.new_zeros(1, self.in_chans, size, size))
+                self.eval().forward_features(next(self.parameters()).new_zeros(1, self.in_chans, size, size))
         finally:
             self.train(was_training)
             for hook in hooks:
                 hook.remove()
-        return {
-            name: layers[name].strategy_for((batch_size, *shape[1:]), weight.device) for name, shape in shapes.items()
-        }
+        return shapes
 
     @torch.jit.ignore
     def init_weights(self, zero_init_last: bool = False) -> None:

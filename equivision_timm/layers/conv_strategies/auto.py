@@ -6,9 +6,9 @@ On the CPU both are timed by products and by the numbers that pass through memor
     block_diagonal:  products in the irreps basis / 40 G/s + 1.1 ns (inputs + outputs) + 3x3: 13 ns outputs of `steer`
                      + 0.1 ms (1x1) or 0.5 ms (3x3) each time some images are worked on
 
-The constants fit 120 layers of all groups, measured one by one (scripts/benchmark.py --layers); they hold for one core
-of an AMD EPYC with AVX-512, and their ratios, which decide, roughly for others. Elsewhere `expand`: many small matrices
-are no fast path on a GPU, and nothing has been measured there.
+The constants fit about 120 layers of all groups, each measured alone, as `scripts/benchmark.py --layers` does; they
+hold for one core of an AMD EPYC with AVX-512, and their ratios, which decide, roughly for others. Elsewhere `expand`:
+many small matrices are no fast path on a GPU, and nothing has been measured there.
 """
 
 import torch

@@ -12,9 +12,9 @@ the backward pass computes T again instead of keeping it. No dense filter exists
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 
 import torch
 
@@ -74,13 +74,8 @@ def conv2d(
         stride: as in `nn.Conv2d`.
         dilation: as in `nn.Conv2d`.
     """
-    plan = _plan(group, kernel_size, x.dtype, x.device)
-    grid = Grid(kernel_size, stride, dilation, x.shape[2], x.shape[3])
-    in_fields, out_fields = x.shape[1] // plan.order, matrices[0].shape[0]
+    plan, grid, out_fields, share_out = _layer(x, matrices, group, kernel_size, stride, dilation)
     y = x.new_empty(len(x), out_fields * plan.order, grid.out_height, grid.out_width)
-
-    def workspace(n: int, rows: int) -> _Workspace:
-        return _Workspace(plan, grid.of_rows(rows), x, in_fields, out_fields, n)
 
     def convolve(share: list[tuple[Piece, _Workspace]]) -> None:
         for (images, own), work in share:
@@ -95,7 +90,7 @@ def conv2d(
             valid = work.out_regular[..., : work.grid.out_height, : grid.out_width].permute(2, 1, 0, 3, 4)
             y[images, :, own].unflatten(1, (out_fields, plan.order)).copy_(valid)  # [n, O, |G|, rows, width']
 
-    by_pieces(convolve, workspace, _pieces(grid, x, max(in_fields, out_fields) * plan.order), x.device)
+    share_out(convolve)
     return y
 
 
@@ -123,14 +118,9 @@ def _backward(
     for_matrices: bool,
 ) -> list[torch.Tensor]:
     """The gradients with respect to x, if `for_x`, and to the matrices, if `for_matrices`, in this order."""
-    plan = _plan(group, kernel_size, x.dtype, x.device)
-    grid = Grid(kernel_size, stride, dilation, x.shape[2], x.shape[3])
-    in_fields, out_fields = x.shape[1] // plan.order, matrices[0].shape[0]
+    plan, grid, out_fields, share_out = _layer(x, matrices, group, kernel_size, stride, dilation)
     dx = x.new_zeros(x.shape) if for_x else None
     sums = torch.float64 if x.dtype == torch.float64 else torch.float32
-
-    def workspace(n: int, rows: int) -> _Workspace:
-        return _Workspace(plan, grid.of_rows(rows), x, in_fields, out_fields, n)
 
     def differentiate(share: list[tuple[Piece, _Workspace]]) -> list[torch.Tensor]:
         dw = [torch.zeros_like(matrix, dtype=sums) for matrix in matrices if for_matrices]
@@ -150,8 +140,7 @@ def _backward(
                 work.unload(t, grid.rows(dx[images], own))
         return dw
 
-    pieces = _pieces(grid, x, max(in_fields, out_fields) * plan.order)
-    shares = by_pieces(differentiate, workspace, pieces, x.device)
+    shares = share_out(differentiate)
     return ([dx] if for_x else []) + [sum(dw).to(x.dtype) for dw in zip(*shares, strict=True)]
 
 
@@ -347,7 +336,19 @@ def _zeros_behind(maps: torch.Tensor, grid: Grid, f: int, g: int) -> torch.Tenso
     return maps
 
 
-_LEAST = 1568
+def _layer(
+    x: torch.Tensor, matrices: list[torch.Tensor], group: str, kernel_size: int, stride: int, dilation: int
+) -> tuple[_Plan, Grid, int, Callable]:
+    """What both passes need: the plan, the grid, O, and the function that shares work on the images of x out."""
+    plan = _plan(group, kernel_size, x.dtype, x.device)
+    grid = Grid(kernel_size, stride, dilation, x.shape[2], x.shape[3])
+    in_fields, out_fields = x.shape[1] // plan.order, matrices[0].shape[0]
+
+    def workspace(n: int, rows: int) -> _Workspace:
+        return _Workspace(plan, grid.of_rows(rows), x, in_fields, out_fields, n)
+
+    pieces = _pieces(grid, x, max(in_fields, out_fields) * plan.order)
+    return plan, grid, out_fields, partial(by_pieces, make_workspace=workspace, pieces=pieces, device=x.device)
 
 
 def _pieces(grid: Grid, x: torch.Tensor, channels: int) -> list[list[Piece]]:
@@ -358,7 +359,7 @@ def _pieces(grid: Grid, x: torch.Tensor, channels: int) -> list[list[Piece]]:
     batch, height, pixels = len(x), grid.out_height, grid.out_height * grid.out_width
     if x.device.type != "cpu":
         return [[(slice(0, batch), slice(0, height))]] if batch else []
-    at_once = min(max(_LEAST, 600_000 // channels), 4096)  # pixels
+    at_once = min(max(1568, 600_000 // channels), 4096)  # pixels
     images = max(1, at_once // pixels)
     rows = height if grid.kernel_size > 1 else max(1, min(height, at_once // grid.out_width))
     return [
