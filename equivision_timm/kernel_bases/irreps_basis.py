@@ -52,8 +52,8 @@ class IrrepsBasis:
         fourier: Q [|G|, |G|].
         blocks: (size, copies) of each block, as `Group.irreps`.
         sets: the functions of the plane.
-        coefficients: [n_basis, entries]: for each block, for each set, the matrices [size, n, size] (row, function,
-            column) of all basis elements, flattened; the copies of a block share them.
+        coefficients: [n_basis, entries]: for each block the matrices [size, n, size] (row, function of any set, column)
+            of all basis elements, flattened; the copies of a block share them.
     """
 
     fourier: torch.Tensor
@@ -62,15 +62,19 @@ class IrrepsBasis:
     coefficients: torch.Tensor
 
     @property
+    def functions(self) -> int:
+        """How many functions of the plane there are, over all sets."""
+        return sum(len(functions.terms) for functions in self.sets)
+
+    @property
     def shapes(self) -> list[tuple[int, int, int]]:
-        """(size, n, size) of each matrix in `coefficients`: for each block, for each set."""
-        return [(size, len(functions.terms), size) for size, _ in self.blocks for functions in self.sets]
+        """(size, n, size) of each block's matrix in `coefficients`."""
+        return [(size, self.functions, size) for size, _ in self.blocks]
 
     @property
     def products(self) -> int:
         """Multiplications that a pair of fields costs at each pixel."""
-        functions = sum(len(functions.terms) for functions in self.sets)
-        return functions * sum(copies * size**2 for size, copies in self.blocks)
+        return self.functions * sum(copies * size**2 for size, copies in self.blocks)
 
 
 @cache
@@ -107,7 +111,8 @@ def load_irreps_basis(group_name: str, kernel_size: int) -> IrrepsBasis:
     entries, row = [], 0
     for size, copies in blocks:
         own = slice(row, row + size)  # the first copy; the others are equal
-        entries += [m[:, :, own, own].transpose(1, 2).flatten(1) for m in matrices]  # [n_basis, size * n * size]
+        matrix = torch.cat([m[:, :, own, own] for m in matrices], 1)  # [n_basis, n, size, size]
+        entries.append(matrix.transpose(1, 2).flatten(1))  # [n_basis, size (row) * n * size (column)]
         row += size * copies
     return IrrepsBasis(fourier, blocks, tuple(sets), torch.cat(entries, 1))
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -10,9 +11,12 @@ from timm.layers import register_notrace_module
 
 from equivision_timm.groups import Group
 from equivision_timm.kernel_bases import load_irreps_basis, load_kernel_basis
-from equivision_timm.layers.conv_strategies import STRATEGIES, auto, block_diagonal, expand
+from equivision_timm.layers.conv_strategies import STRATEGIES, auto, block_diagonal, expand, native
+from equivision_timm.layers.conv_strategies.irreps import block_weights
 
 __all__ = ["SteerableConv2d"]
+
+_IN_IRREPS = {"block_diagonal": block_diagonal, "native": native}
 
 
 @register_notrace_module  # the strategy follows from shapes: one node for torch.fx
@@ -82,12 +86,11 @@ class SteerableConv2d(nn.Module):
         self.kernel_shape = [self.order, inputs, kernel_size, kernel_size]
         # Two axes instead of five: a channels-last model takes no 5-D buffers
         self.register_buffer("basis", torch.empty(n_basis, math.prod(self.kernel_shape), **dd), persistent=False)
-        self.matrix_shapes: list[tuple[int, int, int]] = []  # of `block_diagonal`, which takes regular input only
+        entries = 0  # of the strategies in the irreps basis, which take regular input only
         if input_type == "regular":
             irreps_basis = load_irreps_basis(group, kernel_size)
-            self.matrix_shapes = irreps_basis.shapes
+            entries = irreps_basis.coefficients.shape[1]
             self.irreps_products = irreps_basis.products
-        entries = sum(math.prod(shape) for shape in self.matrix_shapes)
         self.register_buffer("irreps_basis", torch.empty(n_basis, entries, **dd), persistent=False)
         self.check_strategy(strategy)
         self.strategy = strategy
@@ -95,17 +98,19 @@ class SteerableConv2d(nn.Module):
         self.reset_parameters()
 
     def check_strategy(self, strategy: str) -> None:
-        """Raises ValueError where `strategy` does not exist, or is 'block_diagonal' for trivial input."""
+        """Raises ValueError where `strategy` does not exist, or works in the irreps basis and the input is trivial."""
         if strategy not in STRATEGIES:
             raise ValueError(f"unknown conv_strategy {strategy!r}: use one of {', '.join(map(repr, STRATEGIES))}")
-        if strategy == "block_diagonal" and self.input_type != "regular":
+        if strategy in _IN_IRREPS and self.input_type != "regular":
             raise ValueError(
                 f"conv_strategy {strategy!r} needs regular fields, but the input of this layer is {self.input_type}: "
                 "use 'expand' or 'auto'"
             )
 
-    def strategy_for(self, shape: tuple[int, int, int, int], device: torch.device) -> str:
-        """What `strategy` comes to for an input of `shape` on `device`: 'expand' or 'block_diagonal'."""
+    def strategy_for(
+        self, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> str:
+        """What `strategy` comes to for an input of `shape`, on `device`, computed in `dtype`: any but 'auto'."""
         if self.strategy != "auto":
             return self.strategy
         if self.input_type != "regular":
@@ -113,6 +118,7 @@ class SteerableConv2d(nn.Module):
         return auto.choose(
             shape,
             device,
+            dtype,
             self.in_fields,
             self.out_fields,
             self.kernel_size,
@@ -155,34 +161,40 @@ class SteerableConv2d(nn.Module):
         coefficients and the `sources` of `fold` hold the same numbers: they are compared at every call, so that no
         change of theirs, however made, meets an old filter.
         """
-        strategy = "expand" if leaves_python() else self.strategy_for(x.shape, x.device)
         dtype = self.weight.dtype
         if not x.is_meta and torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(x.device.type)  # as autocast treats nn.Conv2d
             x = x.to(dtype)
+        strategy = "expand" if leaves_python() else self.strategy_for(x.shape, x.device, dtype)
+        prepare = partial(self._prepare, strategy, dtype, fold)
 
         if torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling() or leaves_python():
-            prepared, bias = self._prepare(strategy, dtype, fold)
+            prepared, bias = prepare()
         else:
             basis = self.basis if strategy == "expand" else self.irreps_basis
             sources = (self.weight, basis, *sources)
-            prepared, bias = self._prepared.get(
-                sources, (strategy, dtype), lambda: self._prepare(strategy, dtype, fold)
-            )
+            if strategy != "expand":
+                code = _IN_IRREPS[strategy]
+                packed = self._prepared.get(
+                    sources, (strategy, dtype), lambda: code.pack(*prepare(), self.group, self.kernel_size)
+                )
+                return code.infer(x, packed, self.group, self.kernel_size, self.stride, self.dilation)
+            prepared, bias = self._prepared.get(sources, (strategy, dtype), prepare)
         if strategy == "expand":
-            return F.conv2d(x, prepared[0], bias, self.stride, self.padding, self.dilation)
-        return block_diagonal.conv2d(x, prepared, bias, self.group, self.kernel_size, self.stride, self.dilation)
+            return F.conv2d(x, prepared, bias, self.stride, self.padding, self.dilation)
+        conv2d = _IN_IRREPS[strategy].conv2d
+        return conv2d(x, prepared, bias, self.group, self.kernel_size, self.stride, self.dilation)
 
     @torch.jit.unused
     def _prepare(
         self, strategy: str, dtype: torch.dtype, fold: Callable | None
-    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        """The filter, alone in a list, or the block matrices; and the bias, if `fold` makes one."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The filter or the block weights; and the bias, if `fold` makes one."""
         weight, bias = (self.weight, None) if fold is None else fold(self.weight)
         weight, bias = weight.to(dtype), bias if bias is None else bias.to(dtype)
         if strategy == "expand":
-            return [self._filter(weight)], bias if bias is None else bias.repeat_interleave(self.order)
-        return block_diagonal.block_weights(weight, self.irreps_basis.to(dtype), self.matrix_shapes), bias
+            return self._filter(weight), bias if bias is None else bias.repeat_interleave(self.order)
+        return block_weights(weight, self.irreps_basis.to(dtype)), bias
 
     def _filter(self, weight: torch.Tensor) -> torch.Tensor:
         basis = self.basis.to(weight).unflatten(1, self.kernel_shape)  # [n_basis, |G|, H, k, k]

@@ -13,12 +13,15 @@ many small matrices are no fast path on a GPU, and nothing has been measured the
 
 import torch
 
+from equivision_timm.layers.conv_strategies import native
+
 __all__ = ["choose"]
 
 
 def choose(
     shape: tuple[int, int, int, int],
     device: torch.device,
+    dtype: torch.dtype,
     in_fields: int,
     out_fields: int,
     kernel_size: int,
@@ -40,6 +43,8 @@ def choose(
     """
     if device.type != "cpu":
         return "expand"
+    if native.why_not() is None and dtype in (torch.float32, torch.float64):
+        return "native"
     batch, _, height, width = shape
     out_pixels = ((height - 1) // stride + 1) * ((width - 1) // stride + 1)
     pairs = batch * out_pixels * in_fields * out_fields

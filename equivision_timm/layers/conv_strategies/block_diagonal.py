@@ -8,7 +8,7 @@
 
 `kernel_bases/irreps_basis.py` derives it; the matrices W hold the learnt coefficients (`block_weights`). A few images
 are worked on at a time, so that what lies between two steps stays in the cache and memory does not grow with the batch;
-the backward pass computes T again instead of keeping it. No dense filter exists anywhere.
+the backward pass computes T again instead of keeping it.
 """
 
 import math
@@ -18,69 +18,42 @@ from functools import cache, cached_property, partial
 
 import torch
 
-from equivision_timm.groups import Group
 from equivision_timm.kernel_bases import load_irreps_basis
+from equivision_timm.layers.conv_strategies.irreps import operator
 from equivision_timm.layers.conv_strategies.pieces import Piece, by_pieces
 from equivision_timm.layers.conv_strategies.steer import Grid, Steps, Terms
 
-__all__ = ["block_weights", "conv2d"]
+__all__ = ["Packed", "conv2d", "infer", "pack"]
 
 
-def block_weights(
-    weight: torch.Tensor, coefficients: torch.Tensor, shapes: list[tuple[int, int, int]]
-) -> list[torch.Tensor]:
-    """W: for each block, for each set of functions, the matrix [size * O, n * size * I]; differentiable.
+@dataclass(frozen=True)
+class Packed:
+    """What `infer` takes: for each block the matrix W [size * O, n * size * I]; the bias [O] or None."""
 
-    Args:
-        weight: w [O, I, n_basis, 1].
-        coefficients: those of `IrrepsBasis`, [n_basis, entries], of the type and on the device of `weight`.
-        shapes: (size, n, size) of each matrix, `IrrepsBasis.shapes`.
-    """
-    entries = weight.squeeze(-1) @ coefficients  # W = sum_b w_b coefficients_b: [O, I, entries]
+    matrices: list[torch.Tensor]
+    bias: torch.Tensor | None
+
+
+def pack(weights: torch.Tensor, bias: torch.Tensor | None, group: str, kernel_size: int) -> Packed:
+    """`block_weights`, and the bias [O] of each field or None, for `infer`."""
+    shapes = load_irreps_basis(group, kernel_size).shapes
     matrices = []
-    for part, shape in zip(entries.split([math.prod(shape) for shape in shapes], -1), shapes, strict=True):
-        matrix = part.unflatten(-1, shape).permute(2, 0, 3, 4, 1)  # [size (row), O, n, size (column), I]
+    for part, shape in zip(weights.split([math.prod(shape) for shape in shapes]), shapes, strict=True):
+        matrix = part.unflatten(0, shape).permute(0, 3, 1, 2, 4)  # [size (row), O, n, size (column), I]
         matrices.append(matrix.flatten(2).flatten(0, 1))  # [size * O, n * size * I]
-    return matrices
+    return Packed(matrices, bias)
 
 
-_LAYER = "str group, int kernel_size, int stride, int dilation"
-
-
-@torch.library.custom_op(
-    "equivision_timm::block_diagonal_conv2d",
-    mutates_args=(),
-    schema=f"(Tensor x, Tensor[] matrices, Tensor? bias, {_LAYER}) -> Tensor",
-)
-def conv2d(
-    x: torch.Tensor,
-    matrices: list[torch.Tensor],
-    bias: torch.Tensor | None,
-    group: str,
-    kernel_size: int,
-    stride: int,
-    dilation: int,
-) -> torch.Tensor:
-    """Steerable convolution of x [B, I * |G|, height, width] by `block_weights`: [B, O * |G|, height', width'].
-
-    Differentiable once with respect to x, the matrices and the bias. One operator for autograd and `torch.compile`.
-
-    Args:
-        x: regular fields, field-major; of the type and on the device of the matrices.
-        matrices: from `block_weights`.
-        bias: [O], added to each field, or None.
-        group: name of the group.
-        kernel_size: 1 or 3; the padding is dilation * (kernel_size // 2).
-        stride: as in `nn.Conv2d`.
-        dilation: as in `nn.Conv2d`.
-    """
+def infer(x: torch.Tensor, packed: Packed, group: str, kernel_size: int, stride: int, dilation: int) -> torch.Tensor:
+    """The convolution of x [B, I * |G|, height, width], as `conv2d`, without gradients."""
+    matrices, bias = packed.matrices, packed.bias
     plan, grid, out_fields, share_out = _layer(x, matrices, group, kernel_size, stride, dilation)
     y = x.new_empty(len(x), out_fields * plan.order, grid.out_height, grid.out_width)
 
     def convolve(share: list[tuple[Piece, _Workspace]]) -> None:
         for (images, own), work in share:
-            for index, matrix, rows, out in work.blocks(matrices, work.load(grid.rows(x[images], own))):
-                if index % len(plan.sets) == 0:
+            for _, first, matrix, rows, out in work.blocks(matrices, work.load(grid.rows(x[images], own))):
+                if first == 0:
                     torch.bmm(matrix.expand(len(rows), -1, -1), rows, out=out)  # y^ = W T
                 else:
                     out.baddbmm_(matrix.expand(len(rows), -1, -1), rows)
@@ -94,36 +67,36 @@ def conv2d(
     return y
 
 
-@conv2d.register_fake
-def _(x, matrices, bias, group, kernel_size, stride, dilation):
-    out_fields, order = matrices[0].shape[0], Group.from_name(group).order
-    height, width = ((size - 1) // stride + 1 for size in x.shape[2:])
-    return x.new_empty(len(x), out_fields * order, height, width)
+def _forward(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    bias: torch.Tensor | None,
+    group: str,
+    kernel_size: int,
+    stride: int,
+    dilation: int,
+) -> torch.Tensor:
+    return infer(x, pack(weights, bias, group, kernel_size), group, kernel_size, stride, dilation)
 
 
-@torch.library.custom_op(
-    "equivision_timm::block_diagonal_conv2d_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad, Tensor x, Tensor[] matrices, {_LAYER}, bool for_x, bool for_matrices) -> Tensor[]",
-)
 def _backward(
     grad: torch.Tensor,
     x: torch.Tensor,
-    matrices: list[torch.Tensor],
+    weights: torch.Tensor,
     group: str,
     kernel_size: int,
     stride: int,
     dilation: int,
     for_x: bool,
-    for_matrices: bool,
+    for_weights: bool,
 ) -> list[torch.Tensor]:
-    """The gradients with respect to x, if `for_x`, and to the matrices, if `for_matrices`, in this order."""
+    matrices = pack(weights, None, group, kernel_size).matrices
     plan, grid, out_fields, share_out = _layer(x, matrices, group, kernel_size, stride, dilation)
     dx = x.new_zeros(x.shape) if for_x else None
     sums = torch.float64 if x.dtype == torch.float64 else torch.float32
 
     def differentiate(share: list[tuple[Piece, _Workspace]]) -> list[torch.Tensor]:
-        dw = [torch.zeros_like(matrix, dtype=sums) for matrix in matrices if for_matrices]
+        dw = [torch.zeros_like(matrix, dtype=sums) for matrix in matrices if for_weights]
         for (images, own), work in share:
             fields = grad[images, :, own].unflatten(1, (out_fields, plan.order)).permute(2, 1, 0, 3, 4)  # [|G|, O, ...]
             work.out_regular[..., : work.grid.out_height, : grid.out_width] = fields
@@ -131,9 +104,9 @@ def _backward(
             work.out_regular[..., grid.out_width :] = 0
             torch.mm(plan.fourier, work.out_regular.flatten(1), out=work.out_irreps)  # dy^ = Q dy
             t = work.load(grid.rows(x[images], own))
-            for index, matrix, rows, out in work.blocks(matrices, t):
-                if for_matrices:
-                    dw[index] += torch.bmm(out, rows.mT).sum(0)  # dW = dy^ T^T, over the copies
+            for k, first, matrix, rows, out in work.blocks(matrices, t):
+                if for_weights:  # dW = dy^ T^T, over the copies
+                    dw[k][:, first : first + rows.shape[1]] += torch.bmm(out, rows.mT).sum(0)
                 if for_x:  # T has served: dT = W^T dy^ takes its place
                     torch.bmm(matrix.mT.expand(len(rows), -1, -1), out, out=rows)
             if for_x:
@@ -141,30 +114,19 @@ def _backward(
         return dw
 
     shares = share_out(differentiate)
-    return ([dx] if for_x else []) + [sum(dw).to(x.dtype) for dw in zip(*shares, strict=True)]
+    gradients = [dx] if for_x else []
+    if for_weights:
+        shapes = load_irreps_basis(group, kernel_size).shapes
+        dw = weights.new_empty(weights.shape)
+        parts = dw.split([math.prod(shape) for shape in shapes])
+        for part, (size, n, _), *own in zip(parts, shapes, *shares, strict=True):
+            matrix = sum(own).unflatten(1, (n, size, -1)).unflatten(0, (size, -1))  # [size (row), O, n, size, I]
+            part.unflatten(0, (size, n, size)).copy_(matrix.permute(0, 2, 3, 1, 4))
+        gradients.append(dw)
+    return gradients
 
 
-@_backward.register_fake
-def _(grad, x, matrices, group, kernel_size, stride, dilation, for_x, for_matrices):
-    return ([x.new_empty(x.shape)] if for_x else []) + [m.new_empty(m.shape) for m in matrices if for_matrices]
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    x, matrices, _, *ctx.layer = inputs
-    ctx.save_for_backward(x, *matrices)
-
-
-def _differentiate(ctx, grad):
-    x, *matrices = ctx.saved_tensors
-    for_x, for_matrices, for_bias = ctx.needs_input_grad[:3]
-    for_matrices = any(for_matrices) if isinstance(for_matrices, (list, tuple)) else for_matrices
-    grads = _backward(grad, x, matrices, *ctx.layer, for_x, for_matrices)
-    dx = grads.pop(0) if for_x else None
-    dbias = grad.unflatten(1, (matrices[0].shape[0], -1)).sum((0, 2, 3, 4)) if for_bias else None
-    return dx, grads if for_matrices else [None] * len(matrices), dbias, None, None, None, None
-
-
-conv2d.register_autograd(_differentiate, setup_context=_setup_context)
+conv2d = operator("block_diagonal_conv2d", _forward, _backward)
 
 
 @dataclass(frozen=True)
@@ -319,13 +281,18 @@ class _Workspace:
             _zeros_behind(regular, grid, *phase)  # as `load` expects them
 
     def blocks(self, matrices: list[torch.Tensor], t: list[torch.Tensor]) -> Iterator[tuple]:
-        """For each block and each set: (index, W, T [copies, n * size * I, pixels], y^ [copies, size * O, pixels])."""
+        """For each block k and each set: (k, first column in W[k], those columns of W[k], T, y^).
+
+        T [copies, n * size * I, pixels] of the set; y^ [copies, size * O, pixels].
+        """
         for k, (size, copies, row) in enumerate(self.plan.blocks):
             out = self.out_irreps[row : row + size * copies].view(copies, size * self.out_fields, -1)
-            for i, functions in enumerate(self.plan.sets):
-                rows = t[i][row * functions.n : (row + size * copies) * functions.n]
-                index = k * len(self.plan.sets) + i
-                yield index, matrices[index], rows.view(copies, functions.n * size * self.in_fields, -1), out
+            first = 0
+            for functions, own in zip(self.plan.sets, t, strict=True):
+                rows = own[row * functions.n : (row + size * copies) * functions.n]
+                rows = rows.view(copies, functions.n * size * self.in_fields, -1)
+                yield k, first, matrices[k][:, first : first + rows.shape[1]], rows, out
+                first += rows.shape[1]
 
 
 def _zeros_behind(maps: torch.Tensor, grid: Grid, f: int, g: int) -> torch.Tensor:

@@ -65,3 +65,14 @@ def _pool(parts: int) -> ThreadPoolExecutor:
 
 
 os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process has none of the threads
+
+
+def share_out(work: Callable[[int, int], Result], count: int) -> list[Result]:
+    """[work(0, n), work(n, m), ...] for 0 to before `count`, at the same time, in as many parts as PyTorch has threads.
+
+    The calling thread takes the first part. `work` must let go of Python's lock.
+    """
+    parts = max(1, min(torch.get_num_threads(), count))
+    edges = [count * part // parts for part in range(parts + 1)]
+    others = [_pool(parts).submit(work, *own) for own in pairwise(edges[1:])] if parts > 1 else []
+    return [work(*edges[:2]), *(other.result() for other in others)]

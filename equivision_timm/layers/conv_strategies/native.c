@@ -1,0 +1,572 @@
+/* Steerable convolution in the irreps basis, a chunk of pixels at a time, so that nothing leaves the caches between
+
+       f^ = Q f        to the irreps basis, field by field                    mix
+       T = sum c E     functions of the plane and products of irreps          load
+       y^ = W T        block by block                                         multiply
+       y = Q^T y^      back to regular fields                                 store
+
+   and the transposes of these steps. `block_diagonal.py` and `irreps_basis.py` derive them. E are the sums of
+   neighbours e_a(y) e_b(x) of `steer.py`, and c joins the terms of the functions with A. A chunk is some images, or
+   some output rows of one. Rows of T are (block, copy, function, row of the block, field), rows of y^ (block, copy,
+   row of the block, field); along a row lie the pixels of the chunk.
+
+   Images are contiguous, [batch, fields * order, height, width]. Vectors may be written past the end of a line of
+   pixels: the next line overwrites it, and behind the last one there is room. `native.py` compiles this file, with
+   REAL=float and with REAL=double, and calls `forward` and `backward`. */
+
+#include <stdlib.h>
+#include <string.h>
+
+/* A tile of the matrix product, MR x 2 vectors, fills the registers. */
+#if defined(__AVX512F__)
+#define BYTES 64
+#define MR 14
+#elif defined(__AVX__)
+#define BYTES 32
+#define MR 6
+#else
+#define BYTES 16
+#define MR 8
+#endif
+typedef REAL vector __attribute__((vector_size(BYTES), aligned(sizeof(REAL)), may_alias));
+#define LANES ((long)(BYTES / sizeof(REAL)))
+#define DEPTH ((long)(1024 / sizeof(REAL))) /* rows of T that a product takes at a time */
+
+#define INLINE static inline __attribute__((always_inline))
+#define LOAD(p) (*(const vector *)(p))
+#define STORE(p, v) (*(vector *)(p) = (v))
+
+typedef struct { /* a sparse matrix, row by row */
+    const long *starts, *columns;
+    const REAL *values;
+} Sparse;
+
+typedef struct {
+    long order, in_fields, out_fields, kernel_size, stride, dilation;
+    long batch, in_height, in_width, out_height, out_width;
+    long images, rows;                        /* of a chunk: images, and their output rows */
+    long n_blocks, functions;                 /* how many */
+    const long *sizes, *copies;               /* of each block */
+    const REAL *fourier, *fourier_transposed; /* Q, Q^T [order, order] */
+    Sparse terms, terms_transposed;           /* c [functions * order, 9 * order], c^T; of 3x3 */
+} Layer;
+
+typedef struct { /* the chunk at hand */
+    long image, images, row, rows, line, pixels; /* line: length of a row of T in memory */
+} Chunk;
+
+static long round_up(long n, long to) { return (n + to - 1) / to * to; }
+static long least(long a, long b) { return a < b ? a : b; }
+static long floor_divide(long a, long b) { return (a < 0 ? a - b + 1 : a) / b; }
+
+static REAL positive(REAL x) { return x < 0 ? 0 : x; } /* keeps NaN */
+
+/* An odd number of vectors: lines a power of two apart would share few places of the cache. */
+static long line_length(long pixels) { return ((round_up(pixels, LANES) / LANES + 1) | 1) * LANES; }
+
+/* Memory that each thread keeps from call to call; NULL if there is none. */
+static REAL *scratch(long numbers) {
+    static _Thread_local REAL *space;
+    static _Thread_local long size;
+    if (numbers > size) {
+        free(space);
+        space = aligned_alloc(64, round_up(numbers * (long)sizeof(REAL), 64));
+        size = space ? numbers : 0;
+    }
+    return space;
+}
+
+/* ---- To and from the irreps basis: out[r] = sum_g q[r, g] in[g], lines of n numbers, whole vectors */
+
+INLINE void mix_lines(int order, const REAL *q, const REAL *in, long in_step, REAL *out, long out_step, long n) {
+    for (long p = 0; p < n; p += LANES) {
+        vector v[16];
+        for (int g = 0; g < order; g++) v[g] = LOAD(in + g * in_step + p);
+        for (int r = 0; r < order; r++) {
+            vector sum = q[r * order] * v[0];
+            for (int g = 1; g < order; g++) sum += q[r * order + g] * v[g];
+            STORE(out + r * out_step + p, sum);
+        }
+    }
+}
+
+static void mix(long order, const REAL *q, const REAL *in, long in_step, REAL *out, long out_step, long n) {
+    switch (order) {
+    case 1: mix_lines(1, q, in, in_step, out, out_step, n); break;
+    case 2: mix_lines(2, q, in, in_step, out, out_step, n); break;
+    case 4: mix_lines(4, q, in, in_step, out, out_step, n); break;
+    case 8: mix_lines(8, q, in, in_step, out, out_step, n); break;
+    case 16: mix_lines(16, q, in, in_step, out, out_step, n); break;
+    }
+}
+
+/* ---- Matrix products */
+
+/* c = a b, or c += a b: a[i, k] = a[i * row_a + k * step_a], m x depth; b depth x nv vectors */
+INLINE void tile(int m, int nv, long depth, const REAL *a, long row_a, long step_a, const REAL *b, long ldb, REAL *c,
+                 long ldc, int add) {
+    vector sum[MR][2];
+    for (int i = 0; i < m; i++)
+        for (int j = 0; j < nv; j++) sum[i][j] = add ? LOAD(c + i * ldc + j * LANES) : (vector){0};
+    for (long k = 0; k < depth; k++)
+        for (int i = 0; i < m; i++)
+            for (int j = 0; j < nv; j++) sum[i][j] += a[i * row_a + k * step_a] * LOAD(b + k * ldb + j * LANES);
+    for (int i = 0; i < m; i++)
+        for (int j = 0; j < nv; j++) STORE(c + i * ldc + j * LANES, sum[i][j]);
+}
+
+#define TILE(m) \
+    case m: \
+        if (nv == 2) tile(m, 2, depth, a, row_a, step_a, b, ldb, c, ldc, add); \
+        else tile(m, 1, depth, a, row_a, step_a, b, ldb, c, ldc, add); \
+        break;
+INLINE void any_tile(long m, long nv, long depth, const REAL *a, long row_a, long step_a, const REAL *b, long ldb,
+                     REAL *c, long ldc, int add) {
+    switch (m) {
+        TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6)
+#if MR >= 8
+        TILE(7) TILE(8)
+#endif
+#if MR >= 14
+        TILE(9) TILE(10) TILE(11) TILE(12) TILE(13) TILE(14)
+#endif
+    }
+}
+
+/* c [m, columns] = a b, a packed, lines of b and c `line` apart */
+static void multiply(long m, long depth, long columns, const REAL *packed, const REAL *b, REAL *c, long line) {
+    for (long k = 0; k < depth; k += DEPTH)
+        for (long p = 0; p < columns; p += 2 * LANES)
+            for (long i = 0; i < m; i += MR)
+                any_tile(least(MR, m - i), columns - p > LANES ? 2 : 1, least(DEPTH, depth - k),
+                         packed + i * depth + k * MR, 1, MR, b + k * line + p, line, c + i * line + p, line, k > 0);
+}
+
+/* c [m, columns] += a b^T, a [m, pixels], b^T [pixels, columns] in whole vectors */
+static void multiply_transposed(long m, long pixels, long columns, const REAL *a, long line, const REAL *b, REAL *c) {
+    long width = round_up(columns, LANES);
+    for (long p = 0; p < columns; p += 2 * LANES)
+        for (long i = 0; i < m; i += MR)
+            any_tile(least(MR, m - i), columns - p > LANES ? 2 : 1, pixels, a + i * line, line, 1, b + p, width,
+                     c + i * width + p, width, 1);
+}
+
+/* b [m, pixels] -> [pixels, m in whole vectors] */
+static void transpose(long m, long pixels, const REAL *b, long line, REAL *out) {
+    long width = round_up(m, LANES);
+    for (long i = 0; i < width; i += LANES)
+        for (long p = 0; p < pixels; p++)
+            for (long n = 0; n < LANES; n++) out[p * width + i + n] = i + n < m ? b[(i + n) * line + p] : 0;
+}
+
+/* ---- Between images and T */
+
+typedef struct { /* how the neighbours t = 0, 1, -1 of output pixels lie in a line of the image */
+    long phases, phase[3], tap[3], shift[3], margin, length;
+} Taps;
+
+/* s x + t d = s (x + shift) + phase; each phase makes a line of its own, with `margin` zeros on both sides */
+static Taps find_taps(const Layer *l) {
+    Taps t = {0};
+    for (long n = 0; n < l->kernel_size; n++) {
+        long offset = (n == 2 ? -1 : n) * l->dilation, shift = floor_divide(offset, l->stride);
+        long phase = offset - shift * l->stride, found = 0;
+        while (found < t.phases && t.phase[found] != phase) found++;
+        if (found == t.phases) t.phase[t.phases++] = phase;
+        t.tap[n] = found;
+        t.shift[n] = shift;
+        if (labs(shift) > t.margin) t.margin = labs(shift);
+    }
+    t.length = round_up(2 * t.margin + round_up(l->out_width, LANES), LANES);
+    return t;
+}
+
+/* A line of one channel between the image and the line of a phase, behind its margin */
+INLINE void split(const Layer *l, long phase, const REAL *image, REAL *line) {
+    if (l->stride == 1) memcpy(line, image, l->in_width * sizeof(REAL));
+    else for (long x = phase; x < l->in_width; x += l->stride) *line++ = image[x];
+}
+INLINE void join(const Layer *l, long phase, const REAL *line, REAL *image) {
+    if (l->kernel_size == 1 && l->stride == 1) memcpy(image, line, l->in_width * sizeof(REAL)); /* no other adds to it */
+    else for (long x = phase; x < l->in_width; x += l->stride) image[x] += *line++;
+}
+
+/* out[r] = sum_c values[r, c] in[c], lines of n numbers; lines of in are n apart */
+static void combine(const Sparse *m, long rows, const REAL *in, REAL *out, long out_step, long n) {
+    for (long r = 0; r < rows; r++)
+        for (long p = 0; p < n; p += LANES) {
+            vector sum = {0};
+            for (long e = m->starts[r]; e < m->starts[r + 1]; e++) sum += m->values[e] * LOAD(in + m->columns[e] * n + p);
+            STORE(out + r * out_step + p, sum);
+        }
+}
+
+/* Where the channels of a field of x begin */
+static long field_at(const Layer *l, long image, long field) {
+    return (image * l->in_fields + field) * l->order * l->in_height * l->in_width;
+}
+
+/* T [functions * order * in_fields, pixels] of x */
+static void load(const Layer *l, const Chunk *k, const REAL *x, REAL *t, REAL *work) {
+    long order = l->order, plane = l->in_height * l->in_width, n = round_up(l->out_width, LANES), step = l->in_fields * k->line;
+    Taps taps = find_taps(l);
+    long lines = order * taps.length, first = l->stride * k->row;
+    REAL *regular = work, *irreps = regular + lines, *h = irreps + taps.phases * lines;
+    memset(regular, 0, lines * sizeof(REAL));
+    for (long i = 0; i < l->in_fields; i++)
+        for (long b = 0; b < k->images; b++) {
+            const REAL *image = x + field_at(l, k->image + b, i);
+            REAL *out = t + i * k->line + b * k->rows * l->out_width;
+            if (l->kernel_size == 1) {
+                for (long y = 0; y < k->rows; y++, out += l->out_width) {
+                    for (long g = 0; g < order; g++)
+                        split(l, 0, image + g * plane + (first + y * l->stride) * l->in_width, regular + g * taps.length);
+                    mix(order, l->fourier, regular, taps.length, out, step, l->out_width);
+                }
+                continue;
+            }
+            /* h[y, b] = e_b(x) * f^ of each line that the output lines need: [lines, 3, order, n] */
+            long d = l->dilation, needed = l->stride * (k->rows - 1) + 2 * d + 1, size = order * n;
+            REAL *e = h + 3 * needed * size;
+            for (long r = 0; r < needed; r++) {
+                long y = first - d + r;
+                REAL *line = h + 3 * r * size;
+                if (y < 0 || y >= l->in_height) {
+                    memset(line, 0, 3 * size * sizeof(REAL));
+                    continue;
+                }
+                for (long f = 0; f < taps.phases; f++) {
+                    long count = (l->in_width - taps.phase[f] + l->stride - 1) / l->stride;
+                    for (long g = 0; g < order; g++) {
+                        REAL *to = regular + g * taps.length + taps.margin;
+                        split(l, taps.phase[f], image + g * plane + y * l->in_width, to);
+                        if (l->stride > 1) to[count] = 0; /* a longer phase may have been there */
+                    }
+                    mix(order, l->fourier, regular, taps.length, irreps + f * lines, taps.length, taps.length);
+                }
+                for (long g = 0; g < order; g++)
+                    for (long p = 0; p < n; p += LANES) {
+                        vector v[3];
+                        for (int a = 0; a < 3; a++)
+                            v[a] = LOAD(irreps + taps.tap[a] * lines + g * taps.length + taps.margin + taps.shift[a] + p);
+                        STORE(line + g * n + p, v[0]);
+                        STORE(line + size + g * n + p, v[1] + v[2]);
+                        STORE(line + 2 * size + g * n + p, v[1] - v[2]);
+                    }
+            }
+            for (long y = 0; y < k->rows; y++, out += l->out_width) {
+                const REAL *up = h + 3 * l->stride * y * size, *middle = up + 3 * d * size, *down = middle + 3 * d * size;
+                for (long p = 0; p < 3 * size; p += LANES) { /* E = e_a(y) e_b(x) * f^: [3, 3, order, n] */
+                    STORE(e + p, LOAD(middle + p));
+                    STORE(e + 3 * size + p, LOAD(down + p) + LOAD(up + p));
+                    STORE(e + 6 * size + p, LOAD(down + p) - LOAD(up + p));
+                }
+                combine(&l->terms, l->functions * order, e, out, step, n); /* T = c E */
+            }
+        }
+}
+
+/* The transpose of `load`: the gradient of T, added to dx, which the first chunk of an image finds without numbers */
+static void unload(const Layer *l, const Chunk *k, const REAL *t, REAL *dx, REAL *work) {
+    long order = l->order, plane = l->in_height * l->in_width, n = round_up(l->out_width, LANES), step = l->in_fields * k->line;
+    Taps taps = find_taps(l);
+    long lines = order * taps.length, first = l->stride * k->row;
+    REAL *regular = work, *irreps = regular + lines, *h = irreps + taps.phases * lines;
+    for (long i = 0; i < l->in_fields; i++)
+        for (long b = 0; b < k->images; b++) {
+            REAL *image = dx + field_at(l, k->image + b, i);
+            if (k->row == 0 && !(l->kernel_size == 1 && l->stride == 1)) memset(image, 0, order * plane * sizeof(REAL));
+            const REAL *in = t + i * k->line + b * k->rows * l->out_width;
+            if (l->kernel_size == 1) {
+                for (long y = 0; y < k->rows; y++, in += l->out_width) {
+                    mix(order, l->fourier_transposed, in, step, regular, taps.length, l->out_width);
+                    for (long g = 0; g < order; g++)
+                        join(l, 0, regular + g * taps.length, image + g * plane + (first + y * l->stride) * l->in_width);
+                }
+                continue;
+            }
+            long d = l->dilation, needed = l->stride * (k->rows - 1) + 2 * d + 1, size = order * n;
+            REAL *e = h + 3 * needed * size, *own = e + 9 * size;
+            memset(h, 0, 3 * needed * size * sizeof(REAL));
+            for (long y = 0; y < k->rows; y++, in += l->out_width) {
+                REAL *up = h + 3 * l->stride * y * size, *middle = up + 3 * d * size, *down = middle + 3 * d * size;
+                for (long r = 0; r < l->functions * order; r++) { /* what lies behind the line is of another one */
+                    memcpy(own + r * n, in + r * step, l->out_width * sizeof(REAL));
+                    memset(own + r * n + l->out_width, 0, (n - l->out_width) * sizeof(REAL));
+                }
+                combine(&l->terms_transposed, 9 * order, own, e, n, n); /* dE = c^T dT */
+                for (long p = 0; p < 3 * size; p += LANES) {
+                    vector sum = LOAD(e + 3 * size + p), difference = LOAD(e + 6 * size + p);
+                    STORE(middle + p, LOAD(middle + p) + LOAD(e + p));
+                    STORE(down + p, LOAD(down + p) + sum + difference);
+                    STORE(up + p, LOAD(up + p) + sum - difference);
+                }
+            }
+            for (long r = 0; r < needed; r++) {
+                long y = first - d + r;
+                const REAL *line = h + 3 * r * size;
+                if (y < 0 || y >= l->in_height) continue;
+                memset(irreps, 0, taps.phases * lines * sizeof(REAL));
+                for (long g = 0; g < order; g++)
+                    for (long p = 0; p < n; p += LANES) {
+                        vector sum = LOAD(line + size + g * n + p), difference = LOAD(line + 2 * size + g * n + p);
+                        vector v[3] = {LOAD(line + g * n + p), sum + difference, sum - difference};
+                        for (int a = 0; a < 3; a++) {
+                            REAL *to = irreps + taps.tap[a] * lines + g * taps.length + taps.margin + taps.shift[a] + p;
+                            STORE(to, LOAD(to) + v[a]);
+                        }
+                    }
+                for (long f = 0; f < taps.phases; f++) {
+                    mix(order, l->fourier_transposed, irreps + f * lines, taps.length, regular, taps.length, taps.length);
+                    for (long g = 0; g < order; g++)
+                        join(l, taps.phase[f], regular + g * taps.length + taps.margin, image + g * plane + y * l->in_width);
+                }
+            }
+        }
+}
+
+/* ---- Between images and y^ */
+
+/* y = Q^T y^ + bias + shortcut, negative numbers 0 if `relu`; bias [out_fields] and shortcut, like y, may be NULL */
+static void store(const Layer *l, const Chunk *k, const REAL *irreps, const REAL *bias, const REAL *shortcut, long relu, REAL *y,
+                  REAL *work) {
+    long order = l->order, plane = l->out_height * l->out_width, own = k->rows * l->out_width;
+    for (long o = 0; o < l->out_fields; o++) {
+        REAL added = bias ? bias[o] : 0;
+        mix(order, l->fourier_transposed, irreps + o * k->line, l->out_fields * k->line, work, k->line, k->pixels);
+        for (long g = 0; g < order; g++)
+            for (long b = 0; b < k->images; b++) {
+                long place = (((k->image + b) * l->out_fields + o) * order + g) * plane + k->row * l->out_width;
+                const REAL *line = work + g * k->line + b * own;
+                if (shortcut && relu)
+                    for (long p = 0; p < own; p++) y[place + p] = positive(line[p] + added + shortcut[place + p]);
+                else if (relu)
+                    for (long p = 0; p < own; p++) y[place + p] = positive(line[p] + added);
+                else
+                    for (long p = 0; p < own; p++) y[place + p] = line[p] + added + (shortcut ? shortcut[place + p] : 0);
+            }
+    }
+}
+
+/* dy^ = Q dy */
+static void load_gradient(const Layer *l, const Chunk *k, const REAL *dy, REAL *irreps, REAL *work) {
+    long order = l->order, plane = l->out_height * l->out_width, own = k->rows * l->out_width;
+    for (long o = 0; o < l->out_fields; o++) {
+        for (long g = 0; g < order; g++)
+            for (long b = 0; b < k->images; b++)
+                memcpy(work + g * k->line + b * own,
+                       dy + (((k->image + b) * l->out_fields + o) * order + g) * plane + k->row * l->out_width,
+                       own * sizeof(REAL));
+        mix(order, l->fourier, work, k->line, irreps + o * k->line, l->out_fields * k->line, k->pixels);
+    }
+}
+
+/* ---- Weights: [entries, out_fields, in_fields], for each block [size (row), functions, size (column), ...].
+   As the matrix of a block they have the rows (row, o) and the columns (function, column, i), and each number lies where
+   the offsets of its row and its column say, together. */
+
+typedef struct {
+    long rows, columns, *row, *column; /* row, column: offsets */
+} Block;
+
+/* The block at w, which is moved on to the next one */
+static Block find_block(const Layer *l, long b, const REAL **w, long *offsets) {
+    long size = l->sizes[b], field = l->out_fields * l->in_fields, q = l->functions * size;
+    Block found = {size * l->out_fields, q * l->in_fields, offsets, offsets + size * l->out_fields};
+    for (long r = 0; r < size; r++)
+        for (long o = 0; o < l->out_fields; o++) found.row[r * l->out_fields + o] = r * q * field + o * l->in_fields;
+    for (long n = 0; n < q; n++)
+        for (long i = 0; i < l->in_fields; i++) found.column[n * l->in_fields + i] = n * field + i;
+    *w += size * q * field;
+    return found;
+}
+static long offsets_size(const Layer *l) { return 2 * l->out_fields + 2 * l->functions * l->in_fields; }
+
+/* ---- The work, shared out among the threads of PyTorch */
+
+/* OpenMP's, of the library that PyTorch has loaded: threads of another one would compete with them. */
+extern void GOMP_parallel(void (*work)(void *), void *job, unsigned threads, unsigned flags);
+extern int omp_get_thread_num(void), omp_get_num_threads(void);
+
+typedef struct {
+    const Layer *layer;
+    const REAL *x, *packed, *bias, *shortcut, *dy, *weights;
+    REAL *y, *dx, *dw, *out;
+    long relu, transposed, next, failed, dw_size, parts;
+} Job;
+
+static Chunk chunk(const Layer *l, long index) {
+    long down = (l->out_height + l->rows - 1) / l->rows; /* chunks below one another */
+    Chunk k = {.image = index / down * l->images, .row = index % down * l->rows};
+    k.images = least(l->images, l->batch - k.image);
+    k.rows = least(l->rows, l->out_height - k.row);
+    k.pixels = k.images * k.rows * l->out_width;
+    k.line = line_length(l->images * l->rows * l->out_width);
+    return k;
+}
+
+/* Numbers that `load` and `unload` need to work, or `store` and `load_gradient` */
+static long work_size(const Layer *l) {
+    Taps taps = find_taps(l);
+    long n = round_up(l->out_width, LANES), needed = l->stride * (l->rows - 1) + 2 * l->dilation + 1;
+    long neighbours = (3 * needed + 9 + l->functions) * l->order * n + (taps.phases + 1) * l->order * taps.length;
+    long lines = l->order * line_length(l->images * l->rows * l->out_width);
+    return round_up(neighbours > lines ? neighbours : lines, LANES) + 2 * LANES;
+}
+
+/* W, or W^T, of each block in the order in which `multiply` reads it: [rows / MR, columns, MR] */
+static void pack_part(void *argument) {
+    Job *job = argument;
+    const Layer *l = job->layer;
+    const REAL *w = job->weights;
+    REAL *packed = job->out;
+    long *offsets = malloc(offsets_size(l) * sizeof(long)), thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    if (!offsets) {
+        job->failed = 1;
+        return;
+    }
+    for (long b = 0; b < l->n_blocks; b++) {
+        const REAL *own = w;
+        Block m = find_block(l, b, &w, offsets);
+        if (job->transposed) m = (Block){m.columns, m.rows, m.column, m.row};
+        for (long i = thread * MR; i < m.rows; i += threads * MR) {
+            REAL *to = packed + i * m.columns;
+            for (long k = 0; k < m.columns; k++)
+                for (long n = 0; n < MR; n++) *to++ = i + n < m.rows ? own[m.row[i + n] + m.column[k]] : 0;
+        }
+        packed += round_up(m.rows, MR) * m.columns;
+    }
+    free(offsets);
+}
+
+static void forward_part(void *argument) {
+    Job *job = argument;
+    const Layer *l = job->layer;
+    long line = line_length(l->images * l->rows * l->out_width), terms = l->functions * l->order;
+    REAL *t = scratch((terms * l->in_fields + l->order * l->out_fields + 2) * line + work_size(l));
+    if (!t) {
+        job->failed = 1;
+        return;
+    }
+    REAL *irreps = t + (terms * l->in_fields + 1) * line, *work = irreps + (l->order * l->out_fields + 1) * line;
+    long chunks = (l->batch + l->images - 1) / l->images * ((l->out_height + l->rows - 1) / l->rows);
+    for (long index; (index = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED)) < chunks;) {
+        Chunk k = chunk(l, index);
+        load(l, &k, job->x, t, work);
+        const REAL *in = t, *packed = job->packed;
+        REAL *out = irreps;
+        for (long b = 0; b < l->n_blocks; b++) {
+            long m = l->sizes[b] * l->out_fields, depth = l->functions * l->sizes[b] * l->in_fields;
+            for (long c = 0; c < l->copies[b]; c++, in += depth * line, out += m * line)
+                multiply(m, depth, k.pixels, packed, in, out, line); /* y^ = W T */
+            packed += round_up(m, MR) * depth;
+        }
+        store(l, &k, irreps, job->bias, job->shortcut, job->relu, job->y, work);
+    }
+}
+
+/* dw: for each thread [columns, rows in whole vectors] of each block, added to */
+static void backward_part(void *argument) {
+    Job *job = argument;
+    const Layer *l = job->layer;
+    long line = line_length(l->images * l->rows * l->out_width), terms = l->functions * l->order;
+    long widest = round_up(2 * l->out_fields, LANES);
+    REAL *t = scratch((terms * l->in_fields + l->order * l->out_fields + 2 + widest) * line + work_size(l));
+    if (!t) {
+        job->failed = 1;
+        return;
+    }
+    REAL *irreps = t + (terms * l->in_fields + 1) * line, *turned = irreps + (l->order * l->out_fields + 1) * line;
+    REAL *work = turned + widest * line, *sums = job->dw ? job->dw + omp_get_thread_num() * job->dw_size : NULL;
+    if (sums) memset(sums, 0, job->dw_size * sizeof(REAL));
+    if (omp_get_thread_num() == 0) job->parts = omp_get_num_threads();
+    long down = (l->out_height + l->rows - 1) / l->rows, groups = (l->batch + l->images - 1) / l->images;
+    for (long group; (group = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED)) < groups;)
+        for (long index = group * down; index < (group + 1) * down; index++) { /* in one thread: they add to dx */
+            Chunk k = chunk(l, index);
+            load_gradient(l, &k, job->dy, irreps, work);
+            if (sums) load(l, &k, job->x, t, work);
+            const REAL *packed = job->packed;
+            REAL *in = t, *out = irreps, *dw = sums;
+            for (long b = 0; b < l->n_blocks; b++) {
+                long m = l->sizes[b] * l->out_fields, depth = l->functions * l->sizes[b] * l->in_fields;
+                for (long c = 0; c < l->copies[b]; c++, in += depth * line, out += m * line) {
+                    if (sums) {
+                        transpose(m, k.pixels, out, line, turned);
+                        multiply_transposed(depth, k.pixels, m, in, line, turned, dw); /* dW^T = T dy^^T */
+                    }
+                    if (job->dx) multiply(depth, m, k.pixels, packed, out, in, line); /* dT = W^T dy^, in place of T */
+                }
+                if (sums) dw += depth * round_up(m, LANES);
+                if (job->dx) packed += round_up(depth, MR) * m;
+            }
+            if (job->dx) unload(l, &k, t, job->dx, work);
+        }
+}
+
+/* The gradient of the weights: the sum over threads, each number in its place */
+static void gather_part(void *argument) {
+    Job *job = argument;
+    const Layer *l = job->layer;
+    const REAL *w = job->out, *dw = job->dw;
+    long *offsets = malloc(offsets_size(l) * sizeof(long)), thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    if (!offsets) {
+        job->failed = 1;
+        return;
+    }
+    for (long b = 0; b < l->n_blocks; b++) {
+        REAL *own = job->out + (w - job->out);
+        Block m = find_block(l, b, &w, offsets);
+        long width = round_up(m.rows, LANES), edge = 16;
+        for (long k = thread * edge; k < m.columns; k += threads * edge) /* squares of 16 x 16 stay in the cache */
+            for (long i = 0; i < m.rows; i += edge)
+                for (long r = i; r < least(i + edge, m.rows); r++)
+                    for (long c = k; c < least(k + edge, m.columns); c++) {
+                        REAL sum = 0;
+                        for (long part = 0; part < job->parts; part++) sum += dw[part * job->dw_size + c * width + r];
+                        own[m.row[r] + m.column[c]] = sum;
+                    }
+        dw += m.columns * width;
+    }
+    free(offsets);
+}
+
+/* ---- What `native.py` calls; 1 if memory is short */
+
+/* Numbers in `packed`, and of the sums of the gradient that each thread makes */
+long packed_size(const Layer *l, long transposed) {
+    long size = 0;
+    for (long b = 0; b < l->n_blocks; b++) {
+        long m = l->sizes[b] * l->out_fields, depth = l->functions * l->sizes[b] * l->in_fields;
+        size += transposed ? round_up(depth, MR) * m : round_up(m, MR) * depth;
+    }
+    return size;
+}
+long sums_size(const Layer *l) {
+    long size = 0;
+    for (long b = 0; b < l->n_blocks; b++)
+        size += l->functions * l->sizes[b] * l->in_fields * round_up(l->sizes[b] * l->out_fields, LANES);
+    return size;
+}
+
+int pack(const Layer *l, const REAL *weights, long transposed, REAL *packed, long threads) {
+    Job job = {.layer = l, .weights = weights, .transposed = transposed, .out = packed};
+    GOMP_parallel(pack_part, &job, threads, 0);
+    return job.failed;
+}
+
+int forward(const Layer *l, const REAL *x, const REAL *packed, const REAL *bias, const REAL *shortcut, long relu, REAL *y,
+            long threads) {
+    Job job = {.layer = l, .x = x, .packed = packed, .bias = bias, .shortcut = shortcut, .relu = relu, .y = y};
+    GOMP_parallel(forward_part, &job, threads, 0);
+    return job.failed;
+}
+
+/* dx (with W^T, packed) or dw (with sums, for each thread), or both; the others are NULL */
+int backward(const Layer *l, const REAL *dy, const REAL *x, const REAL *packed, REAL *dx, REAL *sums, REAL *dw, long threads) {
+    Job job = {.layer = l, .dy = dy, .x = x, .packed = packed, .dx = dx, .dw = sums, .dw_size = sums_size(l)};
+    job.out = dw;
+    GOMP_parallel(backward_part, &job, threads, 0);
+    if (dw) GOMP_parallel(gather_part, &job, threads, 0);
+    return job.failed;
+}

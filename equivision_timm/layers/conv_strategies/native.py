@@ -1,0 +1,301 @@
+"""The block-diagonal convolution in C, for the CPU: all its steps on a few pixels at a time, in the caches.
+
+`native.c` is the algorithm of `block_diagonal.py`, and so are the outputs but for float noise. The system's C compiler
+(`cc`, or what the environment variable CC names) compiles it once, in seconds, for this processor; the library is kept
+in the user's cache folder. It works on plain arrays of float32 or float64, in PyTorch's own threads; other types are
+converted.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from equivision_timm.kernel_bases import IrrepsBasis, load_irreps_basis
+from equivision_timm.layers.conv_strategies.irreps import operator
+
+__all__ = ["Packed", "conv2d", "infer", "library", "pack", "why_not"]
+
+_SOURCE = Path(__file__).with_suffix(".c")
+_FLAGS = ("-O3", "-march=native", "-fPIC", "-shared")
+_REALS = {torch.float32: "float", torch.float64: "double"}
+
+
+@cache
+def why_not() -> str | None:
+    """What this machine lacks for this strategy, and the remedy; None if nothing."""
+    if not hasattr(ctypes.CDLL(None) if os.name == "posix" else None, "GOMP_parallel"):
+        return "PyTorch's threads here are not those of GNU OpenMP (they are on Linux): use conv_strategy='auto'"
+    if shutil.which(_compiler()[0]) is None:
+        return (
+            f"there is no C compiler {_compiler()[0]!r}: install one (Debian: apt install gcc), name yours in the "
+            "environment variable CC, or use conv_strategy='auto'"
+        )
+    return None
+
+
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CC", "")) or ["cc"]
+
+
+@cache
+def library(dtype: torch.dtype) -> ctypes.CDLL:
+    """`native.c` for arrays of `dtype`, float32 or float64; compiled if that was not done on this machine before.
+
+    Raises:
+        RuntimeError: this machine lacks something, or the compiler fails; with what it says.
+    """
+    if why_not():
+        raise RuntimeError(f"conv_strategy 'native' cannot run: {why_not()}")
+    command = [*_compiler(), *_FLAGS, f"-DREAL={_REALS[dtype]}"]
+    version = subprocess.run([command[0], "--version"], capture_output=True, text=True).stdout
+    made_of = (_SOURCE.read_text(), *command, version, platform.machine(), _processor())
+    name = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "equivision_timm"
+    path = folder / f"native-{name}.so"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as own:  # a process that is interrupted leaves no half library
+            made = Path(own) / path.name
+            run = subprocess.run([*command, "-o", str(made), str(_SOURCE)], capture_output=True, text=True)
+            if run.returncode:
+                raise RuntimeError(
+                    f"conv_strategy 'native' could not be compiled: {shlex.join(run.args)} says\n{run.stderr}\n"
+                    "Name another compiler in the environment variable CC, or use conv_strategy='block_diagonal'"
+                )
+            made.replace(path)
+    loaded = ctypes.CDLL(str(path))
+    loaded.packed_size.restype = loaded.sums_size.restype = ctypes.c_long
+    return loaded
+
+
+def _processor() -> str:
+    """What tells processors apart: a home folder may serve several machines."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What `infer` takes: the matrices W of all blocks in the order in which native.c reads them; the bias or None."""
+
+    weights: torch.Tensor
+    bias: torch.Tensor | None
+    out_fields: int
+
+
+def pack(weights: torch.Tensor, bias: torch.Tensor | None, group: str, kernel_size: int) -> Packed:
+    """`block_weights`, and the bias [O] of each field or None, for `infer`."""
+    weights = weights.to(_real(weights.dtype)).contiguous()
+    bias = None if bias is None else bias.to(weights.dtype).contiguous()
+    return Packed(_pack(weights, group, kernel_size, transposed=False), bias, weights.shape[1])
+
+
+def infer(
+    x: torch.Tensor,
+    packed: Packed,
+    group: str,
+    kernel_size: int,
+    stride: int,
+    dilation: int,
+    shortcut: torch.Tensor | None = None,
+    relu: bool = False,
+) -> torch.Tensor:
+    """The convolution of x [B, I * |G|, height, width], as `conv2d`, without gradients; and what may follow it.
+
+    Args:
+        x: regular fields.
+        packed: of `pack`.
+        group: name of the group.
+        kernel_size: 1 or 3.
+        stride: as in `nn.Conv2d`.
+        dilation: as in `nn.Conv2d`.
+        shortcut: is added to the output, or None.
+        relu: whether to end with ReLU.
+    """
+    dtype, x = x.dtype, _readable(x)
+    layer, shape = _layer(x, packed.out_fields, group, kernel_size, stride, dilation)
+    y = x.new_empty(shape)
+    shortcut = None if shortcut is None else _readable(shortcut)
+    _run("forward", layer, x, packed.weights, packed.bias, shortcut, int(relu), y)
+    return y.to(dtype)
+
+
+def _forward(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    bias: torch.Tensor | None,
+    group: str,
+    kernel_size: int,
+    stride: int,
+    dilation: int,
+) -> torch.Tensor:
+    return infer(x, pack(weights, bias, group, kernel_size), group, kernel_size, stride, dilation)
+
+
+def _backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    group: str,
+    kernel_size: int,
+    stride: int,
+    dilation: int,
+    for_x: bool,
+    for_weights: bool,
+) -> list[torch.Tensor]:
+    dtype = x.dtype
+    grad, x, weights = _readable(grad), _readable(x), weights.to(_real(dtype)).contiguous()
+    layer, _ = _layer(x, weights.shape[1], group, kernel_size, stride, dilation)
+    packed = dx = sums = dw = None
+    if for_x:
+        packed, dx = _pack(weights, group, kernel_size, transposed=True), x.new_empty(x.shape)
+    if for_weights:
+        sums = x.new_empty(torch.get_num_threads(), library(x.dtype).sums_size(ctypes.byref(layer)))
+        dw = weights.new_empty(weights.shape)
+    _run("backward", layer, grad, x, packed, dx, sums, dw)
+    return [gradient.to(dtype) for gradient in (dx, dw) if gradient is not None]
+
+
+conv2d = operator("native_conv2d", _forward, _backward)
+
+
+def _real(dtype: torch.dtype) -> torch.dtype:
+    """The type to compute in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _readable(x: torch.Tensor) -> torch.Tensor:
+    """x as native.c reads it."""
+    if x.device.type != "cpu":
+        raise ValueError(f"conv_strategy 'native' runs on the CPU, but the input is on {x.device}: use 'auto'")
+    return x.to(_real(x.dtype)).contiguous()
+
+
+def _pack(weights: torch.Tensor, group: str, kernel_size: int, transposed: bool) -> torch.Tensor:
+    out_fields, in_fields = weights.shape[1:]
+    plan = _plan(group, kernel_size, weights.dtype)
+    layer = _Layer(order=plan.order, in_fields=in_fields, out_fields=out_fields, kernel_size=kernel_size, **plan.blocks)
+    packed = weights.new_empty(library(weights.dtype).packed_size(ctypes.byref(layer), ctypes.c_long(transposed)))
+    _run("pack", layer, weights, int(transposed), packed)
+    return packed
+
+
+class _Sparse(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("starts", "columns", "values")]
+
+
+class _Layer(ctypes.Structure):
+    """`Layer` of native.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_long) for name in ("order", "in_fields", "out_fields", "kernel_size", "stride", "dilation")),
+        *((name, ctypes.c_long) for name in ("batch", "in_height", "in_width", "out_height", "out_width")),
+        *((name, ctypes.c_long) for name in ("images", "rows", "n_blocks", "functions")),
+        *((name, ctypes.c_void_p) for name in ("sizes", "copies", "fourier", "fourier_transposed")),
+        ("terms", _Sparse),
+        ("terms_transposed", _Sparse),
+    ]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the group and the kernel size determine, as fields of `_Layer`; and the tensors whose addresses these are."""
+
+    order: int
+    blocks: dict[str, int]
+    maps: dict[str, int | _Sparse]
+    tensors: list[torch.Tensor]
+
+
+@cache
+def _plan(group: str, kernel_size: int, dtype: torch.dtype) -> _Plan:
+    basis = load_irreps_basis(group, kernel_size)
+    tensors = []
+
+    def address(tensor: torch.Tensor) -> int:
+        tensors.append(tensor.contiguous())
+        return tensors[-1].data_ptr()
+
+    def sparse(matrix: torch.Tensor) -> _Sparse:
+        rows, columns = matrix.nonzero(as_tuple=True)
+        starts = torch.searchsorted(rows, torch.arange(len(matrix) + 1, device="cpu"))
+        return _Sparse(address(starts), address(columns), address(matrix[rows, columns].to(dtype)))
+
+    sizes, copies = (address(torch.tensor(numbers, device="cpu")) for numbers in zip(*basis.blocks, strict=True))
+    blocks = {"n_blocks": len(basis.blocks), "functions": basis.functions, "sizes": sizes, "copies": copies}
+    fourier, terms = basis.fourier.to(dtype), _terms(basis)
+    maps = {"fourier": address(fourier), "fourier_transposed": address(fourier.T)}
+    return _Plan(
+        len(fourier), blocks, maps | {"terms": sparse(terms), "terms_transposed": sparse(terms.T.contiguous())}, tensors
+    )
+
+
+def _terms(basis: IrrepsBasis) -> torch.Tensor:
+    """c of T = c E: rows (block, copy, function, row of the block), columns (a, b, s)."""
+    order = len(basis.fourier)
+    sets = []  # of each set of functions, rows (block, copy, j, row)
+    for functions in basis.sets:
+        spread = torch.kron(functions.terms.flatten(1), torch.eye(order, dtype=torch.float64, device="cpu"))
+        sets.append(spread if functions.product is None else functions.product @ spread)  # S = spread E, T = A S
+    rows, row = [], 0
+    for size, copies in basis.blocks:
+        for _ in range(copies):
+            for functions, own in zip(basis.sets, sets, strict=True):
+                n = len(functions.terms)
+                rows.append(own[row * n : (row + size) * n])
+            row += size
+    terms = torch.cat(rows)
+    return torch.where(terms.abs() < 1e-12, 0.0, terms)
+
+
+_PIXELS = 256  # of a chunk, at most: T of some hundred channels then stays in the second cache
+
+
+def _layer(
+    x: torch.Tensor, out_fields: int, group: str, kernel_size: int, stride: int, dilation: int
+) -> tuple[_Layer, tuple[int, int, int, int]]:
+    """The layer as native.c sees it, with the size of its chunks; and the shape of the output."""
+    plan = _plan(group, kernel_size, x.dtype)
+    batch, channels, height, width = x.shape
+    out_height, out_width = ((size - 1) // stride + 1 for size in (height, width))
+    shape = (batch, out_fields * plan.order, out_height, out_width)
+    if kernel_size == stride == 1:  # no neighbours: the pixels may lie in lines of any length
+        pixels = height * width
+        width = out_width = next(n for n in range(min(pixels, _PIXELS), 0, -1) if pixels % n == 0)
+        height = out_height = pixels // width
+    if out_height * out_width <= _PIXELS:  # some images at a time, but some for each thread
+        images = max(1, min(_PIXELS // (out_height * out_width), -(-batch // torch.get_num_threads())))
+        rows = out_height
+    else:  # some lines of one image, as many each time
+        images = 1
+        rows = -(-out_height // -(-out_height * out_width // _PIXELS))
+    return _Layer(
+        *(plan.order, channels // plan.order, out_fields, kernel_size, stride, dilation),
+        *(batch, height, width, out_height, out_width, images, rows),
+        **plan.blocks,
+        **plan.maps,
+    ), shape
+
+
+def _run(name: str, layer: _Layer, *arguments: torch.Tensor | int | None) -> None:
+    """Function `name` of native.c, in all threads; lets go of Python's lock."""
+    code = library(next(argument.dtype for argument in arguments if isinstance(argument, torch.Tensor)))
+    values = [
+        ctypes.c_long(argument)
+        if isinstance(argument, int)
+        else ctypes.c_void_p(None if argument is None else argument.data_ptr())
+        for argument in arguments
+    ]
+    if getattr(code, name)(ctypes.byref(layer), *values, ctypes.c_long(torch.get_num_threads())):
+        raise MemoryError(f"no memory for a convolution in chunks of {layer.images} x {layer.rows} lines")
