@@ -1,8 +1,7 @@
 """Steerable convolution: learns the coefficients of a frozen kernel basis, not the pixels of a filter."""
 
 import math
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn as nn
@@ -16,7 +15,7 @@ from equivision_timm.layers.conv_strategies.irreps import block_weights
 
 __all__ = ["SteerableConv2d"]
 
-_IN_IRREPS = {"block_diagonal": block_diagonal, "native": native}
+_CODE = {"expand": expand, "block_diagonal": block_diagonal, "native": native}
 
 
 @register_notrace_module  # the strategy follows from shapes: one node for torch.fx
@@ -44,7 +43,7 @@ class SteerableConv2d(nn.Module):
         input_type: 'regular' or 'trivial'.
         stride: as in `nn.Conv2d`.
         dilation: as in `nn.Conv2d`.
-        strategy: 'expand', 'block_diagonal' (regular input only) or 'auto', the faster one by estimate.
+        strategy: 'expand', 'block_diagonal' or 'native' (both for regular input), or 'auto', the fastest by estimate.
         device: where to create the parameters and buffers.
         dtype: their type.
 
@@ -101,7 +100,7 @@ class SteerableConv2d(nn.Module):
         """Raises ValueError where `strategy` does not exist, or works in the irreps basis and the input is trivial."""
         if strategy not in STRATEGIES:
             raise ValueError(f"unknown conv_strategy {strategy!r}: use one of {', '.join(map(repr, STRATEGIES))}")
-        if strategy in _IN_IRREPS and self.input_type != "regular":
+        if strategy in ("block_diagonal", "native") and self.input_type != "regular":
             raise ValueError(
                 f"conv_strategy {strategy!r} needs regular fields, but the input of this layer is {self.input_type}: "
                 "use 'expand' or 'auto'"
@@ -144,7 +143,8 @@ class SteerableConv2d(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.jit.is_scripting():
             basis = self.basis.unflatten(1, self.kernel_shape)  # [n_basis, |G|, H, k, k]
-            return expand.conv2d(x, self.weight, basis, self.stride, self.padding, self.dilation)
+            filters = expand.expand_filter(self.weight, basis)
+            return F.conv2d(x, filters, None, self.stride, self.padding, self.dilation)
         else:
             return self.convolve(x)
 
@@ -153,37 +153,42 @@ class SteerableConv2d(nn.Module):
         self,
         x: torch.Tensor,
         fold: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None,
-        *sources: torch.Tensor,
+        sources: Sequence[torch.Tensor] = (),
+        shortcut: torch.Tensor | None = None,
+        relu: bool = False,
     ) -> torch.Tensor:
         """The convolution of x with the coefficients, or with the coefficients and the bias that `fold` makes of them.
 
-        Without gradients the filter (or the block matrices) is kept from call to call on the CPU, as long as the
-        coefficients and the `sources` of `fold` hold the same numbers: they are compared at every call, so that no
-        change of theirs, however made, meets an old filter.
+        Without gradients what the strategy makes of the coefficients is kept from call to call on the CPU, as long as
+        they and the `sources` of `fold` hold the same numbers: they are compared at every call, so that no change of
+        theirs, however made, meets an old filter.
+
+        Args:
+            x: as for `forward`.
+            fold: weight -> (weight, bias), or None.
+            sources: what `fold` depends on.
+            shortcut: without gradients: is added to the output, or None.
+            relu: without gradients: whether to end with ReLU.
         """
         dtype = self.weight.dtype
         if not x.is_meta and torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(x.device.type)  # as autocast treats nn.Conv2d
             x = x.to(dtype)
         strategy = "expand" if leaves_python() else self.strategy_for(x.shape, x.device, dtype)
-        prepare = partial(self._prepare, strategy, dtype, fold)
+        code, layer = _CODE[strategy], (self.group, self.kernel_size, self.stride, self.dilation)
 
-        if torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling() or leaves_python():
-            prepared, bias = prepare()
-        else:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or leaves_python():
+            return code.conv2d(x, *self._prepare(strategy, dtype, fold), *layer)
+
+        def pack():
+            return code.pack(*self._prepare(strategy, dtype, fold), self.group, self.kernel_size)
+
+        if x.device.type == "cpu":
             basis = self.basis if strategy == "expand" else self.irreps_basis
-            sources = (self.weight, basis, *sources)
-            if strategy != "expand":
-                code = _IN_IRREPS[strategy]
-                packed = self._prepared.get(
-                    sources, (strategy, dtype), lambda: code.pack(*prepare(), self.group, self.kernel_size)
-                )
-                return code.infer(x, packed, self.group, self.kernel_size, self.stride, self.dilation)
-            prepared, bias = self._prepared.get(sources, (strategy, dtype), prepare)
-        if strategy == "expand":
-            return F.conv2d(x, prepared, bias, self.stride, self.padding, self.dilation)
-        conv2d = _IN_IRREPS[strategy].conv2d
-        return conv2d(x, prepared, bias, self.group, self.kernel_size, self.stride, self.dilation)
+            packed = self._prepared.get((self.weight, basis, *sources), (strategy, dtype), pack)
+        else:  # to compare numbers would wait for the device
+            packed = pack()
+        return code.infer(x, packed, *layer, shortcut, relu)
 
     @torch.jit.unused
     def _prepare(
@@ -192,9 +197,8 @@ class SteerableConv2d(nn.Module):
         """The filter or the block weights; and the bias, if `fold` makes one."""
         weight, bias = (self.weight, None) if fold is None else fold(self.weight)
         weight, bias = weight.to(dtype), bias if bias is None else bias.to(dtype)
-        if strategy == "expand":
-            return self._filter(weight), bias if bias is None else bias.repeat_interleave(self.order)
-        return block_weights(weight, self.irreps_basis.to(dtype)), bias
+        weights = self._filter(weight) if strategy == "expand" else block_weights(weight, self.irreps_basis.to(dtype))
+        return weights, bias
 
     def _filter(self, weight: torch.Tensor) -> torch.Tensor:
         basis = self.basis.to(weight).unflatten(1, self.kernel_shape)  # [n_basis, |G|, H, k, k]

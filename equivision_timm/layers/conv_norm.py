@@ -42,15 +42,21 @@ class ConvNorm(nn.Module):
         if torch.jit.is_scripting():
             return self.norm(self.conv(x))
         else:
-            return self.infer(x) if self._folds() else self.norm(self.conv(x))
+            return self.infer(x) if self.folds() else self.norm(self.conv(x))
 
     @torch.jit.unused
-    def infer(self, x: torch.Tensor) -> torch.Tensor:
-        """The same in eval mode, with the normalisation folded into the coefficients."""
-        return self.conv.convolve(x, self._fold, *self._statistics())
+    def infer(self, x: torch.Tensor, shortcut: torch.Tensor | None = None, relu: bool = False) -> torch.Tensor:
+        """The same where `folds`, with the normalisation folded into the coefficients.
+
+        Args:
+            x: as for `forward`.
+            shortcut: is added to the output, or None.
+            relu: whether to end with ReLU.
+        """
+        return self.conv.convolve(x, self._fold, self._statistics(), shortcut, relu)
 
     @torch.jit.unused
-    def _folds(self) -> bool:
+    def folds(self) -> bool:
         """Whether to fold: batch norm with running statistics, no gradients, no hooks that would see less."""
         norm, modules = self.norm.per_field, (self.conv, self.norm, self.norm.per_field)
         return (

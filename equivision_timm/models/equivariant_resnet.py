@@ -41,6 +41,23 @@ from equivision_timm.models.pretrained import HUB_ORG, WEIGHTS_FILE, build_pretr
 __all__ = ["BasicBlock", "Bottleneck", "EquivariantResNet"]  # register_model adds every entrypoint
 
 
+def _folds(block: nn.Module, x: torch.Tensor) -> bool:
+    """Whether a block may add its shortcut and take its ReLUs as outputs are written, unseen.
+
+    That is in eager inference, with plain ReLU and no hooks inside.
+    """
+    modules = [module for module in block.modules() if module is not block]
+    return (
+        isinstance(x, torch.Tensor)  # no proxy of torch.fx
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not block.training
+        and not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+        and all(module.folds() for module in modules if isinstance(module, ConvNorm))
+        and all(type(child) is nn.ReLU for name, child in block.named_children() if name.startswith("act"))
+    )
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut: [B, in_fields * |G|, H, W] -> [B, fields * |G|, H / stride, W / stride].
 
@@ -77,7 +94,7 @@ class BasicBlock(nn.Module):
         super().__init__()
         conv = partial(ConvNorm, group=group, norm_layer=norm_layer, device=device, dtype=dtype)
         self.conv1 = conv(in_fields, fields, 3, stride=stride, dilation=first_dilation)
-        self.act1 = act_layer(inplace=True)
+        self.act1 = act_layer()
         self.conv2 = conv(fields, fields, 3, dilation=dilation)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.downsample = nn.Identity()
@@ -89,11 +106,13 @@ class BasicBlock(nn.Module):
         nn.init.zeros_(self.conv2.norm.per_field.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting() and _folds(self, x):
+            shortcut = x if isinstance(self.downsample, nn.Identity) else self.downsample.infer(x)
+            return self.conv2.infer(self.conv1.infer(x, relu=True), shortcut, relu=True)
         shortcut = self.downsample(x)
         x = self.act1(self.conv1(x))
         x = self.drop_path(self.conv2(x))
-        x += shortcut
-        return self.act2(x)
+        return self.act2(x + shortcut)
 
 
 class Bottleneck(nn.Module):
@@ -119,9 +138,9 @@ class Bottleneck(nn.Module):
         conv = partial(ConvNorm, group=group, norm_layer=norm_layer, device=device, dtype=dtype)
         out_fields = fields * self.expansion
         self.conv1 = conv(in_fields, fields, 1)
-        self.act1 = act_layer(inplace=True)
+        self.act1 = act_layer()
         self.conv2 = conv(fields, fields, 3, stride=stride, dilation=first_dilation)
-        self.act2 = act_layer(inplace=True)
+        self.act2 = act_layer()
         self.conv3 = conv(fields, out_fields, 1)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.downsample = nn.Identity()
@@ -133,12 +152,15 @@ class Bottleneck(nn.Module):
         nn.init.zeros_(self.conv3.norm.per_field.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting() and _folds(self, x):
+            shortcut = x if isinstance(self.downsample, nn.Identity) else self.downsample.infer(x)
+            x = self.conv2.infer(self.conv1.infer(x, relu=True), relu=True)
+            return self.conv3.infer(x, shortcut, relu=True)
         shortcut = self.downsample(x)
         x = self.act1(self.conv1(x))
         x = self.act2(self.conv2(x))
         x = self.drop_path(self.conv3(x))
-        x += shortcut
-        return self.act3(x)
+        return self.act3(x + shortcut)
 
 
 class EquivariantResNet(nn.Module):
@@ -214,7 +236,7 @@ class EquivariantResNet(nn.Module):
         # Stem: trivial fields (the image) -> regular fields
         self.check_image = CheckImage(in_chans)
         self.conv1 = ConvNorm(in_chans, width, 7, group, "trivial", stride=2, norm_layer=norm_layer, **dd)
-        self.act1 = act_layer(inplace=True)
+        self.act1 = act_layer()
         self.feature_info = [_feature_info(width, group, reduction=2, module="act1")]
         self.maxpool = MaxPool2d(kernel_size=3, stride=2, padding=1)
 

@@ -19,6 +19,7 @@ from functools import cache, cached_property, partial
 import torch
 
 from equivision_timm.kernel_bases import load_irreps_basis
+from equivision_timm.layers.conv_strategies.expand import finish
 from equivision_timm.layers.conv_strategies.irreps import operator
 from equivision_timm.layers.conv_strategies.pieces import Piece, by_pieces
 from equivision_timm.layers.conv_strategies.steer import Grid, Steps, Terms
@@ -44,8 +45,17 @@ def pack(weights: torch.Tensor, bias: torch.Tensor | None, group: str, kernel_si
     return Packed(matrices, bias)
 
 
-def infer(x: torch.Tensor, packed: Packed, group: str, kernel_size: int, stride: int, dilation: int) -> torch.Tensor:
-    """The convolution of x [B, I * |G|, height, width], as `conv2d`, without gradients."""
+def infer(
+    x: torch.Tensor,
+    packed: Packed,
+    group: str,
+    kernel_size: int,
+    stride: int,
+    dilation: int,
+    shortcut: torch.Tensor | None = None,
+    relu: bool = False,
+) -> torch.Tensor:
+    """As `conv2d`, without gradients; then `shortcut` is added, if there is one, and ReLU taken, if `relu`."""
     matrices, bias = packed.matrices, packed.bias
     plan, grid, out_fields, share_out = _layer(x, matrices, group, kernel_size, stride, dilation)
     y = x.new_empty(len(x), out_fields * plan.order, grid.out_height, grid.out_width)
@@ -64,7 +74,7 @@ def infer(x: torch.Tensor, packed: Packed, group: str, kernel_size: int, stride:
             y[images, :, own].unflatten(1, (out_fields, plan.order)).copy_(valid)  # [n, O, |G|, rows, width']
 
     share_out(convolve)
-    return y
+    return finish(y, shortcut, relu)
 
 
 def _forward(

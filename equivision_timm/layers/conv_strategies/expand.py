@@ -9,7 +9,9 @@ w: the learnt coefficients, from input field i to output field o; basis: the equ
 import torch
 import torch.nn.functional as F
 
-__all__ = ["conv2d", "expand_filter"]
+__all__ = ["conv2d", "expand_filter", "finish", "infer", "pack"]
+
+Packed = tuple[torch.Tensor, torch.Tensor | None]  # the filter; the bias [O * |G|] or None
 
 
 def expand_filter(weight: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
@@ -25,7 +27,49 @@ def expand_filter(weight: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
 
 
 def conv2d(
-    x: torch.Tensor, weight: torch.Tensor, basis: torch.Tensor, stride: int, padding: int, dilation: int
+    x: torch.Tensor,
+    filters: torch.Tensor,
+    bias: torch.Tensor | None,
+    group: str,
+    kernel_size: int,
+    stride: int,
+    dilation: int,
 ) -> torch.Tensor:
-    """Steerable convolution of x [B, I * H, height, width] by the expanded filter: [B, O * |G|, height', width']."""
-    return F.conv2d(x, expand_filter(weight, basis), None, stride, padding, dilation)
+    """Steerable convolution of x [B, I * H, height, width] by `expand_filter`: [B, O * |G|, height', width'].
+
+    Args:
+        x: the input.
+        filters: the dense filter.
+        bias: [O], added to each field, or None.
+        group: name of the group.
+        kernel_size: k; the padding is dilation * (k // 2).
+        stride: as in `nn.Conv2d`.
+        dilation: as in `nn.Conv2d`.
+    """
+    return infer(x, pack(filters, bias, group, kernel_size), group, kernel_size, stride, dilation)
+
+
+def pack(filters: torch.Tensor, bias: torch.Tensor | None, group: str, kernel_size: int) -> Packed:
+    """The filter, and the bias [O] of each field or None, for `infer`."""
+    return filters, bias if bias is None else bias.repeat_interleave(len(filters) // len(bias))
+
+
+def infer(
+    x: torch.Tensor,
+    packed: Packed,
+    group: str,
+    kernel_size: int,
+    stride: int,
+    dilation: int,
+    shortcut: torch.Tensor | None = None,
+    relu: bool = False,
+) -> torch.Tensor:
+    """As `conv2d`; then `shortcut` is added, if there is one, and the output ends with ReLU, if `relu`."""
+    padding = dilation * (kernel_size // 2)
+    return finish(F.conv2d(x, *packed, stride, padding, dilation), shortcut, relu)
+
+
+def finish(y: torch.Tensor, shortcut: torch.Tensor | None, relu: bool) -> torch.Tensor:
+    """y + shortcut, if there is one, with ReLU, if `relu`."""
+    y = y if shortcut is None else y + shortcut
+    return F.relu(y, inplace=True) if relu else y

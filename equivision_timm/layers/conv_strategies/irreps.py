@@ -1,7 +1,7 @@
 """What the strategies in the irreps basis share: the block weights, and the convolution by them as an operator.
 
-The operator is one node for autograd and `torch.compile`; its gradients flow to the block weights, and from there to the
-coefficients: no dense filter exists anywhere.
+The operator is one node for autograd and `torch.compile`; its gradients flow to the block weights, and from there to
+the coefficients: no dense filter exists anywhere.
 """
 
 from collections.abc import Callable

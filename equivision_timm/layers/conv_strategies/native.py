@@ -111,18 +111,7 @@ def infer(
     shortcut: torch.Tensor | None = None,
     relu: bool = False,
 ) -> torch.Tensor:
-    """The convolution of x [B, I * |G|, height, width], as `conv2d`, without gradients; and what may follow it.
-
-    Args:
-        x: regular fields.
-        packed: of `pack`.
-        group: name of the group.
-        kernel_size: 1 or 3.
-        stride: as in `nn.Conv2d`.
-        dilation: as in `nn.Conv2d`.
-        shortcut: is added to the output, or None.
-        relu: whether to end with ReLU.
-    """
+    """As `conv2d`, without gradients; then `shortcut` is added, if there is one, and ReLU taken, if `relu`."""
     dtype, x = x.dtype, _readable(x)
     layer, shape = _layer(x, packed.out_fields, group, kernel_size, stride, dilation)
     y = x.new_empty(shape)
@@ -210,7 +199,7 @@ class _Layer(ctypes.Structure):
 
 @dataclass(frozen=True)
 class _Plan:
-    """What the group and the kernel size determine, as fields of `_Layer`; and the tensors whose addresses these are."""
+    """What the group and the kernel size determine, as fields of `_Layer`; the tensors whose addresses these are."""
 
     order: int
     blocks: dict[str, int]
