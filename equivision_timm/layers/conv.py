@@ -93,11 +93,12 @@ class SteerableConv2d(nn.Module):
         self.register_buffer("irreps_basis", torch.empty(n_basis, entries, **dd), persistent=False)
         self.check_strategy(strategy)
         self.strategy = strategy
+        native.available()  # asked while nothing is traced
         self._prepared = _Prepared()
         self.reset_parameters()
 
     def check_strategy(self, strategy: str) -> None:
-        """Raises ValueError where `strategy` does not exist, or works in the irreps basis and the input is trivial."""
+        """Raises ValueError where `strategy` does not exist or cannot run: on trivial input, or on this machine."""
         if strategy not in STRATEGIES:
             raise ValueError(f"unknown conv_strategy {strategy!r}: use one of {', '.join(map(repr, STRATEGIES))}")
         if strategy in ("block_diagonal", "native") and self.input_type != "regular":
@@ -105,6 +106,15 @@ class SteerableConv2d(nn.Module):
                 f"conv_strategy {strategy!r} needs regular fields, but the input of this layer is {self.input_type}: "
                 "use 'expand' or 'auto'"
             )
+        if strategy == "native":
+            try:
+                native.library(torch.float32)
+            except RuntimeError as error:
+                raise ValueError(str(error)) from error
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        native.available()  # asked while nothing is traced
 
     def strategy_for(
         self, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype = torch.float32

@@ -41,24 +41,43 @@ from equivision_timm.models.pretrained import HUB_ORG, WEIGHTS_FILE, build_pretr
 __all__ = ["BasicBlock", "Bottleneck", "EquivariantResNet"]  # register_model adds every entrypoint
 
 
-def _folds(block: nn.Module, x: torch.Tensor) -> bool:
-    """Whether a block may add its shortcut and take its ReLUs as outputs are written, unseen.
+class _ResidualBlock(nn.Module):
+    """What the blocks share: eager inference in one pass for each convolution, its shortcut and its ReLU included."""
 
-    That is in eager inference, with plain ReLU and no hooks inside.
-    """
-    modules = [module for module in block.modules() if module is not block]
-    return (
-        isinstance(x, torch.Tensor)  # no proxy of torch.fx
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not block.training
-        and not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
-        and all(module.folds() for module in modules if isinstance(module, ConvNorm))
-        and all(type(child) is nn.ReLU for name, child in block.named_children() if name.startswith("act"))
-    )
+    @torch.jit.unused
+    def folds(self, x: torch.Tensor) -> bool:
+        """Whether nobody sees that a step is missing: eager inference, plain ReLU, no hooks inside."""
+        modules = [module for module in self.modules() if module is not self]
+        acts = [child for name, child in self.named_children() if name.startswith("act")]
+        return (
+            isinstance(x, torch.Tensor)  # no proxy of torch.fx
+            and not self.training
+            and not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+            and all(type(act) is nn.ReLU for act in acts)
+            and all(isinstance(unit, ConvNorm) and unit.folds() for unit in self._units())
+        )
+
+    def _units(self) -> list[nn.Module]:
+        """The convolutions in their order, and that of the shortcut if it has one."""
+        units = [child for name, child in self.named_children() if name.startswith("conv")]
+        return units if isinstance(self.downsample, nn.Identity) else [*units, self.downsample]
+
+    @torch.jit.unused
+    def infer(self, x: torch.Tensor) -> torch.Tensor:
+        """What `forward` computes where it `folds`."""
+        *units, last = self._units()
+        shortcut = x
+        if not isinstance(self.downsample, nn.Identity):
+            shortcut = last.infer(x)
+            *units, last = units
+        for unit in units:
+            x = unit.infer(x, relu=True)
+        return last.infer(x, shortcut, relu=True)
 
 
-class BasicBlock(nn.Module):
+class BasicBlock(_ResidualBlock):
     """Two 3x3 convolutions and a shortcut: [B, in_fields * |G|, H, W] -> [B, fields * |G|, H / stride, W / stride].
 
     Args:
@@ -106,16 +125,15 @@ class BasicBlock(nn.Module):
         nn.init.zeros_(self.conv2.norm.per_field.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting() and _folds(self, x):
-            shortcut = x if isinstance(self.downsample, nn.Identity) else self.downsample.infer(x)
-            return self.conv2.infer(self.conv1.infer(x, relu=True), shortcut, relu=True)
+        if not torch.jit.is_scripting() and self.folds(x):
+            return self.infer(x)
         shortcut = self.downsample(x)
         x = self.act1(self.conv1(x))
         x = self.drop_path(self.conv2(x))
         return self.act2(x + shortcut)
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(_ResidualBlock):
     """1x1, 3x3 and 1x1 convolutions and a shortcut; arguments as in `BasicBlock`, four times `fields` at the output."""
 
     expansion = 4
@@ -152,10 +170,8 @@ class Bottleneck(nn.Module):
         nn.init.zeros_(self.conv3.norm.per_field.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting() and _folds(self, x):
-            shortcut = x if isinstance(self.downsample, nn.Identity) else self.downsample.infer(x)
-            x = self.conv2.infer(self.conv1.infer(x, relu=True), relu=True)
-            return self.conv3.infer(x, shortcut, relu=True)
+        if not torch.jit.is_scripting() and self.folds(x):
+            return self.infer(x)
         shortcut = self.downsample(x)
         x = self.act1(self.conv1(x))
         x = self.act2(self.conv2(x))

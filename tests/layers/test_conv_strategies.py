@@ -16,19 +16,24 @@ from hypothesis import strategies as st
 import equivision_timm  # noqa: F401  registers the models
 from equivision_timm.kernel_bases import load_irreps_basis, load_kernel_basis
 from equivision_timm.layers import ConvNorm, SteerableConv2d
-from equivision_timm.layers.conv_strategies import auto, block_diagonal
+from equivision_timm.layers.conv_strategies import auto, block_diagonal, native
+from equivision_timm.layers.conv_strategies.irreps import block_weights
 from equivision_timm.testing import assert_equivariant, equivariance_error
 
 # Largest error relative to the largest output, against the definition in float64
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 
 
-def pair(group, kernel_size, in_fields=3, out_fields=2, dtype=torch.float64, **kwargs):
-    """The same layer as 'expand' and as 'block_diagonal'."""
+FAST = {"block_diagonal": block_diagonal, "native": native}
+fast = pytest.mark.parametrize("strategy", FAST)
+
+
+def pair(strategy, group, kernel_size, in_fields=3, out_fields=2, dtype=torch.float64, **kwargs):
+    """The same layer as 'expand' and as `strategy`."""
     layer = SteerableConv2d(in_fields, out_fields, kernel_size, group, strategy="expand", dtype=dtype, **kwargs)
     layer.init_non_persistent_buffers()
     other = copy.deepcopy(layer)
-    other.strategy = "block_diagonal"
+    other.strategy = strategy
     return layer, other
 
 
@@ -50,6 +55,7 @@ LAYOUTS = {
 }
 
 
+@fast
 @settings(max_examples=120, deadline=None)
 @given(
     group=st.sampled_from(GROUPS),
@@ -64,20 +70,23 @@ LAYOUTS = {
 @example("d4", 1, 2, 1, (2, 141, 140), (1, 2), "channels-last")
 @example("c4", 3, 1, 1, (5, 40, 40), (2, 1), "contiguous")
 @example("d8", 3, 2, 1, (3, 90, 91), (1, 1), "contiguous")
-def test_block_diagonal_equals_the_definition(group, kernel_size, stride, dilation, shape, fields, layout):
+def test_equals_the_definition(strategy, group, kernel_size, stride, dilation, shape, fields, layout):
     batch, height, width = shape
-    expand, block = pair(group, kernel_size, *fields, stride=stride, dilation=dilation)
+    expand, quick = pair(strategy, group, kernel_size, *fields, stride=stride, dilation=dilation)
     x = LAYOUTS[layout](torch.randn(batch, fields[0] * expand.order, height, width, dtype=torch.float64))
     weights = torch.randn(expand(x).shape, dtype=torch.float64)
     exact = gradients(expand, x, weights)
     for dtype in (torch.float64, torch.float32):
-        for found, expected in zip(gradients(block.to(dtype), x.to(dtype), weights.to(dtype)), exact, strict=True):
+        for found, expected in zip(gradients(quick.to(dtype), x.to(dtype), weights.to(dtype)), exact, strict=True):
             assert found.shape == expected.shape
             assert relative(found, expected) < 3 * TOLERANCE[dtype]
+        with torch.inference_mode():
+            assert relative(quick(x.to(dtype)), exact[0]) < 3 * TOLERANCE[dtype]
 
 
-def test_one_wrong_number_is_noticed():
-    expand, block = pair("c8", 3)
+@fast
+def test_one_wrong_number_is_noticed(strategy):
+    expand, block = pair(strategy, "c8", 3)
     x = torch.randn(1, 24, 9, 9, dtype=torch.float64)
     with torch.no_grad():
         assert relative(block(x), expand(x)) < 1e-12
@@ -85,23 +94,25 @@ def test_one_wrong_number_is_noticed():
         assert relative(block(x), expand(x)) > 1e-4
 
 
+@fast
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("kernel_size", [1, 3])
-def test_gradcheck(group, kernel_size):
-    _, layer = pair(group, kernel_size, 1, 2, stride=2)
+def test_gradcheck(strategy, group, kernel_size):
+    _, layer = pair(strategy, group, kernel_size, 1, 2, stride=2)
     x = torch.randn(2, layer.order, 4, 3, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(2, dtype=torch.float64, requires_grad=True)
 
     def function(x, weight, bias):
-        matrices = block_diagonal.block_weights(weight, layer.irreps_basis, layer.matrix_shapes)
-        return block_diagonal.conv2d(x, matrices, bias, group, kernel_size, 2, 1)
+        weights = block_weights(weight, layer.irreps_basis)
+        return FAST[strategy].conv2d(x, weights, bias, group, kernel_size, 2, 1)
 
     assert torch.autograd.gradcheck(function, (x, layer.weight, bias), fast_mode=True)
 
 
+@fast
 @pytest.mark.parametrize("frozen", ["x", "weight"])
-def test_gradients_that_nobody_needs(frozen):
-    expand, block = pair("d4", 3)
+def test_gradients_that_nobody_needs(strategy, frozen):
+    expand, block = pair(strategy, "d4", 3)
     x = torch.randn(2, 24, 7, 7, dtype=torch.float64, requires_grad=frozen != "x")
     found = []
     for layer in (expand, block):
@@ -110,11 +121,12 @@ def test_gradients_that_nobody_needs(frozen):
     torch.testing.assert_close(*found)
 
 
+@fast
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("group", ["c4", "d8"])
 @pytest.mark.parametrize("kernel_size", [1, 3])
-def test_low_precision(group, kernel_size, dtype):
-    expand, block = pair(group, kernel_size, 8, 8)
+def test_low_precision(strategy, group, kernel_size, dtype):
+    expand, block = pair(strategy, group, kernel_size, 8, 8)
     x = torch.randn(2, 8 * expand.order, 12, 12, dtype=torch.float64)
     weights = torch.randn(expand(x).shape, dtype=torch.float64)
     exact = gradients(expand, x, weights)
@@ -128,24 +140,27 @@ def test_low_precision(group, kernel_size, dtype):
     assert relative(y.double(), exact[0]) < TOLERANCE[dtype]
 
 
+@fast
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("kernel_size", [1, 3])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_block_diagonal_is_equivariant(group, kernel_size, stride):
-    _, layer = pair(group, kernel_size, dtype=torch.float32, stride=stride)
+def test_equivariant(strategy, group, kernel_size, stride):
+    _, layer = pair(strategy, group, kernel_size, dtype=torch.float32, stride=stride)
     arguments = {"group": group, "input_type": "regular", "output_type": "regular", "in_channels": 3 * layer.order}
     assert_equivariant(layer, 17, tolerance=1e-5, **arguments)
 
 
-def test_a_symmetry_it_lacks_is_not_there():
-    _, layer = pair("c4", 3, 2, 1, dtype=torch.float32)  # 4 channels out, 8 in: also a field of d4
+@fast
+def test_a_symmetry_it_lacks_is_not_there(strategy):
+    _, layer = pair(strategy, "c4", 3, 2, 1, dtype=torch.float32)  # 4 channels out, 8 in: also a field of d4
     arguments = {"input_type": "trivial", "output_type": "invariant", "in_channels": 8}
     model = nn.Sequential(layer, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     assert equivariance_error(model, 17, group="d1", **arguments)[1] > 1e-3
 
 
-def test_threads_change_nothing_and_stay_as_many():
-    expand, block = pair("c8", 3)
+@fast
+def test_threads_change_nothing_and_stay_as_many(strategy):
+    expand, block = pair(strategy, "c8", 3)
     x = torch.randn(7, 24, 50, 50, dtype=torch.float64)
     weights = torch.randn(7, 16, 50, 50, dtype=torch.float64)
     threads = torch.get_num_threads()
@@ -162,8 +177,9 @@ def test_threads_change_nothing_and_stay_as_many():
         torch.set_num_threads(threads)
 
 
-def test_no_images():
-    _, block = pair("c4", 3)
+@fast
+def test_no_images(strategy):
+    _, block = pair(strategy, "c4", 3)
     x = torch.zeros(0, 12, 9, 9, dtype=torch.float64, requires_grad=True)
     y = block(x)
     y.sum().backward()
@@ -171,13 +187,15 @@ def test_no_images():
     assert not block.weight.grad.any()
 
 
-def test_meta_tensors_have_the_right_shape():
-    _, block = pair("c4", 3, stride=2)
+@fast
+def test_meta_tensors_have_the_right_shape(strategy):
+    _, block = pair(strategy, "c4", 3, stride=2)
     assert block.to("meta")(torch.zeros(2, 12, 9, 8, dtype=torch.float64, device="meta")).shape == (2, 8, 5, 4)
 
 
-def test_compiles_as_one_graph():
-    _, block = pair("c8", 3)
+@fast
+def test_compiles_as_one_graph(strategy):
+    _, block = pair(strategy, "c8", 3)
     x, weights = torch.randn(2, 24, 9, 9, dtype=torch.float64), torch.randn(2, 16, 9, 9, dtype=torch.float64)
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     for found, expected in zip(gradients(compiled, x, weights), gradients(block, x, weights), strict=True):
@@ -186,13 +204,13 @@ def test_compiles_as_one_graph():
         torch.testing.assert_close(compiled(x), block(x))
 
 
-def test_the_operator_is_registered_correctly():
-    _, layer = pair("d4", 3, 1, 1)
-    matrices = block_diagonal.block_weights(layer.weight, layer.irreps_basis, layer.matrix_shapes)
-    matrices = [matrix.detach().requires_grad_() for matrix in matrices]
+@fast
+def test_the_operator_is_registered_correctly(strategy):
+    _, layer = pair(strategy, "d4", 3, 1, 1)
+    weights = block_weights(layer.weight, layer.irreps_basis).detach().requires_grad_()
     x = torch.randn(1, 8, 5, 5, dtype=torch.float64, requires_grad=True)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(block_diagonal.conv2d, (x, matrices, None, "d4", 3, 1, 1), test_utils=tests)
+    torch.library.opcheck(FAST[strategy].conv2d, (x, weights, None, "d4", 3, 1, 1), test_utils=tests)
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -211,20 +229,29 @@ def test_fewer_products(group, kernel_size):
 
 
 def test_unknown_strategy():
-    with pytest.raises(ValueError, match="unknown conv_strategy 'fft': use one of 'auto', 'expand', 'block_diagonal'"):
+    names = "'auto', 'expand', 'block_diagonal', 'native'"
+    with pytest.raises(ValueError, match=f"unknown conv_strategy 'fft': use one of {names}"):
         SteerableConv2d(1, 1, 3, "c4", strategy="fft")
     with pytest.raises(ValueError, match="needs regular fields, but the input of this layer is trivial"):
         SteerableConv2d(3, 1, 7, "c4", "trivial", strategy="block_diagonal")
 
 
-def test_auto_follows_the_shape():
+def test_auto_follows_the_machine():
+    wide, cpu = SteerableConv2d(100, 100, 3, "c8"), torch.device("cpu")
+    shape = (8, 800, 14, 14)
+    assert wide.strategy_for(shape, cpu) == wide.strategy_for(shape, cpu, torch.float64) == "native"
+    assert wide.strategy_for(shape, cpu, torch.bfloat16) == "block_diagonal"
+    assert wide.strategy_for(shape, torch.device("cuda")) == "expand"
+
+
+def test_auto_follows_the_shape(monkeypatch):
+    monkeypatch.setattr(native, "_found", False)  # no compiler
     wide, narrow = SteerableConv2d(100, 100, 3, "c8"), SteerableConv2d(1, 1, 3, "c8")
     cpu = torch.device("cpu")
     assert wide.strategy_for((8, 800, 14, 14), cpu) == "block_diagonal"
     assert narrow.strategy_for((8, 8, 14, 14), cpu) == "expand"
-    assert wide.strategy_for((8, 800, 14, 14), torch.device("cuda")) == "expand"
     assert SteerableConv2d(70, 70, 3, "c1").strategy_for((8, 70, 56, 56), cpu) == "expand"
-    assert auto.choose((1, 800, 7, 7), cpu, 100, 100, 1, 1, 8, 14) == "block_diagonal"
+    assert auto.choose((1, 800, 7, 7), cpu, torch.float32, 100, 100, 1, 1, 8, 14) == "block_diagonal"
 
 
 def test_strategies_of_a_model_travel_as_json(tmp_path):
@@ -240,7 +267,7 @@ def test_strategies_of_a_model_travel_as_json(tmp_path):
     x = torch.randn(2, 3, 65, 65)
     with torch.no_grad():
         expected = other(x)
-        for strategy in ("expand", "auto", "block_diagonal"):
+        for strategy in ("expand", "auto", "block_diagonal", "native"):
             model.set_conv_strategy(strategy)
             torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
     assert model.state_dict().keys() == other.state_dict().keys()
@@ -298,7 +325,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("strategy", ["expand", "block_diagonal"])
+@pytest.mark.parametrize("strategy", ["expand", *FAST])
 def test_no_old_filter_after(change, strategy):
     layer, x = unit(strategy)
     with torch.no_grad():
@@ -311,7 +338,7 @@ def test_no_old_filter_after(change, strategy):
     torch.testing.assert_close(after, separately(layer, x), rtol=1e-4, atol=atol)
 
 
-@pytest.mark.parametrize("strategy", ["expand", "block_diagonal"])
+@pytest.mark.parametrize("strategy", ["expand", *FAST])
 def test_the_filter_is_made_once(strategy, monkeypatch):
     layer, x = unit(strategy)
     made = []
@@ -352,8 +379,9 @@ def test_hooks_inside_see_what_passes():
     assert seen == [(4, 8, 9, 9)]
 
 
-def test_memory_does_not_grow():
-    _, block = pair("c8", 3, 8, 8, dtype=torch.float32)
+@fast
+def test_memory_does_not_grow(strategy):
+    _, block = pair(strategy, "c8", 3, 8, 8, dtype=torch.float32)
     x = torch.randn(4, 64, 28, 28)
 
     def steps(number):

@@ -43,7 +43,7 @@ def choose(
     """
     if device.type != "cpu":
         return "expand"
-    if native.why_not() is None and dtype in (torch.float32, torch.float64):
+    if native.available() and dtype in (torch.float32, torch.float64):
         return "native"
     batch, _, height, width = shape
     out_pixels = ((height - 1) // stride + 1) * ((width - 1) // stride + 1)

@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,18 +24,34 @@ import torch
 from equivision_timm.kernel_bases import IrrepsBasis, load_irreps_basis
 from equivision_timm.layers.conv_strategies.irreps import operator
 
-__all__ = ["Packed", "conv2d", "infer", "library", "pack", "why_not"]
+__all__ = ["Packed", "available", "conv2d", "infer", "library", "pack", "why_not"]
 
 _SOURCE = Path(__file__).with_suffix(".c")
 _FLAGS = ("-O3", "-march=native", "-fPIC", "-shared")
 _REALS = {torch.float32: "float", torch.float64: "double"}
 
 
-@cache
+_found: bool | None = None  # a plain variable: torch.compile reads it as a constant
+
+
+def available() -> bool:
+    """Whether this machine can run `native.c`; a compiler that fails is warned of, once in a process."""
+    global _found
+    if _found is None:
+        try:
+            library(torch.float32)
+            _found = True
+        except RuntimeError as error:
+            _found = False
+            if not why_not():
+                warnings.warn(f"slower convolutions are used: {error}", RuntimeWarning, stacklevel=2)
+    return _found
+
+
 def why_not() -> str | None:
-    """What this machine lacks for this strategy, and the remedy; None if nothing."""
-    if not hasattr(ctypes.CDLL(None) if os.name == "posix" else None, "GOMP_parallel"):
-        return "PyTorch's threads here are not those of GNU OpenMP (they are on Linux): use conv_strategy='auto'"
+    """What this machine lacks to compile and run `native.c`, and the remedy; None if nothing."""
+    if os.name != "posix" or not hasattr(ctypes.CDLL(None), "GOMP_parallel"):
+        return "PyTorch's threads here are not those of GNU OpenMP (on Linux they are): use conv_strategy='auto'"
     if shutil.which(_compiler()[0]) is None:
         return (
             f"there is no C compiler {_compiler()[0]!r}: install one (Debian: apt install gcc), name yours in the "
@@ -54,8 +71,9 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
     Raises:
         RuntimeError: this machine lacks something, or the compiler fails; with what it says.
     """
-    if why_not():
-        raise RuntimeError(f"conv_strategy 'native' cannot run: {why_not()}")
+    lacks = why_not()
+    if lacks:
+        raise RuntimeError(f"conv_strategy 'native' cannot run: {lacks}")
     command = [*_compiler(), *_FLAGS, f"-DREAL={_REALS[dtype]}"]
     version = subprocess.run([command[0], "--version"], capture_output=True, text=True).stdout
     made_of = (_SOURCE.read_text(), *command, version, platform.machine(), _processor())
