@@ -2,11 +2,13 @@
 
     python scripts/benchmark.py                                      # the models of the README, eval and train
     python scripts/benchmark.py c8resnet50 'd8*' --modes eval --batch-size 4 --size 225
+    python scripts/benchmark.py c8resnet50 --escnn                   # and the escnn network (extra `escnn`)
     python scripts/benchmark.py c8resnet50 --layers                  # every layer, every strategy
 
-The dense network has plain `nn.Conv2d` and `nn.BatchNorm2d` of the same number of channels in place of ours, and runs
-in each of its forms: eager or compiled, NCHW or channels-last, for eval also with its batch norms folded into the
-convolutions. The best of them, in the same run, is what we are compared with. Ours runs as `create_model` makes it.
+The dense network has plain `nn.Conv2d` and `nn.BatchNorm2d` of the same number of channels in place of ours, ReLU and
+the shortcut in place as in timm's ResNets, and runs in each of its forms: eager or compiled, NCHW or channels-last, for
+eval also with its batch norms folded into the convolutions. The best of them, in the same run, is what we are compared
+with. Ours runs as `create_model` makes it.
 
 All forms take turns, so that a busy machine slows each alike; medians count, and the ratios of medians. A training step
 is forward, backward and SGD with momentum. Peak memory is that of one step in a process of its own, without what the
@@ -43,6 +45,8 @@ from timm.utils.model import reparameterize_model
 from tqdm import tqdm
 
 from equivision_timm.layers import ConvNorm, MaxPool2d, SteerableConv2d
+from equivision_timm.layers.conv_strategies import STRATEGIES
+from equivision_timm.models.equivariant_resnet import BasicBlock, Bottleneck
 
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
 DEFAULT_MODELS = ("c8resnet50", "d4resnet50", "c4resnet50", "d8resnet18", "c8resnet18", "d4resnet18", "c4resnet18")
@@ -62,7 +66,37 @@ def dense_twin(model: nn.Module) -> nn.Module:
             continue
         parent, _, child = name.rpartition(".")
         setattr(twin.get_submodule(parent), child, plain)
-    return twin
+    return in_place(twin)
+
+
+class PlainBasicBlock(BasicBlock):
+    """The block as timm writes it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = self.downsample(x)
+        x = self.conv2(self.act1(self.conv1(x)))
+        x += shortcut
+        return self.act2(x)
+
+
+class PlainBottleneck(Bottleneck):
+    """The block as timm writes it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = self.downsample(x)
+        x = self.conv3(self.act2(self.conv2(self.act1(self.conv1(x)))))
+        x += shortcut
+        return self.act3(x)
+
+
+def in_place(model: nn.Module) -> nn.Module:
+    """`model`, of plain convolutions, with ReLU and shortcuts in place: what costs least."""
+    for module in model.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = True
+        elif isinstance(module, (BasicBlock, Bottleneck)):
+            module.__class__ = PlainBasicBlock if isinstance(module, BasicBlock) else PlainBottleneck
+    return model
 
 
 def build(form: str, name: str, mode: str) -> nn.Module:
@@ -73,11 +107,15 @@ def build(form: str, name: str, mode: str) -> nn.Module:
     else:
         model = timm.create_model(name)
         if form == "dense folded" or form == "dense folded channels-last":
-            model = reparameterize_model(model.eval())
+            model = in_place(reparameterize_model(model.eval()))
             for parameter in model.parameters():
                 parameter.requires_grad_(False)
         elif form.startswith("dense"):
             model = dense_twin(model)
+        elif form == "escnn":
+            from equivision_timm.checkpoints.to_escnn import to_escnn  # the extra is needed for --escnn alone
+
+            model = to_escnn(model)
     model.train(mode == "train")
     if "channels-last" in form:
         model = model.to(memory_format=torch.channels_last)
@@ -152,7 +190,7 @@ def import_seconds(repeats: int) -> float:
 
 
 def measure_layers(name: str, batch_size: int, size: int, repeats: int, threads: int) -> list[dict]:
-    """Seconds of both strategies for each distinct convolution of a network, forward and training."""
+    """Seconds of each strategy for each distinct convolution of a network, forward and training."""
     torch.set_num_threads(threads)
     model = timm.create_model(name)
     kinds: dict[tuple, list[str]] = {}
@@ -164,7 +202,7 @@ def measure_layers(name: str, batch_size: int, size: int, repeats: int, threads:
     rows = []
     for (i, o, k, stride, input_type, channels, height, width), names in tqdm(kinds.items(), desc=name, leave=False):
         x = torch.randn(batch_size, channels, height, width)
-        strategies = ["expand", "block_diagonal"] if input_type == "regular" else ["expand"]
+        strategies = [s for s in STRATEGIES if s != "auto"] if input_type == "regular" else ["expand"]
         group = model.group
         made = {s: SteerableConv2d(i, o, k, group, input_type, stride, strategy=s).eval() for s in strategies}
         for layer in made.values():
@@ -183,7 +221,8 @@ def measure_layers(name: str, batch_size: int, size: int, repeats: int, threads:
         pixels = batch_size * y.shape[2] * y.shape[3]
         dense = pixels * y.shape[1] * channels * k * k
         first = made["expand"]
-        products = {"expand": dense, "block_diagonal": pixels * i * o * getattr(first, "irreps_products", 0)}
+        blocks = pixels * i * o * getattr(first, "irreps_products", 0)
+        products = {s: dense if s == "expand" else blocks for s in strategies}
         auto = SteerableConv2d(i, o, k, group, input_type, stride).strategy_for(x.shape, x.device)
         row = {"layer": names[0], "count": len(names), "fields": f"{i} -> {o}", "kernel": k, "stride": stride}
         row |= {"size": height, "auto": auto}
@@ -206,42 +245,35 @@ def markdown(columns: list[str], rows: list[list]) -> str:
 
 
 def layer_table(layers: list[dict]) -> str:
-    columns = [
-        "layer",
-        "times",
-        "fields",
-        "kernel",
-        "input",
-        "expand ms, GFLOP/s",
-        "block diagonal ms, GFLOP/s",
-        "ratio",
-    ]
-    columns += ["train: expand ms", "block diagonal ms", "ratio", "auto", "share of eval", "of train"]
+    """For each layer and each strategy the time and the rate of its products, and which one `auto` takes."""
+    fast = [s for s in STRATEGIES if s not in ("auto", "expand")]
+    columns = ["layer", "times", "fields", "kernel", "input", "eval: expand, ms (GFLOP/s)"]
+    columns += [f"{s.replace('_', ' ')}" for s in fast] + ["train: expand, ms"] + [s.replace("_", " ") for s in fast]
+    columns += ["auto", "share of eval", "of train"]
     rows = []
     for layer in layers:
         stride = f"/{layer['stride']}" if layer["stride"] > 1 else ""
         row = [f"`{layer['layer']}`", layer["count"], layer["fields"], f"{layer['kernel']}x{layer['kernel']}{stride}"]
-        row += [layer["size"], f"{layer['expand eval ms']:.1f}, {layer['expand eval GFLOP/s']:.0f}"]
-        if "block_diagonal eval ms" in layer:
-            row.append(f"{layer['block_diagonal eval ms']:.1f}, {layer['block_diagonal eval GFLOP/s']:.0f}")
-            row.append(f"{layer['expand eval ms'] / layer['block_diagonal eval ms']:.2f}")
-            row += [f"{layer['expand train ms']:.1f}", f"{layer['block_diagonal train ms']:.1f}"]
-            row.append(f"{layer['expand train ms'] / layer['block_diagonal train ms']:.2f}")
-        else:
-            row += [None, None, f"{layer['expand train ms']:.1f}", None, None]
-        rows.append([*row, layer["auto"], f"{layer['eval share']:.0%}", f"{layer['train share']:.0%}"])
+        row.append(layer["size"])
+        for mode in ("eval", "train"):
+            for s in ("expand", *fast):
+                cell = f"{layer[f'{s} {mode} ms']:.1f}" if f"{s} {mode} ms" in layer else None
+                row.append(f"{cell} ({layer[f'{s} {mode} GFLOP/s']:.0f})" if cell and mode == "eval" else cell)
+        rows.append([*row, layer["auto"].replace("_", " "), f"{layer['eval share']:.0%}", f"{layer['train share']:.0%}"])
     return markdown(columns, rows)
 
 
 def result_table(results: list[dict]) -> str:
     columns = ["model", "mode", "ours, ms", "best dense, ms", "its form", "**times faster than dense**"]
+    columns += ["than escnn"] if any("escnn" in result["ratio"] for result in results) else []
     columns += ["than timm's ResNet", "peak memory: ours, MB", "dense, MB"]
     rows = []
     for result in results:
         best, memory = result["best dense"], result.get("memory", {})
         row = [f"`{result['model']}`", result["mode"], f"{1e3 * result['median']['ours']:.0f}"]
         row += [f"{1e3 * result['median'][best]:.0f}", best] if best else [None, None]
-        row += [f"{result['ratio'][key]:.2f}" if key in result["ratio"] else None for key in ("dense", "timm")]
+        keys = ("dense", "escnn", "timm") if "than escnn" in columns else ("dense", "timm")
+        row += [f"{result['ratio'][key]:.2f}" if key in result["ratio"] else None for key in keys]
         rows.append(row + [f"{memory[key]:.0f}" if key in memory else None for key in ("ours", "dense")])
     return markdown(columns, rows)
 
@@ -291,6 +323,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="timed runs of each form (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--eager", action="store_true", help="leave out the compiled forms, which take minutes to make")
+    parser.add_argument("--escnn", action="store_true", help="also the network as escnn builds it, in minutes")
     parser.add_argument("--layers", action="store_true", help="a table of layers instead of networks")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "benchmarks")
     parser.add_argument("--name", default="networks", help="of the files written (default: %(default)s)")
@@ -332,11 +365,11 @@ def main() -> None:
             dense = [] if mode == "create" else list(DENSE_FORMS[: 2 if args.eager else 4])
             if mode == "eval":
                 dense += ["dense folded", "dense folded channels-last"]
-            forms = ["ours", *dense, "timm"]
+            forms = ["ours", *dense, *(["escnn"] if args.escnn and mode != "create" else []), "timm"]
             seconds = in_new_process(measure, name, mode, forms, args.batch_size, args.size, args.repeats, args.threads)
             median = {form: statistics.median(values) for form, values in seconds.items()}
             best = min(dense, key=median.__getitem__) if dense else None
-            compared = {"dense": best, "timm": "timm"}
+            compared = {"dense": best, "escnn": "escnn", "timm": "timm"}
             ratio = {key: median[form] / median["ours"] for key, form in compared.items() if form in median}
             result = {"model": name, "mode": mode, "median": median, "best dense": best, "ratio": ratio}
             if mode != "create":

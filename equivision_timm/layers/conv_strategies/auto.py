@@ -1,14 +1,15 @@
-"""Which strategy is fastest for a layer: an estimate from its shapes.
+"""Which strategy is fastest for a layer.
 
-On the CPU both are timed by products and by the numbers that pass through memory,
+On the CPU, in float32 and float64, that is `native` wherever it can run. Without a compiler, and in low precision, an
+estimate from the products and from the numbers that pass through memory decides between
 
     expand:          dense products / 54 G/s + 0.45 ns (inputs + outputs)
     block_diagonal:  products in the irreps basis / 40 G/s + 1.1 ns (inputs + outputs) + 3x3: 13 ns outputs of `steer`
                      + 0.1 ms (1x1) or 0.5 ms (3x3) each time some images are worked on
 
 The constants fit about 120 layers of all groups, each measured alone, as `scripts/benchmark.py --layers` does; they
-hold for one core of an AMD EPYC with AVX-512, and their ratios, which decide, roughly for others. Elsewhere `expand`:
-many small matrices are no fast path on a GPU, and nothing has been measured there.
+hold for one core of an AMD EPYC with AVX-512, and their ratios, which decide, roughly for others. On other devices
+`expand`: many small matrices are no fast path on a GPU, and nothing has been measured there.
 """
 
 import torch
@@ -29,11 +30,12 @@ def choose(
     order: int,
     products: int,
 ) -> str:
-    """'expand' or 'block_diagonal' for an input of `shape` [B, I * |G|, height, width] of regular fields.
+    """The name of a strategy for an input of `shape` [B, I * |G|, height, width] of regular fields.
 
     Args:
         shape: of the input.
         device: where it lies.
+        dtype: in which to compute.
         in_fields: I.
         out_fields: O.
         kernel_size: 1 or 3.

@@ -191,13 +191,23 @@ INLINE void join(const Layer *l, long phase, const REAL *line, REAL *image) {
     else for (long x = phase; x < l->in_width; x += l->stride) image[x] += *line++;
 }
 
-/* out[r] = sum_c values[r, c] in[c], lines of n numbers; lines of in are n apart */
+/* out[r] = sum_c values[r, c] in[c] for nv vectors; lines of in are n apart */
+INLINE void combine_vectors(int nv, const Sparse *m, long rows, const REAL *in, long n, REAL *out, long out_step) {
+    for (long r = 0; r < rows; r++) {
+        vector sum[4];
+        for (int j = 0; j < nv; j++) sum[j] = (vector){0};
+        for (long e = m->starts[r]; e < m->starts[r + 1]; e++)
+            for (int j = 0; j < nv; j++) sum[j] += m->values[e] * LOAD(in + m->columns[e] * n + j * LANES);
+        for (int j = 0; j < nv; j++) STORE(out + r * out_step + j * LANES, sum[j]);
+    }
+}
+
 static void combine(const Sparse *m, long rows, const REAL *in, REAL *out, long out_step, long n) {
-    for (long r = 0; r < rows; r++)
-        for (long p = 0; p < n; p += LANES) {
-            vector sum = {0};
-            for (long e = m->starts[r]; e < m->starts[r + 1]; e++) sum += m->values[e] * LOAD(in + m->columns[e] * n + p);
-            STORE(out + r * out_step + p, sum);
+    for (long p = 0; p < n; p += 4 * LANES) switch (least(4, (n - p) / LANES)) {
+        case 1: combine_vectors(1, m, rows, in + p, n, out + p, out_step); break;
+        case 2: combine_vectors(2, m, rows, in + p, n, out + p, out_step); break;
+        case 3: combine_vectors(3, m, rows, in + p, n, out + p, out_step); break;
+        case 4: combine_vectors(4, m, rows, in + p, n, out + p, out_step); break;
         }
 }
 

@@ -110,13 +110,14 @@ class Packed:
     weights: torch.Tensor
     bias: torch.Tensor | None
     out_fields: int
+    in_fields: int
 
 
 def pack(weights: torch.Tensor, bias: torch.Tensor | None, group: str, kernel_size: int) -> Packed:
     """`block_weights`, and the bias [O] of each field or None, for `infer`."""
     weights = weights.to(_real(weights.dtype)).contiguous()
     bias = None if bias is None else bias.to(weights.dtype).contiguous()
-    return Packed(_pack(weights, group, kernel_size, transposed=False), bias, weights.shape[1])
+    return Packed(_pack(weights, group, kernel_size, transposed=False), bias, *weights.shape[1:])
 
 
 def infer(
@@ -131,9 +132,10 @@ def infer(
 ) -> torch.Tensor:
     """As `conv2d`, without gradients; then `shortcut` is added, if there is one, and ReLU taken, if `relu`."""
     dtype, x = x.dtype, _readable(x)
-    layer, shape = _layer(x, packed.out_fields, group, kernel_size, stride, dilation)
+    layer, shape = _layer(x, packed.out_fields, packed.in_fields, group, kernel_size, stride, dilation)
     y = x.new_empty(shape)
-    shortcut = None if shortcut is None else _readable(shortcut)
+    if shortcut is not None:
+        shortcut = _readable(shortcut).to(x.dtype).expand(shape).contiguous()
     _run("forward", layer, x, packed.weights, packed.bias, shortcut, int(relu), y)
     return y.to(dtype)
 
@@ -163,7 +165,7 @@ def _backward(
 ) -> list[torch.Tensor]:
     dtype = x.dtype
     grad, x, weights = _readable(grad), _readable(x), weights.to(_real(dtype)).contiguous()
-    layer, _ = _layer(x, weights.shape[1], group, kernel_size, stride, dilation)
+    layer, _ = _layer(x, *weights.shape[1:], group, kernel_size, stride, dilation)
     packed = dx = sums = dw = None
     if for_x:
         packed, dx = _pack(weights, group, kernel_size, transposed=True), x.new_empty(x.shape)
@@ -184,8 +186,6 @@ def _real(dtype: torch.dtype) -> torch.dtype:
 
 def _readable(x: torch.Tensor) -> torch.Tensor:
     """x as native.c reads it."""
-    if x.device.type != "cpu":
-        raise ValueError(f"conv_strategy 'native' runs on the CPU, but the input is on {x.device}: use 'auto'")
     return x.to(_real(x.dtype)).contiguous()
 
 
@@ -266,15 +266,18 @@ def _terms(basis: IrrepsBasis) -> torch.Tensor:
     return torch.where(terms.abs() < 1e-12, 0.0, terms)
 
 
-_PIXELS = 256  # of a chunk, at most: T of some hundred channels then stays in the second cache
+_PIXELS = 512  # of a chunk, at most: more lines share their neighbours, fewer stay in the second cache
 
 
 def _layer(
-    x: torch.Tensor, out_fields: int, group: str, kernel_size: int, stride: int, dilation: int
+    x: torch.Tensor, out_fields: int, in_fields: int, group: str, kernel_size: int, stride: int, dilation: int
 ) -> tuple[_Layer, tuple[int, int, int, int]]:
     """The layer as native.c sees it, with the size of its chunks; and the shape of the output."""
     plan = _plan(group, kernel_size, x.dtype)
-    batch, channels, height, width = x.shape
+    if x.ndim != 4 or x.shape[1] != in_fields * plan.order:
+        channels = in_fields * plan.order
+        raise ValueError(f"a convolution of {in_fields} fields takes [B, {channels}, H, W], but got {list(x.shape)}")
+    batch, _, height, width = x.shape
     out_height, out_width = ((size - 1) // stride + 1 for size in (height, width))
     shape = (batch, out_fields * plan.order, out_height, out_width)
     if kernel_size == stride == 1:  # no neighbours: the pixels may lie in lines of any length
@@ -288,7 +291,7 @@ def _layer(
         images = 1
         rows = -(-out_height // -(-out_height * out_width // _PIXELS))
     return _Layer(
-        *(plan.order, channels // plan.order, out_fields, kernel_size, stride, dilation),
+        *(plan.order, in_fields, out_fields, kernel_size, stride, dilation),
         *(batch, height, width, out_height, out_width, images, rows),
         **plan.blocks,
         **plan.maps,
@@ -297,7 +300,11 @@ def _layer(
 
 def _run(name: str, layer: _Layer, *arguments: torch.Tensor | int | None) -> None:
     """Function `name` of native.c, in all threads; lets go of Python's lock."""
-    code = library(next(argument.dtype for argument in arguments if isinstance(argument, torch.Tensor)))
+    tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            raise ValueError(f"conv_strategy 'native' runs on the CPU, but a tensor is on {tensor.device}: use 'auto'")
+    code = library(tensors[0].dtype)
     values = [
         ctypes.c_long(argument)
         if isinstance(argument, int)
