@@ -259,7 +259,9 @@ def layer_table(layers: list[dict]) -> str:
             for s in ("expand", *fast):
                 cell = f"{layer[f'{s} {mode} ms']:.1f}" if f"{s} {mode} ms" in layer else None
                 row.append(f"{cell} ({layer[f'{s} {mode} GFLOP/s']:.0f})" if cell and mode == "eval" else cell)
-        rows.append([*row, layer["auto"].replace("_", " "), f"{layer['eval share']:.0%}", f"{layer['train share']:.0%}"])
+        rows.append(
+            [*row, layer["auto"].replace("_", " "), f"{layer['eval share']:.0%}", f"{layer['train share']:.0%}"]
+        )
     return markdown(columns, rows)
 
 

@@ -14,8 +14,12 @@
    pixels: the next line overwrites it, and behind the last one there is room. `native.py` compiles this file, with
    REAL=float and with REAL=double, and calls `forward` and `backward`. */
 
+#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 
 /* A tile of the matrix product, MR x 2 vectors, fills the registers. */
 #if defined(__AVX512F__)
@@ -33,6 +37,18 @@ typedef REAL vector __attribute__((vector_size(BYTES), aligned(sizeof(REAL)), ma
 #define DEPTH ((long)(1024 / sizeof(REAL))) /* rows of T that a product takes at a time */
 
 #define INLINE static inline __attribute__((always_inline))
+/* Writes past the caches what is not read soon: to an address that whole vectors divide; FENCE ends such writes. */
+#if defined(__AVX512F__)
+#define STREAM(p, v) _mm512_stream_si512((__m512i *)(p), (__m512i)(v))
+#define FENCE _mm_sfence()
+#elif defined(__AVX__)
+#define STREAM(p, v) _mm256_stream_si256((__m256i *)(p), (__m256i)(v))
+#define FENCE _mm_sfence()
+#else
+#define STREAM(p, v) STORE(p, v)
+#define FENCE
+#endif
+
 #define LOAD(p) (*(const vector *)(p))
 #define STORE(p, v) (*(vector *)(p) = (v))
 
@@ -59,7 +75,8 @@ static long round_up(long n, long to) { return (n + to - 1) / to * to; }
 static long least(long a, long b) { return a < b ? a : b; }
 static long floor_divide(long a, long b) { return (a < 0 ? a - b + 1 : a) / b; }
 
-static REAL positive(REAL x) { return x < 0 ? 0 : x; } /* keeps NaN */
+typedef __typeof__((vector){0} < (vector){0}) mask;
+static vector positive(vector x) { return (vector)((mask)x & ~(x < (vector){0})); } /* keeps NaN */
 
 /* An odd number of vectors: lines a power of two apart would share few places of the cache. */
 static long line_length(long pixels) { return ((round_up(pixels, LANES) / LANES + 1) | 1) * LANES; }
@@ -337,23 +354,34 @@ static void unload(const Layer *l, const Chunk *k, const REAL *t, REAL *dx, REAL
 
 /* ---- Between images and y^ */
 
+/* y = x + bias + shortcut, negative numbers 0 if `relu`, n numbers; x has room behind them; shortcut may be NULL */
+INLINE void finish(const REAL *x, REAL bias, const REAL *shortcut, int relu, REAL *y, long n) {
+    int whole = (uintptr_t)y % BYTES == 0;
+    for (long p = 0; p < n; p += LANES) {
+        long count = least(LANES, n - p);
+        vector v = LOAD(x + p) + bias, other = {0};
+        if (shortcut && count == LANES) v += LOAD(shortcut + p);
+        else if (shortcut) memcpy(&other, shortcut + p, count * sizeof(REAL)), v += other;
+        if (relu) v = positive(v);
+        if (count < LANES) memcpy(y + p, &v, count * sizeof(REAL));
+        else if (whole) STREAM(y + p, v);
+        else STORE(y + p, v);
+    }
+}
+
 /* y = Q^T y^ + bias + shortcut, negative numbers 0 if `relu`; bias [out_fields] and shortcut, like y, may be NULL */
 static void store(const Layer *l, const Chunk *k, const REAL *irreps, const REAL *bias, const REAL *shortcut, long relu, REAL *y,
                   REAL *work) {
     long order = l->order, plane = l->out_height * l->out_width, own = k->rows * l->out_width;
     for (long o = 0; o < l->out_fields; o++) {
-        REAL added = bias ? bias[o] : 0;
         mix(order, l->fourier_transposed, irreps + o * k->line, l->out_fields * k->line, work, k->line, k->pixels);
         for (long g = 0; g < order; g++)
             for (long b = 0; b < k->images; b++) {
                 long place = (((k->image + b) * l->out_fields + o) * order + g) * plane + k->row * l->out_width;
                 const REAL *line = work + g * k->line + b * own;
-                if (shortcut && relu)
-                    for (long p = 0; p < own; p++) y[place + p] = positive(line[p] + added + shortcut[place + p]);
-                else if (relu)
-                    for (long p = 0; p < own; p++) y[place + p] = positive(line[p] + added);
-                else
-                    for (long p = 0; p < own; p++) y[place + p] = line[p] + added + (shortcut ? shortcut[place + p] : 0);
+                REAL added = bias ? bias[o] : 0;
+                if (shortcut) finish(line, added, shortcut + place, relu, y + place, own);
+                else finish(line, added, NULL, relu, y + place, own);
             }
     }
 }
@@ -473,6 +501,7 @@ static void forward_part(void *argument) {
         }
         store(l, &k, irreps, job->bias, job->shortcut, job->relu, job->y, work);
     }
+    FENCE;
 }
 
 /* dw: for each thread [columns, rows in whole vectors] of each block, added to */
