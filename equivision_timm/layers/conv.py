@@ -93,7 +93,6 @@ class SteerableConv2d(nn.Module):
         self.register_buffer("irreps_basis", torch.empty(n_basis, entries, **dd), persistent=False)
         self.check_strategy(strategy)
         self.strategy = strategy
-        native.available()  # asked while nothing is traced
         self._prepared = _Prepared()
         self.reset_parameters()
 
@@ -111,10 +110,6 @@ class SteerableConv2d(nn.Module):
                 native.library(torch.float32)
             except RuntimeError as error:
                 raise ValueError(str(error)) from error
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        native.available()  # asked while nothing is traced
 
     def strategy_for(
         self, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype = torch.float32

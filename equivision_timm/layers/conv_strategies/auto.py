@@ -45,7 +45,7 @@ def choose(
     """
     if device.type != "cpu":
         return "expand"
-    if native.available() and dtype in (torch.float32, torch.float64):
+    if dtype in (torch.float32, torch.float64) and native.available():
         return "native"
     batch, _, height, width = shape
     out_pixels = ((height - 1) // stride + 1) * ((width - 1) // stride + 1)

@@ -518,29 +518,30 @@ static void backward_part(void *argument) {
     REAL *irreps = t + (terms * l->in_fields + 1) * line, *turned = irreps + (l->order * l->out_fields + 1) * line;
     REAL *work = turned + widest * line, *sums = job->dw ? job->dw + omp_get_thread_num() * job->dw_size : NULL;
     if (sums) memset(sums, 0, job->dw_size * sizeof(REAL));
-    if (omp_get_thread_num() == 0) job->parts = omp_get_num_threads();
+    long thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    if (thread == 0) job->parts = threads;
+    /* Each thread has its images, whole ones, since their chunks add to dx, and always the same: so are the sums. */
     long down = (l->out_height + l->rows - 1) / l->rows, groups = (l->batch + l->images - 1) / l->images;
-    for (long group; (group = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED)) < groups;)
-        for (long index = group * down; index < (group + 1) * down; index++) { /* in one thread: they add to dx */
-            Chunk k = chunk(l, index);
-            load_gradient(l, &k, job->dy, irreps, work);
-            if (sums) load(l, &k, job->x, t, work);
-            const REAL *packed = job->packed;
-            REAL *in = t, *out = irreps, *dw = sums;
-            for (long b = 0; b < l->n_blocks; b++) {
-                long m = l->sizes[b] * l->out_fields, depth = l->functions * l->sizes[b] * l->in_fields;
-                for (long c = 0; c < l->copies[b]; c++, in += depth * line, out += m * line) {
-                    if (sums) {
-                        transpose(m, k.pixels, out, line, turned);
-                        multiply_transposed(depth, k.pixels, m, in, line, turned, dw); /* dW^T = T dy^^T */
-                    }
-                    if (job->dx) multiply(depth, m, k.pixels, packed, out, in, line); /* dT = W^T dy^, in place of T */
+    for (long index = groups * thread / threads * down; index < groups * (thread + 1) / threads * down; index++) {
+        Chunk k = chunk(l, index);
+        load_gradient(l, &k, job->dy, irreps, work);
+        if (sums) load(l, &k, job->x, t, work);
+        const REAL *packed = job->packed;
+        REAL *in = t, *out = irreps, *dw = sums;
+        for (long b = 0; b < l->n_blocks; b++) {
+            long m = l->sizes[b] * l->out_fields, depth = l->functions * l->sizes[b] * l->in_fields;
+            for (long c = 0; c < l->copies[b]; c++, in += depth * line, out += m * line) {
+                if (sums) {
+                    transpose(m, k.pixels, out, line, turned);
+                    multiply_transposed(depth, k.pixels, m, in, line, turned, dw); /* dW^T = T dy^^T */
                 }
-                if (sums) dw += depth * round_up(m, LANES);
-                if (job->dx) packed += round_up(depth, MR) * m;
+                if (job->dx) multiply(depth, m, k.pixels, packed, out, in, line); /* dT = W^T dy^, in place of T */
             }
-            if (job->dx) unload(l, &k, t, job->dx, work);
+            if (sums) dw += depth * round_up(m, LANES);
+            if (job->dx) packed += round_up(depth, MR) * m;
         }
+        if (job->dx) unload(l, &k, t, job->dx, work);
+    }
 }
 
 /* The gradient of the weights: the sum over threads, each number in its place */

@@ -31,30 +31,31 @@ _FLAGS = ("-O3", "-march=native", "-fPIC", "-shared")
 _REALS = {torch.float32: "float", torch.float64: "double"}
 
 
-_found: bool | None = None  # a plain variable: torch.compile reads it as a constant
-
-
+@torch.compiler.assume_constant_result  # torch.compile asks it once, and does not look inside
 def available() -> bool:
     """Whether this machine can run `native.c`; a compiler that fails is warned of, once in a process."""
-    global _found
-    if _found is None:
-        try:
-            library(torch.float32)
-            _found = True
-        except RuntimeError as error:
-            _found = False
-            if not why_not():
-                warnings.warn(f"slower convolutions are used: {error}", RuntimeWarning, stacklevel=2)
-    return _found
+    return _available()
+
+
+@cache
+def _available() -> bool:
+    try:
+        library(torch.float32)
+    except RuntimeError as error:
+        if not why_not():
+            warnings.warn(f"slower convolutions are used: {error}", RuntimeWarning, stacklevel=2)
+        return False
+    return True
 
 
 def why_not() -> str | None:
     """What this machine lacks to compile and run `native.c`, and the remedy; None if nothing."""
+    name = _compiler()[0]
     if os.name != "posix" or not hasattr(ctypes.CDLL(None), "GOMP_parallel"):
         return "PyTorch's threads here are not those of GNU OpenMP (on Linux they are): use conv_strategy='auto'"
-    if shutil.which(_compiler()[0]) is None:
+    if shutil.which(name) is None:
         return (
-            f"there is no C compiler {_compiler()[0]!r}: install one (Debian: apt install gcc), name yours in the "
+            f"there is no C compiler {name!r}: install one (Debian: apt install gcc), name yours in the "
             "environment variable CC, or use conv_strategy='auto'"
         )
     return None
@@ -74,15 +75,23 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
     lacks = why_not()
     if lacks:
         raise RuntimeError(f"conv_strategy 'native' cannot run: {lacks}")
-    command = [*_compiler(), *_FLAGS, f"-DREAL={_REALS[dtype]}"]
+    name, *options = _compiler()
+    command = [shutil.which(name), *options, *_FLAGS, f"-DREAL={_REALS[dtype]}"]  # gcc without PATH needs all of it
     version = subprocess.run([command[0], "--version"], capture_output=True, text=True).stdout
     made_of = (_SOURCE.read_text(), *command, version, platform.machine(), _processor())
-    name = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "equivision_timm"
-    path = folder / f"native-{name}.so"
+    digest = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
+    path = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / f"equivision_timm/native/{digest}.so"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as own:  # a process that is interrupted leaves no half library
+        _compile(command, path)
+    loaded = ctypes.CDLL(str(path))
+    loaded.packed_size.restype = loaded.sums_size.restype = ctypes.c_long
+    return loaded
+
+
+def _compile(command: list[str], path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as own:  # an interrupted process leaves no half library
             made = Path(own) / path.name
             run = subprocess.run([*command, "-o", str(made), str(_SOURCE)], capture_output=True, text=True)
             if run.returncode:
@@ -91,9 +100,11 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
                     "Name another compiler in the environment variable CC, or use conv_strategy='block_diagonal'"
                 )
             made.replace(path)
-    loaded = ctypes.CDLL(str(path))
-    loaded.packed_size.restype = loaded.sums_size.restype = ctypes.c_long
-    return loaded
+    except OSError as error:
+        raise RuntimeError(
+            f"conv_strategy 'native' has no place for its library: {error}. Name a folder that can be written in the "
+            "environment variable XDG_CACHE_HOME, or use conv_strategy='block_diagonal'"
+        ) from error
 
 
 def _processor() -> str:
@@ -280,16 +291,18 @@ def _layer(
     batch, _, height, width = x.shape
     out_height, out_width = ((size - 1) // stride + 1 for size in (height, width))
     shape = (batch, out_fields * plan.order, out_height, out_width)
+    threads = torch.get_num_threads()
+    at_once = min(_PIXELS, -(-out_height * out_width * batch // threads))  # so that all threads have some
     if kernel_size == stride == 1:  # no neighbours: the pixels may lie in lines of any length
         pixels = height * width
-        width = out_width = next(n for n in range(min(pixels, _PIXELS), 0, -1) if pixels % n == 0)
+        width = out_width = next(n for n in range(max(1, min(pixels, at_once)), 0, -1) if pixels % n == 0)
         height = out_height = pixels // width
-    if out_height * out_width <= _PIXELS:  # some images at a time, but some for each thread
-        images = max(1, min(_PIXELS // (out_height * out_width), -(-batch // torch.get_num_threads())))
+    if out_height * out_width <= at_once:  # some images at a time, but some for each thread
+        images = max(1, min(at_once // (out_height * out_width), -(-batch // threads)))
         rows = out_height
     else:  # some lines of one image, as many each time
         images = 1
-        rows = -(-out_height // -(-out_height * out_width // _PIXELS))
+        rows = -(-out_height // -(-out_height * out_width // max(1, at_once)))
     return _Layer(
         *(plan.order, in_fields, out_fields, kernel_size, stride, dilation),
         *(batch, height, width, out_height, out_width, images, rows),
