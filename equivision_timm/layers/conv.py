@@ -179,10 +179,10 @@ class SteerableConv2d(nn.Module):
         if not x.is_meta and torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(x.device.type)  # as autocast treats nn.Conv2d
             x = x.to(dtype)
-        strategy = "expand" if leaves_python() else self.strategy_for(x.shape, x.device, dtype)
+        strategy = "expand" if expand.leaves_python() else self.strategy_for(x.shape, x.device, dtype)
         code, layer = _CODE[strategy], (self.group, self.kernel_size, self.stride, self.dilation)
 
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or leaves_python():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or expand.leaves_python():
             return code.conv2d(x, *self._prepare(strategy, dtype, fold), *layer)
 
         def pack():
@@ -228,7 +228,7 @@ class SteerableConv2d(nn.Module):
                 bias=bias is not None,
                 device="meta",
             )
-            conv.weight = nn.Parameter(filters.detach())
+            conv.weight = nn.Parameter(filters.detach().contiguous())
             if bias is not None:
                 conv.bias = nn.Parameter(bias.detach().repeat_interleave(self.order))
         return conv
@@ -239,11 +239,6 @@ class SteerableConv2d(nn.Module):
             f"input_type={self.input_type!r}, stride={self.stride}, dilation={self.dilation}, "
             f"strategy={self.strategy!r}"
         )
-
-
-def leaves_python() -> bool:
-    """Whether a graph is recorded that must do without this package."""
-    return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
 class _Prepared:
@@ -267,5 +262,14 @@ class _Prepared:
 
 def _equal(tensors: tuple[torch.Tensor, ...], others: list[torch.Tensor]) -> bool:
     return len(tensors) == len(others) and all(
-        a.dtype == b.dtype and a.device == b.device and torch.equal(a, b) for a, b in zip(tensors, others, strict=True)
+        a.dtype == b.dtype and a.device == b.device and a.shape == b.shape and _equal_bits(a, b)
+        for a, b in zip(tensors, others, strict=True)
     )
+
+
+def _equal_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Compares integers of 64 bits where both tensors divide into them: PyTorch is fastest at those."""
+    a, b = a.detach().flatten(), b.flatten()
+    divides = all(t.nbytes % 8 == t.storage_offset() * t.itemsize % 8 == 0 for t in (a, b))
+    words = torch.int64 if divides else torch.uint8
+    return torch.equal(a.view(words), b.view(words))

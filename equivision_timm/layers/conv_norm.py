@@ -6,7 +6,8 @@ import torch
 import torch.nn as nn
 from timm.layers import register_notrace_module
 
-from equivision_timm.layers.conv import SteerableConv2d, leaves_python
+from equivision_timm.layers.conv import SteerableConv2d
+from equivision_timm.layers.conv_strategies.expand import leaves_python
 from equivision_timm.layers.norm import FieldNorm
 
 __all__ = ["ConvNorm"]

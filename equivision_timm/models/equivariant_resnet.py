@@ -441,18 +441,17 @@ class EquivariantResNet(nn.Module):
     def _stem(self, x: torch.Tensor) -> torch.Tensor:
         """Images -> the first regular fields: [B, in_chans, H, W] -> [B, width * |G|, H / 2, W / 2]."""
         x = self.check_image(x)
-        if not torch.jit.is_scripting() and self._infers_stem(x):
+        if not torch.jit.is_scripting() and self._stem_folds(x):
             return self._infer_stem(x)
         return self.act1(self.conv1(x))
 
     @torch.jit.unused
-    def _infers_stem(self, x: torch.Tensor) -> bool:
-        return _folds([self.conv1], [self.act1], [self.conv1, self.act1], x) and x.device.type == "cpu"
+    def _stem_folds(self, x: torch.Tensor) -> bool:
+        return _folds([self.conv1], [self.act1], [self.conv1, self.act1], x)
 
     @torch.jit.unused
     def _infer_stem(self, x: torch.Tensor) -> torch.Tensor:
-        """The same, channels-last: so PyTorch convolves few channels, and pools, in about half the time on the CPU."""
-        return self.conv1.infer(x.contiguous(memory_format=torch.channels_last), relu=True)
+        return self.conv1.infer(x, relu=True)
 
     def prune_intermediate_layers(
         self,

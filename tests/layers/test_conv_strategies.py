@@ -245,7 +245,7 @@ def test_auto_follows_the_machine():
 
 
 def test_auto_follows_the_shape(monkeypatch):
-    monkeypatch.setattr(native, "_found", False)  # no compiler
+    monkeypatch.setattr(native, "_available", lambda: False)  # no compiler
     wide, narrow = SteerableConv2d(100, 100, 3, "c8"), SteerableConv2d(1, 1, 3, "c8")
     cpu = torch.device("cpu")
     assert wide.strategy_for((8, 800, 14, 14), cpu) == "block_diagonal"
@@ -312,6 +312,7 @@ CHANGES = {
     "data": lambda layer: layer.conv.weight.data.mul_(2),
     "data replaced": lambda layer: setattr(layer.conv.weight, "data", layer.conv.weight.data * 2),
     "one number": lambda layer: layer.conv.weight.data.view(-1)[3:4].add_(1),
+    "the last number": lambda layer: layer.conv.weight.data.view(-1)[-1:].add_(1),
     "new parameter": lambda layer: setattr(layer.conv, "weight", nn.Parameter(layer.conv.weight * 2)),
     "loaded": lambda layer: layer.load_state_dict({k: v * 2 for k, v in layer.state_dict().items()}),
     "assigned": lambda layer: layer.load_state_dict({k: v * 2 for k, v in layer.state_dict().items()}, assign=True),

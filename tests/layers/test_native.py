@@ -18,10 +18,11 @@ from equivision_timm.layers.conv_strategies.irreps import block_weights
 def new_machine(tmp_path, monkeypatch):
     """Nothing was compiled before; the folder where libraries will lie."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(native, "_found", None)
     native.library.cache_clear()
-    yield tmp_path / "equivision_timm"
+    native._available.cache_clear()
+    yield tmp_path / "equivision_timm" / "native"
     native.library.cache_clear()
+    native._available.cache_clear()
 
 
 def test_compiled_once(new_machine, monkeypatch):
@@ -58,10 +59,10 @@ def test_without_a_compiler(new_machine, monkeypatch):
     monkeypatch.setenv("CC", "no-such-compiler -O2")
     with pytest.raises(ValueError, match="there is no C compiler 'no-such-compiler': install one"):
         SteerableConv2d(100, 100, 3, "c8", strategy="native")
+    layer = SteerableConv2d(100, 100, 3, "c8")
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing is wrong with such a machine
-        layer = SteerableConv2d(100, 100, 3, "c8")
-    assert layer.strategy_for((8, 800, 14, 14), torch.device("cpu")) == "block_diagonal"
+        assert layer.strategy_for((8, 800, 14, 14), torch.device("cpu")) == "block_diagonal"
     model = timm.create_model("test_c8resnet", conv_strategy="expand")
     with pytest.raises(ValueError, match="no-such-compiler"):
         model.set_conv_strategy("native")
@@ -73,15 +74,71 @@ def test_a_compiler_that_fails(new_machine, monkeypatch, tmp_path):
     broken.write_text("#!/bin/sh\necho 'no room on the device' >&2; echo half > \"$7\"; exit 1\n")
     broken.chmod(0o755)
     monkeypatch.setenv("CC", str(broken))
+    layer, shape = SteerableConv2d(100, 100, 3, "c8"), (8, 800, 14, 14)
     with pytest.warns(RuntimeWarning, match="slower convolutions are used: .*broken-cc.*\n.*no room on the device"):
-        layer = SteerableConv2d(100, 100, 3, "c8")
-    assert layer.strategy_for((8, 800, 14, 14), torch.device("cpu")) == "block_diagonal"
+        assert layer.strategy_for(shape, torch.device("cpu")) == "block_diagonal"
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        SteerableConv2d(1, 1, 1, "c8")  # once is enough
+        warnings.simplefilter("error")  # once is enough
+        assert layer.strategy_for(shape, torch.device("cpu")) == "block_diagonal"
     with pytest.raises(ValueError, match="no room on the device"):
         SteerableConv2d(1, 1, 1, "c8", strategy="native")
     assert not list(new_machine.iterdir())  # no half library
+
+
+def test_nowhere_to_put_the_library(new_machine):
+    new_machine.parent.write_text("a file where the folder should be")
+    layer = SteerableConv2d(100, 100, 3, "c8")
+    with pytest.warns(
+        RuntimeWarning, match="slower convolutions are used: .*has no place for its library: "
+    ):
+        assert layer.strategy_for((8, 800, 14, 14), torch.device("cpu")) == "block_diagonal"
+    with pytest.raises(
+        ValueError, match="a folder that can be written in the environment variable XDG_CACHE_HOME"
+    ):
+        SteerableConv2d(1, 1, 1, "c8", strategy="native")
+
+
+def test_to_build_a_model_compiles_nothing(new_machine):
+    model = timm.create_model("test_c8resnet")
+    assert not new_machine.exists()
+    assert "native" in model.conv_strategies(65).values()
+    assert len(list(new_machine.iterdir())) == 1
+
+
+def test_compiled_while_torch_compile_looks(new_machine):
+    layer, x = SteerableConv2d(2, 2, 3, "c8"), torch.randn(1, 16, 9, 9)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        y = compiled(x)
+        assert len(list(new_machine.iterdir())) == 1
+        layer.strategy = "expand"
+        torch.testing.assert_close(y, layer(x), rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_are_the_same_every_time():
+    """Sums over pixels are shared among threads: always in the same way."""
+    layer = SteerableConv2d(9, 9, 3, "c8", strategy="native")
+    x, weights = torch.randn(7, 72, 30, 30), torch.randn(7, 72, 30, 30)
+    first, *others = [torch.autograd.grad((layer(x) * weights).sum(), layer.weight)[0] for _ in range(8)]
+    assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3])
+@pytest.mark.parametrize("size", [1, 7, 14, 33])
+def test_few_images_are_shared_among_threads(kernel_size, size):
+    threads = torch.get_num_threads()
+    layer, x = SteerableConv2d(2, 3, kernel_size, "d4", strategy="native"), torch.randn(1, 16, size, size)
+    try:
+        torch.set_num_threads(4)
+        chunked, _ = native._layer(x, 3, 2, "d4", kernel_size, 1, 1)
+        assert chunked.images == 1
+        chunks = -(-chunked.out_height // chunked.rows)
+        assert chunks >= min(4, size * size)
+        with torch.no_grad():
+            y, layer.strategy = layer(x), "expand"
+            torch.testing.assert_close(y, layer(x), rtol=1e-4, atol=1e-5)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_another_kind_of_threads(new_machine, monkeypatch):

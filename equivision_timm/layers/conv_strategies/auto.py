@@ -43,7 +43,7 @@ def choose(
         order: |G|.
         products: those of one pair of fields in the irreps basis, over all functions and copies.
     """
-    if device.type != "cpu":
+    if device.type != "cpu" or order == 1:
         return "expand"
     if dtype in (torch.float32, torch.float64) and native.available():
         return "native"

@@ -302,7 +302,8 @@ def _layer(
         rows = out_height
     else:  # some lines of one image, as many each time
         images = 1
-        rows = -(-out_height // -(-out_height * out_width // max(1, at_once)))
+        chunks = -(-out_height // max(1, at_once // out_width))
+        rows = -(-out_height // chunks)
     return _Layer(
         *(plan.order, in_fields, out_fields, kernel_size, stride, dilation),
         *(batch, height, width, out_height, out_width, images, rows),
