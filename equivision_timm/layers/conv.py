@@ -262,14 +262,13 @@ class _Prepared:
 
 def _equal(tensors: tuple[torch.Tensor, ...], others: list[torch.Tensor]) -> bool:
     return len(tensors) == len(others) and all(
-        a.dtype == b.dtype and a.device == b.device and a.shape == b.shape and _equal_bits(a, b)
+        a.dtype == b.dtype and a.device == b.device and a.shape == b.shape and torch.equal(*_words(a, b))
         for a, b in zip(tensors, others, strict=True)
     )
 
 
-def _equal_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Compares integers of 64 bits where both tensors divide into them: PyTorch is fastest at those."""
-    a, b = a.detach().flatten(), b.flatten()
-    divides = all(t.nbytes % 8 == t.storage_offset() * t.itemsize % 8 == 0 for t in (a, b))
-    words = torch.int64 if divides else torch.uint8
-    return torch.equal(a.view(words), b.view(words))
+def _words(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Many numbers as integers of 64 bits, which PyTorch compares fastest; if they divide into them."""
+    if a.numel() < 1 << 14 or not a.is_contiguous() or a.nbytes % 8 or a.storage_offset() * a.itemsize % 8:
+        return a, b
+    return a.detach().flatten().view(torch.int64), b.flatten().view(torch.int64)

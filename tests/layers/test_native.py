@@ -88,13 +88,9 @@ def test_a_compiler_that_fails(new_machine, monkeypatch, tmp_path):
 def test_nowhere_to_put_the_library(new_machine):
     new_machine.parent.write_text("a file where the folder should be")
     layer = SteerableConv2d(100, 100, 3, "c8")
-    with pytest.warns(
-        RuntimeWarning, match="slower convolutions are used: .*has no place for its library: "
-    ):
+    with pytest.warns(RuntimeWarning, match="slower convolutions are used: .*has no place for its library: "):
         assert layer.strategy_for((8, 800, 14, 14), torch.device("cpu")) == "block_diagonal"
-    with pytest.raises(
-        ValueError, match="a folder that can be written in the environment variable XDG_CACHE_HOME"
-    ):
+    with pytest.raises(ValueError, match="a folder that can be written in the environment variable XDG_CACHE_HOME"):
         SteerableConv2d(1, 1, 1, "c8", strategy="native")
 
 
