@@ -7,24 +7,25 @@
 
 The dense network has plain `nn.Conv2d` and `nn.BatchNorm2d` of the same number of channels in place of ours, ReLU and
 the shortcut in place as in timm's ResNets, and runs in each of its forms: eager or compiled, NCHW or channels-last, for
-eval also with its batch norms folded into the convolutions. The best of them, in the same run, is what we are compared
-with. Ours runs as `create_model` makes it.
+eval also with its batch norms folded into the convolutions. The fastest of them is what we are compared with. Ours runs
+as `create_model` makes it.
 
-All forms take turns, so that a busy machine slows each alike; medians count, and the ratios of medians. A training step
-is forward, backward and SGD with momentum. Peak memory is that of one step in a process of its own, without what the
-process held before the network was built. glibc's allocator keeps freed memory (MALLOC_MMAP_THRESHOLD_ and
-MALLOC_TRIM_THRESHOLD_ are raised), which spares all networks the page faults of each new feature map.
+Each network runs in a process of its own, and after warming up they take turns, so that a busy machine slows all alike;
+medians count, and the ratios of medians. The form of the dense network is found just before, one form after another. A
+training step is forward, backward and SGD with momentum. Peak memory is what the process gained until it was warm.
+glibc's allocator keeps freed memory (MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ are raised), which spares all
+networks the page faults of each new feature map.
 
 Writes NAME.json, NAME.md and NAME.png into --out (default: scripts/benchmarks).
 """
 
 import argparse
+import contextlib
 import copy
 import fnmatch
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -33,6 +34,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from datetime import date
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -146,33 +148,94 @@ def make_step(model: nn.Module, form: str, mode: str, batch_size: int, size: int
     return step
 
 
-def measure(name: str, mode: str, forms: list[str], batch_size: int, size: int, repeats: int, threads: int) -> dict:
-    """Seconds of each form, taken in turns: {form: [seconds]}."""
+class Runner:
+    """A network in a process of its own, warm, that takes a step when asked.
+
+    Raises:
+        RuntimeError: the process ended, most likely for want of memory.
+    """
+
+    def __init__(self, form: str, name: str, mode: str, batch_size: int, size: int, threads: int) -> None:
+        self.form = form
+        context = get_context("spawn")  # starts with the allocator's settings
+        self.connection, other = context.Pipe()
+        arguments = (other, form, name, mode, batch_size, size, threads)
+        self.process = context.Process(target=serve, args=arguments, daemon=True)
+        self.process.start()
+        other.close()
+        self.memory = self._receive()  # MB that the process gained
+
+    def step(self) -> float:
+        """Seconds of one step."""
+        self.connection.send("step")
+        return self._receive()
+
+    def close(self) -> None:
+        self.connection.close()
+        self.process.join()
+
+    def _receive(self) -> float:
+        try:
+            return self.connection.recv()
+        except EOFError:
+            self.process.join()
+            raise RuntimeError(
+                f"the process that measures {self.form!r} ended with exit code {self.process.exitcode}: if memory was "
+                "short (-9), use a smaller --batch-size"
+            ) from None
+
+
+def serve(connection, form: str, name: str, mode: str, batch_size: int, size: int, threads: int) -> None:
+    """What the process of a `Runner` does."""
     torch.set_num_threads(threads)
+    before = peak_memory()
     if mode == "create":
-        steps = {form: lambda form=form: build(form, name, "eval") for form in forms}
+        step = partial(build, form, name, "eval")
     else:
-        steps = {form: make_step(build(form, name, mode), form, mode, batch_size, size) for form in forms}
-    seconds: dict[str, list[float]] = {form: [] for form in forms}
-    for step in steps.values():
+        step = make_step(build(form, name, mode), form, mode, batch_size, size)
+    for _ in range(3):
         step()
-        step()
-    for _ in range(repeats):
-        for form, step in steps.items():
+    connection.send(peak_memory() - before)
+    with contextlib.suppress(EOFError):  # the other side closes
+        while connection.recv():
             start = time.perf_counter()
             step()
-            seconds[form].append(time.perf_counter() - start)
-    return seconds
+            connection.send(time.perf_counter() - start)
 
 
-def peak_memory(name: str, mode: str, form: str, batch_size: int, size: int, threads: int) -> float:
-    """MB that a process gains at its peak from building the network and two steps."""
-    torch.set_num_threads(threads)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step = make_step(build(form, name, mode), form, mode, batch_size, size)
-    step()
-    step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+def peak_memory() -> float:
+    """MB that this process has held at most, on Linux (`getrusage` would count what its parent held, too)."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) / 1024  # kB
+
+
+def in_turns(forms: list[str], repeats: int, *settings) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds of each form and its peak memory in MB; `settings` are those of `Runner`, after the form."""
+    with contextlib.ExitStack() as stack:
+        runners = []
+        for form in forms:
+            runners.append(Runner(form, *settings))
+            stack.callback(runners[-1].close)
+        seconds: dict[str, list[float]] = {form: [] for form in forms}
+        for _ in range(repeats):
+            for runner in runners:
+                seconds[runner.form].append(runner.step())
+        return seconds, {runner.form: runner.memory for runner in runners}
+
+
+def compare(name: str, mode: str, dense: list[str], others: list[str], repeats: int, *settings) -> dict:
+    """Our network, the fastest of the forms `dense`, and `others`, as one row of results."""
+    tried = {form: statistics.median(in_turns([form], 3, name, mode, *settings)[0][form]) for form in dense}
+    best = min(tried, key=tried.__getitem__) if tried else None
+    forms = ["ours", *([best] if best else []), *others]
+    seconds, memory = in_turns(forms, repeats, name, mode, *settings)
+    median = {form: statistics.median(values) for form, values in seconds.items()}
+    compared = {"dense": best, **{form: form for form in others}}
+    ratio = {key: median[form] / median["ours"] for key, form in compared.items() if form}
+    result = {"model": name, "mode": mode, "median": median, "best dense": best, "ratio": ratio}
+    if best:
+        result |= {"memory": {"ours": memory["ours"], "dense": memory[best]}, "dense forms, alone": tried}
+    return {**result, "seconds": seconds}
 
 
 def in_new_process(function: Callable, *args):
@@ -367,19 +430,9 @@ def main() -> None:
             dense = [] if mode == "create" else list(DENSE_FORMS[: 2 if args.eager else 4])
             if mode == "eval":
                 dense += ["dense folded", "dense folded channels-last"]
-            forms = ["ours", *dense, *(["escnn"] if args.escnn and mode != "create" else []), "timm"]
-            seconds = in_new_process(measure, name, mode, forms, args.batch_size, args.size, args.repeats, args.threads)
-            median = {form: statistics.median(values) for form, values in seconds.items()}
-            best = min(dense, key=median.__getitem__) if dense else None
-            compared = {"dense": best, "escnn": "escnn", "timm": "timm"}
-            ratio = {key: median[form] / median["ours"] for key, form in compared.items() if form in median}
-            result = {"model": name, "mode": mode, "median": median, "best dense": best, "ratio": ratio}
-            if mode != "create":
-                result["memory"] = {
-                    key: in_new_process(peak_memory, name, mode, form, args.batch_size, args.size, args.threads)
-                    for key, form in (("ours", "ours"), ("dense", best))
-                }
-            results.append({**result, "seconds": seconds})
+            others = [*(["escnn"] if args.escnn and mode != "create" else []), "timm"]
+            settings = (args.batch_size, args.size, args.threads)
+            results.append(compare(name, mode, dense, others, args.repeats, *settings))
             text = f"{title}\n\n{result_table(results)}\n" + (f"\n{about['import']}\n" if "import" in about else "")
             stem.with_suffix(".json").write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
             stem.with_suffix(".md").write_text(text)

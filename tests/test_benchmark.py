@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+import timeit
 from pathlib import Path
 
 import pytest
@@ -38,12 +39,23 @@ def test_the_dense_twin_is_plain_and_as_wide(benchmark):
     assert all(p.requires_grad for p in twin.parameters())
 
 
-@pytest.mark.parametrize("mode", ["create", "eval", "train"])
-def test_forms_take_turns(benchmark, mode):
-    threads = torch.get_num_threads()
-    seconds = benchmark.measure("test_c8resnet", mode, ["ours", "dense"], 1, 65, 2, 1)
-    torch.set_num_threads(threads)
+@pytest.mark.parametrize("mode", ["create", "train"])
+def test_forms_take_turns(benchmark, mode, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)  # the processes import it
+    taken = []
+    step = benchmark.Runner.step
+    monkeypatch.setattr(benchmark.Runner, "step", lambda self: taken.append(self.form) or step(self))
+    seconds, memory = benchmark.in_turns(["ours", "dense"], 2, "test_c8resnet", mode, 1, 65, 1)
+    assert taken == ["ours", "dense"] * 2
     assert all(len(values) == 2 and min(values) > 0 for values in seconds.values())
+    assert all(1 < memory[form] < 2000 for form in ("ours", "dense"))  # MB
+
+
+def test_a_process_that_ends_is_no_result(benchmark, monkeypatch, capfd):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    with pytest.raises(RuntimeError, match=r"measures 'ours' ended with exit code 1: .* a smaller --batch-size"):
+        benchmark.in_turns(["ours"], 1, "no_such_model", "eval", 1, 65, 1)
+    assert "no_such_model" in capfd.readouterr().err
 
 
 def test_a_training_step_trains(benchmark):
@@ -66,21 +78,25 @@ def test_layers(benchmark):
 
 
 def test_writes_what_it_measured(benchmark, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, "in_new_process", lambda function, *args: function(*args))
+    def in_turns(forms, repeats, name, mode, batch_size, size, threads):
+        """In this process, in which only our models are at hand."""
+        seconds = {}
+        for form in forms:
+            model = benchmark.build("dense" if form == "timm" else form, name, mode)
+            step = benchmark.make_step(model, form, mode, batch_size, size)
+            seconds[form] = [timeit.timeit(step, number=1) for _ in range(repeats)]
+        return seconds, dict.fromkeys(forms, 1.0)
+
+    monkeypatch.setattr(benchmark, "in_turns", in_turns)
     arguments = ["test_c8resnet", "--modes", "eval", "--eager", "--repeats", "1", "--size", "65", "--batch-size", "1"]
-    threads = torch.get_num_threads()
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments, "--threads", "1", "--out", str(tmp_path)])
-    monkeypatch.setattr(
-        benchmark,
-        "build",
-        lambda form, name, mode, build=benchmark.build: build("dense" if form == "timm" else form, name, mode),
-    )
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments, "--out", str(tmp_path)])
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "")
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "")
     benchmark.main()
-    torch.set_num_threads(threads)
     (result,) = json.loads((tmp_path / "networks.json").read_text())["results"]
+    forms = result["dense forms, alone"]
+    assert len(forms) == 4
+    assert result["best dense"] == min(forms, key=forms.get)
     assert result["ratio"]["dense"] == result["median"][result["best dense"]] / result["median"]["ours"]
-    assert result["best dense"] == min((f for f in result["median"] if f.startswith("dense")), key=result["median"].get)
     assert f"{result['ratio']['dense']:.2f}" in capsys.readouterr().out
     assert (tmp_path / "networks.png").stat().st_size > 5000

@@ -305,9 +305,9 @@ class EquivariantResNet(nn.Module):
         """How to compute the convolutions: faster or slower, with the same output but for float noise.
 
         Args:
-            strategy: 'auto' (by estimate, for each layer and input size), 'expand' or 'block_diagonal', for all
-                convolutions of regular fields (the stem, whose input is an image, always expands); or a mapping from
-                names of layers to these, as `conv_strategies` returns it, which leaves other layers as they are.
+            strategy: 'auto' (by estimate, for each layer and input size), 'expand', 'block_diagonal' or 'native', for
+                all convolutions of regular fields (the stem, whose input is an image, always expands); or a mapping
+                from names of layers to these, as `conv_strategies` returns it, which leaves other layers as they are.
 
         Raises:
             ValueError: an unknown strategy or layer, or one that cannot run there. Then nothing is changed.

@@ -1,7 +1,8 @@
 """Which strategy is fastest for a layer.
 
-On the CPU, in float32 and float64, that is `native` wherever it can run. Without a compiler, and in low precision, an
-estimate from the products and from the numbers that pass through memory decides between
+On the CPU, in float32 and float64, that is `native` wherever it can run, but for the trivial group, which has no blocks
+to gain from: `expand`. Without a compiler, and in low precision, an estimate from the products and from the numbers
+that pass through memory decides between
 
     expand:          dense products / 54 G/s + 0.45 ns (inputs + outputs)
     block_diagonal:  products in the irreps basis / 40 G/s + 1.1 ns (inputs + outputs) + 3x3: 13 ns outputs of `steer`
