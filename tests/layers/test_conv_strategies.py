@@ -205,6 +205,20 @@ def test_compiles_as_one_graph(strategy):
 
 
 @fast
+def test_compiling_changes_no_strategy(strategy):
+    _, block = pair(strategy, "c8", 3)
+    targets = []
+
+    def backend(graph, inputs):
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    torch.compiler.reset()
+    torch.compile(block, fullgraph=True, backend=backend)(torch.randn(2, 24, 9, 9, dtype=torch.float64))
+    assert [target for target in targets if "conv2d" in target] == [f"equivision_timm.{strategy}_conv2d.default"]
+
+
+@fast
 def test_the_operator_is_registered_correctly(strategy):
     _, layer = pair(strategy, "d4", 3, 1, 1)
     weights = block_weights(layer.weight, layer.irreps_basis).detach().requires_grad_()

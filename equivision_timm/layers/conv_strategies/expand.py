@@ -85,6 +85,7 @@ def _memory_format(tensor: torch.Tensor) -> torch.memory_format:
     return torch.channels_last if on_cpu else torch.contiguous_format
 
 
+@torch.compiler.assume_constant_result  # torch.compile calls it: old versions would take `is_exporting` for True
 def leaves_python() -> bool:
     """Whether a graph is recorded that must do without this package."""
     return torch.jit.is_tracing() or torch.compiler.is_exporting()
