@@ -1,8 +1,11 @@
 """The compiled strategy: how its library comes to be, what is said where it cannot, and what it adds to inference."""
 
+import resource
 import subprocess
 import sys
+import threading
 import warnings
+from pathlib import Path
 
 import pytest
 import timm
@@ -71,7 +74,7 @@ def test_without_a_compiler(new_machine, monkeypatch):
 
 def test_a_compiler_that_fails(new_machine, monkeypatch, tmp_path):
     broken = tmp_path / "broken-cc"
-    broken.write_text("#!/bin/sh\necho 'no room on the device' >&2; echo half > \"$7\"; exit 1\n")
+    broken.write_text("#!/bin/sh\necho 'no room on the device' >&2; echo half > \"$8\"; exit 1\n")
     broken.chmod(0o755)
     monkeypatch.setenv("CC", str(broken))
     layer, shape = SteerableConv2d(100, 100, 3, "c8"), (8, 800, 14, 14)
@@ -141,6 +144,30 @@ def test_another_kind_of_threads(new_machine, monkeypatch):
     monkeypatch.setattr(native.ctypes, "CDLL", lambda path: object())
     with pytest.raises(ValueError, match="PyTorch's threads here are not those of GNU OpenMP"):
         SteerableConv2d(1, 1, 1, "c8", strategy="native")
+
+
+def resident_memory():
+    """MB, on Linux."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+
+def test_threads_that_end_leave_no_memory():
+    layer, x = SteerableConv2d(40, 40, 3, "c8", strategy="native").eval(), torch.randn(1, 320, 28, 28)
+
+    def work():
+        with torch.no_grad():
+            layer(x)
+
+    def threads(number):
+        for _ in range(number):
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+
+    threads(20)
+    before = resident_memory()
+    threads(60)
+    assert resident_memory() - before < 60  # each of them works in several MB
 
 
 def test_only_on_the_cpu():

@@ -14,6 +14,7 @@
    pixels: the next line overwrites it, and behind the last one there is room. `native.py` compiles this file, with
    REAL=float and with REAL=double, and calls `forward` and `backward`. */
 
+#include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -81,16 +82,21 @@ static vector positive(vector x) { return (vector)((mask)x & ~(x < (vector){0}))
 /* An odd number of vectors: lines a power of two apart would share few places of the cache. */
 static long line_length(long pixels) { return ((round_up(pixels, LANES) / LANES + 1) | 1) * LANES; }
 
-/* Memory that each thread keeps from call to call; NULL if there is none. */
+/* Memory that each thread keeps from call to call until it ends; NULL if there is none. */
+static pthread_key_t scratch_key;
+static void make_scratch_key(void) { pthread_key_create(&scratch_key, free); }
 static REAL *scratch(long numbers) {
-    static _Thread_local REAL *space;
-    static _Thread_local long size;
-    if (numbers > size) {
-        free(space);
-        space = aligned_alloc(64, round_up(numbers * (long)sizeof(REAL), 64));
-        size = space ? numbers : 0;
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, make_scratch_key);
+    long *own = pthread_getspecific(scratch_key); /* how many numbers; 64 bytes on, they themselves */
+    if (!own || *own < numbers) {
+        free(own);
+        own = aligned_alloc(64, 64 + round_up(numbers * (long)sizeof(REAL), 64));
+        pthread_setspecific(scratch_key, own);
+        if (!own) return NULL;
+        *own = numbers;
     }
-    return space;
+    return (REAL *)((char *)own + 64);
 }
 
 /* ---- To and from the irreps basis: out[r] = sum_g q[r, g] in[g], lines of n numbers, whole vectors */

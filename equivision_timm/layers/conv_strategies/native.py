@@ -27,7 +27,7 @@ from equivision_timm.layers.conv_strategies.irreps import operator
 __all__ = ["Packed", "available", "conv2d", "infer", "library", "pack", "why_not"]
 
 _SOURCE = Path(__file__).with_suffix(".c")
-_FLAGS = ("-O3", "-march=native", "-fPIC", "-shared")
+_FLAGS = ("-O3", "-march=native", "-fPIC", "-shared", "-pthread")
 _REALS = {torch.float32: "float", torch.float64: "double"}
 
 
