@@ -16,6 +16,8 @@ from equivision_timm.layers import SteerableConv2d
 from equivision_timm.layers.conv_strategies import block_diagonal, expand, native
 from equivision_timm.layers.conv_strategies.irreps import block_weights
 
+pytestmark = pytest.mark.skipif(bool(native.why_not()), reason=str(native.why_not()))
+
 
 @pytest.fixture
 def new_machine(tmp_path, monkeypatch):
