@@ -1,5 +1,6 @@
 """The compiled strategy: how its library comes to be, what is said where it cannot, and what it adds to inference."""
 
+import platform
 import resource
 import subprocess
 import sys
@@ -88,6 +89,22 @@ def test_a_compiler_that_fails(new_machine, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="no room on the device"):
         SteerableConv2d(1, 1, 1, "c8", strategy="native")
     assert not list(new_machine.iterdir())  # no half library
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="options of x86-64 compilers")
+@pytest.mark.parametrize("option", ["-mno-avx512f", "-mno-avx"])
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_narrower_vectors(new_machine, monkeypatch, option, kernel_size):
+    monkeypatch.setenv("CC", f"cc {option}")
+    layer, x = SteerableConv2d(5, 9, kernel_size, "c8", strategy="native"), torch.randn(3, 40, 21, 19)
+    weights, found = torch.randn(3, 72, 21, 19), {}
+    for strategy in ("native", "expand"):
+        layer.strategy, inputs = strategy, x.clone().requires_grad_()
+        y = layer(inputs)
+        found[strategy] = (y, *torch.autograd.grad((y * weights).sum(), (inputs, layer.weight)))
+    for a, b in zip(*found.values(), strict=True):
+        assert (a - b).abs().max() < 1e-5 * b.abs().max()
+    assert len(list(new_machine.iterdir())) == 1
 
 
 def test_nowhere_to_put_the_library(new_machine):
