@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import equivision_timm  # noqa: F401  registers the models
 from equivision_timm.kernel_bases import load_irreps_basis, load_kernel_basis
 from equivision_timm.layers import ConvNorm, SteerableConv2d
+from equivision_timm.layers.conv import _equal
 from equivision_timm.layers.conv_strategies import auto, block_diagonal, native
 from equivision_timm.layers.conv_strategies.irreps import block_weights
 from equivision_timm.testing import assert_equivariant, equivariance_error
@@ -355,6 +356,22 @@ def test_no_old_filter_after(change, strategy):
     assert not torch.equal(after, before)
     atol = 1e-2 if "bfloat16" in change else 1e-5  # the two forms of the basis are rounded each by itself
     torch.testing.assert_close(after, separately(layer, x), rtol=1e-4, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("numbers", [1 << 14, (1 << 14) + 1])  # whole words of 64 bits, or not
+@pytest.mark.parametrize("start", [0, 1])
+def test_one_number_among_many_is_noticed(dtype, numbers, start):
+    tensor = torch.randn(numbers + start).to(dtype)[start:]
+    kept = [tensor.clone()]
+    assert _equal((tensor,), kept)
+    for place in (0, numbers // 2, numbers - 1):
+        changed = tensor.clone()
+        changed[place] += 1
+        assert not _equal((changed,), kept)
+        tensor.data[place] += 1
+        assert not _equal((tensor,), kept)
+        tensor.copy_(kept[0])
 
 
 @pytest.mark.parametrize("strategy", ["expand", *NAMES])
