@@ -10,7 +10,7 @@ from timm.layers import register_notrace_module
 
 from equivision_timm.groups import Group
 from equivision_timm.kernel_bases import load_irreps_basis, load_kernel_basis
-from equivision_timm.layers.conv_strategies import STRATEGIES, auto, block_diagonal, expand, native
+from equivision_timm.layers.conv_strategies import STRATEGIES, auto, block_diagonal, expand, native, native_library
 from equivision_timm.layers.conv_strategies.irreps import block_weights
 
 __all__ = ["SteerableConv2d"]
@@ -107,7 +107,7 @@ class SteerableConv2d(nn.Module):
             )
         if strategy == "native":
             try:
-                native.library(torch.float32)
+                native_library.library(torch.float32)
             except RuntimeError as error:
                 raise ValueError(str(error)) from error
 

@@ -17,7 +17,7 @@ import equivision_timm  # noqa: F401  registers the models
 from equivision_timm.kernel_bases import load_irreps_basis, load_kernel_basis
 from equivision_timm.layers import ConvNorm, SteerableConv2d
 from equivision_timm.layers.conv import _equal
-from equivision_timm.layers.conv_strategies import auto, block_diagonal, native
+from equivision_timm.layers.conv_strategies import auto, block_diagonal, native, native_library
 from equivision_timm.layers.conv_strategies.irreps import block_weights
 from equivision_timm.testing import assert_equivariant, equivariance_error
 
@@ -26,7 +26,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, tor
 
 
 FAST = {"block_diagonal": block_diagonal, "native": native}
-LACKS = native.why_not()  # of this machine
+LACKS = native_library.why_not()  # of this machine
 needs_native = pytest.mark.skipif(bool(LACKS), reason=str(LACKS))
 NAMES = ["block_diagonal", pytest.param("native", marks=needs_native)]
 fast = pytest.mark.parametrize("strategy", NAMES)
@@ -264,7 +264,7 @@ def test_auto_follows_the_machine():
 
 
 def test_auto_follows_the_shape(monkeypatch):
-    monkeypatch.setattr(native, "_available", lambda: False)  # no compiler
+    monkeypatch.setattr(native_library, "_available", lambda: False)  # no compiler
     wide, narrow = SteerableConv2d(100, 100, 3, "c8"), SteerableConv2d(1, 1, 3, "c8")
     cpu = torch.device("cpu")
     assert wide.strategy_for((8, 800, 14, 14), cpu) == "block_diagonal"

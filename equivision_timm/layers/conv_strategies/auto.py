@@ -15,7 +15,7 @@ hold for one core of an AMD EPYC with AVX-512, and their ratios, which decide, r
 
 import torch
 
-from equivision_timm.layers.conv_strategies import native
+from equivision_timm.layers.conv_strategies import native_library
 
 __all__ = ["choose"]
 
@@ -46,7 +46,7 @@ def choose(
     """
     if device.type != "cpu" or order == 1:
         return "expand"
-    if dtype in (torch.float32, torch.float64) and native.available():
+    if dtype in (torch.float32, torch.float64) and native_library.available():
         return "native"
     batch, _, height, width = shape
     out_pixels = ((height - 1) // stride + 1) * ((width - 1) // stride + 1)
