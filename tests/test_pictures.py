@@ -1,0 +1,170 @@
+"""Opening pictures: every depth that occurs gives the same picture as 8 bits do, or an error that names the file."""
+
+import io
+import os
+import random
+import sys
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, features
+
+from equivision_timm.pictures import MOST_PIXELS, PictureError, open_rgb
+
+GREY = np.random.default_rng(0).integers(0, 256, (24, 40), dtype=np.uint8)
+GREY[0, :2] = 0, 255
+COLOUR = np.random.default_rng(1).integers(0, 256, (24, 40, 3), dtype=np.uint8)
+WIDE = GREY.astype(np.uint16) * 257  # the same greys in 16 bits
+
+
+def tiff(values, white_is_zero=False, big_endian=False, signed=False):
+    """A TIFF file of one channel, uncompressed, written by hand."""
+    order, mark = (">", b"MM") if big_endian else ("<", b"II")
+    data = values.astype(values.dtype.newbyteorder(order)).tobytes()
+    sample = 3 if values.dtype.kind == "f" else 2 if signed else 1
+    size = 8 * values.dtype.itemsize
+    tags = [(256, 4, values.shape[1]), (257, 4, values.shape[0]), (258, 3, size), (259, 3, 1)]
+    tags += [(262, 3, 0 if white_is_zero else 1), (273, 4, 8), (277, 3, 1), (278, 4, values.shape[0])]
+    tags += [(279, 4, len(data)), (339, 3, sample)]
+    endian = "big" if big_endian else "little"
+    directory = len(tags).to_bytes(2, endian)
+    for tag, kind, value in tags:
+        content = value.to_bytes(2, endian) + bytes(2) if kind == 3 else value.to_bytes(4, endian)
+        directory += tag.to_bytes(2, endian) + kind.to_bytes(2, endian) + (1).to_bytes(4, endian) + content
+    return mark + (42).to_bytes(2, endian) + (8 + len(data)).to_bytes(4, endian) + data + directory + bytes(4)
+
+
+def saved(picture, format, **options):
+    buffer = io.BytesIO()
+    picture.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+SAME = {
+    "8 bits": saved(Image.fromarray(GREY), "PNG"),
+    "palette": saved(Image.fromarray(GREY).convert("P"), "PNG"),
+    "palette with transparency": saved(Image.fromarray(GREY).convert("P"), "PNG", transparency=bytes(range(9))),
+    "alpha": saved(Image.merge("LA", (Image.fromarray(GREY), Image.fromarray(GREY.T.reshape(24, 40)))), "PNG"),
+    "PNG of 16 bits": saved(Image.fromarray(WIDE), "PNG"),
+    "PPM of 16 bits": b"P5 40 24 65535\n" + WIDE.astype(">u2").tobytes(),
+    "TIFF of 16 bits": saved(Image.fromarray(WIDE), "TIFF"),
+    "TIFF of 16 bits, big-endian": tiff(WIDE, big_endian=True),
+    "TIFF of 16 bits, white is zero": tiff(65535 - WIDE, white_is_zero=True),
+    "TIFF of 8 bits, white is zero": tiff(255 - GREY, white_is_zero=True),
+    "TIFF of floats": tiff((GREY / 255).astype(np.float32)),
+}
+
+
+@pytest.mark.parametrize("content", SAME.values(), ids=SAME)
+def test_every_depth_gives_the_same_picture(tmp_path, content):
+    (tmp_path / "x").write_bytes(content)
+    picture = open_rgb(tmp_path / "x")
+    assert picture.mode == "RGB"
+    assert np.array_equal(np.asarray(picture), np.repeat(GREY[..., None], 3, axis=2))
+
+
+def test_colour(tmp_path):
+    Image.fromarray(COLOUR).save(tmp_path / "8.png")
+    assert np.array_equal(np.asarray(open_rgb(str(tmp_path / "8.png"))), COLOUR)
+    rows = b"".join(b"\0" + row.tobytes() for row in (COLOUR.astype(np.uint16) * 257).astype(">u2"))
+    chunks = [
+        (b"IHDR", (40).to_bytes(4, "big") + (24).to_bytes(4, "big") + bytes([16, 2, 0, 0, 0])),
+        (b"IDAT", zlib.compress(rows)),
+    ]
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, data in [*chunks, (b"IEND", b"")]:
+        content += len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+    (tmp_path / "16.png").write_bytes(content)
+    assert np.array_equal(np.asarray(open_rgb(tmp_path / "16.png")), COLOUR)
+
+
+def test_pillow_alone_makes_16_bits_white(tmp_path):
+    """Negative control: what the conversion of Pillow does, and with it timm's readers."""
+    Image.fromarray(np.maximum(WIDE, 257)).save(tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as file:
+        white = np.asarray(file.convert("RGB"))
+    assert white.mean() > 250 > 200 > np.asarray(open_rgb(tmp_path / "x.png")).mean()
+
+
+REFUSED = {
+    "12 of 16 bits": (saved(Image.fromarray(WIDE // 16), "PNG"), "values from 0 to 4095, where .* white 65535: scale"),
+    "signed 16 bits": (tiff(WIDE // 2, signed=True), "32-bit integers, here 0 to 32767, .* save it with 8 or 16 bits"),
+    "32 bits": (tiff(WIDE.astype(np.uint32)), "32-bit integers, here 0 to 65535"),
+    "floats to 255": (tiff(GREY.astype(np.float32)), "values from 0 to 255, where black is 0 and white 1: scale"),
+    "negative floats": (tiff(GREY.astype(np.float32) / 255 - 0.5), "values from -0.5 to 0.5"),
+    "NaN": (tiff(np.full((4, 4), np.nan, np.float32)), "values from nan"),
+    "nothing": (b"", "no picture in one of the formats PNG, "),
+    "text": (b"hello", "no picture in one of the formats"),
+    "PostScript, which Pillow would run": (saved(Image.fromarray(COLOUR), "EPS"), "no picture in one of the formats"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_read_is_named(tmp_path, content, message):
+    (tmp_path / "x.png").write_bytes(content)
+    with pytest.raises(PictureError, match=rf"x\.png.*{message}"):
+        open_rgb(tmp_path / "x.png")
+
+
+def test_a_black_picture_of_16_bits_is_black(tmp_path):
+    Image.fromarray(WIDE * 0).save(tmp_path / "x.png")
+    assert np.asarray(open_rgb(tmp_path / "x.png")).max() == 0
+
+
+def test_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("missing.png", "", "pipe", "two\nlines.png", "zero\0.png", "x" * 300):
+        with pytest.raises(PictureError) as raised:
+            open_rgb(tmp_path / name)
+        assert repr(str(tmp_path / name)) in str(raised.value)
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("pixels", [130_000_000, 180_000_000])
+def test_large_pictures(tmp_path, pixels):
+    """Pillow warns from 89 megapixels on and refuses from 179 on: we read what it reads, without a word."""
+    header = b"P4 %d %d\n" % (pixels // 10_000, 10_000)
+    (tmp_path / "x.pbm").write_bytes(header)
+    with pytest.raises(PictureError, match="truncated" if pixels < MOST_PIXELS else "more than 179 megapixels"):
+        open_rgb(tmp_path / "x.pbm")
+
+
+FORMATS = ["PNG", "JPEG", "TIFF", "WEBP", "AVIF", "JPEG2000", "GIF", "BMP", "PPM"]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_damaged_files(tmp_path, format):
+    """Cut, overwritten, repeated: a picture or an error of one line that names the file."""
+    if format == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
+    content, path, refused = saved(Image.fromarray(COLOUR), format), tmp_path / "x.png", 0
+    rng = random.Random(0)
+    for i in range(100):
+        copy, at = bytearray(content), rng.randrange(len(content))
+        if i % 4 == 0:
+            del copy[at:]
+        elif i % 4 == 1:
+            copy[at : at + 4] = rng.randbytes(4)
+        elif i % 4 == 2:
+            copy[at % 64 : at % 64 + 2] = rng.randbytes(2)
+        else:
+            del copy[at : at + 16]
+        path.write_bytes(copy)
+        try:
+            assert open_rgb(path).mode == "RGB"
+        except PictureError as error:
+            refused += 1
+            assert repr(str(path)) in str(error)
+            assert "\n" not in str(error)
+    assert refused > 5
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such permissions")
+def test_a_file_that_may_not_be_read(tmp_path):
+    if os.geteuid() == 0:
+        pytest.skip("root reads everything")
+    (tmp_path / "x.png").write_bytes(SAME["8 bits"])
+    (tmp_path / "x.png").chmod(0)
+    with pytest.raises(PictureError, match=r"cannot read the picture .*Permission denied"):
+        open_rgb(tmp_path / "x.png")
