@@ -4,17 +4,82 @@ One function a sub-command; the work is done elsewhere.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NoReturn
+
+from equivision_timm.arguments import InputError, one_line
 
 __all__ = ["main"]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one sub-command, or the script named in its place; returns the exit status."""
+    """Run one sub-command, or the script named in its place.
+
+    Returns:
+        The exit status: 0; 1 where the work failed or a check of `verify` did; 2 where what was given cannot be used;
+        130 after Ctrl-C. All but 0 come with one line on stderr; `python -X dev` shows the traceback as well. The
+        errors of a script pass through.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(
+    parser, commands = _parser()
+    first = arguments[0] if arguments else ""
+    if first and not first.startswith("-") and first not in commands.choices:
+        return _run_script(first, arguments[1:])
+    args = argparse.Namespace(interrupted="nothing was done")
+    try:
+        parser.parse_args(arguments, args)
+        status = args.run(args)
+        sys.stdout.flush()  # here, so that a pipe closed early is noticed here
+    except (Exception, KeyboardInterrupt) as error:
+        return _report(first if first in commands.choices else "equivision_timm", error, args)
+    return status
+
+
+def _run_script(script: str, arguments: list[str]) -> int:
+    from equivision_timm.runner import check_script, run_script
+
+    try:
+        check_script(script)
+    except InputError as error:
+        return _report("equivision_timm", error)
+    run_script(script, arguments)
+    return 0
+
+
+def _report(label: str, error: BaseException, args: argparse.Namespace | None = None) -> int:
+    """Say on one line of stderr what ended a command; its exit status."""
+    if isinstance(error, BrokenPipeError):  # `| head` has seen enough; Python would complain once more as it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    if isinstance(error, KeyboardInterrupt):
+        print(f"{label}: interrupted; {one_line(args.interrupted.format(**vars(args)))}", file=sys.stderr)
+        return 130
+    if sys.flags.dev_mode and not isinstance(error, InputError):
+        raise error
+    print(f"{label}: {_message(error)}", file=sys.stderr)
+    return 2 if isinstance(error, InputError) else 1
+
+
+def _message(error: BaseException) -> str:
+    """The error as one line; with its type where the words alone say too little."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    text = lines[-1] if any(line.startswith("Traceback") for line in lines) else " ".join(lines)
+    explained = isinstance(error, (ValueError, OSError, ModuleNotFoundError)) or text == type(error).__name__
+    return one_line(text if explained else f"{type(error).__name__}: {text}")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Leaves the telling of errors to `main`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def _parser() -> tuple[_Parser, argparse._SubParsersAction]:
+    parser = _Parser(
         prog="python -m equivision_timm",
         description="Equivariant image models for timm.",
         epilog="python -m equivision_timm SCRIPT.py ... runs a script of timm with the models registered.",
@@ -27,33 +92,24 @@ def main(arguments: list[str] | None = None) -> int:
     _add_publish(commands)
     _add_convert(commands)
     _add_verify(commands)
-    if arguments and not arguments[0].startswith("-") and arguments[0] not in commands.choices:
-        from equivision_timm.runner import run_script
+    return parser, commands
 
-        run_script(arguments[0], arguments[1:])
-        return 0
-    args = parser.parse_args(arguments)
-    return args.run(args)
+
+def _options(args: argparse.Namespace) -> dict:
+    """What was given, without what `main` needs."""
+    return {name: value for name, value in vars(args).items() if name not in ("command", "run", "interrupted")}
 
 
 def _add_demo(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("demo", help="classify rotated digits with an equivariant model and its plain twin")
     parser.add_argument("--out", default="equivision_demo.png", help="picture to write (default: %(default)s)")
-    parser.set_defaults(run=_demo)
+    parser.set_defaults(run=_demo, interrupted="{out} was not written")
 
 
 def _demo(args: argparse.Namespace) -> int:
     from equivision_timm.demo import run
-    from equivision_timm.loading import InputError
 
-    try:
-        run(args.out)
-    except InputError as error:
-        print(f"demo: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"demo: interrupted; {args.out} was not written", file=sys.stderr)
-        return 130
+    run(args.out)
     return 0
 
 
@@ -82,26 +138,17 @@ def _add_rotate_eval(commands: argparse._SubParsersAction) -> None:
     add("--amp-dtype", choices=("float16", "bfloat16"), default="float16", help="its type (default: %(default)s)")
     add("--channels-last", action="store_true", help="memory format")
     add("--reparam", action="store_true", help="fold convolutions and norms first")
-    parser.set_defaults(run=_rotate_eval)
+    parser.set_defaults(
+        run=_rotate_eval, interrupted="what was measured is in {out}, the same command goes on from there"
+    )
 
 
 def _rotate_eval(args: argparse.Namespace) -> int:
-    from equivision_timm.loading import InputError
     from equivision_timm.rotate_eval.measure import parse_angles
     from equivision_timm.rotate_eval.run import rotate_eval
 
-    options = {name: value for name, value in vars(args).items() if name not in ("command", "run", "angles")}
-    try:
-        rotate_eval(angles=parse_angles(args.angles), **options)
-    except InputError as error:
-        print(f"rotate-eval: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            f"rotate-eval: interrupted; what was measured is in {args.out}, the same command goes on", file=sys.stderr
-        )
-        return 130
-    print(f"{args.out}/report.html")
+    rotate_eval(**{**_options(args), "angles": parse_angles(args.angles)})
+    print(one_line(f"{args.out}/report.html"))
     return 0
 
 
@@ -117,21 +164,15 @@ def _add_show(commands: argparse._SubParsersAction) -> None:
     add("--size", type=int, metavar="N", help="image size (default: the model's own)")
     add("--num-classes", type=int, metavar="N", help="classes of the models (default: their own)")
     add("--out", default="equivision_show.png", metavar="FILE", help="picture to write (default: %(default)s)")
-    parser.set_defaults(run=_show)
+    parser.set_defaults(run=_show, interrupted="{out} was not written")
 
 
 def _show(args: argparse.Namespace) -> int:
-    from equivision_timm.loading import InputError
     from equivision_timm.rotate_eval.measure import parse_angles
     from equivision_timm.show import show
 
-    options = {name: value for name, value in vars(args).items() if name not in ("command", "run", "angles")}
-    try:
-        show(angles=parse_angles(args.angles), **options)
-    except InputError as error:
-        print(f"show: {error}", file=sys.stderr)
-        return 2
-    print(args.out)
+    show(**{**_options(args), "angles": parse_angles(args.angles)})
+    print(one_line(args.out))
     return 0
 
 
@@ -147,7 +188,7 @@ def _add_fetch(commands: argparse._SubParsersAction) -> None:
     _add_names(parser, "every model whose checkpoint was released")
     parser.add_argument("--images", type=Path, metavar="DIR", help="photographs (default: those of scikit-image)")
     parser.add_argument("--signs", metavar="PATTERN", help="sign pattern of D4 or D8, by name or as '+' and '-'")
-    parser.set_defaults(run=_fetch)
+    parser.set_defaults(run=_fetch, interrupted="the same command goes on from there")
 
 
 def _fetch(args: argparse.Namespace) -> int:
@@ -170,7 +211,7 @@ def _add_publish(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--to", type=Path, metavar="DIR", help="write to DIR/NAME.TAG instead of uploading")
     parser.add_argument("--org", default=HUB_ORG, help="user or organisation on the Hub (default: %(default)s)")
     parser.add_argument("--private", action="store_true", help="create private repositories")
-    parser.set_defaults(run=_publish)
+    parser.set_defaults(run=_publish, interrupted="the same command goes on from there")
 
 
 def _publish(args: argparse.Namespace) -> int:
@@ -202,7 +243,7 @@ def _attempt(name: str, action: Callable[[str], object]) -> int:
     try:
         action(name)
     except Exception as error:  # of the network, the file system, the Hub's client, ...: the other models still count
-        print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"{one_line(name)}: {type(error).__name__}: {_message(error)}", file=sys.stderr)
         return 1
     return 0
 
@@ -220,7 +261,7 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="model folder to write")
     parser.add_argument("--images", type=Path, metavar="DIR", help="photographs (default: those of scikit-image)")
     parser.add_argument("--signs", metavar="PATTERN", help="sign pattern of D4 or D8, by name or as '+' and '-'")
-    parser.set_defaults(run=_convert)
+    parser.set_defaults(run=_convert, interrupted="nothing was written to {out}")
 
 
 def _convert(args: argparse.Namespace) -> int:
@@ -229,13 +270,8 @@ def _convert(args: argparse.Namespace) -> int:
     from equivision_timm.checkpoints.convert_file import convert_file
 
     if args.model not in timm.list_models(module="equivariant_resnet"):
-        print(f"convert: {args.model!r} is no model of this package, e.g. c8resnet50", file=sys.stderr)
-        return 2
-    try:
-        print(convert_file(args.checkpoint, args.model, args.out, args.images, args.signs))
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"convert: {error}", file=sys.stderr)
-        return 1
+        raise InputError(f"{args.model!r} is no model of this package, e.g. c8resnet50")
+    print(convert_file(args.checkpoint, args.model, args.out, args.images, args.signs))
     return 0
 
 
@@ -249,7 +285,7 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--images", type=Path, metavar="DIR", help="photographs (default: those of scikit-image)")
     parser.add_argument("--data", type=Path, metavar="DIR", help="labelled images, such as ImageNet's validation set")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
-    parser.set_defaults(run=_verify)
+    parser.set_defaults(run=_verify, interrupted="not all was checked")
 
 
 def _verify(args: argparse.Namespace) -> int:

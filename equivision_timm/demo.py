@@ -4,12 +4,9 @@ Both networks lie in the package, have about as many parameters, and saw the sam
 digits of the demo were held out. What comes out is a table, what the table means, and a picture.
 """
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
-from typing import IO
 
 import timm
 import torch
@@ -20,7 +17,8 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from equivision_timm.loading import InputError
+from equivision_timm.arguments import one_line
+from equivision_timm.figures import check_figure_file, plain_text, save_figure
 from equivision_timm.rotation import rotate
 
 __all__ = ["load_digits", "predict", "run", "turn"]
@@ -29,7 +27,6 @@ EQUIVARIANT, PLAIN = "test_c8resnet", "test_c1resnet"
 KIND = {EQUIVARIANT: "equivariant", PLAIN: "plain"}
 COLOURS = {EQUIVARIANT: "#0072b2", PLAIN: "#d55e00"}
 ANGLES = tuple(range(0, 360, 15))
-FORMATS = (".png", ".jpg", ".pdf", ".svg")
 PICTURED = (2, 5, 6, 7, 9)  # the first held-out digit of each of these classes is shown
 
 
@@ -42,20 +39,21 @@ def run(out: str, angles: Sequence[int] = ANGLES, every: int = 1) -> None:
         every: take every n-th of the digits, for a quick look.
 
     Raises:
-        InputError: `out` cannot be written, or its ending is no picture format.
+        InputError: `out` cannot be written, or its ending is no picture format; found before the work.
+        OSError: the picture could not be written after all; the old one is untouched.
     """
-    with _open_whole(Path(out)) as file:
-        digits, labels = (tensor[::every] for tensor in load_digits())
-        predictions = {}
-        for name in (EQUIVARIANT, PLAIN):
-            model = timm.create_model(name, pretrained=True).eval()
-            progress = tqdm(angles, desc=name, unit="angle")
-            predictions[name] = torch.stack([predict(model, digits, angle) for angle in progress])  # [angles, N]
-        print(_table(predictions, labels, angles))
-        print(_meaning(predictions, labels, angles))
-        figure = _picture(predictions, digits, labels, angles)
-        figure.savefig(file, format=Path(out).suffix[1:], dpi=110)
-    print(f"\nPicture: {out}")
+    check_figure_file(Path(out))
+    digits, labels = (tensor[::every] for tensor in load_digits())
+    predictions = {}
+    for name in (EQUIVARIANT, PLAIN):
+        model = timm.create_model(name, pretrained=True).eval()
+        progress = tqdm(angles, desc=name, unit="angle")
+        predictions[name] = torch.stack([predict(model, digits, angle) for angle in progress])  # [angles, N]
+    print(_table(predictions, labels, angles))
+    print(_meaning(predictions, labels, angles))
+    with plain_text():
+        save_figure(_picture(predictions, digits, labels, angles), Path(out), dpi=110)
+    print(f"\nPicture: {one_line(out)}")
 
 
 def load_digits() -> tuple[torch.Tensor, torch.Tensor]:
@@ -195,23 +193,3 @@ def _draw_answer(axes: Axes, x: float, y: float, answer: int, right: bool, colou
     box = {"boxstyle": "round,pad=0.25", "facecolor": colour if right else "white", "edgecolor": colour}
     style = {"color": "white" if right else colour, "fontweight": "bold", "fontsize": 9}
     axes.text(x, y, str(answer), ha="center", va="center", bbox=box, **style)
-
-
-@contextmanager
-def _open_whole(path: Path) -> Iterator[IO[bytes]]:
-    """A file that appears under its name when all of it is written; nothing stays behind where that fails."""
-    if path.suffix not in FORMATS:
-        raise InputError(f"{path} has no ending of a picture: use one of {', '.join(FORMATS)}")
-    if path.is_dir():
-        raise InputError(f"{path} is a folder: give the name of a file")
-    partial = path.with_name(path.name + ".part")
-    try:
-        file = partial.open("wb")
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}: use a folder that exists and is yours") from error
-    try:
-        with file:
-            yield file
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -1,26 +1,49 @@
 """Models by the name a user types, with errors that say what to do; for the sub-commands."""
 
 import difflib
+from pathlib import Path
 
 import timm
 import torch.nn as nn
-from safetensors import SafetensorError
 
-__all__ = ["InputError", "check_model_name", "load_model"]
+from equivision_timm.arguments import InputError
+
+__all__ = ["InputError", "check_model_name", "load_model", "short_name", "split_spec"]
 
 
-class InputError(ValueError):
-    """What the user gave cannot be used; the message says what and how to mend it."""
+def split_spec(spec: str) -> tuple[str, str]:
+    """`NAME` or `NAME=CHECKPOINT` -> name and checkpoint, '' without one; a folder after 'local-dir:' may hold '='."""
+    if spec.startswith("local-dir:") and Path(spec.removeprefix("local-dir:")).is_dir():
+        return spec, ""
+    name, _, checkpoint = spec.partition("=")
+    return name, checkpoint
+
+
+def short_name(spec: str) -> str:
+    """`NAME=CHECKPOINT` and `local-dir:FOLDER` without the path to them, for titles."""
+    name, checkpoint = split_spec(spec)
+    if name.startswith("local-dir:"):
+        name = Path(name.removeprefix("local-dir:")).name
+    return f"{name}={Path(checkpoint).name}" if checkpoint else name
 
 
 def check_model_name(spec: str) -> None:
-    """Raises InputError, with near names, where timm does not know the model of `NAME` or `NAME=CHECKPOINT`."""
-    name = spec.partition("=")[0]
-    if ":" in name or timm.is_model(name):  # 'hf-hub:...' and 'local-dir:...' are looked up when they are loaded
-        return
-    architecture = name.partition(".")[0]
-    near = difflib.get_close_matches(architecture, timm.list_models(), n=4, cutoff=0.5)
-    raise InputError(f"unknown model {name!r}{_suggest(near)}; python -c 'import timm; print(timm.list_models())'")
+    """Look at `NAME` or `NAME=CHECKPOINT` without loading anything.
+
+    Raises:
+        InputError: with near names, where timm does not know the name; where there is no such checkpoint or folder.
+    """
+    name, checkpoint = split_spec(spec)
+    if name != spec and not checkpoint:
+        raise InputError(f"{spec!r} names no checkpoint after the '=': give a file, {name}=CHECKPOINT, or leave it out")
+    if name.startswith("local-dir:") and not Path(name.removeprefix("local-dir:")).is_dir():
+        raise InputError(f"there is no folder {name.removeprefix('local-dir:')!r} to load {name!r} from")
+    if ":" not in name and not timm.is_model(name):  # 'hf-hub:...' is looked up when it is loaded
+        architecture = name.partition(".")[0]
+        near = difflib.get_close_matches(architecture, timm.list_models(), n=4, cutoff=0.5)
+        raise InputError(f"unknown model {name!r}{_suggest(near)}; python -c 'import timm; print(timm.list_models())'")
+    if checkpoint and not Path(checkpoint).is_file():
+        raise InputError(f"cannot load the weights of {spec!r}: there is no file {checkpoint!r}")
 
 
 def load_model(spec: str, num_classes: int | None = None) -> nn.Module:
@@ -31,18 +54,32 @@ def load_model(spec: str, num_classes: int | None = None) -> nn.Module:
         num_classes: classes of the classifier; the model's own where None.
 
     Raises:
-        InputError: unknown name or tag, no pretrained weights, no way to fetch them, an unfit checkpoint.
+        InputError: unknown name or tag, no pretrained weights, no way to fetch them, an unfit checkpoint, pretrained
+            weights of another number of classes (timm would put a random classifier in their place).
     """
     check_model_name(spec)
-    name, _, checkpoint = spec.partition("=")
+    name, checkpoint = split_spec(spec)
     try:
         model = timm.create_model(
             name, pretrained=not checkpoint, num_classes=num_classes, checkpoint_path=checkpoint or None
         )
-    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"cannot load the weights of {spec!r}: {reason}. {_remedy(name, checkpoint)}") from error
+    except Exception as error:  # of timm, PyTorch, the Hub's client, pickle, zip and JSON: any file can be at fault
+        raise InputError(
+            f"cannot load the weights of {spec!r}: {_reason(error)}. {_remedy(name, checkpoint)}"
+        ) from error
+    own = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
+    if not checkpoint and num_classes is not None and own is not None and own != num_classes:
+        raise InputError(
+            f"the weights of {spec!r} tell {own} classes apart, not {num_classes}: leave --num-classes out, or give a "
+            f"file with as many, {name}=CHECKPOINT"
+        )
     return model.eval()
+
+
+def _reason(error: Exception) -> str:
+    """What an error says in its first lines, of which PyTorch may write hundreds."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) if lines else type(error).__name__
 
 
 def _remedy(name: str, checkpoint: str) -> str:

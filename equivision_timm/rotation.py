@@ -11,6 +11,8 @@ beyond that its reflection, not black triangles that tell the angle.
 """
 
 import math
+import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,11 @@ from timm.data import create_dataset
 from timm.data.dataset_factory import _TORCH_BASIC_DS
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
+from equivision_timm.pictures import PictureError, open_rgb
+
 __all__ = ["RotatedFolder", "rotate", "rotate_image"]
+
+_MOST_FAULTS = 50  # timm's own limit
 
 
 def rotate(images: torch.Tensor, degrees: float) -> torch.Tensor:
@@ -32,8 +38,14 @@ def rotate(images: torch.Tensor, degrees: float) -> torch.Tensor:
 
     Args:
         images: floating point.
-        degrees: any finite angle.
+        degrees: any finite angle; counts modulo 360.
+
+    Raises:
+        ValueError: the angle is not finite.
     """
+    if not math.isfinite(degrees):
+        raise ValueError(f"images cannot be turned by {degrees} degrees: give a finite angle")
+    degrees = math.fmod(degrees, 360)
     quarters = round(degrees / 90)
     images = images.rot90(quarters, dims=(-2, -1))
     angle = math.radians(degrees - 90 * quarters)
@@ -73,12 +85,15 @@ class RotatedFolder(torch.utils.data.Dataset):
         reader_options: passed to `timm.data.create_dataset`, such as `input_key`.
 
     Raises:
-        ValueError: `download` is set.
+        ValueError: `download` is set, or `root` is no folder. On reading, `PictureError` where fifty pictures one after
+            another, or all, cannot be read.
     """
 
     def __init__(self, root: str, train: bool, download: bool = False, **reader_options: Any) -> None:
         if download:
             raise ValueError(f"rotated_folder reads {root!r} and downloads nothing: leave --dataset-download out")
+        if not Path(root).is_dir():
+            raise ValueError(f"there is no folder {str(root)!r} of images: give another --data-dir")
         self.images = create_dataset("", root, split="train" if train else "validation", **reader_options)
         self.train = train
         self.transform = None  # set by timm's loader
@@ -88,11 +103,26 @@ class RotatedFolder(torch.utils.data.Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        image, target = self.images[index]
+        image, target = self._read(index)
         fraction = torch.rand(()).item() if self.train else np.random.default_rng(index).random()
         image = rotate_image(image, 360 * fraction)
         image = image if self.transform is None else self.transform(image)
         return image, target if self.target_transform is None else self.target_transform(target)
+
+    def _read(self, index: int) -> tuple[Image.Image, int]:
+        """The first picture from `index` on that can be read, as timm does it; the others are named in a warning."""
+        reader, faults = self.images.reader, []
+        for i in range(index, index + min(_MOST_FAULTS, len(reader))):
+            i %= len(reader)
+            try:
+                image, target = open_rgb(reader.filename(i, absolute=True)), reader.samples[i][1]
+            except PictureError as error:
+                faults.append(str(error))
+                continue
+            if faults:
+                warnings.warn(f"{len(faults)} picture(s) left out: {'; '.join(faults)}", stacklevel=2)
+            return image, target
+        raise PictureError(f"{len(faults)} pictures one after another cannot be read, such as: {faults[0]}")
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
         """As in timm's `ImageDataset`."""

@@ -19,11 +19,18 @@ from matplotlib.figure import Figure
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
 
+from equivision_timm.arguments import InputError, check_number, shortened
+from equivision_timm.figures import check_figure_file, plain_text, save_figure
 from equivision_timm.groups import Group
-from equivision_timm.loading import InputError, check_model_name, load_model
+from equivision_timm.loading import check_model_name, load_model, short_name
+from equivision_timm.pictures import PictureError, open_rgb
 from equivision_timm.rotation import rotate
+from equivision_timm.trial import MOST_CLASSES, MOST_PIXELS, check_memory, explained, try_model
 
 __all__ = ["map_error", "scalar_maps", "show"]
+
+_DPI = 100
+_WIDEST = 160  # inches; WebP holds 16383 pixels
 
 
 def show(
@@ -41,27 +48,37 @@ def show(
         image: picture file.
         models: `NAME` or `NAME=CHECKPOINT`.
         angles: in degrees, counter-clockwise.
-        out: PNG, PDF or SVG file.
+        out: PNG, PDF, SVG, ... file; folders that are missing above it are made.
         level: which feature map, as in timm's `forward_intermediates`; 0 is the stem.
         size: side of the image in pixels, the model's own where None.
         num_classes: classes of the models, their own where None.
 
     Raises:
-        InputError: the image cannot be read, a model or the level does not exist.
+        InputError: the image cannot be read, a model or the level does not exist, the picture cannot be written.
+        OSError: the picture could not be written after all; the old one is untouched.
     """
+    models = list(dict.fromkeys(models))
+    width = (1.6 * len(angles) + 0.5) * len(models)  # inches
+    if width > _WIDEST:
+        raise InputError(
+            f"{len(angles)} angles of {len(models)} model(s) make a picture of {width * _DPI:.0f} pixels, more than "
+            f"{_WIDEST * _DPI}: give fewer --angles"
+        )
+    check_number("--size", size, 1, MOST_PIXELS)
+    check_number("--num-classes", num_classes, 1, MOST_CLASSES)
     for name in models:
         check_model_name(name)
+    check_figure_file(Path(out), make_folders=True)
     try:
-        with Image.open(image) as file:
-            picture = file.convert("RGB")
-    except (OSError, SyntaxError) as error:  # what PIL raises for missing, empty, truncated and foreign files
-        raise InputError(f"cannot read the image {image!r}: {error}") from error
-    figure = Figure(figsize=((1.6 * len(angles) + 0.5) * len(models), 7.2), layout="constrained")
-    blocks = np.atleast_1d(figure.subfigures(1, len(models), wspace=0.03))
-    for block, name in zip(blocks, models, strict=True):
-        _draw_model(block, name, load_model(name, num_classes), picture, angles, level, size)
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=100)
+        picture = open_rgb(image)
+    except PictureError as error:
+        raise InputError(f"cannot read the image: {error}") from error
+    with plain_text():
+        figure = Figure(figsize=(width, 7.2), layout="constrained")
+        blocks = np.atleast_1d(figure.subfigures(1, len(models), wspace=0.03))
+        for block, name in zip(blocks, models, strict=True):
+            _draw_model(block, name, load_model(name, num_classes), picture, angles, level, size)
+        save_figure(figure, Path(out), _DPI)
 
 
 def scalar_maps(model: nn.Module, images: torch.Tensor, level: int) -> torch.Tensor:
@@ -86,14 +103,14 @@ def _draw_model(block, name: str, model: nn.Module, picture: Image.Image, angles
     """Four rows in `block`, a column per angle: image, map, map turned back, difference."""
     config = resolve_data_config({}, model=model)
     size = size or config["input_size"][-1]
-    channels = config["input_size"][0]
-    prepare = create_transform(**{**config, "input_size": (channels, size, size)}, is_training=False)
-    upright = prepare(picture if channels == 3 else picture.convert("L"))[None]  # [1, C, size, size]
-    images = [rotate(upright, angle) for angle in angles]
-    with torch.inference_mode():
+    check_memory("--size", len(angles), size)
+    with explained(name, 1, size, torch.device("cpu"), "lower --size"), torch.inference_mode():
+        try_model(name, model, lambda: _prepare(picture, config, size), size, torch.device("cpu"))
+        upright = _prepare(picture, config, size)[None]  # [1, C, size, size]
+        images = [rotate(upright, angle) for angle in angles]
         predictions = [model(x).softmax(1)[0] for x in images]
         reference = scalar_maps(model, upright, level)[0]  # [maps, h, w]
-        chosen = int(reference.flatten(1).var(1).argmax())
+        chosen = int(reference.flatten(1).var(1, correction=0).argmax())
         maps = [scalar_maps(model, x, level)[0, chosen] for x in images]  # [h, w]
     reference = reference[chosen]
     returned = [rotate(m[None, None], -angle)[0, 0] for m, angle in zip(maps, angles, strict=True)]
@@ -117,8 +134,21 @@ def _draw_model(block, name: str, model: nn.Module, picture: Image.Image, angles
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
-    architecture = name.partition("=")[0]
-    block.suptitle(f"{architecture}, {size} px, level {level}", fontsize=11, fontweight="bold")
+    title = f"{shortened(short_name(name).partition('=')[0], 30 * len(angles))}, {size} px, level {level}"
+    block.suptitle(title, fontsize=11, fontweight="bold")
+
+
+def _prepare(picture: Image.Image, config: dict, size: int) -> torch.Tensor:
+    """The picture as the model of a timm data config wants it, [C, size, size].
+
+    Raises:
+        ValueError: the model takes neither grey nor RGB images.
+    """
+    channels = config["input_size"][0]
+    if channels not in (1, 3):
+        raise ValueError(f"it takes {channels} channels, and pictures have 1 or 3")
+    prepare = create_transform(**{**config, "input_size": (channels, size, size)}, is_training=False)
+    return prepare(picture if channels == 3 else picture.convert("L"))
 
 
 def _circle(height: int, width: int) -> torch.Tensor:
@@ -141,10 +171,10 @@ def _pixels(image: torch.Tensor, config: dict) -> np.ndarray:
 def _class_names(model: nn.Module):
     """Class index -> name: the model's own names, ImageNet's first word for its classifiers, else the number."""
     own = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
-    if own and len(own) == model.num_classes:
-        return lambda index: f"reads {own[index]}:"
+    if isinstance(own, list | tuple) and len(own) == model.num_classes:
+        return lambda index: f"reads {shortened(str(own[index]), 20)}:"
     subset = infer_imagenet_subset(model)
     if subset is None:
         return lambda index: f"class {index}:"
     info = ImageNetInfo(subset)
-    return lambda index: info.index_to_description(index).split(",")[0] + ":"
+    return lambda index: shortened(info.index_to_description(index).split(",")[0], 20) + ":"

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import shutil
 import signal
@@ -132,8 +133,8 @@ def test_circle_hides_the_corners(textures: str, c1: str, tmp_path: Path, monkey
 
     monkeypatch.setattr(run, "load_model", watch)
     rotate_eval([c1], textures, [0.0, 30.0], str(tmp_path), corners="circle", workers=0, device="cpu")
-    assert len(seen) == 2
-    for images in seen:
+    assert len(seen) == 3
+    for images in seen[1:]:  # the first is the trial
         assert (images[..., :4, :4] == 0).all()
         assert (images[..., 16, :] != 0).float().mean() > 0.9
 
@@ -196,7 +197,8 @@ def test_ctrl_c_leaves_what_was_measured(c4: str, tmp_path: Path) -> None:
     assert "Traceback" not in errors
     (cell,) = json.loads(kept.read_text())["cells"]
     assert 0 < cell["images"] < 900
-    assert {"results.csv", "results.json", "rotation.png", "report.html"} == {p.name for p in kept.parent.iterdir()}
+    names = {path.name for path in kept.parent.iterdir()}
+    assert names == {".results.lock", "results.csv", "results.json", "rotation.png", "report.html"}
 
 
 def test_unreadable_images_are_left_out_and_named(textures: str, c4: str, tmp_path: Path, capsys) -> None:
@@ -241,7 +243,7 @@ def test_too_little_memory_says_what_to_lower(
 
     def run_out(x: torch.Tensor) -> torch.Tensor:
         calls.append(x)
-        if len(calls) > 2:
+        if len(calls) > 3:  # the trial, and two angles of the first batch
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return x.mean((2, 3))
 
@@ -347,5 +349,18 @@ def test_what_is_no_list_of_angles(text: str, textures: str, c4: str, capsys: py
 
 @given(st.integers(-360, 360), st.integers(1, 90), st.integers(0, 30))
 def test_range_of_angles(start: int, step: int, count: int) -> None:
-    assert parse_angles(f"{start}:{start + count * step}:{step}") == [start + step * i for i in range(count + 1)]
-    assert parse_angles(f"{start},{step}") == [start, step]
+    """Of every class modulo 360 the first one, less whole turns."""
+    typed = [start + step * i for i in range(count + 1)]
+    parsed = parse_angles(f"{start}:{start + count * step}:{step}")
+    assert parsed == parse_angles(",".join(map(str, typed)))
+    assert [angle % 360 for angle in parsed] == list(dict.fromkeys(angle % 360 for angle in typed))
+    assert all(-360 < angle < 360 for angle in parsed)
+
+
+def test_every_rotation_counts_once() -> None:
+    assert parse_angles("0:360:15") == [15.0 * i for i in range(24)]
+    assert parse_angles(",".join(["90"] * 210)) == [90]
+    assert parse_angles("0,360,-360,720") == [0]
+    assert parse_angles("-90,270,45") == [-90, 45]
+    assert parse_angles("-30:30:30") == [-30, 0, 30]
+    assert parse_angles("-1e300") == [math.fmod(-1e300, 360) + 0.0]

@@ -66,7 +66,7 @@ def test_picture_of_two_models(photograph: str, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["IMAGE", "--model", "c8resnet19"], "unknown model 'c8resnet19': did you mean c8resnet18"),
-        (["nowhere.png", "--model", "c8resnet18"], "cannot read the image 'nowhere.png'"),
+        (["nowhere.png", "--model", "c8resnet18"], "cannot read the image: there is no picture file 'nowhere.png'"),
         (["IMAGE", "--model", "c8resnet18", "--angles", "north"], "'north' is no list of angles"),
         (["EMPTY", "--model", "c8resnet18"], "cannot read the image"),
         (["IMAGE", "--model", "OURS", "--level", "7"], "no feature map --level 7"),

@@ -11,6 +11,7 @@ image under the same treatment of the corners is the reference:
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,24 +20,28 @@ from PIL import Image
 from timm.data import create_dataset, create_transform
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from equivision_timm.loading import InputError
+from equivision_timm.arguments import InputError
+from equivision_timm.pictures import PictureError, open_rgb
 from equivision_timm.rotate_eval.results import Cell
 from equivision_timm.rotation import rotate
 
 __all__ = ["CORNERS", "Folder", "measure", "parse_angles"]
 
 CORNERS = ("reflect", "circle")
+MOST_ANGLES = 3600
 
 
 def parse_angles(text: str) -> list[float]:
     """The angles of 'start:stop:step' (stop included if it is met) or of a list '0,45,90', in degrees.
 
+    Whole turns are taken off, and of angles that mean the same rotation the first is kept: 360 is 0, 270 is -90.
+
     Raises:
-        InputError: neither of them.
+        InputError: neither of them, or more than 3600 angles.
 
     Example:
-        >>> parse_angles("0:90:45")
-        [0.0, 45.0, 90.0]
+        >>> parse_angles("0:360:90")
+        [0.0, 90.0, 180.0, 270.0]
     """
     separator = ":" if ":" in text else ","
     try:
@@ -45,15 +50,24 @@ def parse_angles(text: str) -> list[float]:
         numbers = []
     if not numbers or not all(map(math.isfinite, numbers)) or (separator == ":" and len(numbers) != 3):
         raise InputError(f"{text!r} is no list of angles: use START:STOP:STEP or A,B,C in degrees, such as 0:360:15")
-    if separator == ",":
-        return numbers
-    start, stop, step = numbers
+    if separator == ":":
+        numbers = _range(text, *numbers)
+    if len(numbers) > MOST_ANGLES:
+        raise InputError(f"{len(numbers)} angles are more than {MOST_ANGLES}: leave some out")
+    turned = [math.fmod(number, 360) + 0.0 for number in numbers]  # + 0.0: no negative zero
+    same = {}
+    for angle in turned:
+        same.setdefault(round(angle % 360, 6) % 360, angle)
+    return list(same.values())
+
+
+def _range(text: str, start: float, stop: float, step: float) -> list[float]:
     if step <= 0 or stop < start:
         raise InputError(f"{text!r} holds no angles: STEP must be positive and STOP not below START, as in 0:360:15")
-    count = math.floor((stop - start) / step + 1e-9) + 1
-    if count > 3600:
-        raise InputError(f"{text!r} holds {count} angles, more than 3600: use a larger STEP")
-    return [start + step * i for i in range(count)]
+    steps = (stop - start) / step + 1e-9
+    if steps >= MOST_ANGLES:
+        raise InputError(f"{text!r} holds more than {MOST_ANGLES} angles: use a larger STEP")
+    return [start + step * i for i in range(math.floor(steps) + 1)]
 
 
 class Folder(Dataset):
@@ -65,15 +79,20 @@ class Folder(Dataset):
         class_map: file that maps sub-folders to class indices, as in `validate.py`.
 
     Raises:
-        InputError: no such folder, or no images in it.
+        InputError: no such folder or split, no images in it, a class map that cannot be read.
     """
 
     def __init__(self, root: str, split: str, class_map: str) -> None:
+        if not Path(root).is_dir():
+            raise InputError(f"no images to measure in {root!r}: there is no such folder")
         try:
             self.reader = create_dataset("", root, split=split, class_map=class_map).reader
-        except (AssertionError, RuntimeError, OSError) as error:
-            reason = str(error) or "there is no such folder"
+        except Exception as error:  # of the folder, or of the class map, which may be a pickle
+            reason = str(error) or type(error).__name__
             raise InputError(f"no images to measure in {root!r}: {reason}") from error
+        found = Path(self.reader.root) != Path(root) or Path(root, split).is_dir()
+        if not found and split != "validation":  # the default may be missing
+            raise InputError(f"{root!r} has no sub-folder {split!r}: name another --split, or leave it out")
         self.transform: Callable[[Image.Image], torch.Tensor] | None = None
         self.mode = "RGB"
 
@@ -88,18 +107,42 @@ class Folder(Dataset):
         """The class folders; empty where the images lie in `root` itself."""
         return [name for name in self.reader.class_to_idx if name]
 
-    def prepare_for(self, data_config: dict[str, Any]) -> None:
-        """Load images as the model of this timm data config wants them."""
-        self.mode = "L" if data_config["input_size"][0] == 1 else "RGB"
+    @property
+    def targets(self) -> set:
+        """The class indices, which a class map may have made anything."""
+        return set(self.reader.class_to_idx.values())
+
+    def prepare_for(self, data_config: dict[str, Any]) -> "Folder":
+        """Load images as the model of this timm data config wants them; returns itself.
+
+        Raises:
+            ValueError: the model takes neither grey nor RGB images.
+        """
+        channels, *size = data_config["input_size"]
+        if channels not in (1, 3):
+            raise ValueError(f"it takes {channels} channels, and pictures have 1 or 3")
+        self.size = tuple(size)
+        self.mode = "L" if channels == 1 else "RGB"
         self.transform = create_transform(**data_config, is_training=False)
+        return self
+
+    def sample(self) -> torch.Tensor:
+        """A grey image [C, H, W], prepared for the model."""
+        return self.transform(Image.new(self.mode, self.size[::-1], "gray"))
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int] | str:
-        file, target = self.reader[index]
         try:
-            with file, Image.open(file) as image:
-                return self.transform(image.convert(self.mode)), target
-        except (OSError, SyntaxError):  # what PIL raises for empty, truncated and foreign files
+            return self.transform(self.picture(index)), self.reader.samples[index][1]
+        except PictureError:
             return self.reader.filename(index)
+
+    def picture(self, index: int) -> Image.Image:
+        """The picture in the mode of the model.
+
+        Raises:
+            PictureError: it cannot be read.
+        """
+        return open_rgb(self.reader.filename(index, absolute=True)).convert(self.mode)
 
 
 @dataclass(frozen=True)
@@ -180,7 +223,8 @@ def _sums(
 def _compare(logits: torch.Tensor, reference: torch.Tensor, targets: torch.Tensor | None) -> dict[str, float]:
     first = logits.argmax(1)
     centred, centred_reference = (z - z.mean(1, keepdim=True) for z in (logits, reference))
-    drift = (centred - centred_reference).norm(dim=1) / centred_reference.norm(dim=1)
+    length = centred_reference.norm(dim=1).clamp_min(torch.finfo(reference.dtype).tiny)  # of one class, all are zero
+    drift = (centred - centred_reference).norm(dim=1) / length
     sums = {"agreement": (first == reference.argmax(1)).sum().item(), "drift": drift.sum().item()}
     if targets is not None:
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # [B, 5]

@@ -2,16 +2,21 @@
 
 import base64
 import html
-import io
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from equivision_timm.arguments import one_line, shortened
+from equivision_timm.figures import figure_bytes, plain_text
+from equivision_timm.files import write_file
+from equivision_timm.loading import short_name
 from equivision_timm.rotate_eval.results import Cell, Results
 
-__all__ = ["write_report"]
+__all__ = ["FILES", "write_report"]
+
+FILES = ("results.csv", "rotation.png", "report.html")
 
 _TITLES = {
     "top1": "top-1 accuracy (%)",
@@ -26,17 +31,17 @@ _CORNERS = {
 
 
 def write_report(results: Results, folder: Path) -> None:
-    """Write results.csv, rotation.png and report.html into `folder`."""
-    picture = io.BytesIO()
-    draw(results).savefig(picture, format="png", dpi=110)
-    results.write_csv(folder / "results.csv")
-    (folder / "rotation.png").write_bytes(picture.getvalue())
-    (folder / "report.html").write_text(_page(results, picture.getvalue()))
+    """Write results.csv, rotation.png and report.html into `folder`, each whole or not at all."""
+    with plain_text():
+        picture = figure_bytes(draw(results), ".png", dpi=110)
+    page = _page(results, picture).encode(errors="backslashreplace")
+    for name, content in zip(FILES, (results.csv(), picture, page), strict=True):
+        write_file(folder / name, content)
 
 
 def draw(results: Results) -> Figure:
     """Accuracy against the angle, polar and Cartesian, and below it agreement and drift."""
-    cells, angles = results.measured(), results.settings["angles"]
+    cells = results.measured()
     main = "top1" if "top1" in cells[0].sums else "agreement"
     figure = Figure(figsize=(12, 8.6), layout="constrained")
     grid = figure.add_gridspec(2, 2)
@@ -44,45 +49,51 @@ def draw(results: Results) -> Figure:
     plain, agreement, drift = (figure.add_subplot(grid[place]) for place in ((0, 1), (1, 0), (1, 1)))
     colours = matplotlib.colormaps["tab10"].colors
 
+    lines = []
     for i, cell in enumerate(cells):
-        style = {"color": colours[i % 10], "linewidth": 1.8, "marker": "o", "markersize": 3.5, "label": _label(cell)}
+        style = {"color": colours[i % 10], "linewidth": 1.8, "marker": "o", "markersize": 3.5}
         style["linestyle"] = ("-", "--", "-.", ":")[i // 10 % 4]
-        polar.plot(np.deg2rad(angles), cell.mean(main), **style)
-        plain.plot(angles, cell.mean(main), **style)
-        agreement.plot(angles, cell.mean("agreement"), **style)
-        drift.plot(angles, cell.mean("drift"), **style)
+        for axes, metric in ((polar, main), (plain, main), (agreement, "agreement"), (drift, "drift")):
+            angles, values = _curve(results.settings["angles"], cell.mean(metric))
+            lines += axes.plot(np.deg2rad(angles) if axes is polar else angles, values, **style)
 
+    wide = np.ptp(results.settings["angles"]) > 180
     polar.set_ylim(0, 100)
     polar.set_rlabel_position(22.5)
     polar.set_title(_TITLES[main])
     for axes, metric in ((plain, main), (agreement, "agreement"), (drift, "drift")):
         axes.set_xlabel("angle (degrees, counter-clockwise)")
         axes.set_ylabel(_TITLES[metric])
-        axes.xaxis.set_major_locator(matplotlib.ticker.MultipleLocator(45 if max(angles) - min(angles) > 180 else 15))
+        axes.xaxis.set_major_locator(matplotlib.ticker.MultipleLocator(45 if wide else 15))
         axes.grid(alpha=0.3)
         axes.set_ylim(bottom=0)
     plain.set_ylim(0, 102)
     agreement.set_ylim(0, 102)
-    figure.legend(*plain.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(cells), 4))
-    figure.suptitle(_headline(results))
+    labels = [shortened(_label(cell), 60) for cell in cells]
+    columns = min(len(cells), max(1, 160 // max(map(len, labels))), 4)
+    legend = figure.legend(lines[::4], map(str, range(len(cells))), loc="outside lower center", ncols=columns)
+    for text, label in zip(legend.get_texts(), labels, strict=True):
+        text.set_text(label)  # afterwards: matplotlib leaves labels out that begin with '_'
+    figure.suptitle(shortened(_headline(results), 120))
     return figure
 
 
+def _curve(angles: list[float], values: list[float]) -> tuple[list[float], list[float]]:
+    """Angles and values in order; where they go all the way round, the first point once more, 360 degrees on."""
+    angles, values = map(list, zip(*sorted(zip(angles, values, strict=True)), strict=True))
+    steps = np.diff(angles)
+    if len(steps) and angles[0] + 360 - angles[-1] <= 1.001 * max(steps):
+        return [*angles, angles[0] + 360], [*values, values[0]]
+    return angles, values
+
+
 def _label(cell: Cell) -> str:
-    return f"{_short(cell.model)}, {cell.size} px"
-
-
-def _short(model: str) -> str:
-    """`NAME=CHECKPOINT` and `local-dir:FOLDER` without the path to them."""
-    name, separator, checkpoint = model.partition("=")
-    if name.startswith("local-dir:"):
-        name = Path(name.removeprefix("local-dir:")).name
-    return f"{name}{separator}{Path(checkpoint).name}" if separator else name
+    return f"{one_line(short_name(cell.model))}, {cell.size} px"
 
 
 def _headline(results: Results) -> str:
     settings = results.settings
-    return f"Turned images of {settings['data']} ({settings['files']} files, {_CORNERS[settings['corners']]})"
+    return f"Turned images of {one_line(settings['data'])} ({settings['files']} files, {_CORNERS[settings['corners']]})"
 
 
 _STYLE = """
@@ -119,7 +130,8 @@ def _notes(results: Results) -> str:
         if cell.position < results.settings["files"]:
             lines.append(f"{_label(cell)}: interrupted after {cell.position} of {results.settings['files']} files.")
         if cell.unreadable:
-            lines.append(f"{_label(cell)}: left out {len(cell.unreadable)} unreadable: {', '.join(cell.unreadable)}.")
+            names = ", ".join(map(one_line, cell.unreadable))
+            lines.append(f"{_label(cell)}: left out {len(cell.unreadable)} unreadable: {names}.")
     return "".join(f'<p class="note">{html.escape(line)}</p>' for line in lines)
 
 

@@ -1,17 +1,24 @@
 """What rotate-eval has measured so far: sums over images, in a JSON file that an interrupted run continues from."""
 
 import csv
+import io
 import json
-import os
+import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from equivision_timm.loading import InputError
+from filelock import FileLock
+
+from equivision_timm.arguments import InputError
+from equivision_timm.files import write_file
 
 __all__ = ["METRICS", "Cell", "Results"]
 
 METRICS = ("top1", "top5", "agreement", "drift")
+_PATIENCE = 60  # seconds to wait for another process, which holds the lock while it writes
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,8 @@ class Cell:
 class Results:
     """The cells of one data folder under one set of angles, kept in `path` after every change.
 
+    Several processes may keep their cells in one file: each change is made under a lock, to what the file then holds.
+
     Args:
         path: the JSON file; continued where it exists.
         settings: what all cells share: data, angles, corners.
@@ -71,42 +80,105 @@ class Results:
         self.path = path
         self.settings = settings
         self.cells: dict[tuple[str, int], Cell] = {}
-        if path.exists():
-            self._load()
+        self._lock = FileLock(path.with_name(f".{path.stem}.lock"), timeout=_PATIENCE)
+        self.merge()
 
-    def _load(self) -> None:
+    def cell(self, model: str, size: int) -> Cell:
+        """What has been measured of a model at a size, by this process or another."""
+        self.merge()
+        return self.cells.get((model, size), Cell(model, size))
+
+    def merge(self) -> None:
+        """Take over what other processes have put into the file; of two states of a cell the one that is further.
+
+        Raises:
+            InputError: as above.
+        """
         try:
-            content = json.loads(self.path.read_text())
+            text = self.path.read_bytes()
+        except FileNotFoundError:
+            return
+        for cell in self._read(text):
+            mine = self.cells.get((cell.model, cell.size))
+            if mine is None or mine.position < cell.position:
+                self.cells[cell.model, cell.size] = cell
+
+    def _read(self, text: bytes) -> list[Cell]:
+        try:
+            content = json.loads(text)
             found = content["settings"]
-            cells = [Cell(**{**cell, "unreadable": tuple(cell["unreadable"])}) for cell in content["cells"]]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            differing = [name for name in self.settings if found.get(name) != self.settings[name]]
+            cells = [] if differing else [_cell(entry, self.settings) for entry in content["cells"]]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{self.path} holds no results of rotate-eval ({error}): choose another --out") from error
-        differing = [name for name in self.settings if found.get(name) != self.settings[name]]
         if differing:
             listed = ", ".join(f"{name} {found.get(name)!r} there, {self.settings[name]!r} here" for name in differing)
             raise InputError(f"{self.path} was measured with other settings ({listed}): choose another --out")
-        self.cells = {(cell.model, cell.size): cell for cell in cells}
+        return cells
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """No other process changes the folder meanwhile; what others have measured is taken over first.
+
+        Raises:
+            OSError: another process holds the lock for a minute.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self._lock:
+            self.merge()
+            yield
 
     def put(self, cell: Cell) -> None:
-        """Add or replace a cell; the file is replaced as a whole, so that it is never half written."""
-        self.cells[cell.model, cell.size] = cell
-        content = {"settings": self.settings, "cells": [asdict(cell) for cell in self.cells.values()]}
-        scratch = self.path.with_suffix(".json.part")
-        scratch.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(scratch, self.path)
+        """Add or continue a cell; the file is replaced as a whole, so that it is never half written."""
+        with self.locked():
+            held = self.cells.get((cell.model, cell.size))
+            if held is None or held.position < cell.position:
+                self.cells[cell.model, cell.size] = cell
+            content = {"settings": self.settings, "cells": [asdict(cell) for cell in self.cells.values()]}
+            write_file(self.path, (json.dumps(content, indent=1) + "\n").encode())
 
     def measured(self) -> list[Cell]:
         """The cells that hold at least one image."""
         return [cell for cell in self.cells.values() if cell.images]
 
-    def write_csv(self, path: Path) -> None:
+    def csv(self) -> bytes:
         """One row per model, size and angle: per cent for top1, top5 and agreement."""
         cells = self.measured()
         metrics = cells[0].metrics()
-        with path.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["model", "size", "angle", "images", *metrics])
-            for cell in cells:
-                means = [cell.mean(metric) for metric in metrics]
-                for angle, *values in zip(self.settings["angles"], *means, strict=True):
-                    writer.writerow([cell.model, cell.size, f"{angle:g}", cell.images, *(f"{v:.6g}" for v in values)])
+        file = io.StringIO(newline="")
+        writer = csv.writer(file)
+        writer.writerow(["model", "size", "angle", "images", *metrics])
+        for cell in cells:
+            means = [cell.mean(metric) for metric in metrics]
+            for angle, *values in zip(self.settings["angles"], *means, strict=True):
+                row = [_no_formula(cell.model), cell.size, f"{angle:g}", cell.images]
+                writer.writerow([*row, *(f"{v:.6g}" for v in values)])
+        return file.getvalue().encode(errors="backslashreplace")
+
+
+def _cell(entry: dict[str, Any], settings: dict[str, Any]) -> Cell:
+    """A cell from a file, which may hold anything.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: it is no cell, or none of these settings.
+    """
+    metrics = METRICS if settings["labelled"] else METRICS[2:]
+    sums = {name: [float(value) for value in entry["sums"][name]] for name in metrics} if entry["images"] else {}
+    cell = Cell(
+        model=str(entry["model"]),
+        size=operator.index(entry["size"]),
+        position=operator.index(entry["position"]),
+        images=operator.index(entry["images"]),
+        unreadable=tuple(str(name) for name in entry["unreadable"]),
+        sums=sums,
+    )
+    if not 0 <= cell.position <= settings["files"] or cell.position != cell.images + len(cell.unreadable):
+        raise ValueError(f"{cell.model!r} has {cell.images} images of {cell.position} files")
+    if any(len(values) != len(settings["angles"]) for values in cell.sums.values()):
+        raise ValueError(f"{cell.model!r} has not as many sums as there are angles")
+    return cell
+
+
+def _no_formula(text: str) -> str:
+    """A text that no spreadsheet takes for a formula."""
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text

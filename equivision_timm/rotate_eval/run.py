@@ -2,6 +2,8 @@
 
 import contextlib
 import hashlib
+import os
+import sys
 from pathlib import Path
 
 import torch
@@ -10,12 +12,20 @@ from timm.data import resolve_data_config
 from timm.utils import reparameterize_model
 from tqdm import tqdm
 
-from equivision_timm.loading import InputError, check_model_name, load_model
+from equivision_timm.arguments import InputError, check_number, one_line
+from equivision_timm.files import check_writable
+from equivision_timm.loading import check_model_name, load_model, split_spec
+from equivision_timm.pictures import PictureError
 from equivision_timm.rotate_eval.measure import CORNERS, Folder, measure
-from equivision_timm.rotate_eval.report import write_report
+from equivision_timm.rotate_eval.report import FILES, write_report
 from equivision_timm.rotate_eval.results import Cell, Results
+from equivision_timm.trial import MOST_CLASSES, MOST_PIXELS, check_memory, explained, find_device, try_model
 
 __all__ = ["rotate_eval"]
+
+_LESS_MEMORY = (
+    "lower --batch-size (or --size, or --workers); what was measured is kept, the same command goes on from there"
+)
 
 
 def rotate_eval(
@@ -65,38 +75,81 @@ def rotate_eval(
         InputError: something given cannot be used, or there is too little memory; nothing measured is lost.
         KeyboardInterrupt: after writing the report on what was measured.
     """
-    for name in models:
-        check_model_name(name)
-    folder = _open_folder(data, split, class_map, unlabelled)
+    models, sizes = list(dict.fromkeys(models)), list(dict.fromkeys(sizes or []))
+    folder = _check_input(models, data, out, sizes, split, class_map, unlabelled, num_classes, batch_size, workers)
+    batch_size = min(batch_size, len(folder))
     precision = amp_dtype if amp else "float32"
-    Path(out).mkdir(parents=True, exist_ok=True)
     results = Results(Path(out, "results.json"), _settings(folder, data, angles, corners, unlabelled, precision))
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    autocast = contextlib.nullcontext()
-    if amp:
-        autocast = torch.autocast(target.type, dtype=getattr(torch, amp_dtype))
+    target = find_device(device)
+
+    def load(name: str) -> tuple[nn.Module, list[dict]]:
+        """The model where it computes, and its data config at every size."""
+        classes = num_classes or (len(folder.classes) if split_spec(name)[1] and not unlabelled else None)
+        model = load_model(name, classes)
+        _check_classes(name, model, folder, unlabelled, class_map)
+        config = resolve_data_config({}, model=model, use_test_size=True)
+        channels, own = config["input_size"][0], config["input_size"][-1]
+        model = reparameterize_model(model) if reparam else model
+        model = model.to(device=target, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        return model, [{**config, "input_size": (channels, size, size)} for size in sizes or [own]]
+
+    def computing(name: str, images: int, size: int) -> contextlib.ExitStack:
+        stack = contextlib.ExitStack()
+        stack.enter_context(explained(name, images, size, target, _LESS_MEMORY))
+        if amp:
+            stack.enter_context(torch.autocast(target.type, dtype=getattr(torch, amp_dtype)))
+        return stack
+
+    for name in models:
+        model, configs = load(name)
+        for config in configs:
+            size = config["input_size"][-1]
+            check_memory("--batch-size or --size", batch_size, size)
+            with computing(name, 1, size):
+                try_model(name, model, lambda config=config: folder.prepare_for(config).sample(), size, target)
     try:
         for name in models:
-            classes = num_classes or (len(folder.classes) if "=" in name and not unlabelled else None)
-            model = load_model(name, classes)
-            _check_classes(name, model, folder, unlabelled, class_map)
-            model = reparameterize_model(model) if reparam else model
-            memory_format = torch.channels_last if channels_last else torch.contiguous_format
-            model = model.to(device=target, memory_format=memory_format)
-            config = resolve_data_config({}, model=model, use_test_size=True)
-            for size in sizes or [config["input_size"][-1]]:
-                folder.prepare_for({**config, "input_size": (config["input_size"][0], size, size)})
-                cell = results.cells.get((name, size), Cell(name, size))
-                with autocast, _explained(name, size, batch_size, target):
+            model, configs = load(name)
+            for config in configs:
+                size = config["input_size"][-1]
+                folder.prepare_for(config)
+                cell = results.cell(name, size)
+                with computing(name, batch_size, size):
                     progress = measure(
                         cell, model, folder, angles, corners, not unlabelled, batch_size, workers, target
                     )
                     _follow(progress, results, cell, len(folder))
     finally:
         if results.measured():
-            write_report(results, Path(out))
+            with results.locked():
+                write_report(results, Path(out))
     if not results.measured():
-        raise InputError(f"none of the {len(folder)} images in {data!r} can be read")
+        raise InputError(f"none of the {len(folder)} images in {data!r} can be read, such as {_first_fault(folder)}")
+
+
+def _check_input(
+    models: list[str],
+    data: str,
+    out: str,
+    sizes: list[int],
+    split: str,
+    class_map: str,
+    unlabelled: bool,
+    num_classes: int | None,
+    batch_size: int,
+    workers: int,
+) -> Folder:
+    """What can be known before a model is loaded; the folder of images."""
+    for size in sizes:
+        check_number("--size", size, 1, MOST_PIXELS)
+    check_number("--num-classes", num_classes, 1, MOST_CLASSES)
+    check_number("--batch-size", batch_size, 1, sys.maxsize)
+    check_number("--workers", workers, 0, 8 * (os.cpu_count() or 1))
+    for name in models:
+        check_model_name(name)
+    for name in ("results.json", *FILES):
+        check_writable(Path(out, name), make_folders=True)
+    return _open_folder(data, split, class_map, unlabelled)
 
 
 def _open_folder(data: str, split: str, class_map: str, unlabelled: bool) -> Folder:
@@ -113,9 +166,9 @@ def _settings(folder: Folder, data: str, angles: list[float], corners: str, unla
     """What all cells of a results file share; the images by a hash of their names, so that the folder may move."""
     if corners not in CORNERS:
         raise InputError(f"unknown corners {corners!r}: use one of {', '.join(CORNERS)}")
-    names = hashlib.sha256("\n".join(folder.names()).encode()).hexdigest()[:16]
+    names = hashlib.sha256("\n".join(folder.names()).encode(errors="surrogateescape")).hexdigest()[:16]
     return {
-        "data": Path(data).name,
+        "data": Path(os.path.abspath(data)).name,
         "files": len(folder),
         "names": names,
         "angles": angles,
@@ -126,7 +179,17 @@ def _settings(folder: Folder, data: str, angles: list[float], corners: str, unla
 
 
 def _check_classes(name: str, model: nn.Module, folder: Folder, unlabelled: bool, class_map: str) -> None:
-    if unlabelled or class_map or model.num_classes == len(folder.classes):
+    if unlabelled:
+        return
+    if class_map:
+        odd = [t for t in folder.targets if not isinstance(t, int) or not 0 <= t < model.num_classes]
+        if odd:
+            raise InputError(
+                f"--class-map {class_map!r} gives class {odd[0]!r}, and {name!r} has the classes 0 to "
+                f"{model.num_classes - 1}: list the sub-folders in the order of the model's classes"
+            )
+        return
+    if model.num_classes == len(folder.classes):
         return
     raise InputError(
         f"{name!r} tells {model.num_classes} classes apart, the folder holds {len(folder.classes)}: give --class-map "
@@ -141,21 +204,14 @@ def _follow(progress, results: Results, cell: Cell, files: int) -> None:
             results.put(cell)
             bar.update(cell.position - bar.n)
     if cell.unreadable:
-        listed = ", ".join(cell.unreadable[:5]) + (", ..." if len(cell.unreadable) > 5 else "")
+        listed = ", ".join(map(one_line, cell.unreadable[:5])) + (", ..." if len(cell.unreadable) > 5 else "")
         tqdm.write(f"left out {len(cell.unreadable)} unreadable image(s): {listed}")
 
 
-@contextlib.contextmanager
-def _explained(name: str, size: int, batch_size: int, device: torch.device):
-    """Turns what a forward pass can die of into an InputError that says what to change."""
+def _first_fault(folder: Folder) -> str:
+    """Why the first picture cannot be read."""
     try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
-            raise
-        raise InputError(
-            f"too little memory for {batch_size} images of {size} x {size} pixels in {name!r} on {device}: lower "
-            "--batch-size (or --size, or --workers); what was measured is kept, the same command goes on from there"
-        ) from error
-    except AssertionError as error:  # timm's models check their input size so
-        raise InputError(f"{name!r} does not take images of {size} x {size} pixels: {error}") from error
+        folder.picture(0)
+    except PictureError as error:
+        return str(error)
+    return folder.names()[0]

@@ -1,0 +1,42 @@
+"""Pictures that a command draws: text is drawn as it stands, the file is written whole."""
+
+import io
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from equivision_timm.arguments import InputError
+from equivision_timm.files import check_writable, write_file
+
+__all__ = ["FORMATS", "check_figure_file", "figure_bytes", "plain_text", "save_figure"]
+
+# What matplotlib writes without other programs: PGF needs LaTeX; raw pixels are no picture
+FORMATS = tuple(f".{kind}" for kind in Figure().canvas.get_supported_filetypes() if kind not in ("pgf", "raw", "rgba"))
+
+
+def plain_text():
+    """A context in which matplotlib takes text for text: a `$` in a name begins no formula.
+
+    Everything from the first title to the last `savefig` belongs into it; works as a decorator, too.
+    """
+    return matplotlib.rc_context({"text.parse_math": False, "text.usetex": False})
+
+
+def check_figure_file(path: Path, make_folders: bool = False) -> None:
+    """Raises InputError where the ending is no picture format or the file cannot be written; see `check_writable`."""
+    if path.suffix.lower() not in FORMATS:
+        raise InputError(f"{path} has no ending of a picture: use one of {', '.join(FORMATS)}")
+    check_writable(path, make_folders)
+
+
+def figure_bytes(figure: Figure, suffix: str, dpi: int) -> bytes:
+    """The figure as a file with this ending."""
+    content = io.BytesIO()
+    figure.savefig(content, format=suffix[1:].lower(), dpi=dpi)
+    return content.getvalue()
+
+
+def save_figure(figure: Figure, path: Path, dpi: int) -> None:
+    """Write the figure into a file that `check_figure_file` accepted."""
+    write_file(path, figure_bytes(figure, path.suffix, dpi))

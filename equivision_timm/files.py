@@ -1,0 +1,89 @@
+"""Files that a command writes: whole or not at all, and checked before the work whose result they are to hold."""
+
+import os
+import secrets
+import shutil
+from pathlib import Path
+
+from equivision_timm.arguments import InputError
+
+__all__ = ["check_writable", "write_file"]
+
+
+def check_writable(path: Path, make_folders: bool = False) -> None:
+    """Find out whether `write_file` will succeed; nothing stays behind.
+
+    Args:
+        path: the file to be written.
+        make_folders: the folders above it will be made; otherwise they must exist.
+
+    Raises:
+        InputError: a folder or a device of this name, a write-protected file or folder, a name that is too long.
+    """
+    try:
+        folder = _target(path).parent
+        while make_folders and not os.path.lexists(folder):
+            folder = folder.parent
+        probe = _beside(folder)
+        probe.touch(exist_ok=False)
+        probe.unlink()
+        os.lstat(folder / path.name)  # a name may be too long
+        os.stat(path)
+    except FileNotFoundError as error:
+        if error.filename == str(probe):
+            raise InputError(f"cannot write {path}: {error.strerror}: use a folder that exists and is yours") from error
+        return
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}: use a folder that exists and is yours") from error
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: give the name of a file")
+    if not path.is_file():
+        raise InputError(f"{path} is a device or the like: give the name of an ordinary file")
+    if not os.access(path, os.W_OK):
+        raise InputError(f"{path} is write-protected: give another name, or make it writable")
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write `content` beside `path`, then rename it: under the name is always the whole old file or the whole new one.
+
+    Folders that are missing above it are made. A symbolic link stays one.
+
+    Raises:
+        OSError: no space, no permission, ...; the old file is untouched.
+    """
+    target = _target(path)
+    partial = _beside(target.parent)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if target.exists():
+            shutil.copymode(target, partial)
+        os.replace(partial, target)
+        _keep_name(target.parent)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}; a file that was there is unchanged") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _target(path: Path) -> Path:
+    """The file itself, where `path` is a symbolic link."""
+    return Path(os.path.realpath(path))
+
+
+def _beside(folder: Path) -> Path:
+    """A name that no other process uses."""
+    return folder / f".{secrets.token_hex(8)}.part"
+
+
+def _keep_name(folder: Path) -> None:
+    """Make the new name survive a power cut; only POSIX can open folders."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
