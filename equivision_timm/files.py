@@ -3,6 +3,7 @@
 import os
 import secrets
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from equivision_timm.arguments import InputError
@@ -21,20 +22,19 @@ def check_writable(path: Path, make_folders: bool = False) -> None:
         InputError: a folder or a device of this name, a write-protected file or folder, a name that is too long.
     """
     try:
-        folder = _target(path).parent
+        folder, names = _target(path).parent, [path.name]
         while make_folders and not os.path.lexists(folder):
-            folder = folder.parent
+            folder, names = folder.parent, [folder.name, *names]
         probe = _beside(folder)
         probe.touch(exist_ok=False)
         probe.unlink()
-        os.lstat(folder / path.name)  # a name may be too long
-        os.stat(path)
-    except FileNotFoundError as error:
-        if error.filename == str(probe):
-            raise InputError(f"cannot write {path}: {error.strerror}: use a folder that exists and is yours") from error
-        return
+        for place in (*(folder / name for name in names), path):
+            with suppress(FileNotFoundError):  # other errors count: a name that is too long, a loop of links
+                os.stat(place)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}: use a folder that exists and is yours") from error
+    if not path.exists():
+        return
     if path.is_dir():
         raise InputError(f"{path} is a folder: give the name of a file")
     if not path.is_file():

@@ -1,6 +1,7 @@
 """Models by the name a user types, with errors that say what to do; for the sub-commands."""
 
 import difflib
+import os
 from pathlib import Path
 
 import timm
@@ -13,7 +14,7 @@ __all__ = ["InputError", "check_model_name", "load_model", "short_name", "split_
 
 def split_spec(spec: str) -> tuple[str, str]:
     """`NAME` or `NAME=CHECKPOINT` -> name and checkpoint, '' without one; a folder after 'local-dir:' may hold '='."""
-    if spec.startswith("local-dir:") and Path(spec.removeprefix("local-dir:")).is_dir():
+    if spec.startswith("local-dir:") and os.path.isdir(spec.removeprefix("local-dir:")):
         return spec, ""
     name, _, checkpoint = spec.partition("=")
     return name, checkpoint
@@ -36,13 +37,13 @@ def check_model_name(spec: str) -> None:
     name, checkpoint = split_spec(spec)
     if name != spec and not checkpoint:
         raise InputError(f"{spec!r} names no checkpoint after the '=': give a file, {name}=CHECKPOINT, or leave it out")
-    if name.startswith("local-dir:") and not Path(name.removeprefix("local-dir:")).is_dir():
+    if name.startswith("local-dir:") and not os.path.isdir(name.removeprefix("local-dir:")):
         raise InputError(f"there is no folder {name.removeprefix('local-dir:')!r} to load {name!r} from")
     if ":" not in name and not timm.is_model(name):  # 'hf-hub:...' is looked up when it is loaded
         architecture = name.partition(".")[0]
         near = difflib.get_close_matches(architecture, timm.list_models(), n=4, cutoff=0.5)
         raise InputError(f"unknown model {name!r}{_suggest(near)}; python -c 'import timm; print(timm.list_models())'")
-    if checkpoint and not Path(checkpoint).is_file():
+    if checkpoint and not os.path.isfile(checkpoint):
         raise InputError(f"cannot load the weights of {spec!r}: there is no file {checkpoint!r}")
 
 

@@ -11,8 +11,8 @@ beyond that its reflection, not black triangles that tell the angle.
 """
 
 import math
+import os
 import warnings
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -92,7 +92,7 @@ class RotatedFolder(torch.utils.data.Dataset):
     def __init__(self, root: str, train: bool, download: bool = False, **reader_options: Any) -> None:
         if download:
             raise ValueError(f"rotated_folder reads {root!r} and downloads nothing: leave --dataset-download out")
-        if not Path(root).is_dir():
+        if not os.path.isdir(root):
             raise ValueError(f"there is no folder {str(root)!r} of images: give another --data-dir")
         self.images = create_dataset("", root, split="train" if train else "validation", **reader_options)
         self.train = train

@@ -1,6 +1,7 @@
 """Runs a script of timm (`train.py`, `validate.py`, ...) unmodified, with the equivariant models registered."""
 
 import importlib.util
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -18,14 +19,13 @@ _WHERE = (
 
 def check_script(script: str) -> None:
     """Raises InputError where `script` is no file that can be read."""
-    path = Path(script)
-    if path.is_dir():
+    if os.path.isdir(script):
         example = Path(script, "train.py")
         raise InputError(f"{script!r} is a folder, not a script: name a file in it, such as {example}. {_WHERE}")
-    if not path.is_file():
+    if not os.path.isfile(script):
         raise InputError(f"{script!r} is {_kind_of_name(script)}. {_WHERE}")
     try:
-        path.open("rb").close()
+        Path(script).open("rb").close()
     except OSError as error:
         raise InputError(f"the script {script!r} cannot be read: {error.strerror}") from error
 

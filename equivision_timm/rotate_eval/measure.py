@@ -9,6 +9,7 @@ image under the same treatment of the corners is the reference:
 """
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,7 @@ class Folder(Dataset):
     """
 
     def __init__(self, root: str, split: str, class_map: str) -> None:
-        if not Path(root).is_dir():
+        if not os.path.isdir(root):
             raise InputError(f"no images to measure in {root!r}: there is no such folder")
         try:
             self.reader = create_dataset("", root, split=split, class_map=class_map).reader

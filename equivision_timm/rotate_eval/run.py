@@ -201,7 +201,8 @@ def _follow(progress, results: Results, cell: Cell, files: int) -> None:
     """Keep every cell that `progress` yields, and show how far it is."""
     with tqdm(total=files, initial=cell.position, unit="image", desc=f"{cell.model} {cell.size}px") as bar:
         for cell in progress:
-            results.put(cell)
+            if cell.images:
+                results.put(cell)
             bar.update(cell.position - bar.n)
     if cell.unreadable:
         listed = ", ".join(map(one_line, cell.unreadable[:5])) + (", ..." if len(cell.unreadable) > 5 else "")
