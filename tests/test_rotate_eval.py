@@ -12,6 +12,7 @@ import time
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -22,10 +23,13 @@ from small_models import TEXTURES, save_small_model, write_textures
 from timm.data import create_transform
 from torchvision.datasets import ImageFolder
 
+from equivision_timm.arguments import InputError
 from equivision_timm.cli import main
-from equivision_timm.loading import InputError
+from equivision_timm.figures import plain_text
 from equivision_timm.rotate_eval import run
 from equivision_timm.rotate_eval.measure import parse_angles
+from equivision_timm.rotate_eval.report import _curve, draw, write_report
+from equivision_timm.rotate_eval.results import Cell, Results
 from equivision_timm.rotate_eval.run import rotate_eval
 
 
@@ -364,3 +368,142 @@ def test_every_rotation_counts_once() -> None:
     assert parse_angles("-90,270,45") == [-90, 45]
     assert parse_angles("-30:30:30") == [-30, 0, 30]
     assert parse_angles("-1e300") == [math.fmod(-1e300, 360) + 0.0]
+
+
+def test_two_runs_share_one_folder(
+    measured: Path, textures: str, c4: str, c1: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second run starts after the first batch of the first one and ends before its second."""
+    options = ["--data", textures, "--angles", "0:180:45", "-b", "5", "-j", "0", "--device", "cpu"]
+    command = ["rotate-eval", "--size", "33", "32", *options, "--out", str(tmp_path), "--models"]
+    measure, inner = run.measure, []
+
+    def with_another_run_inside(cell, *rest):
+        for count, after in enumerate(measure(cell, *rest)):
+            yield after
+            if not inner and count == 0:
+                inner.append(cell)
+                assert main([*command, c1]) == 0
+
+    monkeypatch.setattr(run, "measure", with_another_run_inside)
+    assert main([*command, c4]) == 0
+    assert len(inner) == 1
+    both, whole = _rows(tmp_path), _rows(measured)
+    assert both.keys() == whole.keys()
+    for key, row in whole.items():
+        assert both[key] == pytest.approx(row, rel=1e-5)
+    assert _Page((tmp_path / "report.html").read_text()).rows == (1 + 4) + 4 * (1 + 5)
+
+
+def test_other_settings_in_the_meantime_change_nothing(
+    textures: str, c4: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = run.measure
+
+    def after_another_run(cell, *rest):
+        (tmp_path / "results.json").write_text(json.dumps({"settings": {"angles": [7]}, "cells": []}))
+        yield from measure(cell, *rest)
+
+    monkeypatch.setattr(run, "measure", after_another_run)
+    with pytest.raises(InputError, match="measured with other settings"):
+        rotate_eval([c4], textures, [0.0], str(tmp_path), workers=0, device="cpu")
+    assert json.loads((tmp_path / "results.json").read_text()) == {"settings": {"angles": [7]}, "cells": []}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("images", -1),
+        ("images", "many"),
+        ("position", 99),
+        ("sums", {}),
+        ("sums", {name: [1.0] for name in ("top1", "top5", "agreement", "drift")}),
+        ("unreadable", 3),
+        ("model", None),
+    ],
+)
+def test_damaged_cells_are_refused(key: str, value, measured: Path, textures: str, c4: str, tmp_path: Path) -> None:
+    content = json.loads((measured / "results.json").read_text())
+    content["cells"][1][key] = value
+    if key == "model":
+        del content["cells"][1][key]
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    before = (tmp_path / "results.json").read_bytes()
+    with pytest.raises(InputError, match="holds no results of rotate-eval"):
+        rotate_eval([c4], textures, parse_angles("0:180:45"), str(tmp_path), [33], workers=0, device="cpu")
+    assert (tmp_path / "results.json").read_bytes() == before
+
+
+def _results(tmp_path: Path, models: list[str], angles: list[float], values: list[float], data: str) -> Results:
+    settings = {"data": data, "files": 1, "angles": angles, "corners": "reflect", "labelled": True}
+    results = Results(tmp_path / "results.json", settings)
+    for model in models:
+        sums = dict.fromkeys(("top1", "top5", "agreement", "drift"), values)
+        results.put(Cell(model, 33, 1, 1, (), sums))
+    return results
+
+
+def test_mean_over_a_turn_counts_zero_once(tmp_path: Path) -> None:
+    """From one right answer upright alone: 1/24 of the angles, not 2/25."""
+    angles = parse_angles("0:360:15")
+    values = [1.0 if angle % 360 == 0 else 0.0 for angle in angles]
+    write_report(_results(tmp_path, ["c8resnet18"], angles, values, "data"), tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "<td>4.17</td>" in page
+    assert "<td>8.00</td>" not in page  # what 25 angles would give
+
+
+def test_curves_close_where_they_go_round() -> None:
+    assert _curve([0, 90, 180, 270], [1, 2, 3, 4]) == ([0, 90, 180, 270, 360], [1, 2, 3, 4, 1])
+    assert _curve([90, 0, -90], [1, 2, 3]) == ([-90, 0, 90], [3, 2, 1])
+    assert _curve([5], [1]) == ([5], [1])
+
+
+def test_text_is_text_in_every_file(tmp_path: Path) -> None:
+    """Formulas of TeX and of spreadsheets, tags, line breaks, stray bytes, a name that begins with '_'."""
+    names = ["local-dir:/x/$\\nosuch$", "local-dir:/x/_hidden", "<script>alert(1)</script>", "=1+1", "a\nb\udcff", "@x"]
+    data = "<b>$\\frac$\n\udcff"
+    results = _results(tmp_path, names, [0.0, 90.0], [1.0, 0.5], data)
+    write_report(results, tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    assert "<script" not in text
+    assert "<b>" not in text
+    words = _Page(text).words
+    for name in ("$\\nosuch$", "_hidden", "<script>alert(1)</script>", "=1+1", "a\\nb\\udcff", "<b>$\\frac$\\n\\udcff"):
+        assert name in words
+    with (tmp_path / "results.csv").open(newline="") as file:
+        models = {row["model"] for row in csv.DictReader(file)}
+    assert "'=1+1" in models
+    assert "'@x" in models
+    assert not [model for model in models if model[0] in "=+-@"]
+    with plain_text():
+        (legend,) = draw(results).legends
+    assert [entry.get_text() for entry in legend.get_texts()][:2] == ["$\\nosuch$, 33 px", "_hidden, 33 px"]
+
+
+def test_deep_pictures_count(c4: str, tmp_path: Path) -> None:
+    """16 bits a pixel and the same picture with 8: the same figures; a picture of unknown range is left out."""
+    grey = (np.add.outer(np.arange(40), np.arange(40)) * 3).astype(np.uint8)
+    for name in TEXTURES:
+        for bits in ("8", "16"):
+            (tmp_path / bits / name).mkdir(parents=True)
+        Image.fromarray(grey).save(tmp_path / "8" / name / "a.png")
+        Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16" / name / "a.png")
+    Image.fromarray(grey.astype(np.uint16) * 16).save(tmp_path / "16" / TEXTURES[0] / "b.png")  # 12 bits
+    rows = []
+    for bits in ("8", "16"):
+        out = tmp_path / f"out{bits}"
+        rotate_eval([c4], str(tmp_path / bits), [0.0, 45.0], str(out), workers=0, device="cpu")
+        rows.append(_rows(out)[c4, 33, 45])
+    assert rows[1] == pytest.approx(rows[0], abs=1e-3)
+    (cell,) = json.loads((tmp_path / "out16" / "results.json").read_text())["cells"]
+    assert cell["unreadable"] == ["brick/b.png"]
+
+
+def test_an_odd_angle_is_as_good_as_any(textures: str, c4: str, tmp_path: Path) -> None:
+    """One class, huge angles, the same model twice: figures that are numbers."""
+    angles = parse_angles("0,1e300,-1e17")
+    rotate_eval([c4, c4], textures, angles, str(tmp_path), [33, 33], workers=0, device="cpu")
+    rows = _rows(tmp_path)
+    assert len(rows) == len(angles)
+    assert all(math.isfinite(value) for row in rows.values() for value in row.values())

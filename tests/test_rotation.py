@@ -12,6 +12,7 @@ from PIL import Image
 from small_models import write_textures
 from timm.data import create_dataset, create_loader
 
+from equivision_timm.pictures import PictureError
 from equivision_timm.rotation import RotatedFolder, rotate, rotate_image
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # timm leaves image files to the garbage collector
@@ -133,3 +134,44 @@ def test_training_split_is_found(tmp_path: Path) -> None:
 def test_nothing_to_download(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="downloads nothing"):
         RotatedFolder(str(tmp_path), train=True, download=True)
+
+
+def test_angles_count_modulo_a_turn() -> None:
+    images = _smooth(9, 12)
+    assert torch.equal(rotate(images, 390), rotate(images, 30))
+    assert torch.equal(rotate(images, -90e15), rotate(images, math.fmod(-90e15, 360)))
+    for angle in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="finite angle"):
+            rotate(images, angle)
+
+
+def test_damaged_pictures_are_named_and_left_out(dots: Path) -> None:
+    files = sorted((dots / "train" / "dot").iterdir())
+    good = RotatedFolder(str(dots), train=False)[1][0]
+    files[0].write_bytes(b"no picture")
+    folder = RotatedFolder(str(dots), train=False)
+    with pytest.warns(UserWarning, match=r"1 picture\(s\) left out: .*000\.png"):
+        image, target = folder[0]
+    assert target == 0
+    assert image.size == good.size
+    for file in files:
+        file.write_bytes(b"no picture")
+    with pytest.raises(PictureError, match=r"50 pictures one after another cannot be read, such as: .*000\.png"):
+        folder[0]
+
+
+def test_sixteen_bits_are_scaled(dots: Path) -> None:
+    """timm's own loader gives white."""
+    file = dots / "train" / "dot" / "000.png"
+    folder = RotatedFolder(str(dots), train=False)
+    expected = np.asarray(folder[0][0], dtype=float)
+    with Image.open(file) as image:
+        Image.fromarray(np.asarray(image).astype(np.uint16) * 257).save(file)
+    assert np.abs(np.asarray(folder[0][0]) - expected).max() <= 1
+    white, _ = create_dataset("", str(dots), split="train")[0]
+    assert np.asarray(white).mean() > 1.2 * expected.mean()
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no folder"):
+        RotatedFolder(str(tmp_path / "missing"), train=True)

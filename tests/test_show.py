@@ -1,7 +1,10 @@
 """The picture of an image and its feature maps at several angles."""
 
+import html
+import json
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import timm
@@ -9,6 +12,7 @@ import torch
 from PIL import Image
 from small_models import save_small_model
 
+from equivision_timm.arguments import shortened
 from equivision_timm.cli import main
 from equivision_timm.rotation import rotate
 from equivision_timm.show import map_error, scalar_maps
@@ -80,3 +84,19 @@ def test_bad_input(arguments: list[str], message: str, photograph: str, tmp_path
     assert main(["show", *(stand_in.get(a, a) for a in arguments), "--out", str(out)]) == 2
     assert message in capsys.readouterr().err
     assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["$\\nosuch$", "$5 & $6 " * 20, "two\nlines\udcff"])
+def test_class_names_are_drawn_as_they_stand(name: str, photograph: str, tmp_path: Path) -> None:
+    """A `$` begins no formula, neither in class names nor in the names of models; long names are cut."""
+    folder = tmp_path / "$\\x$"
+    save_small_model(folder, width=2)
+    config = json.loads((folder / "config.json").read_text())
+    config["label_names"] = config["pretrained_cfg"]["label_names"] = [name] * 3
+    (folder / "config.json").write_text(json.dumps(config))
+    out = tmp_path / "show.svg"
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # text as text
+        assert main(["show", photograph, "--model", f"local-dir:{folder}", "--angles", "0,90", "--out", str(out)]) == 0
+    drawn = html.unescape(out.read_text())
+    assert f"reads {shortened(name, 20)}:" in drawn
+    assert "$\\x$, 33 px, level 1" in drawn
