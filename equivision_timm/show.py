@@ -30,6 +30,7 @@ from equivision_timm.trial import MOST_CLASSES, MOST_PIXELS, check_memory, expla
 __all__ = ["map_error", "scalar_maps", "show"]
 
 _DPI = 100
+_LONGEST = 20  # letters of a class name that fit over a column
 _WIDEST = 160  # inches; WebP holds 16383 pixels
 
 
@@ -172,9 +173,9 @@ def _class_names(model: nn.Module):
     """Class index -> name: the model's own names, ImageNet's first word for its classifiers, else the number."""
     own = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
     if isinstance(own, list | tuple) and len(own) == model.num_classes:
-        return lambda index: f"reads {shortened(str(own[index]), 20)}:"
+        return lambda index: shortened(f"reads {own[index]}", _LONGEST) + ":"
     subset = infer_imagenet_subset(model)
     if subset is None:
         return lambda index: f"class {index}:"
     info = ImageNetInfo(subset)
-    return lambda index: shortened(info.index_to_description(index).split(",")[0], 20) + ":"
+    return lambda index: shortened(info.index_to_description(index).split(",")[0], _LONGEST) + ":"

@@ -98,5 +98,5 @@ def test_class_names_are_drawn_as_they_stand(name: str, photograph: str, tmp_pat
     with matplotlib.rc_context({"svg.fonttype": "none"}):  # text as text
         assert main(["show", photograph, "--model", f"local-dir:{folder}", "--angles", "0,90", "--out", str(out)]) == 0
     drawn = html.unescape(out.read_text())
-    assert f"reads {shortened(name, 20)}:" in drawn
+    assert shortened(f"reads {name}", 20) + ":" in drawn
     assert "$\\x$, 33 px, level 1" in drawn
