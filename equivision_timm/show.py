@@ -30,7 +30,7 @@ from equivision_timm.trial import MOST_CLASSES, MOST_PIXELS, check_memory, expla
 __all__ = ["map_error", "scalar_maps", "show"]
 
 _DPI = 100
-_LONGEST = 20  # letters of a class name that fit over a column
+_LONGEST = 16  # letters of a class name that fit over a column
 _WIDEST = 160  # inches; WebP holds 16383 pixels
 
 

@@ -15,7 +15,7 @@ from small_models import save_small_model
 from equivision_timm.arguments import shortened
 from equivision_timm.cli import main
 from equivision_timm.rotation import rotate
-from equivision_timm.show import map_error, scalar_maps
+from equivision_timm.show import _LONGEST, map_error, scalar_maps
 
 
 @pytest.fixture
@@ -98,5 +98,5 @@ def test_class_names_are_drawn_as_they_stand(name: str, photograph: str, tmp_pat
     with matplotlib.rc_context({"svg.fonttype": "none"}):  # text as text
         assert main(["show", photograph, "--model", f"local-dir:{folder}", "--angles", "0,90", "--out", str(out)]) == 0
     drawn = html.unescape(out.read_text())
-    assert shortened(f"reads {name}", 20) + ":" in drawn
+    assert shortened(f"reads {name}", _LONGEST) + ":" in drawn
     assert "$\\x$, 33 px, level 1" in drawn
