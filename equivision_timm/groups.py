@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Group"]
+__all__ = ["Group", "group_order"]
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Group:
         """
         n = self.rotations
         turn = torch.arange(n, dtype=torch.float64, device="cpu")
-        signs = [torch.ones(n, dtype=torch.float64, device="cpu")]  # one-dimensional irreps of the rotations
+        signs = [torch.ones_like(turn)]  # one-dimensional irreps of the rotations
         if n % 2 == 0:
             signs.append(1 - 2 * (turn % 2))
         rows = []
@@ -149,3 +149,9 @@ class Group:
         fields = features.unflatten(1, (-1, self.order))  # [B, m, |G|, H, W]
         permuted = fields[:, :, self.left_quotients()[g].to(features.device)]
         return self.transform_image(permuted.flatten(1, 2), g)  # [B, m * |G|, H, W]
+
+
+@torch.compiler.assume_constant_result  # torch.compile does not parse names
+def group_order(name: str) -> int:
+    """|G| of the group called `name`."""
+    return Group.from_name(name).order

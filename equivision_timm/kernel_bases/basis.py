@@ -19,15 +19,16 @@ origin, ring profiles and sha256 in `manifest.json`, so that a weight means the 
 import hashlib
 import json
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 
 import torch
 from safetensors.torch import load
 
+from equivision_timm.constants import constant
 from equivision_timm.groups import Group
 
-__all__ = ["KernelBasis", "Ring", "load_kernel_basis", "manifest", "sample_functions"]
+__all__ = ["KernelBasis", "Ring", "initial_std", "load_kernel_basis", "manifest", "sample_functions", "sample_kernels"]
 
 FOLDER = Path(__file__).parent
 
@@ -59,12 +60,10 @@ class KernelBasis:
     he_std: torch.Tensor
 
     def sample(self) -> torch.Tensor:
-        """The kernels on the pixel grid: [n_basis, |G|, H, k, k], computed once; not to be changed in place."""
-        return self._kernels
+        """The kernels on the pixel grid, [n_basis, |G|, H, k, k]; `sample_kernels` does it once for all callers.
 
-    @cached_property
-    def _kernels(self) -> torch.Tensor:
-        """K_b(x)[g, h] = k_b(g^-1 x, g^-1 h) = sum_j C[b, j, g^-1 h] psi_j(g^-1 x)."""
+        K_b(x)[g, h] = k_b(g^-1 x, g^-1 h) = sum_j C[b, j, g^-1 h] psi_j(g^-1 x)
+        """
         if self.coefficients.shape[-1] == 1:  # trivial input: no h, C[b, j] for every g
             moved = self.coefficients[:, :, None, :].expand(-1, -1, self.group.order, -1)
         else:
@@ -102,7 +101,7 @@ def manifest() -> dict:
     return json.loads((FOLDER / "manifest.json").read_text())
 
 
-@cache
+@constant
 def load_kernel_basis(group_name: str, kernel_size: int, input_type: str) -> KernelBasis:
     """The frozen basis of k x k kernels from `input_type` ('regular' or 'trivial') to regular fields.
 
@@ -125,7 +124,23 @@ def load_kernel_basis(group_name: str, kernel_size: int, input_type: str) -> Ker
     )
 
 
-@cache
+@constant
+def sample_kernels(
+    group_name: str, kernel_size: int, input_type: str, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """The kernels of `load_kernel_basis` on the pixel grid, [n_basis, |G|, H, k, k]; not to be changed in place."""
+    return load_kernel_basis(group_name, kernel_size, input_type).sample().to(device, dtype)
+
+
+@constant
+def initial_std(
+    group_name: str, kernel_size: int, input_type: str, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """The `he_std` [n_basis] of `load_kernel_basis`; not to be changed in place."""
+    return load_kernel_basis(group_name, kernel_size, input_type).he_std.to(device, dtype)
+
+
+@constant
 def _tables() -> dict[str, torch.Tensor]:
     content = (FOLDER / "tables.safetensors").read_bytes()
     found, expected = hashlib.sha256(content).hexdigest(), manifest()["sha256"]

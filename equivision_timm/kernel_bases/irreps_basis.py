@@ -20,13 +20,13 @@ Representations of Finite Groups (1977), for the decomposition. `tests/layers/te
 """
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
+from equivision_timm.constants import constant
 from equivision_timm.kernel_bases.basis import load_kernel_basis
 
-__all__ = ["FunctionSet", "IrrepsBasis", "load_irreps_basis"]
+__all__ = ["FunctionSet", "IrrepsBasis", "block_coefficients", "block_products", "load_irreps_basis"]
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class IrrepsBasis:
         return self.functions * sum(copies * size**2 for size, copies in self.blocks)
 
 
-@cache
+@constant
 def load_irreps_basis(group_name: str, kernel_size: int) -> IrrepsBasis:
     """The frozen basis of k x k kernels between regular fields, block diagonal.
 
@@ -115,6 +115,18 @@ def load_irreps_basis(group_name: str, kernel_size: int) -> IrrepsBasis:
         entries.append(matrix.transpose(1, 2).flatten(1))  # [n_basis, size (row) * n * size (column)]
         row += size * copies
     return IrrepsBasis(fourier, blocks, tuple(sets), torch.cat(entries, 1))
+
+
+@constant
+def block_coefficients(group_name: str, kernel_size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The coefficients of `load_irreps_basis`, [n_basis, entries]; not to be changed in place."""
+    return load_irreps_basis(group_name, kernel_size).coefficients.to(device, dtype)
+
+
+@constant
+def block_products(group_name: str, kernel_size: int) -> int:
+    """The multiplications of `load_irreps_basis` that a pair of fields costs at each pixel."""
+    return load_irreps_basis(group_name, kernel_size).products
 
 
 def _pixels(kernel_size: int) -> torch.Tensor:

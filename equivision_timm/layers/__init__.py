@@ -1,18 +1,21 @@
 """Equivariant layers: plain tensors in and out, regular fields field-major (channel = field * |G| + element)."""
 
 from equivision_timm.layers.checks import CheckImage, check_pointwise, check_positionwise
-from equivision_timm.layers.conv import SteerableConv2d
-from equivision_timm.layers.conv_norm import ConvNorm
+from equivision_timm.layers.conv import SteerableConv2d, steerable_conv2d
+from equivision_timm.layers.conv_norm import ConvNorm, fuses
 from equivision_timm.layers.norm import FieldNorm
-from equivision_timm.layers.pool import GroupPool, MaxPool2d
+from equivision_timm.layers.pool import GroupPool, InvariantPool, MaxPool2d
 
 __all__ = [
     "CheckImage",
     "ConvNorm",
     "FieldNorm",
     "GroupPool",
+    "InvariantPool",
     "MaxPool2d",
     "SteerableConv2d",
     "check_pointwise",
     "check_positionwise",
+    "fuses",
+    "steerable_conv2d",
 ]

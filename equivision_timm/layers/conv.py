@@ -4,21 +4,102 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import register_notrace_module
 
-from equivision_timm.groups import Group
-from equivision_timm.kernel_bases import load_irreps_basis, load_kernel_basis
+from equivision_timm.constants import fitting
+from equivision_timm.groups import group_order
+from equivision_timm.kernel_bases import initial_std, sample_kernels
 from equivision_timm.layers.conv_strategies import STRATEGIES, auto, block_diagonal, expand, native, native_library
+from equivision_timm.layers.conv_strategies.context import (
+    check_input,
+    inference_only,
+    leaves_python,
+    needs_plain_operations,
+)
 from equivision_timm.layers.conv_strategies.irreps import block_weights
+from equivision_timm.layers.stock import is_stock, remember
 
-__all__ = ["SteerableConv2d"]
+__all__ = ["SteerableConv2d", "steerable_conv2d"]
 
 _CODE = {"expand": expand, "block_diagonal": block_diagonal, "native": native}
 
 
-@register_notrace_module  # the strategy follows from shapes: one node for torch.fx
+@torch.fx.wrap  # the strategy follows from the input: one node in a graph of torch.fx
+def steerable_conv2d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    group: str,
+    kernel_size: int,
+    input_type: str = "regular",
+    stride: int = 1,
+    dilation: int = 1,
+    strategy: str = "auto",
+) -> torch.Tensor:
+    """What `SteerableConv2d` computes, as a function of the coefficients `weight` [out_fields, in_fields, n_basis, 1].
+
+    Other arguments and shapes as there.
+
+    Raises:
+        ValueError: x has another shape than the coefficients take.
+        RuntimeError: x and `weight` differ in type; or the strategy cannot be differentiated in this way.
+    """
+    dtype = _dtype(x, weight)
+    x, strategy = x.to(dtype), _choose(x, weight, dtype, group, kernel_size, input_type, stride, strategy)
+    weights = _weights(strategy, weight, group, kernel_size, input_type).to(dtype)
+    return _CODE[strategy].conv2d(x, weights, None, group, kernel_size, stride, dilation)
+
+
+def _dtype(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+    """In which type to compute; as `nn.Conv2d`, also under autocast."""
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    if x.dtype != weight.dtype:
+        raise RuntimeError(
+            f"input type {x.dtype} and weight type {weight.dtype} should be the same: convert one of them with .to()"
+        )
+    return weight.dtype
+
+
+def _choose(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    dtype: torch.dtype,
+    group: str,
+    kernel_size: int,
+    input_type: str,
+    stride: int,
+    strategy: str,
+) -> str:
+    """What `strategy` comes to for the input x and the coefficients: any but 'auto'."""
+    check_input(x, weight.shape[1], group_order(group) if input_type == "regular" else 1)
+    if leaves_python():
+        return "expand"
+    if needs_plain_operations(x, weight) and strategy != "expand":
+        if strategy != "auto":
+            raise RuntimeError(
+                f"conv_strategy {strategy!r} knows neither transforms of torch.func, nor forward-mode derivatives, nor "
+                "tensors with operations of their own: use 'auto' or 'expand'"
+            )
+        return "expand"
+    if strategy != "auto":
+        return strategy
+    if input_type != "regular":
+        return "expand"
+    out_fields, in_fields = weight.shape[:2]
+    return auto.choose(x.shape, x.device, dtype, in_fields, out_fields, kernel_size, stride, group)
+
+
+def _weights(strategy: str, weight: torch.Tensor, group: str, kernel_size: int, input_type: str) -> torch.Tensor:
+    """The dense filter or the block weights, in the type of `weight`."""
+    if strategy == "expand":
+        return expand.dense_filter(weight, group, kernel_size, input_type)
+    return block_weights(weight, group, kernel_size)
+
+
+@register_notrace_module  # keeps its weights packed, where timm traces a model for its features
 class SteerableConv2d(nn.Module):
     """Convolution from `in_fields` fields to `out_fields` regular fields that commutes with the group; no bias.
 
@@ -44,7 +125,7 @@ class SteerableConv2d(nn.Module):
         stride: as in `nn.Conv2d`.
         dilation: as in `nn.Conv2d`.
         strategy: 'expand', 'block_diagonal' or 'native' (both for regular input), or 'auto', the fastest by estimate.
-        device: where to create the parameters and buffers.
+        device: where to create the parameters.
         dtype: their type.
 
     Raises:
@@ -77,23 +158,14 @@ class SteerableConv2d(nn.Module):
         self.stride = stride
         self.dilation = dilation
         self.padding = dilation * (kernel_size // 2)
-        self.order = Group.from_name(group).order
+        self.order = group_order(group)
 
-        basis = load_kernel_basis(group, kernel_size, input_type)
-        n_basis, _, inputs = basis.coefficients.shape
-        self.weight = nn.Parameter(torch.empty(out_fields, in_fields, n_basis, 1, **dd))
-        self.kernel_shape = [self.order, inputs, kernel_size, kernel_size]
-        # Two axes instead of five: a channels-last model takes no 5-D buffers
-        self.register_buffer("basis", torch.empty(n_basis, math.prod(self.kernel_shape), **dd), persistent=False)
-        entries = 0  # of the strategies in the irreps basis, which take regular input only
-        if input_type == "regular":
-            irreps_basis = load_irreps_basis(group, kernel_size)
-            entries = irreps_basis.coefficients.shape[1]
-            self.irreps_products = irreps_basis.products
-        self.register_buffer("irreps_basis", torch.empty(n_basis, entries, **dd), persistent=False)
+        basis = sample_kernels(group, kernel_size, input_type, torch.float64, torch.device("cpu"))
+        self._basis = basis  # shared by all layers; no state: what TorchScript takes along
+        self.weight = nn.Parameter(torch.empty(out_fields, in_fields, len(basis), 1, **dd))
         self.check_strategy(strategy)
         self.strategy = strategy
-        self._prepared = _Prepared()
+        self._packed = _Packed()
         self.reset_parameters()
 
     def check_strategy(self, strategy: str) -> None:
@@ -119,105 +191,89 @@ class SteerableConv2d(nn.Module):
             return self.strategy
         if self.input_type != "regular":
             return "expand"
-        return auto.choose(
-            shape,
-            device,
-            dtype,
-            self.in_fields,
-            self.out_fields,
-            self.kernel_size,
-            self.stride,
-            self.order,
-            self.irreps_products,
-        )
+        fields = self.in_fields, self.out_fields
+        return auto.choose(shape, device, dtype, *fields, self.kernel_size, self.stride, self.group)
 
     def reset_parameters(self) -> None:
-        """Draw the coefficients, w_b ~ N(0, he_std_b^2 / in_fields), and refill the basis."""
-        he_std = load_kernel_basis(self.group, self.kernel_size, self.input_type).he_std
-        std = (he_std / math.sqrt(self.in_fields)).to(self.weight)
+        """Draw the coefficients, w_b ~ N(0, he_std_b^2 / in_fields)."""
+        layer = self.group, self.kernel_size, self.input_type
+        std = fitting(initial_std(*layer, self.weight.dtype, self.weight.device), self.weight)
         with torch.no_grad():
-            self.weight.normal_().mul_(std[:, None])  # std over the axis of the basis
-        self.init_non_persistent_buffers()
-
-    def init_non_persistent_buffers(self) -> None:
-        """Refill the basis in both its forms, which no checkpoint carries (after `to_empty`, say)."""
-        self.basis.copy_(load_kernel_basis(self.group, self.kernel_size, self.input_type).sample().flatten(1))
-        if self.input_type == "regular":
-            self.irreps_basis.copy_(load_irreps_basis(self.group, self.kernel_size).coefficients)
+            self.weight.normal_().mul_(std[:, None] / math.sqrt(self.in_fields))  # std over the axis of the basis
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.jit.is_scripting():
-            basis = self.basis.unflatten(1, self.kernel_shape)  # [n_basis, |G|, H, k, k]
-            filters = expand.expand_filter(self.weight, basis)
+            filters = expand.expand_filter(self.weight, self._basis.to(self.weight))
             return F.conv2d(x, filters, None, self.stride, self.padding, self.dilation)
+        elif inference_only(x, self.weight):
+            return self.infer(x)
         else:
-            return self.convolve(x)
+            return self._differentiable(x)
 
     @torch.jit.unused
-    def convolve(
+    def _differentiable(self, x: torch.Tensor) -> torch.Tensor:
+        return steerable_conv2d(
+            x,
+            self.weight,
+            self.group,
+            self.kernel_size,
+            self.input_type,
+            self.stride,
+            self.dilation,
+            self.strategy,
+        )
+
+    @torch.jit.unused
+    def infer(
         self,
         x: torch.Tensor,
-        fold: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None,
+        fuse: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None,
         sources: Sequence[torch.Tensor] = (),
         shortcut: torch.Tensor | None = None,
         relu: bool = False,
     ) -> torch.Tensor:
-        """The convolution of x with the coefficients, or with the coefficients and the bias that `fold` makes of them.
+        """Where `inference_only`: the convolution of x with the coefficients, or with those and a bias made by `fuse`.
 
-        Without gradients what the strategy makes of the coefficients is kept from call to call on the CPU, as long as
-        they and the `sources` of `fold` hold the same numbers: they are compared at every call, so that no change of
-        theirs, however made, meets an old filter.
+        What the strategy makes of the coefficients is kept from call to call on the CPU, as long as they and the
+        `sources` of `fuse` hold the same values: they are compared at every call, so that no change of theirs, however
+        made, meets an old filter.
 
         Args:
             x: as for `forward`.
-            fold: weight -> (weight, bias), or None.
-            sources: what `fold` depends on.
-            shortcut: without gradients: is added to the output, or None.
-            relu: without gradients: whether to end with ReLU.
+            fuse: weight -> (weight, bias), or None.
+            sources: what `fuse` depends on.
+            shortcut: is added to the output, or None.
+            relu: whether to end with ReLU.
         """
-        dtype = self.weight.dtype
-        if not x.is_meta and torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(x.device.type)  # as autocast treats nn.Conv2d
-            x = x.to(dtype)
-        strategy = "expand" if expand.leaves_python() else self.strategy_for(x.shape, x.device, dtype)
-        code, layer = _CODE[strategy], (self.group, self.kernel_size, self.stride, self.dilation)
-
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or expand.leaves_python():
-            return code.conv2d(x, *self._prepare(strategy, dtype, fold), *layer)
+        weight, dtype = self.weight, _dtype(x, self.weight)
+        strategy = _choose(x, weight, dtype, self.group, self.kernel_size, self.input_type, self.stride, self.strategy)
+        code = _CODE[strategy]
 
         def pack():
-            return code.pack(*self._prepare(strategy, dtype, fold), self.group, self.kernel_size)
+            used, bias = (weight, None) if fuse is None else fuse(weight)
+            weights = _weights(strategy, used, self.group, self.kernel_size, self.input_type).to(dtype)
+            return code.pack(weights, bias if bias is None else bias.to(dtype), self.group, self.kernel_size)
 
-        if x.device.type == "cpu":
-            basis = self.basis if strategy == "expand" else self.irreps_basis
-            packed = self._prepared.get((self.weight, basis, *sources), (strategy, dtype), pack)
-        else:  # to compare numbers would wait for the device
-            packed = pack()
-        return code.infer(x, packed, *layer, shortcut, relu)
+        on_cpu = x.device.type == "cpu"  # elsewhere to compare values would wait for the device
+        packed = self._packed.get((weight, *sources), (strategy, dtype), pack) if on_cpu else pack()
+        x, layer = x.to(dtype), (self.group, self.kernel_size, self.stride, self.dilation)
+        if shortcut is None or shortcut.dtype == dtype:
+            return code.infer(x, packed, *layer, shortcut, relu)
+        y = code.infer(x, packed, *layer) + shortcut  # of the wider type of the two
+        return F.relu(y, inplace=True) if relu else y
 
-    @torch.jit.unused
-    def _prepare(
-        self, strategy: str, dtype: torch.dtype, fold: Callable | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The filter or the block weights; and the bias, if `fold` makes one."""
-        weight, bias = (self.weight, None) if fold is None else fold(self.weight)
-        weight, bias = weight.to(dtype), bias if bias is None else bias.to(dtype)
-        weights = self._filter(weight) if strategy == "expand" else block_weights(weight, self.irreps_basis.to(dtype))
-        return weights, bias
-
-    def _filter(self, weight: torch.Tensor) -> torch.Tensor:
-        basis = self.basis.to(weight).unflatten(1, self.kernel_shape)  # [n_basis, |G|, H, k, k]
-        return expand.expand_filter(weight, basis)
-
-    def fuse(self, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None) -> nn.Conv2d:
+    def fuse(self) -> nn.Module:
         """The plain convolution that computes the same, for deployment; called by timm's `reparameterize_model`.
 
-        Args:
-            weight: coefficients to use in place of the layer's own.
-            bias: one number for each output field, or None.
+        A layer that is not just this class, or has hooks, stays as it is.
         """
+        return self.plain_conv(self.weight, None) if is_stock(self, SteerableConv2d) else self
+
+    def plain_conv(self, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Conv2d:
+        """The plain convolution, of the type of this layer, with the coefficients `weight` and `bias` [out_fields]."""
         with torch.no_grad():
-            filters = self._filter(self.weight if weight is None else weight)
+            dtype = self.weight.dtype
+            filters = expand.dense_filter(weight, self.group, self.kernel_size, self.input_type)
             conv = nn.Conv2d(
                 filters.shape[1],
                 filters.shape[0],
@@ -228,9 +284,9 @@ class SteerableConv2d(nn.Module):
                 bias=bias is not None,
                 device="meta",
             )
-            conv.weight = nn.Parameter(filters.detach().contiguous())
+            conv.weight = nn.Parameter(filters.detach().to(dtype).contiguous())
             if bias is not None:
-                conv.bias = nn.Parameter(bias.detach().repeat_interleave(self.order))
+                conv.bias = nn.Parameter(bias.detach().to(dtype).repeat_interleave(self.order))
         return conv
 
     def extra_repr(self) -> str:
@@ -241,7 +297,10 @@ class SteerableConv2d(nn.Module):
         )
 
 
-class _Prepared:
+remember(SteerableConv2d)
+
+
+class _Packed:
     """The last value made of some tensors, and copies of them to compare with. Neither copied nor saved."""
 
     def __init__(self) -> None:
@@ -253,11 +312,11 @@ class _Prepared:
             kept = self.kept = (key, [source.detach().clone() for source in sources], make())
         return kept[2]
 
-    def __deepcopy__(self, memo) -> "_Prepared":
-        return _Prepared()
+    def __deepcopy__(self, memo) -> "_Packed":
+        return _Packed()
 
     def __reduce__(self):
-        return _Prepared, ()
+        return _Packed, ()
 
 
 def _equal(tensors: tuple[torch.Tensor, ...], others: list[torch.Tensor]) -> bool:

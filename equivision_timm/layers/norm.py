@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 import torch.nn as nn
 
+from equivision_timm.layers.stock import remember
+
 __all__ = ["FieldNorm"]
 
 
@@ -32,10 +34,14 @@ class FieldNorm(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
+        self.fields = fields
         self.order = order
         self.per_field = norm_layer(fields, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.unflatten(1, (-1, self.order))  # [B, m, |G|, H, W]
-        x = self.per_field(x.flatten(2, 3)).unflatten(2, (self.order, -1))  # [B, m, |G| * H, W] -> [B, m, |G|, H, W]
-        return x.flatten(1, 2)  # [B, m * |G|, H, W]
+        B, C, H, W = x.shape
+        x = x.reshape(B, self.fields, self.order * H, W)  # [B, m * |G|, H, W] -> [B, m, |G| * H, W]
+        return self.per_field(x).reshape(B, C, H, W)
+
+
+remember(FieldNorm)

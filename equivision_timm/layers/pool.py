@@ -1,23 +1,43 @@
 """Pooling: over the group, one number per field, unchanged by the group; and over neighbouring pixels."""
 
 import torch
+import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import register_notrace_module
+from timm.layers import SelectAdaptivePool2d
 
-__all__ = ["GroupPool", "MaxPool2d"]
+from equivision_timm.layers.conv_strategies.context import leaves_python, needs_plain_operations
+from equivision_timm.layers.stock import is_stock, remember
+
+__all__ = ["GroupPool", "InvariantPool", "MaxPool2d"]
 
 
-@register_notrace_module  # asks how the pixels lie in memory
 class MaxPool2d(nn.MaxPool2d):
     """`nn.MaxPool2d`, on the CPU always in the channels-last format, where PyTorch's kernel is several times faster."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        convert = x.device.type == "cpu" and not x.is_contiguous(memory_format=torch.channels_last)
-        if convert:
-            x = x.contiguous(memory_format=torch.channels_last)
-        x = F.max_pool2d(x, self.kernel_size, self.stride, self.padding)
-        return x.contiguous() if convert else x
+        if torch.jit.is_scripting():
+            return F.max_pool2d(x, self.kernel_size, self.stride, self.padding)
+        else:
+            return _max_pool2d(x, self.kernel_size, self.stride, self.padding)
+
+    def fuse(self) -> nn.Module:
+        """The stock layer, for deployment; called by timm's `reparameterize_model`."""
+        if not is_stock(self, MaxPool2d):
+            return self
+        return nn.MaxPool2d(self.kernel_size, self.stride, self.padding).train(self.training)
+
+
+remember(MaxPool2d)
+
+
+@torch.fx.wrap  # asks how the pixels lie in memory: one node in a graph of torch.fx
+def _max_pool2d(x: torch.Tensor, kernel_size: int, stride: int, padding: int) -> torch.Tensor:
+    plain = leaves_python() or needs_plain_operations(x)
+    if x.device.type != "cpu" or plain or x.is_contiguous(memory_format=torch.channels_last):
+        return F.max_pool2d(x, kernel_size, stride, padding)
+    x = x.contiguous(memory_format=torch.channels_last)
+    return F.max_pool2d(x, kernel_size, stride, padding).contiguous()
 
 
 class GroupPool(nn.Module):
@@ -43,8 +63,28 @@ class GroupPool(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.pool_type == "":
             return x
-        fields = x.unflatten(1, (-1, self.order))  # [B, m, |G|, ...]
+        elements = [x[:, g :: self.order] for g in range(self.order)]  # of all fields: each [B, m, ...]
+        fields = torch.stack(elements, 2)  # [B, m, |G|, ...]
         return fields.amax(2) if self.pool_type == "max" else fields.mean(2)
 
     def extra_repr(self) -> str:
         return f"order={self.order}, pool_type={self.pool_type!r}"
+
+
+class InvariantPool(SelectAdaptivePool2d):
+    """timm's pooling over space, then over the group: [B, m * |G|, H, W] -> [B, m], or [B, m, H, W] for `pool_type=''`.
+
+    One module, so that a model without its last two children ends with the map, as timm's ResNets do.
+
+    Args:
+        pool_type: timm's: 'avg', 'max', 'avgmax', 'catavgmax', or '' to keep the map.
+        order: |G|.
+        group_pool: as in `GroupPool`.
+    """
+
+    def __init__(self, pool_type: str, order: int, group_pool: str) -> None:
+        super().__init__(pool_type=pool_type, flatten=bool(pool_type))
+        self.group_pool = GroupPool(order, group_pool)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.group_pool(self.flatten(self.pool(x)))

@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, SelectAdaptivePool2d, get_norm_layer
+from timm.layers import DropPath, get_norm_layer
 from timm.models import (
     build_model_with_cfg,
     checkpoint_seq,
@@ -31,57 +31,19 @@ from equivision_timm.layers import (
     CheckImage,
     ConvNorm,
     GroupPool,
+    InvariantPool,
     MaxPool2d,
     SteerableConv2d,
     check_pointwise,
     check_positionwise,
+    fuses,
 )
 from equivision_timm.models.pretrained import HUB_ORG, WEIGHTS_FILE, build_pretrained
 
 __all__ = ["BasicBlock", "Bottleneck", "EquivariantResNet"]  # register_model adds every entrypoint
 
 
-def _folds(units: list[nn.Module], acts: list[nn.Module], inside: list[nn.Module], x: torch.Tensor) -> bool:
-    """Whether ReLU may be taken as `units` write their output: eager inference, and no hooks on what is `inside`."""
-    return (
-        isinstance(x, torch.Tensor)  # no proxy of torch.fx
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not any(module._forward_hooks or module._forward_pre_hooks for module in inside)
-        and all(type(act) is nn.ReLU for act in acts)
-        and all(isinstance(unit, ConvNorm) and unit.folds() for unit in units)
-    )
-
-
-class _ResidualBlock(nn.Module):
-    """What the blocks share: eager inference in one pass for each convolution, its shortcut and its ReLU included."""
-
-    @torch.jit.unused
-    def folds(self, x: torch.Tensor) -> bool:
-        """Whether nobody would see that steps are missing."""
-        acts = [child for name, child in self.named_children() if name.startswith("act")]
-        inside = [module for module in self.modules() if module is not self]
-        return not self.training and _folds(self._units(), acts, inside, x)
-
-    def _units(self) -> list[nn.Module]:
-        """The convolutions in their order, and that of the shortcut if it has one."""
-        units = [child for name, child in self.named_children() if name.startswith("conv")]
-        return units if isinstance(self.downsample, nn.Identity) else [*units, self.downsample]
-
-    @torch.jit.unused
-    def infer(self, x: torch.Tensor) -> torch.Tensor:
-        """What `forward` computes where it `folds`."""
-        *units, last = self._units()
-        shortcut = x
-        if not isinstance(self.downsample, nn.Identity):
-            shortcut = last.infer(x)
-            *units, last = units
-        for unit in units:
-            x = unit.infer(x, relu=True)
-        return last.infer(x, shortcut, relu=True)
-
-
-class BasicBlock(_ResidualBlock):
+class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut: [B, in_fields * |G|, H, W] -> [B, fields * |G|, H / stride, W / stride].
 
     Args:
@@ -129,15 +91,25 @@ class BasicBlock(_ResidualBlock):
         nn.init.zeros_(self.conv2.norm.per_field.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting() and self.folds(x):
-            return self.infer(x)
         shortcut = self.downsample(x)
+        if not torch.jit.is_scripting() and self._fuses(x):
+            return self._infer(x, shortcut)
         x = self.act1(self.conv1(x))
         x = self.drop_path(self.conv2(x))
         return self.act2(x + shortcut)
 
+    @torch.jit.unused
+    def _fuses(self, x: torch.Tensor) -> bool:
+        return fuses(x, (self.conv1, self.conv2), (self.act1, self.act2), self.drop_path)
 
-class Bottleneck(_ResidualBlock):
+    @torch.jit.unused
+    def _infer(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
+        """The rest of `forward` where it `_fuses`: one pass for each convolution, its shortcut and its ReLU."""
+        x = self.conv1.infer(x, relu=True)
+        return self.conv2.infer(x, shortcut, relu=True)
+
+
+class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolutions and a shortcut; arguments as in `BasicBlock`, four times `fields` at the output."""
 
     expansion = 4
@@ -174,13 +146,24 @@ class Bottleneck(_ResidualBlock):
         nn.init.zeros_(self.conv3.norm.per_field.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting() and self.folds(x):
-            return self.infer(x)
         shortcut = self.downsample(x)
+        if not torch.jit.is_scripting() and self._fuses(x):
+            return self._infer(x, shortcut)
         x = self.act1(self.conv1(x))
         x = self.act2(self.conv2(x))
         x = self.drop_path(self.conv3(x))
         return self.act3(x + shortcut)
+
+    @torch.jit.unused
+    def _fuses(self, x: torch.Tensor) -> bool:
+        return fuses(x, (self.conv1, self.conv2, self.conv3), (self.act1, self.act2, self.act3), self.drop_path)
+
+    @torch.jit.unused
+    def _infer(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
+        """As in `BasicBlock`."""
+        x = self.conv1.infer(x, relu=True)
+        x = self.conv2.infer(x, relu=True)
+        return self.conv3.infer(x, shortcut, relu=True)
 
 
 class EquivariantResNet(nn.Module):
@@ -189,6 +172,12 @@ class EquivariantResNet(nn.Module):
     `forward_features` returns the equivariant map [B, num_features, H / 32, W / 32], num_features = fields * |G|.
     With `num_classes=0, global_pool=''` the model itself returns a map: the equivariant one for `group_pool=''`, the
     invariant one [B, fields, H / 32, W / 32] (one channel per field) for `group_pool='max'` or 'avg'.
+
+    With `map_pool='max'` or 'avg' every map that leaves the model is invariant, one channel per field: that of
+    `forward_features`, those of `forward_intermediates` and `features_only`. It is for heads that know nothing of the
+    group. `num_features`, `feature_info` and `head_hidden_size` then count fields, and `forward` pools this map over
+    space. A classifier is refused: pooling over the group and over space do not commute, so its input would not be what
+    the pretrained classifiers were trained on.
 
     Args:
         block: `BasicBlock` or `Bottleneck`.
@@ -201,6 +190,7 @@ class EquivariantResNet(nn.Module):
         global_pool: timm's pooling over space: 'avg', 'max', 'avgmax', 'catavgmax', or '' to keep the map.
         group_pool: pooling over the group, after the pooling over space: 'max', 'avg', or '' to keep the group axis
             (the logits then depend on the orientation).
+        map_pool: pooling of all maps over the group, 'max' or 'avg'; '' keeps them equivariant.
         act_layer: activation, a name timm knows or a class; must be pointwise.
         norm_layer: normalisation, a name timm knows or a class; applied per field.
         bn_momentum: momentum of the batch norms, PyTorch's 0.1 where None.
@@ -214,8 +204,10 @@ class EquivariantResNet(nn.Module):
 
     Raises:
         ValueError: a group without frozen bases, an `output_stride`, `group_pool`, `act_layer` or `norm_layer` that
-            does not exist or would break equivariance; a classifier without global pooling.
+            does not exist or would break equivariance; a classifier without global pooling, or with `map_pool`.
     """
+
+    __jit_unused_properties__ = ("group_pool",)
 
     def __init__(
         self,
@@ -228,6 +220,7 @@ class EquivariantResNet(nn.Module):
         output_stride: int = 32,
         global_pool: str = "avg",
         group_pool: str = "max",
+        map_pool: str = "",
         act_layer: str | Callable[..., nn.Module] = nn.ReLU,
         norm_layer: str | Callable[..., nn.Module] = nn.BatchNorm2d,
         bn_momentum: float | None = None,
@@ -243,6 +236,8 @@ class EquivariantResNet(nn.Module):
         dd = {"device": device, "dtype": dtype}
         if output_stride not in (8, 16, 32):
             raise ValueError(f"output_stride {output_stride!r} does not exist: use 8, 16 or 32")
+        if map_pool not in ("max", "avg", ""):
+            raise ValueError(f"unknown map_pool {map_pool!r}: use 'max', 'avg', or '' for equivariant maps")
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
@@ -257,11 +252,12 @@ class EquivariantResNet(nn.Module):
         self.check_image = CheckImage(in_chans)
         self.conv1 = ConvNorm(in_chans, width, 7, group, "trivial", stride=2, norm_layer=norm_layer, **dd)
         self.act1 = act_layer()
-        self.feature_info = [_feature_info(width, group, reduction=2, module="act1")]
+        map_group = "c1" if map_pool else group  # pooled over the group, a field is one channel that nothing permutes
+        self.feature_info = [_feature_info(width, map_group, reduction=2, module="act1")]
         self.maxpool = MaxPool2d(kernel_size=3, stride=2, padding=1)
 
         # Stages
-        drop_rates = torch.linspace(0, drop_path_rate, sum(layers), device="cpu").tolist()
+        drop_rates = [drop_path_rate * index / max(1, sum(layers) - 1) for index in range(sum(layers))]
         in_fields, reduction, dilation = width, 4, 1
         for stage, depth in enumerate(layers):
             stride = 1 if stage == 0 else 2
@@ -288,12 +284,12 @@ class EquivariantResNet(nn.Module):
                 in_fields = width * 2**stage * block.expansion
             name = f"layer{stage + 1}"
             self.add_module(name, nn.Sequential(*blocks))
-            self.feature_info.append(_feature_info(in_fields, group, reduction, module=name))
+            self.feature_info.append(_feature_info(in_fields, map_group, reduction, module=name))
 
         # Head: pool over space, then over the group (the two do not commute), then classify
-        self.num_features = in_fields * order
-        self.global_pool = _create_global_pool(global_pool, num_classes)
-        self.group_pool = GroupPool(order, group_pool)
+        self.map_pool = GroupPool(order, map_pool)
+        self.num_features = self.feature_info[-1]["num_chs"]
+        self.global_pool = self._create_global_pool(global_pool, group_pool)
         self._create_classifier(**dd)
 
         self.set_conv_strategy(conv_strategy)
@@ -368,6 +364,22 @@ class EquivariantResNet(nn.Module):
             if isinstance(module, (BasicBlock, Bottleneck)):
                 module.zero_init_last()
 
+    @property
+    def group_pool(self) -> GroupPool:
+        """The pooling over the group, behind that over space."""
+        return self.global_pool.group_pool
+
+    def _create_global_pool(self, pool_type: str, group_pool: str) -> InvariantPool:
+        """The pooling in front of the classifier."""
+        if self.num_classes > 0 and (not pool_type or self.map_pool.pool_type):
+            setting = f"map_pool {self.map_pool.pool_type!r}" if pool_type else f"global_pool {pool_type!r}"
+            raise ValueError(
+                f"{setting} is for maps, but the model is to have a classifier of {self.num_classes} classes: use "
+                f"num_classes=0, or {'map_pool=' + repr('') if pool_type else 'global_pool=' + repr('avg')}"
+            )
+        order = 1 if self.map_pool.pool_type else self.map_pool.order
+        return InvariantPool(pool_type, order, group_pool)
+
     def _create_classifier(self, device=None, dtype=None) -> None:
         """The linear layer on what both poolings leave; its input is `head_hidden_size` wide."""
         group_axis = self.group_pool.order if self.group_pool.pool_type else 1
@@ -394,9 +406,13 @@ class EquivariantResNet(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier, and the pooling over space unless `global_pool` is None; 0 classes: none."""
-        if global_pool is not None:
-            self.global_pool = _create_global_pool(global_pool, num_classes).train(self.training)
-        self.num_classes = num_classes
+        previous, self.num_classes = self.num_classes, num_classes
+        try:
+            pool_type = self.global_pool.pool_type if global_pool is None else global_pool
+            self.global_pool = self._create_global_pool(pool_type, self.group_pool.pool_type).train(self.training)
+        except ValueError:
+            self.num_classes = previous  # nothing has changed
+            raise
         parameter = next(self.parameters())
         self._create_classifier(device=parameter.device, dtype=parameter.dtype)
 
@@ -420,7 +436,8 @@ class EquivariantResNet(nn.Module):
             intermediates_only: return the list alone.
 
         Returns:
-            The last map computed and the list of maps [B, fields * |G|, H / reduction, W / reduction], or the list.
+            The last map computed and the list of maps [B, fields * |G|, H / reduction, W / reduction], or the list;
+            [B, fields, ...] with `map_pool`.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt {output_fmt!r} does not exist for this model: use 'NCHW'")
@@ -428,26 +445,26 @@ class EquivariantResNet(nn.Module):
         intermediates = []
         x = self._stem(x)
         if 0 in take_indices:
-            intermediates.append(x)
+            intermediates.append(self.map_pool(x))
         x = self.maxpool(x)
         for level, stage in enumerate((self.layer1, self.layer2, self.layer3, self.layer4), start=1):
             if stop_early and level > max_index:
                 break
             x = stage(x)
             if level in take_indices:
-                intermediates.append(x)
-        return intermediates if intermediates_only else (x, intermediates)
+                intermediates.append(self.map_pool(x))
+        return intermediates if intermediates_only else (self.map_pool(x), intermediates)
 
     def _stem(self, x: torch.Tensor) -> torch.Tensor:
         """Images -> the first regular fields: [B, in_chans, H, W] -> [B, width * |G|, H / 2, W / 2]."""
         x = self.check_image(x)
-        if not torch.jit.is_scripting() and self._stem_folds(x):
+        if not torch.jit.is_scripting() and self._stem_fuses(x):
             return self._infer_stem(x)
         return self.act1(self.conv1(x))
 
     @torch.jit.unused
-    def _stem_folds(self, x: torch.Tensor) -> bool:
-        return _folds([self.conv1], [self.act1], [self.conv1, self.act1], x)
+    def _stem_fuses(self, x: torch.Tensor) -> bool:
+        return fuses(x, (self.conv1,), (self.act1,))
 
     @torch.jit.unused
     def _infer_stem(self, x: torch.Tensor) -> torch.Tensor:
@@ -474,7 +491,10 @@ class EquivariantResNet(nn.Module):
         return take_indices
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """The equivariant map of the last stage: [B, num_features, H / 32, W / 32], regular fields, field-major."""
+        """The map of the last stage, [B, num_features, H / 32, W / 32]: regular fields, field-major, or invariant ones.
+
+        Invariant, one channel per field, with `map_pool`.
+        """
         x = self.maxpool(self._stem(x))
         if self.grad_checkpointing and not torch.jit.is_scripting():
             x = checkpoint_seq([self.layer1, self.layer2, self.layer3, self.layer4], x, flatten=True)
@@ -483,12 +503,11 @@ class EquivariantResNet(nn.Module):
             x = self.layer2(x)
             x = self.layer3(x)
             x = self.layer4(x)
-        return x
+        return self.map_pool(x)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Pool the map over space, then over the group; classify unless `pre_logits`."""
-        x = self.global_pool(x)  # [B, m * |G|], or the map [B, m * |G|, H, W] without global pooling
-        x = self.group_pool(x)  # [B, m], or [B, m, H, W]
+        x = self.global_pool(x)  # [B, m], or the map [B, m, H, W] without pooling over space
         if self.drop_rate:
             x = F.dropout(x, p=float(self.drop_rate), training=self.training)
         return x if pre_logits else self.fc(x)
@@ -501,15 +520,6 @@ def _feature_info(fields: int, group: str, reduction: int, module: str) -> dict[
     """timm's description of a level, with its number of regular fields and the group they belong to."""
     num_chs = fields * Group.from_name(group).order
     return dict(num_chs=num_chs, reduction=reduction, module=module, num_fields=fields, group=group)
-
-
-def _create_global_pool(pool_type: str, num_classes: int) -> SelectAdaptivePool2d:
-    if not pool_type and num_classes > 0:
-        raise ValueError(
-            f"global_pool {pool_type!r} keeps the map, which a classifier of {num_classes} classes cannot take: "
-            "use num_classes=0, or global_pool='avg'"
-        )
-    return SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))
 
 
 def _batch_norm_options(norm_layer: Callable[..., nn.Module], **options: float | None) -> Callable[..., nn.Module]:
@@ -526,8 +536,24 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     for level in range(-levels, 0) if isinstance(levels, int) else levels:  # an int: the last levels
         if not -5 <= level < 5:
             raise ValueError(f"feature level {level} of out_indices={levels} does not exist: use 0 to 4, or -5 to -1")
+    if kwargs.get("features_only"):
+        kwargs = _features_only(**kwargs)
     build = partial(build_model_with_cfg, EquivariantResNet)
     return build_pretrained(build, variant, **kwargs) if pretrained else build(variant, pretrained, **kwargs)
+
+
+def _features_only(**kwargs: Any) -> dict[str, Any]:
+    """The keywords for maps alone: with `map_pool` taken from `forward_intermediates`, which pools them."""
+    if "group_pool" in kwargs:
+        raise ValueError(
+            f"group_pool={kwargs['group_pool']!r} pools what a classifier reads, and features_only has none: use "
+            "map_pool='max' or 'avg' for invariant maps"
+        )
+    if not kwargs.get("map_pool"):
+        return kwargs
+    if kwargs.get("feature_cls", "getter") != "getter":
+        raise ValueError(f"feature_cls={kwargs['feature_cls']!r} takes maps before map_pool: leave it out")
+    return {**kwargs, "feature_cls": "getter", "num_classes": 0}
 
 
 _resnet18 = partial(_create, block=BasicBlock, layers=(2, 2, 2, 2))

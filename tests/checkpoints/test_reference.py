@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from reference_data import checkpoint, figures, image, networks, training_runs
 
 from equivision_timm.checkpoints.convert import convert_original
-from equivision_timm.layers import SteerableConv2d
 
 LEVELS = ("maxpool", "layer1", "layer2", "layer3", "layer4")
 
@@ -52,9 +51,6 @@ def test_four_training_steps(name):
     # In float64, because the gradient jumps where an activation crosses zero: float32 decides a few of them by chance
     run = training_runs()[name]
     model = load_reference(name).train().double()
-    for module in model.modules():
-        if isinstance(module, SteerableConv2d):
-            module.init_non_persistent_buffers()  # in float64
     crossed = model.get_submodule(CROSSED_ZERO[name]) if CROSSED_ZERO[name] else nn.Identity()
     handle = crossed.register_forward_pre_hook(lambda _, inputs: _cross_zero(inputs[0]))
     x, labels = image(tuple(run["image_shape"])).double(), torch.tensor(run["labels"])

@@ -87,9 +87,9 @@ def test_inference_with_shortcut_and_relu(code, kernel_size, dtype):
     layer = SteerableConv2d(3, 5, kernel_size, "c8")
     x, shortcut, bias = torch.randn(3, 24, 17, 19), torch.randn(3, 40, 17, 19), torch.randn(5)
     with torch.no_grad():
-        filters = layer._filter(layer.weight)
+        filters = expand.dense_filter(layer.weight, "c8", kernel_size, "regular")
         plain = torch.nn.functional.conv2d(x, filters, bias.repeat_interleave(8), padding=kernel_size // 2)
-        weights = filters if code is expand else block_weights(layer.weight, layer.irreps_basis)
+        weights = filters if code is expand else block_weights(layer.weight, "c8", kernel_size)
         packed = code.pack(weights.to(dtype), bias.to(dtype), "c8", kernel_size)
         arguments = (x.to(dtype), packed, "c8", kernel_size, 1, 1)
         other = shortcut.to(dtype)
@@ -110,7 +110,7 @@ def test_not_a_number_stays():
     x = torch.zeros(1, 4, 3, 3)
     x[0, :, 1, 1] = float("nan")
     with torch.no_grad():
-        y = layer.convolve(x, relu=True)
+        y = layer.infer(x, relu=True)
     assert y.isnan().sum() == 4
     assert y[0, :, 1, 1].isnan().all()
 

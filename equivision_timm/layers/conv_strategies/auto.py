@@ -15,6 +15,8 @@ hold for one core of an AMD EPYC with AVX-512, and their ratios, which decide, r
 
 import torch
 
+from equivision_timm.groups import group_order
+from equivision_timm.kernel_bases import block_products
 from equivision_timm.layers.conv_strategies import native_library
 
 __all__ = ["choose"]
@@ -28,8 +30,7 @@ def choose(
     out_fields: int,
     kernel_size: int,
     stride: int,
-    order: int,
-    products: int,
+    group: str,
 ) -> str:
     """The name of a strategy for an input of `shape` [B, I * |G|, height, width] of regular fields.
 
@@ -41,9 +42,9 @@ def choose(
         out_fields: O.
         kernel_size: 1 or 3.
         stride: of the convolution.
-        order: |G|.
-        products: those of one pair of fields in the irreps basis, over all functions and copies.
+        group: its name.
     """
+    order = group_order(group)
     if device.type != "cpu" or order == 1:
         return "expand"
     if dtype in (torch.float32, torch.float64) and native_library.available():
@@ -54,7 +55,7 @@ def choose(
     numbers = batch * (order * in_fields * height * width + order * out_fields * out_pixels)
 
     dense = pairs * order**2 * kernel_size**2 / 54e9 + 0.45e-9 * numbers
-    blocks = pairs * products / 40e9 + 1.1e-9 * numbers
+    blocks = pairs * block_products(group, kernel_size) / 40e9 + 1.1e-9 * numbers
     if kernel_size > 1:
         blocks += 13e-9 * batch * order * in_fields * out_pixels
     blocks += (1e-4 if kernel_size == 1 else 5e-4) * max(1, batch * out_pixels / 4096)

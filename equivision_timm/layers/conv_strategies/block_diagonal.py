@@ -14,10 +14,11 @@ the backward pass computes T again instead of keeping it.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 
 import torch
 
+from equivision_timm.constants import constant
 from equivision_timm.kernel_bases import load_irreps_basis
 from equivision_timm.layers.conv_strategies.expand import finish
 from equivision_timm.layers.conv_strategies.irreps import operator
@@ -169,7 +170,7 @@ class _Plan:
         return len(self.fourier)
 
 
-@cache
+@constant
 def _plan(group: str, kernel_size: int, dtype: torch.dtype, device: torch.device) -> _Plan:
     basis = load_irreps_basis(group, kernel_size)
     sets = []

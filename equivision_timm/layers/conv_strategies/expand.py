@@ -9,7 +9,10 @@ w: the learnt coefficients, from input field i to output field o; basis: the equ
 import torch
 import torch.nn.functional as F
 
-__all__ = ["conv2d", "expand_filter", "finish", "infer", "leaves_python", "pack"]
+from equivision_timm.layers.conv_strategies.basis import basis_for
+from equivision_timm.layers.conv_strategies.context import leaves_python, needs_plain_operations
+
+__all__ = ["conv2d", "dense_filter", "expand_filter", "finish", "infer", "pack"]
 
 Packed = tuple[torch.Tensor, torch.Tensor | None]  # the filter; the bias [O * |G|] or None
 
@@ -21,10 +24,18 @@ def expand_filter(weight: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
         weight: w [O, I, n_basis, 1], O output fields, I input fields.
         basis: [n_basis, |G|, H, k, k], H = |G| for regular input, 1 for trivial input.
     """
-    filters = basis.flatten(1).T @ weight.squeeze(-1).mT  # K = sum_b basis_b w_b: [O, |G| * H * k * k, I]
-    filters = filters.unflatten(1, basis.shape[1:])  # [O, |G|, H, k, k, I]
-    filters = filters.permute(0, 1, 3, 4, 5, 2).flatten(4).flatten(0, 1)  # -> [O * |G|, k, k, I * H]
+    _, order, h, k, _ = basis.shape
+    out_fields, in_fields = weight.shape[:2]
+    filters = basis.flatten(1).transpose(0, 1) @ weight.squeeze(-1).transpose(1, 2)  # K = sum_b basis_b w_b
+    filters = filters.reshape(out_fields, order, h, k, k, in_fields)  # from [O, |G| * H * k * k, I]
+    filters = filters.permute(0, 1, 3, 4, 5, 2)  # [O, |G|, k, k, I, H]
+    filters = filters.reshape(out_fields * order, k, k, in_fields * h)  # [O * |G|, k, k, I * H]
     return filters.permute(0, 3, 1, 2)
+
+
+def dense_filter(weight: torch.Tensor, group: str, kernel_size: int, input_type: str) -> torch.Tensor:
+    """`expand_filter` with the basis of `group`, exact in the type and on the device of `weight`."""
+    return expand_filter(weight, basis_for(weight, group, kernel_size, input_type))
 
 
 def conv2d(
@@ -81,11 +92,5 @@ def finish(y: torch.Tensor, shortcut: torch.Tensor | None, relu: bool) -> torch.
 
 def _memory_format(tensor: torch.Tensor) -> torch.memory_format:
     """What PyTorch convolves faster: on the CPU channels-last; elsewhere nothing has been measured."""
-    on_cpu = tensor.device.type == "cpu" and not leaves_python()
+    on_cpu = tensor.device.type == "cpu" and not leaves_python() and not needs_plain_operations(tensor)
     return torch.channels_last if on_cpu else torch.contiguous_format
-
-
-@torch.compiler.assume_constant_result  # torch.compile calls it: old versions would take `is_exporting` for True
-def leaves_python() -> bool:
-    """Whether a graph is recorded that must do without this package."""
-    return torch.jit.is_tracing() or torch.compiler.is_exporting()

@@ -4,24 +4,31 @@ The operator is one node for autograd and `torch.compile`; its gradients flow to
 the coefficients: no dense filter exists anywhere.
 """
 
+import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
-from equivision_timm.groups import Group
+from equivision_timm.groups import group_order
+from equivision_timm.layers.conv_strategies.basis import basis_for
 
 __all__ = ["block_weights", "operator"]
 
 
-def block_weights(weight: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+def block_weights(weight: torch.Tensor, group: str, kernel_size: int) -> torch.Tensor:
     """W [entries, O, I], for each block [size (row), n, size (column), O, I] flattened; differentiable.
 
     Args:
         weight: w [O, I, n_basis, 1].
-        coefficients: those of `IrrepsBasis`, [n_basis, entries], of the type and on the device of `weight`.
+        group: name of the group.
+        kernel_size: of a basis for regular input.
     """
-    entries = coefficients.T @ weight.flatten(0, 1).squeeze(-1).T  # W = sum_b w_b coefficients_b: [entries, O * I]
-    return entries.unflatten(1, weight.shape[:2])  # [entries, O, I]
+    coefficients = basis_for(weight, group, kernel_size, "irreps")
+    w = weight.flatten(0, 1).squeeze(-1)  # [O * I, n_basis]
+    entries = coefficients.T @ w.T  # W = sum_b w_b coefficients_b: [entries, O * I]
+    return entries.reshape(-1, weight.shape[0], weight.shape[1])  # [entries, O, I]
 
 
 def operator(name: str, forward: Callable, backward: Callable) -> Callable:
@@ -29,7 +36,8 @@ def operator(name: str, forward: Callable, backward: Callable) -> Callable:
 
     Steerable convolution of x [B, I * |G|, height, width], regular fields, field-major, by `block_weights`, with the
     padding dilation * (kernel_size // 2): [B, O * |G|, height', width']. The bias [O], added to each field, may be
-    None. Differentiable once with respect to x, the weights and the bias.
+    None. Differentiable any number of times with respect to x, the weights and the bias; not in forward mode, nor by
+    the transforms of `torch.func`.
 
     Args:
         name: of the operator, in the namespace equivision_timm.
@@ -46,7 +54,7 @@ def operator(name: str, forward: Callable, backward: Callable) -> Callable:
     @conv2d.register_fake
     def _(x, weights, bias, group, kernel_size, stride, dilation):
         height, width = ((size - 1) // stride + 1 for size in x.shape[2:])
-        return x.new_empty(len(x), weights.shape[1] * Group.from_name(group).order, height, width)
+        return x.new_empty(len(x), weights.shape[1] * group_order(group), height, width)
 
     @gradients.register_fake
     def _(grad, x, weights, group, kernel_size, stride, dilation, for_x, for_weights):
@@ -59,10 +67,70 @@ def operator(name: str, forward: Callable, backward: Callable) -> Callable:
     def differentiate(ctx, grad):
         x, weights = ctx.saved_tensors
         for_x, for_weights, for_bias = ctx.needs_input_grad[:3]
-        found = iter(gradients(grad, x, weights, *ctx.layer, for_x, for_weights))
+        found = iter(gradients(grad, x, weights, *ctx.layer, for_x, for_weights) if for_x or for_weights else ())
         dx, dw = next(found) if for_x else None, next(found) if for_weights else None
         dbias = grad.unflatten(1, (weights.shape[1], -1)).sum((0, 2, 3, 4)) if for_bias else None
         return dx, dw, dbias, None, None, None, None
 
+    def setup_second(ctx, inputs, output) -> None:
+        grad, x, weights, *ctx.layer, ctx.for_x, ctx.for_weights = inputs
+        ctx.save_for_backward(grad, x, weights)
+
+    def differentiate_again(ctx, second):
+        """With C(x, W) the convolution, A(g, W) and B(g, x) its gradients with respect to x and W for a gradient g,
+
+        <u, A(g, W)> = <g, C(u, W)> and <v, B(g, x)> = <g, C(x, v)>: the derivative of what `gradients` returns, for
+        the gradients u of A and v of B, is C(u, W) + C(x, v) for g, A(g, v) for x, B(g, u) for W.
+        """
+        grad, x, weights = ctx.saved_tensors
+        for_grad, second_x, second_weights = ctx.needs_input_grad[:3]
+        second = iter(second)
+        u, v = next(second) if ctx.for_x else None, next(second) if ctx.for_weights else None
+        of_grad = of_x = of_weights = None
+        if for_grad:
+            parts = [(u, weights)] if u is not None else []
+            parts += [(x, v)] if v is not None else []
+            of_grad = sum(conv2d(a, b, None, *ctx.layer) for a, b in parts) if parts else None
+        if second_x and v is not None:
+            (of_x,) = gradients(grad, x, v, *ctx.layer, True, False)
+        if second_weights and u is not None:
+            (of_weights,) = gradients(grad, u, weights, *ctx.layer, False, True)
+        return of_grad, of_x, of_weights, *[None] * 6
+
+    conv2d.register_vmap(partial(_one_by_one, conv2d))  # of gradients whose forward pass was not transformed
+    gradients.register_vmap(partial(_one_by_one, gradients))
     conv2d.register_autograd(differentiate, setup_context=setup_context)
+    gradients.register_autograd(differentiate_again, setup_context=setup_second)
+    _count_operations(name)
     return conv2d
+
+
+def _one_by_one(operator: Callable, info, in_dims: tuple[int | None, ...], *arguments) -> tuple:
+    """The rule of `torch.vmap`: the operator for each of the batch, and the dimension of the batch in the outputs."""
+    outputs = []
+    for index in range(info.batch_size):
+        own = [a if d is None else a.select(d, index) for a, d in zip(arguments, in_dims, strict=True)]
+        outputs.append(operator(*own))
+    if isinstance(outputs[0], torch.Tensor):
+        return torch.stack(outputs), 0
+    stacked = [torch.stack(parts) for parts in zip(*outputs, strict=True)]
+    return stacked, [0] * len(stacked)
+
+
+def _count_operations(name: str) -> None:
+    """Tell `torch.utils.flop_counter.FlopCounterMode` what to count.
+
+    That is the dense convolution which the operator stands for, so that a layer counts the same by every strategy.
+    """
+    registered = getattr(torch.ops.equivision_timm, name), getattr(torch.ops.equivision_timm, f"{name}_backward")
+
+    def dense(pixels: int, weights: torch.Size, group: str, kernel_size: int) -> int:
+        return 2 * pixels * math.prod(weights[1:]) * (group_order(group) * kernel_size) ** 2
+
+    @register_flop_formula(registered[0])
+    def _(x, weights, bias, group, kernel_size, stride, dilation, *, out_shape, **kwargs) -> int:
+        return dense(out_shape[0] * out_shape[2] * out_shape[3], weights, group, kernel_size)
+
+    @register_flop_formula(registered[1])
+    def _(grad, x, weights, group, kernel_size, stride, dilation, for_x, for_weights, *, out_shape, **kwargs) -> int:
+        return (for_x + for_weights) * dense(grad[0] * grad[2] * grad[3], weights, group, kernel_size)

@@ -5,12 +5,14 @@ compiles it. It works on plain arrays of float32 or float64, in PyTorch's own th
 """
 
 import ctypes
+import math
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
+from equivision_timm.constants import constant
 from equivision_timm.kernel_bases import IrrepsBasis, load_irreps_basis
+from equivision_timm.layers.conv_strategies.context import check_input
 from equivision_timm.layers.conv_strategies.irreps import operator
 from equivision_timm.layers.conv_strategies.native_library import library
 
@@ -29,8 +31,8 @@ class Packed:
 
 def pack(weights: torch.Tensor, bias: torch.Tensor | None, group: str, kernel_size: int) -> Packed:
     """`block_weights`, and the bias [O] of each field or None, for `infer`."""
-    weights = weights.to(_real(weights.dtype)).contiguous()
-    bias = None if bias is None else bias.to(weights.dtype).contiguous()
+    weights = _readable(weights)
+    bias = None if bias is None else _readable(bias).to(weights.dtype)
     return Packed(_pack(weights, group, kernel_size, transposed=False), bias, *weights.shape[1:])
 
 
@@ -50,7 +52,9 @@ def infer(
     y = x.new_empty(shape)
     if shortcut is not None:
         shortcut = _readable(shortcut).to(x.dtype).expand(shape).contiguous()
-    _run("forward", layer, x, packed.weights, packed.bias, shortcut, int(relu), y)
+    sizes = {"packed": _packed_size(layer, x.dtype, False), "bias": packed.out_fields, "shortcut": y.numel()}
+    tensors = {"x": x, "packed": packed.weights, "bias": packed.bias, "shortcut": shortcut}
+    _run("forward", layer, tensors | {"relu": int(relu), "y": y}, sizes)
     return y.to(dtype)
 
 
@@ -63,6 +67,7 @@ def _forward(
     stride: int,
     dilation: int,
 ) -> torch.Tensor:
+    _same_dtype(x, weights, bias)
     return infer(x, pack(weights, bias, group, kernel_size), group, kernel_size, stride, dilation)
 
 
@@ -77,16 +82,19 @@ def _backward(
     for_x: bool,
     for_weights: bool,
 ) -> list[torch.Tensor]:
+    _same_dtype(x, weights, grad)
     dtype = x.dtype
-    grad, x, weights = _readable(grad), _readable(x), weights.to(_real(dtype)).contiguous()
-    layer, _ = _layer(x, *weights.shape[1:], group, kernel_size, stride, dilation)
+    grad, x, weights = _readable(grad), _readable(x), _readable(weights)
+    layer, shape = _layer(x, *weights.shape[1:], group, kernel_size, stride, dilation)
     packed = dx = sums = dw = None
+    threads, sums_size = torch.get_num_threads(), library(x.dtype).sums_size(ctypes.byref(layer))
     if for_x:
         packed, dx = _pack(weights, group, kernel_size, transposed=True), x.new_empty(x.shape)
     if for_weights:
-        sums = x.new_empty(torch.get_num_threads(), library(x.dtype).sums_size(ctypes.byref(layer)))
-        dw = weights.new_empty(weights.shape)
-    _run("backward", layer, grad, x, packed, dx, sums, dw)
+        sums, dw = x.new_empty(threads, sums_size), weights.new_empty(weights.shape)
+    sizes = {"dy": math.prod(shape), "packed": _packed_size(layer, x.dtype, True)}
+    tensors = {"dy": grad, "x": x, "packed": packed, "dx": dx, "sums": sums, "dw": dw}
+    _run("backward", layer, tensors, sizes)
     return [gradient.to(dtype) for gradient in (dx, dw) if gradient is not None]
 
 
@@ -99,17 +107,33 @@ def _real(dtype: torch.dtype) -> torch.dtype:
 
 
 def _readable(x: torch.Tensor) -> torch.Tensor:
-    """x as native.c reads it."""
-    return x.to(_real(x.dtype)).contiguous()
+    """x as native.c reads it: float32 or float64, contiguous, not the negative view of another tensor."""
+    return x.to(_real(x.dtype)).resolve_neg().contiguous()
+
+
+def _same_dtype(x: torch.Tensor, *others: torch.Tensor | None) -> None:
+    """Raises RuntimeError, as `nn.Conv2d`, where the weights, the bias or a gradient are of another type than x."""
+    for other in others:
+        if other is not None and (other.dtype != x.dtype or not x.is_floating_point()):
+            raise RuntimeError(f"input type {x.dtype} and weight type {other.dtype} should be the same float type")
 
 
 def _pack(weights: torch.Tensor, group: str, kernel_size: int, transposed: bool) -> torch.Tensor:
-    out_fields, in_fields = weights.shape[1:]
+    entries, out_fields, in_fields = weights.shape
     plan = _plan(group, kernel_size, weights.dtype)
+    if entries != plan.entries:
+        raise ValueError(
+            f"the block weights of {group!r}, {kernel_size} x {kernel_size}, are [{plan.entries}, O, I], "
+            f"but got {list(weights.shape)}: make them with `block_weights`"
+        )
     layer = _Layer(order=plan.order, in_fields=in_fields, out_fields=out_fields, kernel_size=kernel_size, **plan.blocks)
-    packed = weights.new_empty(library(weights.dtype).packed_size(ctypes.byref(layer), ctypes.c_long(transposed)))
-    _run("pack", layer, weights, int(transposed), packed)
+    packed = weights.new_empty(_packed_size(layer, weights.dtype, transposed))
+    _run("pack", layer, {"weights": weights, "transposed": int(transposed), "packed": packed}, {})
     return packed
+
+
+def _packed_size(layer: "_Layer", dtype: torch.dtype, transposed: bool) -> int:
+    return library(dtype).packed_size(ctypes.byref(layer), ctypes.c_long(transposed))
 
 
 class _Sparse(ctypes.Structure):
@@ -134,12 +158,13 @@ class _Plan:
     """What the group and the kernel size determine, as fields of `_Layer`; the tensors whose addresses these are."""
 
     order: int
+    entries: int
     blocks: dict[str, int]
     maps: dict[str, int | _Sparse]
     tensors: list[torch.Tensor]
 
 
-@cache
+@constant
 def _plan(group: str, kernel_size: int, dtype: torch.dtype) -> _Plan:
     basis = load_irreps_basis(group, kernel_size)
     tensors = []
@@ -157,9 +182,8 @@ def _plan(group: str, kernel_size: int, dtype: torch.dtype) -> _Plan:
     blocks = {"n_blocks": len(basis.blocks), "functions": basis.functions, "sizes": sizes, "copies": copies}
     fourier, terms = basis.fourier.to(dtype), _terms(basis)
     maps = {"fourier": address(fourier), "fourier_transposed": address(fourier.T)}
-    return _Plan(
-        len(fourier), blocks, maps | {"terms": sparse(terms), "terms_transposed": sparse(terms.T.contiguous())}, tensors
-    )
+    maps |= {"terms": sparse(terms), "terms_transposed": sparse(terms.T.contiguous())}
+    return _Plan(len(fourier), basis.coefficients.shape[1], blocks, maps, tensors)
 
 
 def _terms(basis: IrrepsBasis) -> torch.Tensor:
@@ -188,9 +212,9 @@ def _layer(
 ) -> tuple[_Layer, tuple[int, int, int, int]]:
     """The layer as native.c sees it, with the size of its chunks; and the shape of the output."""
     plan = _plan(group, kernel_size, x.dtype)
-    if x.ndim != 4 or x.shape[1] != in_fields * plan.order:
-        channels = in_fields * plan.order
-        raise ValueError(f"a convolution of {in_fields} fields takes [B, {channels}, H, W], but got {list(x.shape)}")
+    check_input(x, in_fields, plan.order)
+    if min(in_fields, out_fields, stride, dilation) < 1:
+        raise ValueError(f"fields {in_fields} and {out_fields}, stride {stride}, dilation {dilation}: use at least 1")
     batch, _, height, width = x.shape
     out_height, out_width = ((size - 1) // stride + 1 for size in (height, width))
     shape = (batch, out_fields * plan.order, out_height, out_width)
@@ -215,18 +239,42 @@ def _layer(
     ), shape
 
 
-def _run(name: str, layer: _Layer, *arguments: torch.Tensor | int | None) -> None:
-    """Function `name` of native.c, in all threads; lets go of Python's lock."""
-    tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
-    for tensor in tensors:
-        if tensor.device.type != "cpu":
-            raise ValueError(f"conv_strategy 'native' runs on the CPU, but a tensor is on {tensor.device}: use 'auto'")
-    code = library(tensors[0].dtype)
+def _run(name: str, layer: _Layer, arguments: dict[str, torch.Tensor | int | None], sizes: dict[str, int]) -> None:
+    """Function `name` of native.c, in all threads; lets go of Python's lock.
+
+    Args:
+        name: 'pack', 'forward' or 'backward'.
+        layer: the layer.
+        arguments: what the function takes after the layer, by name and in its order.
+        sizes: how many values some of the tensors must hold; the others are made here, of the layer's own sizes.
+
+    Raises:
+        ValueError: a tensor that C could not read or write, or would read or write past its end.
+        MemoryError: no memory for the work.
+    """
+    tensors = {argument: tensor for argument, tensor in arguments.items() if isinstance(tensor, torch.Tensor)}
+    dtype = next(iter(tensors.values())).dtype
+    for argument, tensor in tensors.items():
+        _check_memory(argument, tensor, dtype, sizes.get(argument, tensor.numel()))
     values = [
         ctypes.c_long(argument)
         if isinstance(argument, int)
         else ctypes.c_void_p(None if argument is None else argument.data_ptr())
-        for argument in arguments
+        for argument in arguments.values()
     ]
-    if getattr(code, name)(ctypes.byref(layer), *values, ctypes.c_long(torch.get_num_threads())):
+    if getattr(library(dtype), name)(ctypes.byref(layer), *values, ctypes.c_long(torch.get_num_threads())):
         raise MemoryError(f"no memory for a convolution in chunks of {layer.images} x {layer.rows} lines")
+
+
+def _check_memory(name: str, tensor: torch.Tensor, dtype: torch.dtype, size: int) -> None:
+    """Raises ValueError unless `size` values of `dtype` lie one behind the other where `tensor` says."""
+    if tensor.device.type != "cpu":
+        raise ValueError(f"conv_strategy 'native' runs on the CPU, but a tensor is on {tensor.device}: use 'auto'")
+    if tensor.dtype != dtype or tensor.numel() != size or not tensor.is_contiguous():
+        raise ValueError(
+            f"conv_strategy 'native' expects {size} contiguous values of {dtype} as {name}, but got "
+            f"{list(tensor.shape)} of {tensor.dtype}, strides {tensor.stride()}"
+        )
+    held = tensor.untyped_storage().nbytes() // tensor.itemsize - tensor.storage_offset()
+    if size and (held < size or not tensor.data_ptr()):
+        raise ValueError(f"conv_strategy 'native' expects {size} values as {name}, but its memory was freed")

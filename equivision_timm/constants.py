@@ -1,0 +1,47 @@
+"""Tensors that follow from their names alone, such as a kernel basis: computed once, the same for every caller.
+
+They are no state of a model: nothing can rescale, round, move, broadcast or forget them.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, wraps
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
+
+__all__ = ["constant", "fitting"]
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def constant(make: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Cache what `make` returns for its (hashable) arguments; the caller's modes have no part in it.
+
+    `make` runs in a thread of its own, since what PyTorch switches on around a caller (fake tensors, inference mode,
+    `torch.func` transforms, tracing, a default device) holds for the caller's thread. `torch.compile` calls it while it
+    traces, and takes the result as a constant. What it returns is shared: it must not be changed in place.
+    """
+
+    @cache
+    def cached(*args):
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(make, *args).result()
+
+    @torch.compiler.assume_constant_result
+    @wraps(make)
+    def made(*args):
+        return cached(*args)
+
+    return made
+
+
+def fitting(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The constant `tensor`, or a fake tensor of its shape where `like` is computed with fake tensors alone."""
+    if torch.compiler.is_compiling() or not (isinstance(like, FakeTensor) or torch._C._len_torch_dispatch_stack()):
+        return tensor
+    mode = detect_fake_mode(like)
+    return tensor if mode is None or mode.allow_non_fake_inputs else mode.from_tensor(tensor)

@@ -1,0 +1,55 @@
+"""What a layer is called with: its input, and whether PyTorch records, transforms or watches the call."""
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+
+__all__ = ["check_input", "inference_only", "leaves_python", "needs_plain_operations"]
+
+
+def check_input(x: torch.Tensor, in_fields: int, channels_per_field: int) -> None:
+    """Raises ValueError unless x is a batch of maps, [B, in_fields * channels_per_field, H, W], with pixels."""
+    channels = in_fields * channels_per_field
+    if x.ndim != 4 or x.shape[1] != channels:
+        raise ValueError(f"a convolution of {in_fields} fields takes [B, {channels}, H, W], but got {list(x.shape)}")
+    if x.shape[2] == 0 or x.shape[3] == 0:
+        raise ValueError(f"a convolution needs maps of at least 1 x 1 pixels, but got {list(x.shape)}")
+
+
+@torch.compiler.assume_constant_result  # torch.compile calls it: old versions would take `is_exporting` for True
+def leaves_python() -> bool:
+    """Whether a graph is recorded that must do without this package."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+
+@torch.compiler.assume_constant_result  # torch.compile has entered the transforms that it traces
+def _transforms() -> bool:
+    """Whether `torch.func` transforms (grad, vmap, jvp, ...) or forward-mode derivatives are under way."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def needs_plain_operations(*tensors: torch.Tensor) -> bool:
+    """Whether PyTorch's own operations alone give right derivatives here.
+
+    So it is in `torch.func` transforms, in forward mode, and for tensors with operations of their own (DTensor, ...).
+    """
+    if _transforms():
+        return True
+    return not torch.compiler.is_compiling() and not all(isinstance(t, FakeTensor) or _is_plain(t) for t in tensors)
+
+
+def inference_only(*tensors: torch.Tensor) -> bool:
+    """Whether nothing but the numbers of the output is wanted: no gradients, no graph, nobody who counts operations."""
+    return (
+        all(isinstance(t, torch.Tensor) and _is_plain(t) for t in tensors)  # no proxy of torch.fx
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not leaves_python()
+        and not _transforms()
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether it is a block of numbers whose operations are PyTorch's."""
+    return type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__ and tensor.layout == torch.strided

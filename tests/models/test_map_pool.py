@@ -1,0 +1,121 @@
+"""Invariant maps for heads that know nothing of the group, and cuts of a model by its children."""
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from timm.models._hub import save_for_hf
+
+import equivision_timm  # noqa: F401  registers the models
+
+X = torch.rand(2, 3, 65, 65, generator=torch.Generator().manual_seed(0))
+
+
+def create(name="test_c8resnet", **kwargs):
+    return timm.create_model(name, pretrained=True, **kwargs).eval()
+
+
+def moves(function):
+    """How far the output moves, by its largest value, when the image turns by 90 degrees and the map with it."""
+    with torch.no_grad():
+        plain, rotated = function(X), function(X.rot90(1, (2, 3)))
+    if plain.ndim == 4:
+        rotated = rotated.rot90(-1, (2, 3))
+    return ((plain - rotated).abs().max() / plain.abs().max()).item()
+
+
+@pytest.mark.parametrize("map_pool", ["max", "avg"])
+@pytest.mark.parametrize("name", ["test_c8resnet", "test_d4resnet"])
+def test_maps_are_invariant_with_one_channel_a_field(name, map_pool):
+    model, plain = create(name, num_classes=0, map_pool=map_pool), create(name, num_classes=0)
+    order = plain.group_pool.order
+    with torch.no_grad():
+        fields = plain.forward_features(X).unflatten(1, (-1, order))  # [B, m, |G|, H, W]
+        torch.testing.assert_close(
+            model.forward_features(X), fields.amax(2) if map_pool == "max" else fields.mean(2), rtol=1e-5, atol=1e-6
+        )
+        last, maps = model.forward_intermediates(X)
+        assert torch.equal(last, maps[-1])
+    assert moves(model.forward_features) < 1e-5
+    assert moves(plain.forward_features) > 0.1  # control: the channels of a field are permuted
+    assert moves(lambda x: model.forward_head(model.forward_features(x))) < 1e-5
+    assert model.num_features == model.head_hidden_size == last.shape[1] == plain.num_features // order
+    for info, equivariant, found in zip(model.feature_info, plain.feature_info, maps, strict=True):
+        assert info["num_chs"] == info["num_fields"] == equivariant["num_fields"] == found.shape[1]
+        assert info["group"] == "c1"
+
+
+def test_the_head_of_other_libraries_fits():
+    model = create(num_classes=0, map_pool="max")
+    head = nn.Linear(model.num_features, 5)
+    assert moves(lambda x: head(model(x))) < 1e-5
+    default = create(num_classes=0)
+    assert default(X).shape[1] != default.num_features  # control: without the keyword the width is another
+
+
+@pytest.mark.parametrize("out_indices", [None, (1, 3)])
+def test_features_only(out_indices):
+    kwargs = {} if out_indices is None else {"out_indices": out_indices}
+    model = create(features_only=True, map_pool="max", **kwargs)
+    plain = create(features_only=True, **kwargs)
+    with torch.no_grad():
+        maps, equivariant = model(X), plain(X)
+    assert model.feature_info.channels() == [found.shape[1] for found in maps]
+    assert model.feature_info.reduction() == plain.feature_info.reduction()
+    for level, (found, expected) in enumerate(zip(maps, equivariant, strict=True)):
+        torch.testing.assert_close(found, expected.unflatten(1, (-1, 8)).amax(2))
+        assert moves(lambda x, level=level: model(x)[level]) < 1e-5
+        assert moves(lambda x, level=level: plain(x)[level]) > 0.1
+
+
+def test_a_name_is_enough(tmp_path):
+    # libraries that pass a name on and no keywords: a folder whose config holds the keyword
+    model = create(num_classes=0, map_pool="max")
+    save_for_hf(model, str(tmp_path), model_args={"map_pool": "max", "num_classes": 0}, safe_serialization=True)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=0).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded.forward_features(X), model.forward_features(X))
+    features = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, features_only=True).eval()
+    assert moves(lambda x: features(x)[-1]) < 1e-5
+
+
+def test_what_would_be_something_else_is_refused():
+    with pytest.raises(ValueError, match=r"map_pool 'max' is for maps, but .* 10 classes: use num_classes=0"):
+        timm.create_model("test_c8resnet", map_pool="max", num_classes=10)
+    with pytest.raises(ValueError, match="unknown map_pool 'mean'"):
+        timm.create_model("test_c8resnet", map_pool="mean", num_classes=0)
+    with pytest.raises(ValueError, match=r"group_pool='max' pools what a classifier reads.*use map_pool"):
+        timm.create_model("test_c8resnet", features_only=True, group_pool="max")
+    with pytest.raises(ValueError, match="feature_cls='list' takes maps before map_pool"):
+        timm.create_model("test_c8resnet", features_only=True, map_pool="max", feature_cls="list")
+    model = create(num_classes=0, map_pool="max")
+    expected = model(X)
+    with pytest.raises(ValueError, match="use num_classes=0"):
+        model.reset_classifier(10)
+    assert model.num_classes == 0
+    assert torch.equal(model(X), expected)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_graphs():
+    model = create(num_classes=0, map_pool="max")
+    expected = model(X)
+    torch.testing.assert_close(torch.jit.script(model)(X), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.export.export(model, (X,)).module()(X), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "test_c8resnet"])
+def test_cuts_by_children(name):
+    # as countless scripts cut a ResNet; resnet18 is the control
+    model = timm.create_model(name, num_classes=5).eval()
+    children = list(model.children())
+    with torch.no_grad():
+        features = model.forward_features(X)
+        torch.testing.assert_close(nn.Sequential(*children[:8])(X), features)
+        torch.testing.assert_close(nn.Sequential(*children[:-2])(X), features)
+        torch.testing.assert_close(nn.Sequential(*children[:-1])(X), model.forward_head(features, pre_logits=True))
+        _, maps = model.forward_intermediates(X)
+        for end, expected in zip((5, 6, 7, 8), maps[1:], strict=True):
+            torch.testing.assert_close(nn.Sequential(*children[:end])(X), expected)
+    assert children[-1] is model.fc
+    assert children[-2] is model.global_pool
