@@ -377,8 +377,8 @@ def test_one_number_among_many_is_noticed(dtype, numbers, start):
 def test_the_filter_is_made_once(strategy, monkeypatch):
     layer, x = unit(strategy)
     made = []
-    original = ConvNorm._fold
-    monkeypatch.setattr(ConvNorm, "_fold", lambda self, weight: made.append(1) or original(self, weight))
+    original = ConvNorm._fuse
+    monkeypatch.setattr(ConvNorm, "_fuse", lambda self, weight: made.append(1) or original(self, weight))
     with torch.no_grad():
         results = [layer(x) for _ in range(3)]
     assert len(made) == 1
@@ -395,7 +395,7 @@ def test_copies_keep_nothing(copier):
     with torch.inference_mode():
         expected = layer(x)
     other = copier(layer)
-    assert other.conv._prepared.kept is None
+    assert other.conv._packed.kept is None
     with torch.no_grad():
         torch.testing.assert_close(other(x), expected)
         other.conv.weight.mul_(2)

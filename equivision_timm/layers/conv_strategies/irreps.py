@@ -48,8 +48,15 @@ def operator(name: str, forward: Callable, backward: Callable) -> Callable:
     layer = "str group, int kernel_size, int stride, int dilation"
     schema = f"(Tensor x, Tensor weights, Tensor? bias, {layer}) -> Tensor"
     conv2d = torch.library.custom_op(f"equivision_timm::{name}", forward, mutates_args=(), schema=schema)
-    schema = f"(Tensor grad, Tensor x, Tensor weights, {layer}, bool for_x, bool for_weights) -> Tensor[]"
-    gradients = torch.library.custom_op(f"equivision_timm::{name}_backward", backward, mutates_args=(), schema=schema)
+
+    def both(grad, x, weights, group, kernel_size, stride, dilation, for_x, for_weights):
+        """The gradient with respect to x, and to the weights; one that is not needed is empty."""
+        found = iter(backward(grad, x, weights, group, kernel_size, stride, dilation, for_x, for_weights))
+        return next(found) if for_x else x.new_empty(0), next(found) if for_weights else x.new_empty(0)
+
+    # Two tensors and no list, since old-style `vmap` (is_grads_batched) takes no lists
+    schema = f"(Tensor grad, Tensor x, Tensor weights, {layer}, bool for_x, bool for_weights) -> (Tensor, Tensor)"
+    gradients = torch.library.custom_op(f"equivision_timm::{name}_backward", both, mutates_args=(), schema=schema)
 
     @conv2d.register_fake
     def _(x, weights, bias, group, kernel_size, stride, dilation):
@@ -58,7 +65,7 @@ def operator(name: str, forward: Callable, backward: Callable) -> Callable:
 
     @gradients.register_fake
     def _(grad, x, weights, group, kernel_size, stride, dilation, for_x, for_weights):
-        return [t.new_empty(t.shape) for t, needed in ((x, for_x), (weights, for_weights)) if needed]
+        return x.new_empty(x.shape if for_x else 0), weights.new_empty(weights.shape if for_weights else 0)
 
     def setup_context(ctx, inputs, output) -> None:
         x, weights, _, *ctx.layer = inputs
@@ -67,16 +74,15 @@ def operator(name: str, forward: Callable, backward: Callable) -> Callable:
     def differentiate(ctx, grad):
         x, weights = ctx.saved_tensors
         for_x, for_weights, for_bias = ctx.needs_input_grad[:3]
-        found = iter(gradients(grad, x, weights, *ctx.layer, for_x, for_weights) if for_x or for_weights else ())
-        dx, dw = next(found) if for_x else None, next(found) if for_weights else None
+        dx, dw = gradients(grad, x, weights, *ctx.layer, for_x, for_weights) if for_x or for_weights else (None, None)
         dbias = grad.unflatten(1, (weights.shape[1], -1)).sum((0, 2, 3, 4)) if for_bias else None
-        return dx, dw, dbias, None, None, None, None
+        return dx if for_x else None, dw if for_weights else None, dbias, None, None, None, None
 
     def setup_second(ctx, inputs, output) -> None:
         grad, x, weights, *ctx.layer, ctx.for_x, ctx.for_weights = inputs
         ctx.save_for_backward(grad, x, weights)
 
-    def differentiate_again(ctx, second):
+    def differentiate_again(ctx, u, v):
         """With C(x, W) the convolution, A(g, W) and B(g, x) its gradients with respect to x and W for a gradient g,
 
         <u, A(g, W)> = <g, C(u, W)> and <v, B(g, x)> = <g, C(x, v)>: the derivative of what `gradients` returns, for
@@ -84,17 +90,16 @@ def operator(name: str, forward: Callable, backward: Callable) -> Callable:
         """
         grad, x, weights = ctx.saved_tensors
         for_grad, second_x, second_weights = ctx.needs_input_grad[:3]
-        second = iter(second)
-        u, v = next(second) if ctx.for_x else None, next(second) if ctx.for_weights else None
+        u, v = u if ctx.for_x else None, v if ctx.for_weights else None
         of_grad = of_x = of_weights = None
         if for_grad:
             parts = [(u, weights)] if u is not None else []
             parts += [(x, v)] if v is not None else []
             of_grad = sum(conv2d(a, b, None, *ctx.layer) for a, b in parts) if parts else None
         if second_x and v is not None:
-            (of_x,) = gradients(grad, x, v, *ctx.layer, True, False)
+            of_x, _ = gradients(grad, x, v, *ctx.layer, True, False)
         if second_weights and u is not None:
-            (of_weights,) = gradients(grad, u, weights, *ctx.layer, False, True)
+            _, of_weights = gradients(grad, u, weights, *ctx.layer, False, True)
         return of_grad, of_x, of_weights, *[None] * 6
 
     conv2d.register_vmap(partial(_one_by_one, conv2d))  # of gradients whose forward pass was not transformed
@@ -113,8 +118,8 @@ def _one_by_one(operator: Callable, info, in_dims: tuple[int | None, ...], *argu
         outputs.append(operator(*own))
     if isinstance(outputs[0], torch.Tensor):
         return torch.stack(outputs), 0
-    stacked = [torch.stack(parts) for parts in zip(*outputs, strict=True)]
-    return stacked, [0] * len(stacked)
+    stacked = tuple(torch.stack(parts) for parts in zip(*outputs, strict=True))
+    return stacked, (0,) * len(stacked)
 
 
 def _count_operations(name: str) -> None:
