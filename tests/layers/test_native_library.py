@@ -1,8 +1,10 @@
 """The library of the compiled strategy: how it comes to be, and what is said where it cannot."""
 
+import os
 import platform
 import subprocess
 import sys
+import time
 import warnings
 
 import pytest
@@ -26,26 +28,145 @@ def new_machine(tmp_path, monkeypatch):
     native_library._available.cache_clear()
 
 
-def test_compiled_once(new_machine, monkeypatch):
-    compiled = []
-    run = subprocess.run
-    monkeypatch.setattr(
-        native_library.subprocess, "run", lambda args, **kwargs: compiled.append(args) or run(args, **kwargs)
-    )
+@pytest.fixture
+def compiled(monkeypatch):
+    """The commands that compile."""
+    commands, popen = [], subprocess.Popen
+
+    def run(command, **kwargs):
+        commands.extend([command] if "-o" in command else [])
+        return popen(command, **kwargs)
+
+    monkeypatch.setattr(native_library.subprocess, "Popen", run)
+    return commands
+
+
+def in_a_new_process():
+    native_library.library.cache_clear()
+    native_library._available.cache_clear()
+
+
+def test_compiled_once(new_machine, monkeypatch, compiled):
     for _ in range(2):
-        native_library.library.cache_clear()  # as in a new process
+        in_a_new_process()
         native_library.library(torch.float32)
-    assert sum("-o" in args for args in compiled) == 1
+    assert len(compiled) == 1
     native_library.library(torch.float64)
     monkeypatch.setattr(native_library, "_processor", lambda: "another processor")
-    native_library.library.cache_clear()
+    in_a_new_process()
     native_library.library(torch.float32)
-    assert sum("-o" in args for args in compiled) == 3
+    assert len(compiled) == 3
     assert len(list(new_machine.iterdir())) == 3
 
 
+def works():
+    layer, x = SteerableConv2d(2, 3, 3, "c8", strategy="native"), torch.rand(1, 16, 9, 9)
+    with torch.no_grad():
+        y, layer.strategy = layer(x), "expand"
+        return torch.allclose(y, layer(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("damage", ["cut", "overwritten", "empty", "another library", "link", "folder"])
+def test_a_damaged_library_is_compiled_again(new_machine, compiled, damage):
+    native_library.library(torch.float32)
+    (path,) = new_machine.iterdir()
+    content = path.read_bytes()
+    if damage == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "overwritten":
+        path.write_bytes(content[:5000] + bytes(100) + content[5100:])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "another library":
+        native_library.library(torch.float64)
+        (other,) = set(new_machine.iterdir()) - {path}
+        path.write_bytes(other.read_bytes())
+        compiled.clear()
+        compiled.append("the first")
+    elif damage == "link":
+        elsewhere = new_machine.parent / "elsewhere.so"
+        elsewhere.write_bytes(content)
+        path.unlink()
+        path.symlink_to(elsewhere)
+    elif damage == "folder":
+        path.unlink()
+        path.mkdir()
+    in_a_new_process()
+    if damage == "folder":  # replaced by nothing that is ours
+        with pytest.raises(ValueError, match=r"has no place for its library: .*directory"):
+            works()
+    else:
+        assert works()
+        assert path.is_file()
+        assert not path.is_symlink()
+        assert path.read_bytes() == content
+    assert len(compiled) == (1 if damage == "folder" else 2)
+
+
+def test_what_others_can_have_written_is_not_loaded(new_machine, compiled, monkeypatch):
+    native_library.library(torch.float32)
+    (path,) = new_machine.iterdir()
+    assert (path.stat().st_mode & 0o777, new_machine.stat().st_mode & 0o777) == (0o600, 0o700)
+    layer, shape = SteerableConv2d(100, 100, 3, "c8"), (8, 800, 14, 14)
+    for changed, mode, back in ((path, 0o622, 0o600), (new_machine, 0o777, 0o700)):
+        changed.chmod(mode)
+        in_a_new_process()
+        with pytest.warns(RuntimeWarning, match=r"slower convolutions are used: .*others may write"):
+            assert layer.strategy_for(shape, torch.device("cpu")) == "block_diagonal"
+        with pytest.raises(ValueError, match="chmod go-w"):
+            works()
+        changed.chmod(back)
+    in_a_new_process()
+    assert works()
+    user = os.geteuid()
+    monkeypatch.setattr(native_library.os, "geteuid", lambda: user + 1)
+    in_a_new_process()
+    with pytest.raises(ValueError, match=f"belongs to user {user}, this process to {user + 1}"):
+        works()
+    assert len(compiled) == 1
+
+
+def test_a_changed_file_does_not_change_what_is_loaded(new_machine):
+    assert works()
+    (path,) = new_machine.iterdir()
+    path.write_bytes(b"")  # a mapped file would now end the process
+    assert works()
+
+
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [
+        ("sleep 60 & wait", "did not end in 1 s"),
+        ('[ "$1" = --version ] || { while [ "$1" != -o ]; do shift; done; echo rubbish > "$2"; }', "cannot be loaded"),
+        ("exit 0", "compiled nothing"),
+    ],
+)
+def test_compilers_that_hang_or_make_nothing_of_use(new_machine, monkeypatch, tmp_path, script, says):
+    compiler = tmp_path / "some-cc"
+    compiler.write_text(f"#!/bin/sh\n{script}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setattr(native_library, "_TIME_LIMIT", 1)
+    start = time.monotonic()
+    with pytest.warns(RuntimeWarning, match=f"slower convolutions are used: .*({says})"):
+        assert not native_library.available()
+    assert time.monotonic() - start < 10
+    with pytest.raises(ValueError, match=says):
+        works()
+    assert not new_machine.exists() or not list(new_machine.iterdir())
+
+
+def test_a_path_that_is_too_long(new_machine, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", f"/{'x' * 5000}")
+    with pytest.warns(RuntimeWarning, match="slower convolutions are used: .*too long"):
+        assert not native_library.available()
+
+
 def test_two_processes_compile_at_once(new_machine):
-    code = "import torch; from equivision_timm.layers.conv_strategies import native_library; print(native_library.library(torch.float32))"
+    code = (
+        "import torch; from equivision_timm.layers.conv_strategies.native_library import library; "
+        "print(library(torch.float32))"
+    )
     runs = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)
     ]
