@@ -371,11 +371,15 @@ class EquivariantResNet(nn.Module):
 
     def _create_global_pool(self, pool_type: str, group_pool: str) -> InvariantPool:
         """The pooling in front of the classifier."""
-        if self.num_classes > 0 and (not pool_type or self.map_pool.pool_type):
-            setting = f"map_pool {self.map_pool.pool_type!r}" if pool_type else f"global_pool {pool_type!r}"
+        if self.num_classes > 0 and not pool_type:
             raise ValueError(
-                f"{setting} is for maps, but the model is to have a classifier of {self.num_classes} classes: use "
-                f"num_classes=0, or {'map_pool=' + repr('') if pool_type else 'global_pool=' + repr('avg')}"
+                f"global_pool {pool_type!r} keeps the map, which a classifier of {self.num_classes} classes cannot "
+                "take: use num_classes=0, or global_pool='avg'"
+            )
+        if self.num_classes > 0 and self.map_pool.pool_type:
+            raise ValueError(
+                f"map_pool {self.map_pool.pool_type!r} is for maps, but the model is to have a classifier of "
+                f"{self.num_classes} classes: use num_classes=0, or map_pool=''"
             )
         order = 1 if self.map_pool.pool_type else self.map_pool.order
         return InvariantPool(pool_type, order, group_pool)
