@@ -5,7 +5,6 @@ Both formats in use are taken: what `torch.save` wrote (a bare state dict, or a 
 could run code, and nothing that is not plainly a set of finite tensors comes out.
 """
 
-import json
 import re
 import stat
 import zipfile
@@ -18,6 +17,8 @@ from safetensors.torch import load as load_safetensors
 __all__ = ["read_original"]
 
 _MAX_BYTES = 4 << 30  # the largest published checkpoint has 0.2 GB
+_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+_DTYPES |= {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80\x02"  # how torch.save has begun since version 1.6, and before
 
 
@@ -29,7 +30,8 @@ def read_original(path: str | Path) -> dict[str, torch.Tensor]:
 
     Raises:
         OSError: there is no such file, or it cannot be read.
-        ValueError: empty, damaged, not a checkpoint, with other objects than tensors in it, or with NaN or infinity.
+        ValueError: empty, damaged, not a checkpoint, with other objects than tensors of real numbers in it, or with
+            NaN or infinity.
     """
     path = Path(path)
     state_dict = _unwrap(_load(path), path)
@@ -38,7 +40,9 @@ def read_original(path: str | Path) -> dict[str, torch.Tensor]:
         _check_tensor(name, value, path)
         bare = re.sub(r"^((model|module)\.)+", "", name)
         if bare in names:
-            raise ValueError(f"{path} has two entries for {bare}: {names[bare]!r} and {name!r}; remove one of them")
+            raise ValueError(
+                f"{path} has two entries for {bare[:60]}: {names[bare][:60]!r} and {name[:60]!r}; remove one of them"
+            )
         names[bare] = name
     return {bare: state_dict[name] for bare, name in names.items()}
 
@@ -67,12 +71,21 @@ def _load(path: Path) -> object:
 
 
 def _check_archive(path: Path) -> None:
-    """Compare the checksums of the zip archive that torch.save writes: torch.load does not."""
+    """Compare the checksums of the zip archive that torch.save writes: torch.load does not.
+
+    It holds its files as they are, one behind the other: one that unpacks to more than its own size is refused first.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+            damaged = archive.testzip() if unpacked <= path.stat().st_size else None
     except Exception as error:  # zipfile raises half a dozen types on damaged archives
         raise ValueError(f"{path} is a damaged archive ({_one_line(error)}): download it again") from error
+    if unpacked > path.stat().st_size:
+        raise ValueError(
+            f"{path} is a compressed archive, which torch.save does not write, and unpacks to {unpacked} bytes: save "
+            "the state dict with torch.save or as safetensors"
+        )
     if damaged:
         raise ValueError(f"{path} is damaged, {damaged} has the wrong checksum: download it again")
 
@@ -109,18 +122,22 @@ def _unwrap(content: object, path: Path) -> dict:
 
 def _check_tensor(name: object, value: object, path: Path) -> None:
     if not isinstance(name, str):
-        raise ValueError(f"{path} has an entry whose name is {name!r}, not a string: it is no checkpoint")
-    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_quantized:
-        raise ValueError(f"{path}: entry {name!r} is {_describe(value)}, not a dense tensor: it is no checkpoint")
-    if (
-        value.numel() * value.element_size() > value.untyped_storage().nbytes()
-    ):  # an expanded view: tiny file, huge tensor
-        raise ValueError(f"{path}: entry {name!r} claims shape {tuple(value.shape)} but the file holds less: damaged")
+        raise ValueError(
+            f"{path} has an entry whose name is a {type(name).__name__}, not a string: it is no checkpoint"
+        )
+    entry = f"{path}: entry {name[:100]!r}"
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"{entry} is a {type(value).__name__}, not a tensor: it is no checkpoint")
+    if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.is_nested or value.layout != torch.strided:
+        kind = "a nested" if value.is_nested else f"a {str(value.layout).removeprefix('torch.')}"
+        raise ValueError(f"{entry} is {kind} {type(value).__name__}, not a dense tensor: it is no checkpoint")
+    if value.device.type != "cpu":
+        raise ValueError(f"{entry} is on the device {value.device} and holds no values: save it from a loaded model")
+    if value.is_quantized or value.dtype not in _DTYPES:
+        dtype = str(value.dtype).removeprefix("torch.")
+        raise ValueError(f"{entry} is of type {dtype}, not of real numbers that we know: save it as float32")
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        # an expanded view: tiny file, huge tensor
+        raise ValueError(f"{entry} claims shape {tuple(value.shape)} but the file holds less: damaged")
     if not torch.isfinite(value).all():
-        raise ValueError(f"{path}: entry {name!r} holds NaN or infinity: the training diverged or the file is damaged")
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"a {value.layout} tensor of type {value.dtype}"
-    return f"a {type(value).__name__} ({json.dumps(value, default=repr)[:60]})"
+        raise ValueError(f"{entry} holds NaN or infinity: the training diverged or the file is damaged")

@@ -1,41 +1,86 @@
 """Square crops of photographs, normalised as the networks were trained: what the checks of statistics look at."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, get_img_extensions
 
-__all__ = ["load_crops"]
+from equivision_timm.pictures import PictureError, open_rgb
 
-_LEAST, _MOST = 40, 256  # crops where the caller leaves the number open
+__all__ = ["draw_crops", "load_crops", "load_photographs"]
+
+_LEAST, _MOST = 40, 256  # crops where the caller leaves the number open; photographs
+_PIXELS = 1 << 20  # of a photograph that is kept; larger ones are shrunk
+_ENDINGS = {*get_img_extensions(), ".tif", ".tiff", ".webp", ".avif", ".bmp"}
 _BUNDLED = ("astronaut", "chelsea", "coffee", "rocket", "camera", "brick", "grass", "gravel", "coins")
 
 
 def load_crops(folder: str | Path | None, count: int | None = None, size: int = 97) -> torch.Tensor:
-    """Random crops of photographs, [count, 3, size, size] float32, the same at every call.
+    """`draw_crops` from `load_photographs`, [count, 3, size, size] float32, the same at every call."""
+    return draw_crops(load_photographs(folder, count or _MOST), count, size)
+
+
+def draw_crops(photographs: list[np.ndarray], count: int | None = None, size: int = 97, seed: int = 0) -> torch.Tensor:
+    """Random crops of photographs, [count, 3, size, size] float32.
 
     Each crop is a square with 8 to 100 % of the largest one's area, as in the training of the original; half of them
     are mirrored. The photographs take turns.
 
     Args:
-        folder: photographs, in sub-folders or not; None takes those that come with scikit-image.
-        count: number of crops; None takes one of each photograph, at least 40, at most 256.
+        photographs: [H, W, 3] uint8 each.
+        count: number of crops; None takes one of each photograph, at least 40.
         size: side in pixels.
-
-    Raises:
-        OSError: the folder does not exist or a file in it is no picture.
-        ValueError: there is no picture in the folder.
-        ModuleNotFoundError: no folder is named and scikit-image is not installed.
+        seed: of the random numbers.
     """
-    photographs = _bundled() if folder is None else _from_folder(Path(folder), count or _MOST)
     count = count or max(_LEAST, len(photographs))
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     crops = [_crop(photographs[i % len(photographs)], size, generator) for i in range(count)]
     return (torch.stack(crops) - mean) / std
+
+
+def load_photographs(folder: str | Path | None, count: int = _MOST) -> list[np.ndarray]:
+    """Photographs, [H, W, 3] uint8 each, of at most a megapixel: larger ones are shrunk as they are read.
+
+    A file that cannot be read is named in a warning and left out.
+
+    Args:
+        folder: photographs, in sub-folders or not; None takes those that come with scikit-image.
+        count: how many at most, spread evenly over the sorted files of the folder.
+
+    Raises:
+        NotADirectoryError: the folder does not exist.
+        ValueError: there is no picture in the folder, or none that can be read.
+        ModuleNotFoundError: no folder is named and scikit-image is not installed.
+    """
+    if folder is None:
+        return _bundled()
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is no folder of photographs")
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _ENDINGS and path.is_file())
+    if not files:
+        raise ValueError(f"{folder} holds no photographs ({', '.join(sorted(_ENDINGS))})")
+    files = [files[i * len(files) // count] for i in range(count)] if len(files) > count else files
+    photographs = [photograph for path in files if (photograph := _read(path)) is not None]
+    if not photographs:
+        raise ValueError(f"no photograph of the {len(files)} in {folder} can be read: name another folder")
+    return photographs
+
+
+def _read(path: Path) -> np.ndarray | None:
+    try:
+        picture = open_rgb(path)
+    except PictureError as error:
+        warnings.warn(f"left out: {error}", stacklevel=4)
+        return None
+    scale = (_PIXELS / (picture.width * picture.height)) ** 0.5
+    if scale < 1:
+        picture = picture.resize([max(1, int(side * scale)) for side in picture.size], reducing_gap=3.0)
+    return np.asarray(picture)
 
 
 def _crop(photograph: np.ndarray, size: int, generator: torch.Generator) -> torch.Tensor:
@@ -47,17 +92,6 @@ def _crop(photograph: np.ndarray, size: int, generator: torch.Generator) -> torc
     square = torch.from_numpy(photograph[top : top + side, left : left + side].copy()).permute(2, 0, 1) / 255
     crop = F.interpolate(square[None], (size, size), mode="bilinear", antialias=True, align_corners=False)[0]
     return crop.flip(-1) if mirror < 0.5 else crop
-
-
-def _from_folder(folder: Path, count: int) -> list[np.ndarray]:
-    """Up to `count` photographs, spread evenly over the sorted files."""
-    if not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is no folder of photographs")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in get_img_extensions() and path.is_file())
-    if not files:
-        raise ValueError(f"{folder} holds no photographs ({', '.join(get_img_extensions())})")
-    files = [files[i * len(files) // count] for i in range(count)] if len(files) > count else files
-    return [np.asarray(Image.open(path).convert("RGB")) for path in files]
 
 
 def _bundled() -> list[np.ndarray]:

@@ -29,6 +29,14 @@ def small_state():
     return {"conv1.weights": torch.arange(6.0), "bn1.batch_norm_[8].num_batches_tracked": torch.tensor(3)}
 
 
+def endless():
+    """A nest of 200 levels, each twice the one below: small in memory and in a file, without end when printed."""
+    value = 0
+    for _ in range(200):
+        value = [value, value]
+    return value
+
+
 def same(a, b):
     return list(a) == list(b) and all(torch.equal(a[key], b[key]) and a[key].dtype == b[key].dtype for key in a)
 
@@ -110,7 +118,16 @@ def test_other_files(tmp_path, content, message):
         (torch.ones(3), "holds a Tensor"),
         ({}, "empty"),
         ({"state_dict": {}}, "empty"),
-        ({3: torch.ones(1)}, "not a string"),
+        ({3: torch.ones(1)}, "name is a int, not a string"),
+        ({("a", 1): torch.ones(1)}, "name is a tuple"),
+        ({"a": {("a", 1): torch.ones(1)}}, "'a' is a dict"),
+        ({"a": endless()}, "'a' is a list, not a tensor"),
+        ({"a" * 10**6: 3}, "entry 'a{100}' is a int"),
+        ({"a": torch.ones(3, device="meta")}, "'a' is on the device meta and holds no values"),
+        ({"a": torch.ones(3, dtype=torch.complex64)}, "'a' is of type complex64"),
+        ({"a": torch.ones(3).to(torch.float8_e4m3fn)}, "'a' is of type float8_e4m3fn"),
+        ({"a": torch.ones(3).to(torch.float8_e8m0fnu)}, "'a' is of type float8_e8m0fnu"),
+        ({"a": torch.ones(3).to(torch.uint16)}, "'a' is of type uint16"),
         ({"a": "text"}, "'a' is a str"),
         ({"a": {"b": torch.ones(1)}}, "'a' is a dict"),
         ({"a": torch.ones(3).to_sparse()}, "not a dense tensor"),
@@ -125,6 +142,33 @@ def test_other_contents(tmp_path, content, message):
     torch.save(content, tmp_path / "x.ckpt")
     with pytest.raises(ValueError, match=message):
         read_original(tmp_path / "x.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_nested_tensors(tmp_path, monkeypatch):
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    torch.save({"a": torch.ones(2)}, tmp_path / "x.ckpt")
+    monkeypatch.setattr(torch, "load", lambda *_, **__: {"a": nested})  # such files are refused by torch.load itself
+    with pytest.raises(ValueError, match=r"'a' is a nested Tensor, not a dense tensor"):
+        read_original(tmp_path / "x.ckpt")
+
+
+@pytest.mark.parametrize("bomb", ["deflated", "overlapping"])
+def test_archives_that_unpack_to_more_than_they_are(tmp_path, bomb):
+    torch.save({"conv1.weights": torch.zeros(10**7)}, tmp_path / "plain.ckpt")
+    assert len(read_original(tmp_path / "plain.ckpt")) == 1
+    path = tmp_path / "x.ckpt"
+    with zipfile.ZipFile(tmp_path / "plain.ckpt") as plain, zipfile.ZipFile(path, "w") as archive:
+        for entry in plain.infolist():
+            kind = zipfile.ZIP_DEFLATED if bomb == "deflated" else zipfile.ZIP_STORED
+            archive.writestr(entry.filename, plain.read(entry), kind)
+        if bomb == "overlapping":
+            archive.filelist += [archive.filelist[-1]] * 3
+            largest = max(archive.filelist, key=lambda entry: entry.file_size)
+            archive.filelist += [largest] * 3
+    assert path.stat().st_size < (10**5 if bomb == "deflated" else 5 * 10**7)
+    with pytest.raises(ValueError, match=r"compressed archive.* unpacks to \d+ bytes: save"):
+        read_original(path)
 
 
 def test_no_file_folder_and_pipe(tmp_path):

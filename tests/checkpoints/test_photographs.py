@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from equivision_timm.checkpoints.photographs import load_crops
+from equivision_timm.checkpoints.photographs import draw_crops, load_crops, load_photographs
 
 
 def write_photographs(folder, number):
@@ -33,3 +33,41 @@ def test_folder_errors(tmp_path):
         load_crops(tmp_path / "no-such-folder")
     with pytest.raises(ValueError, match=f"{tmp_path} holds no photographs"):
         load_crops(tmp_path)
+
+
+def test_16_bits_are_the_same_photograph(tmp_path):
+    grey = np.random.default_rng(0).integers(0, 256, (30, 40), dtype=np.uint8)
+    for name, values in (("8", grey), ("16", grey.astype(np.uint16) * 257)):
+        (tmp_path / name).mkdir()
+        Image.fromarray(values).save(tmp_path / name / "x.tif")
+    assert torch.equal(load_crops(tmp_path / "8", size=33), load_crops(tmp_path / "16", size=33))
+
+
+def test_unreadable_files_are_named_and_left_out(tmp_path):
+    write_photographs(tmp_path, 3)
+    expected = load_crops(tmp_path, size=33)
+    (tmp_path / "bad.png").write_bytes((tmp_path / "000.png").read_bytes()[:100])
+    with pytest.warns(UserWarning, match=r"left out: .*bad\.png"):
+        assert torch.equal(load_crops(tmp_path, size=33), expected)
+    for path in tmp_path.glob("0*.png"):
+        path.unlink()
+    with pytest.warns(UserWarning, match="left out"), pytest.raises(ValueError, match="no photograph of the 1 in"):
+        load_crops(tmp_path)
+
+
+def test_large_photographs_are_kept_small(tmp_path):
+    coarse = np.random.default_rng(0).integers(0, 255, (6, 9, 3), dtype=np.uint8)
+    Image.fromarray(coarse).resize((3000, 2000)).save(tmp_path / "x.jpg")
+    (photograph,) = load_photographs(tmp_path)
+    assert photograph.nbytes <= 3 << 20
+    assert photograph.shape[1] / photograph.shape[0] == pytest.approx(1.5, rel=1e-2)
+    with Image.open(tmp_path / "x.jpg") as file:
+        whole = np.asarray(file)
+    assert photograph.mean() == pytest.approx(whole.mean(), abs=0.5)
+
+
+def test_further_crops_are_others(tmp_path):
+    write_photographs(tmp_path, 3)
+    photographs = load_photographs(tmp_path)
+    assert torch.equal(draw_crops(photographs, size=33), load_crops(tmp_path, size=33))
+    assert not torch.equal(draw_crops(photographs, size=33, seed=1), load_crops(tmp_path, size=33))
