@@ -10,7 +10,9 @@ carries says whether it is:
 - neither: the bases of C_N and D_1 are the same everywhere; those of D_4 and D_8 differ by signs (`sign_groups.py`),
   which the caller must know (`signs.py` finds them): w_b = s_b w'_b.
 
-`weights`, norms and classifier are needed, `filter`, `sampled_basis` and index tables taken where they are.
+`weights`, norms and classifier are needed, `filter`, `sampled_basis` and index tables taken where they are. Where a
+filter and coefficients are there, they must say the same: bases differ by signs alone where no `sampled_basis` says
+more. Everything is checked before it is cast to float32.
 """
 
 import re
@@ -25,9 +27,11 @@ from equivision_timm.groups import Group
 from equivision_timm.kernel_bases import load_kernel_basis
 from equivision_timm.layers import ConvNorm
 
-__all__ = ["Conversion", "convert_original", "convert_with_details", "translate_basis"]
+__all__ = ["Conversion", "convert_original", "convert_with_details", "fitting_models", "translate_basis"]
 
 _TOLERANCE = 1e-4  # of least-squares residuals, relative to the largest value; float32 leaves 1e-6
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
@@ -71,12 +75,15 @@ def convert_with_details(state_dict: dict[str, torch.Tensor], model_name: str, s
             name of `known_patterns` or a string of '+' and '-'; None takes the coefficients to be in our basis.
 
     Raises:
-        ValueError: names are missing, left over or of another shape; the basis or the filter is not one of this
-            group; `signs` where there are none to choose.
+        ValueError: names are missing, left over or of another shape; values of another type than float, beyond
+            float32, or impossible; the basis or the filter is not one of this group, or contradicts the coefficients;
+            `signs` where there are none to choose.
     """
     entries = _entries_of(model_name)
     _check_names(state_dict, entries, model_name)
     _check_shapes(state_dict, entries, model_name)
+    for name, value in state_dict.items():
+        _check_values(name, value)
 
     with torch.device("meta"):
         model = timm.create_model(model_name)
@@ -91,6 +98,9 @@ def convert_with_details(state_dict: dict[str, torch.Tensor], model_name: str, s
             "may differ: save all of sampled_basis or none"
         )
     elements = element_signs(model.group, signs) if signs is not None else {}
+    if signs is None and "filter" in sources and sign_groups(model.group):
+        named = {original_names[f"{name}.conv.weight"]: conv for name, conv in convs.items()}
+        elements = element_signs(model.group, _signs_by_filters(state_dict, named))
 
     converted, residual = {}, 0.0
     for name, target in model.state_dict().items():
@@ -99,6 +109,8 @@ def convert_with_details(state_dict: dict[str, torch.Tensor], model_name: str, s
             conv = convs[name.removesuffix(".conv.weight")]
             weight = value.detach().to(torch.float32).reshape(target.shape[:3])  # [out_fields, in_fields, n_basis]
             weight, error = _to_canonical(weight, state_dict, original_names[name], conv, elements)
+            if not weight.isfinite().all():
+                raise ValueError(f"{original_names[name]} in our basis is beyond the range of float32: it is damaged")
             residual = max(residual, error)
             value = weight.unsqueeze(-1)  # [out_fields, in_fields, n_basis, 1]
         converted[name] = value.detach().to(target.dtype).clone()
@@ -157,7 +169,13 @@ def _plain(name: str) -> str:
 
 
 def _check_names(state_dict: dict[str, torch.Tensor], entries: dict[str, _Entry], model_name: str) -> None:
-    found = {_plain(name) for name in state_dict}
+    found: dict[str, str] = {}
+    for name in state_dict:
+        if _plain(name) in found:
+            raise ValueError(
+                f"two entries for {_plain(name)}: {found[_plain(name)]!r} and {name!r}; remove one of them"
+            )
+        found[_plain(name)] = name
     missing = [name for name, entry in entries.items() if entry.needed and name not in found]
     left_over = [name for name in state_dict if _plain(name) not in entries]
     if missing or left_over:
@@ -176,11 +194,40 @@ def _check_shapes(state_dict: dict[str, torch.Tensor], entries: dict[str, _Entry
             )
 
 
+def _check_values(name: str, value: torch.Tensor) -> None:
+    """Whether float32 can hold the values, and they are possible ones."""
+    dtype, kind = str(value.dtype).removeprefix("torch."), name.rpartition(".")[2]
+    if kind == "num_batches_tracked" or "indices_" in kind:
+        if value.dtype not in _FLOATS + _INTEGERS or not (value >= 0).all() or (value.double() % 1).any():
+            raise ValueError(f"{name} holds {_extremes(value)} ({dtype}), where a count is needed: it is damaged")
+        return
+    if value.dtype not in _FLOATS:
+        raise ValueError(f"{name} is of type {dtype}, where floating-point numbers are needed: save it as float32")
+    if not (value.abs() <= torch.finfo(torch.float32).max).all():  # NaN, too
+        raise ValueError(f"{name} holds {_extremes(value)} ({dtype}), beyond the range of float32: it is damaged")
+    if kind == "running_var" and (value < 0).any():
+        raise ValueError(f"{name} holds {_extremes(value)}, and variances are not negative: it is damaged")
+    if (kind in ("weights", "filter", "sampled_basis") or name == "fc.weight") and not value.to(torch.float32).any():
+        raise ValueError(f"{name} is zero everywhere: it is damaged, or was never trained")
+
+
+def _extremes(value: torch.Tensor) -> str:
+    if value.is_complex():
+        return "complex numbers"
+    low, high = value.double().aminmax()
+    return f"values from {low:g} to {high:g}"
+
+
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return ", ".join(name[:100] for name in names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _suggest(state_dict: dict[str, torch.Tensor], model_name: str) -> str:
+    fitting = fitting_models(state_dict, model_name)
+    return f"; it fits {' or '.join(fitting)}" if fitting else ""
+
+
+def fitting_models(state_dict: dict[str, torch.Tensor], model_name: str) -> list[str]:
     """Which other models of ours the names and shapes fit."""
     shapes = {_plain(name): tuple(value.shape) for name, value in state_dict.items()}
     fitting = []
@@ -192,7 +239,7 @@ def _suggest(state_dict: dict[str, torch.Tensor], model_name: str) -> str:
         needed = {name for name, entry in entries.items() if entry.needed}
         if needed <= set(shapes) <= set(entries) and all(entries[name].shape == shapes[name] for name in shapes):
             fitting.append(other)
-    return f"; it fits {' or '.join(fitting)}" if fitting else ""
+    return fitting
 
 
 def _source(state_dict: dict[str, torch.Tensor], name: str) -> str:
@@ -220,11 +267,36 @@ def _to_canonical(
             _check_filter(filters, weight, basis, name)
         return weight, residual
     if filters is not None:
-        blocks = _blocks(filters, basis)  # [out_fields, in_fields, |G| * H * k^2]
-        solved, residual = _solve(blocks.flatten(0, 1).double(), basis.flatten(1), name)
-        return solved.float().unflatten(0, blocks.shape[:2]), residual
-    signs = elements.get(f"{conv.group}/{conv.kernel_size}x{conv.kernel_size}/{conv.input_type}")
-    return (weight if signs is None else weight * signs), 0.0
+        solved, residual = _coefficients_of(filters, basis, name)
+        _check_filter(filters, weight * elements.get(_key(conv), 1.0), basis, name)
+        return solved, residual
+    return weight * elements.get(_key(conv), 1.0), 0.0
+
+
+def _key(conv: torch.nn.Module) -> str:
+    return f"{conv.group}/{conv.kernel_size}x{conv.kernel_size}/{conv.input_type}"
+
+
+def _signs_by_filters(state_dict: dict[str, torch.Tensor], convs: dict[str, torch.nn.Module]) -> str:
+    """The sign pattern under which coefficients and filters agree best, over all convolutions {name: convolution}."""
+    products: dict[tuple[str, int], float] = {}
+    for name, conv in convs.items():
+        if _source(state_dict, name) != "filter":
+            continue
+        basis = load_kernel_basis(conv.group, conv.kernel_size, conv.input_type).sample()
+        solved, _ = _coefficients_of(state_dict[name.replace(".weights", ".filter")], basis, name)
+        product = (solved * state_dict[name].float().view_as(solved)).sum((0, 1))  # [n_basis]
+        for index, value in enumerate(product.tolist()):
+            products[_key(conv), index] = products.get((_key(conv), index), 0.0) + value
+    sums = [sum(products.get(element, 0.0) for element in group.elements) for group in sign_groups(conv.group)]
+    return "".join("-" if total < 0 else "+" for total in sums)
+
+
+def _coefficients_of(filters: torch.Tensor, basis: torch.Tensor, name: str) -> tuple[torch.Tensor, float]:
+    """Coefficients [out_fields, in_fields, n_basis] in `basis` of an expanded filter, and the relative residual."""
+    blocks = _blocks(filters, basis)  # [out_fields, in_fields, |G| * H * k^2]
+    solved, residual = _solve(blocks.flatten(0, 1).double(), basis.flatten(1), name, filters.dtype)
+    return solved.float().unflatten(0, blocks.shape[:2]), residual
 
 
 def translate_basis(source: torch.Tensor, target: torch.Tensor, name: str) -> tuple[torch.Tensor, float]:
@@ -238,16 +310,24 @@ def translate_basis(source: torch.Tensor, target: torch.Tensor, name: str) -> tu
     Raises:
         ValueError: the two do not span the same kernels.
     """
-    translation, residual = _solve(source.double().flatten(1), target.double().flatten(1), name)
+    translation, residual = _solve(source.double().flatten(1), target.double().flatten(1), name, source.dtype)
+    rank = torch.linalg.matrix_rank(translation, rtol=1e-3).item()
+    if rank < len(source):
+        raise ValueError(
+            f"the sampled_basis of {name} has {len(source)} kernels, but only {rank} independent ones: it is damaged"
+        )
     signs = translation.round()  # bases of escnn differ in signs: no rounding errors then
     return (signs if torch.allclose(translation, signs, rtol=0, atol=1e-5) else translation), residual
 
 
-def _solve(rows: torch.Tensor, basis: torch.Tensor, name: str) -> tuple[torch.Tensor, float]:
-    """X [n, n_basis] with X basis = rows [n, values] in the least-squares sense, and the relative residual."""
+def _solve(rows: torch.Tensor, basis: torch.Tensor, name: str, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
+    """X [n, n_basis] with X basis = rows [n, values] in the least-squares sense, and the relative residual.
+
+    `dtype` is the one in which the rows were stored: as large as its rounding errors the residual may be.
+    """
     solution = rows @ torch.linalg.pinv(basis)
     residual = ((solution @ basis - rows).abs().max() / rows.abs().max().clamp_min(1e-30)).item()
-    if not residual <= _TOLERANCE:
+    if not residual <= _TOLERANCE + torch.finfo(dtype).eps:
         raise ValueError(
             f"the kernels of {name} lie outside the basis of this model's group (relative residual {residual:.1e}): "
             "the checkpoint belongs to another group"
@@ -266,7 +346,7 @@ def _check_filter(filters: torch.Tensor, weight: torch.Tensor, basis: torch.Tens
     """The filter that the checkpoint carries must be the one its coefficients give."""
     expected, found = weight @ basis.flatten(1).float(), _blocks(filters, basis).float()
     error = ((expected - found).abs().max() / found.abs().max().clamp_min(1e-30)).item()
-    if not error <= 1e-3:  # float16 checkpoints round to 5e-4
+    if not error <= 1e-3 + 4 * torch.finfo(filters.dtype).eps:
         raise ValueError(
             f"{name} and the filter beside it disagree (relative error {error:.1e}): the file mixes two states"
         )

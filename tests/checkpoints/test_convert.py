@@ -170,12 +170,78 @@ def test_what_does_not_fit_is_refused(changes, message):
         convert_original(edited(**changes), "c4resnet18_fast")
 
 
-def test_a_filter_that_contradicts_the_coefficients_is_refused():
+@pytest.mark.parametrize("name", ["c4resnet18_fast", "d4resnet18_fast"])
+@pytest.mark.parametrize("kinds", [("filter",), ("filter", "sampled_basis")])
+def test_a_filter_that_contradicts_the_coefficients_is_refused(name, kinds):
+    state = with_buffers(name, checkpoint(name), kinds=kinds)
+    convert_original(state, name)
+    key = "layer1.0.conv1.weights"
+    noise = torch.zeros_like(state[key])
+    noise[7] = 0.1 * state[key].abs().max()  # one of 1152 coefficients
+    scrambled = state[key] * torch.tensor([1.0, 1.0, -1.0]).repeat(len(noise) // 3)  # no signs of a basis
+    other = state["layer1.0.conv2.filter"]
+    for changes in (
+        {"layer1.0.conv1.filter": other},
+        {key: state[key] + noise},
+        {key: 2 * state[key]},
+        {key: scrambled},
+    ):
+        with pytest.raises(ValueError, match=r"layer1\.0\.conv1\.weights and the filter beside it disagree"):
+            convert_original({**state, **changes}, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kinds", [("filter",), ("sampled_basis",), ("filter", "sampled_basis")])
+def test_half_precision_rounds_and_does_not_contradict(dtype, kinds):
+    name = "d4resnet18_fast"
+    state = with_buffers(name, checkpoint(name), kinds=kinds)
+    half = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
+    expected, found = convert_original(state, name), convert_original(half, name)
+    for key, value in expected.items():
+        assert (found[key] - value).abs().max() <= 0.05 * value.abs().max(), key
+
+
+IMPOSSIBLE = [
+    (
+        {"fc.bias": torch.full((1000,), 1e300, dtype=torch.float64)},
+        r"fc.bias holds .*1e\+300 .*beyond the range of float32",
+    ),
+    ({"conv1.weights": torch.full((864,), -1e39, dtype=torch.float64)}, "conv1.weights holds .* beyond the range"),
+    ({"fc.bias": torch.full((1000,), float("nan"))}, "fc.bias holds values from nan"),
+    ({"fc.bias": torch.ones(1000, dtype=torch.complex64)}, "fc.bias is of type complex64, where floating-point"),
+    ({"conv1.weights": torch.ones(864, dtype=torch.int64)}, "conv1.weights is of type int64"),
+    ({"bn1.batch_norm_[4].bias": torch.ones(16, dtype=torch.bool)}, "bias is of type bool"),
+    ({"fc.bias": torch.ones(1000).to(torch.float8_e4m3fn)}, "fc.bias is of type float8_e4m3fn"),
+    ({"bn1.batch_norm_[4].running_var": -torch.ones(16)}, "running_var holds values from -1 to -1, and variances"),
+    ({"bn1.batch_norm_[4].num_batches_tracked": torch.tensor(-1)}, "num_batches_tracked holds values from -1 .* count"),
+    ({"bn1.batch_norm_[4].num_batches_tracked": torch.tensor(1.5)}, "num_batches_tracked holds values from 1.5"),
+    ({"bn1.batch_norm_[4].num_batches_tracked": torch.tensor(1j)}, "num_batches_tracked holds complex numbers"),
+    ({"bn1.indices_4": torch.tensor([0, -4])}, "bn1.indices_4 holds"),
+    ({"conv1.weights": torch.zeros(864)}, "conv1.weights is zero everywhere"),
+    ({"conv1.weights": torch.full((864,), 1e-60, dtype=torch.float64)}, "conv1.weights is zero everywhere"),
+    ({"conv1.filter": torch.zeros(64, 3, 7, 7)}, "conv1.filter is zero everywhere"),
+    ({"conv1._basisexpansion.sampled_basis": torch.zeros(18, 4, 1, 49)}, "sampled_basis is zero everywhere"),
+    ({"fc.weight": torch.zeros(1000, 128)}, "fc.weight is zero everywhere"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), IMPOSSIBLE)
+def test_values_that_cannot_be_are_refused_by_name(changes, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        convert_original(edited(**changes), "c4resnet18_fast")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_basis_that_does_not_span_the_kernels_is_refused():
     name = "c4resnet18_fast"
-    state = with_buffers(name, checkpoint(name))
-    state["layer1.0.conv1.filter"] = state["layer1.0.conv2.filter"]
-    with pytest.raises(ValueError, match="disagree"):
-        convert_original(state, name)
+    state = with_buffers(name, checkpoint(name), kinds=("sampled_basis",))
+    key = next(key for key in state if key.startswith("layer2.0.conv1._basis"))
+    for damaged in (state[key][:1].expand_as(state[key]), torch.cat([state[key][:-1], state[key][:1]])):
+        with pytest.raises(ValueError, match=r"sampled_basis of layer2\.0\.conv1\.weights has .* independent ones"):
+            convert_original({**state, key: damaged}, name)
+    twice = {**state, key.replace("irrep", "x"): state[key], "layer2.0.conv1._basisexpansion.sampled_basis": state[key]}
+    with pytest.raises(ValueError, match="two entries for"):
+        convert_original(twice, name)
 
 
 def test_the_error_names_the_model_that_fits():
