@@ -4,7 +4,7 @@ import torch
 import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import SelectAdaptivePool2d
+from timm.layers import SelectAdaptivePool2d, register_notrace_module
 
 from equivision_timm.layers.conv_strategies.context import leaves_python, needs_plain_operations
 from equivision_timm.layers.stock import is_stock, remember
@@ -12,14 +12,12 @@ from equivision_timm.layers.stock import is_stock, remember
 __all__ = ["GroupPool", "InvariantPool", "MaxPool2d"]
 
 
+@register_notrace_module  # one node where timm traces a model for its features
 class MaxPool2d(nn.MaxPool2d):
     """`nn.MaxPool2d`, on the CPU always in the channels-last format, where PyTorch's kernel is several times faster."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.jit.is_scripting():
-            return F.max_pool2d(x, self.kernel_size, self.stride, self.padding)
-        else:
-            return _max_pool2d(x, self.kernel_size, self.stride, self.padding)
+        return _max_pool2d(x, self.kernel_size, self.stride, self.padding)
 
     def fuse(self) -> nn.Module:
         """The stock layer, for deployment; called by timm's `reparameterize_model`."""
@@ -33,11 +31,14 @@ remember(MaxPool2d)
 
 @torch.fx.wrap  # asks how the pixels lie in memory: one node in a graph of torch.fx
 def _max_pool2d(x: torch.Tensor, kernel_size: int, stride: int, padding: int) -> torch.Tensor:
-    plain = leaves_python() or needs_plain_operations(x)
-    if x.device.type != "cpu" or plain or x.is_contiguous(memory_format=torch.channels_last):
+    if torch.jit.is_scripting():
         return F.max_pool2d(x, kernel_size, stride, padding)
-    x = x.contiguous(memory_format=torch.channels_last)
-    return F.max_pool2d(x, kernel_size, stride, padding).contiguous()
+    else:
+        plain = leaves_python() or needs_plain_operations(x)
+        if x.device.type != "cpu" or plain or x.is_contiguous(memory_format=torch.channels_last):
+            return F.max_pool2d(x, kernel_size, stride, padding)
+        x = x.contiguous(memory_format=torch.channels_last)
+        return F.max_pool2d(x, kernel_size, stride, padding).contiguous()
 
 
 class GroupPool(nn.Module):

@@ -289,6 +289,7 @@ class EquivariantResNet(nn.Module):
         # Head: pool over space, then over the group (the two do not commute), then classify
         self.map_pool = GroupPool(order, map_pool)
         self.num_features = self.feature_info[-1]["num_chs"]
+        self._check_classifier(num_classes, global_pool)
         self.global_pool = self._create_global_pool(global_pool, group_pool)
         self._create_classifier(**dd)
 
@@ -369,20 +370,22 @@ class EquivariantResNet(nn.Module):
         """The pooling over the group, behind that over space."""
         return self.global_pool.group_pool
 
-    def _create_global_pool(self, pool_type: str, group_pool: str) -> InvariantPool:
-        """The pooling in front of the classifier."""
-        if self.num_classes > 0 and not pool_type:
+    def _check_classifier(self, num_classes: int, pool_type: str | None) -> None:
+        """Raises ValueError where `num_classes` are to be told apart on a map."""
+        if num_classes > 0 and pool_type == "":
             raise ValueError(
-                f"global_pool {pool_type!r} keeps the map, which a classifier of {self.num_classes} classes cannot "
-                "take: use num_classes=0, or global_pool='avg'"
+                f"global_pool {pool_type!r} keeps the map, which a classifier of {num_classes} classes cannot take: "
+                "use num_classes=0, or global_pool='avg'"
             )
-        if self.num_classes > 0 and self.map_pool.pool_type:
+        if num_classes > 0 and self.map_pool.pool_type:
             raise ValueError(
                 f"map_pool {self.map_pool.pool_type!r} is for maps, but the model is to have a classifier of "
-                f"{self.num_classes} classes: use num_classes=0, or map_pool=''"
+                f"{num_classes} classes: use num_classes=0, or map_pool=''"
             )
-        order = 1 if self.map_pool.pool_type else self.map_pool.order
-        return InvariantPool(pool_type, order, group_pool)
+
+    def _create_global_pool(self, pool_type: str, group_pool: str) -> InvariantPool:
+        """The pooling in front of the classifier; behind `map_pool` the group has no axis left."""
+        return InvariantPool(pool_type, 1 if self.map_pool.pool_type else self.map_pool.order, group_pool)
 
     def _create_classifier(self, device=None, dtype=None) -> None:
         """The linear layer on what both poolings leave; its input is `head_hidden_size` wide."""
@@ -410,13 +413,11 @@ class EquivariantResNet(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier, and the pooling over space unless `global_pool` is None; 0 classes: none."""
-        previous, self.num_classes = self.num_classes, num_classes
-        try:
-            pool_type = self.global_pool.pool_type if global_pool is None else global_pool
-            self.global_pool = self._create_global_pool(pool_type, self.group_pool.pool_type).train(self.training)
-        except ValueError:
-            self.num_classes = previous  # nothing has changed
-            raise
+        self._check_classifier(num_classes, global_pool)
+        if global_pool is not None:
+            pool = self._create_global_pool(global_pool, self.group_pool.pool_type)
+            self.global_pool = pool.train(self.training)
+        self.num_classes = num_classes
         parameter = next(self.parameters())
         self._create_classifier(device=parameter.device, dtype=parameter.dtype)
 
