@@ -1,11 +1,15 @@
 """The library of the compiled strategy: how it comes to be, and what is said where it cannot."""
 
+import ctypes
 import os
 import platform
+import re
+import shlex
 import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 import timm
@@ -66,7 +70,7 @@ def works():
         return torch.allclose(y, layer(x), atol=1e-5)
 
 
-@pytest.mark.parametrize("damage", ["cut", "overwritten", "empty", "another library", "link", "folder"])
+@pytest.mark.parametrize("damage", ["cut", "overwritten", "empty", "another library", "link", "pipe", "folder"])
 def test_a_damaged_library_is_compiled_again(new_machine, compiled, damage):
     native_library.library(torch.float32)
     (path,) = new_machine.iterdir()
@@ -88,6 +92,9 @@ def test_a_damaged_library_is_compiled_again(new_machine, compiled, damage):
         elsewhere.write_bytes(content)
         path.unlink()
         path.symlink_to(elsewhere)
+    elif damage == "pipe":
+        path.unlink()
+        os.mkfifo(path)
     elif damage == "folder":
         path.unlink()
         path.mkdir()
@@ -154,6 +161,128 @@ def test_compilers_that_hang_or_make_nothing_of_use(new_machine, monkeypatch, tm
     with pytest.raises(ValueError, match=says):
         works()
     assert not new_machine.exists() or not list(new_machine.iterdir())
+
+
+def test_sizes_of_c_and_python_agree(new_machine, monkeypatch):
+    """Names in the same order, too: a size does not tell two fields that changed places."""
+    text = native_library._SOURCE.read_text()
+    fields = re.sub(r"/\*.*?\*/", "", re.search(r"typedef struct \{([^}]*)\} Layer;", text)[1])
+    names = [name for names in re.findall(r"(?:long|REAL|Sparse)\b([^;]*);", fields) for name in names.split(",")]
+    assert [name.strip(" *") for name in names] == [name for name, _ in native_library.Layer._fields_]
+
+    class Longer(native_library.Layer):
+        _fields_ = (("one_more", ctypes.c_long),)
+
+    monkeypatch.setattr(native_library, "Layer", Longer)
+    size = ctypes.sizeof(Longer)
+    with pytest.raises(ValueError, match=f"has {size - 8} bytes in native.c and {size} in native.py"):
+        works()
+    assert not list(new_machine.iterdir())
+
+
+def test_a_library_without_one_of_the_functions(new_machine, monkeypatch):
+    monkeypatch.setenv("CC", "cc -Dlayer_size=other_size")
+    with pytest.raises(ValueError, match=r"what was compiled has no function 'layer_size'. Name another compiler"):
+        works()
+    assert not list(new_machine.iterdir())
+
+
+def test_interrupted(new_machine, monkeypatch, tmp_path):
+    """Ctrl-C ends the compiler and what it started, and leaves nothing."""
+    compiler = tmp_path / "some-cc"
+    compiler.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && exit\n'
+        f"sleep 60 & echo $! > {tmp_path}/child; kill -INT {os.getpid()}; wait\n"
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    with pytest.raises(KeyboardInterrupt):
+        works()
+    child = int((tmp_path / "child").read_text())
+    for _ in range(100):
+        if not is_running(child):
+            break
+        time.sleep(0.05)
+    assert not is_running(child)
+    assert not list(new_machine.iterdir())
+    monkeypatch.delenv("CC")
+    assert works()
+
+
+def is_running(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("compiler", "says"),
+    [("cc '", "No closing quotation.*name a C compiler"), ("{}/some-cc", "cannot be started.*Exec format error")],
+)
+def test_compilers_that_cannot_be_started(new_machine, monkeypatch, tmp_path, compiler, says):
+    (tmp_path / "some-cc").write_bytes(b"\x7fELF, of another machine")
+    (tmp_path / "some-cc").chmod(0o755)
+    monkeypatch.setenv("CC", compiler.format(tmp_path))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        assert not any(native_library.available() for _ in range(2))
+    assert len(warned) <= 1
+    with pytest.raises(ValueError, match=says):
+        works()
+
+
+@pytest.mark.parametrize("cache_home", ["", "some/folder"])
+def test_caches_that_are_no_path(new_machine, monkeypatch, tmp_path, cache_home):
+    """As the XDG specification says, a relative path is ignored."""
+    monkeypatch.setenv("XDG_CACHE_HOME", cache_home)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert works()
+    assert len(list((tmp_path / ".cache/equivision_timm/native").iterdir())) == 1
+    assert not (tmp_path / "some").exists()
+
+
+def test_no_home_folder(new_machine, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "relative")
+    with pytest.warns(RuntimeWarning, match="this user has no home folder, HOME is 'relative'. Name a folder"):
+        assert not native_library.available()
+
+
+def test_what_others_put_in_the_compilers_place_is_not_loaded(new_machine, monkeypatch):
+    """Whoever may write a folder above can exchange what the compiler makes, before it is read."""
+    user = os.geteuid()
+    monkeypatch.setattr(native_library, "_folder", lambda: new_machine.parent.parent)
+    monkeypatch.setattr(native_library.os, "geteuid", lambda: user + 1)
+    with pytest.raises(ValueError, match=f"library.so belongs to user {user}"):
+        works()
+
+
+@pytest.mark.parametrize("memory", [True, False], ids=["in memory", "in a file"])
+def test_where_nothing_can_be_executed(tmp_path, memory):
+    """A file system mounted `noexec` does for the cache, and for temporary files where memory can be used."""
+    code = f"""
+import os, sys, warnings, torch
+if not {memory}:
+    del os.memfd_create
+from equivision_timm.layers.conv_strategies.native_library import available
+with warnings.catch_warnings(record=True) as warned:
+    warnings.simplefilter("always")
+    print([available() for _ in range(2)], [str(w.message) for w in warned])
+"""
+    mount = f"mount -t tmpfs -o noexec,size=20m none {tmp_path} && exec {shlex.join([sys.executable, '-c', code])}"
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
+    run = subprocess.run(["unshare", "--mount", "sh", "-c", mount], env=environment, capture_output=True, text=True)
+    if "unshare failed" in run.stderr or "mount:" in run.stderr:
+        pytest.skip(f"no file system can be mounted here: {run.stderr.strip()}")
+    assert run.returncode == 0, run.stderr
+    if memory:
+        assert run.stdout == "[True, True] []\n"
+    else:
+        assert run.stdout.startswith("[False, False] ")
+        assert run.stdout.count("slower convolutions are used: ") == 1
+        assert "cannot be loaded" in run.stdout
 
 
 def test_a_path_that_is_too_long(new_machine, monkeypatch):

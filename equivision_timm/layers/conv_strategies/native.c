@@ -579,6 +579,9 @@ static void gather_part(void *argument) {
 
 /* ---- What `native.py` calls; 1 if memory is short */
 
+/* Bytes of a layer, which `native_library.py` compares with its own */
+long layer_size(void) { return sizeof(Layer); }
+
 /* Numbers in `packed`, and of the sums of the gradient that each thread makes */
 long packed_size(const Layer *l, long transposed) {
     long size = 0;

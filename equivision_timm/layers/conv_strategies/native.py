@@ -14,7 +14,7 @@ from equivision_timm.constants import constant
 from equivision_timm.kernel_bases import IrrepsBasis, load_irreps_basis
 from equivision_timm.layers.conv_strategies.context import check_input
 from equivision_timm.layers.conv_strategies.irreps import operator
-from equivision_timm.layers.conv_strategies.native_library import library
+from equivision_timm.layers.conv_strategies.native_library import Layer, Sparse, library
 
 __all__ = ["Packed", "conv2d", "infer", "pack"]
 
@@ -126,41 +126,24 @@ def _pack(weights: torch.Tensor, group: str, kernel_size: int, transposed: bool)
             f"the block weights of {group!r}, {kernel_size} x {kernel_size}, are [{plan.entries}, O, I], "
             f"but got {list(weights.shape)}: make them with `block_weights`"
         )
-    layer = _Layer(order=plan.order, in_fields=in_fields, out_fields=out_fields, kernel_size=kernel_size, **plan.blocks)
+    layer = Layer(order=plan.order, in_fields=in_fields, out_fields=out_fields, kernel_size=kernel_size, **plan.blocks)
     packed = weights.new_empty(_packed_size(layer, weights.dtype, transposed))
     _run("pack", layer, {"weights": weights, "transposed": int(transposed), "packed": packed}, {})
     return packed
 
 
-def _packed_size(layer: "_Layer", dtype: torch.dtype, transposed: bool) -> int:
+def _packed_size(layer: Layer, dtype: torch.dtype, transposed: bool) -> int:
     return library(dtype).packed_size(ctypes.byref(layer), ctypes.c_long(transposed))
-
-
-class _Sparse(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("starts", "columns", "values")]
-
-
-class _Layer(ctypes.Structure):
-    """`Layer` of native.c."""
-
-    _fields_ = [
-        *((name, ctypes.c_long) for name in ("order", "in_fields", "out_fields", "kernel_size", "stride", "dilation")),
-        *((name, ctypes.c_long) for name in ("batch", "in_height", "in_width", "out_height", "out_width")),
-        *((name, ctypes.c_long) for name in ("images", "rows", "n_blocks", "functions")),
-        *((name, ctypes.c_void_p) for name in ("sizes", "copies", "fourier", "fourier_transposed")),
-        ("terms", _Sparse),
-        ("terms_transposed", _Sparse),
-    ]
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What the group and the kernel size determine, as fields of `_Layer`; the tensors whose addresses these are."""
+    """What the group and the kernel size determine, as fields of `Layer`; the tensors whose addresses these are."""
 
     order: int
     entries: int
     blocks: dict[str, int]
-    maps: dict[str, int | _Sparse]
+    maps: dict[str, int | Sparse]
     tensors: list[torch.Tensor]
 
 
@@ -173,10 +156,10 @@ def _plan(group: str, kernel_size: int, dtype: torch.dtype) -> _Plan:
         tensors.append(tensor.contiguous())
         return tensors[-1].data_ptr()
 
-    def sparse(matrix: torch.Tensor) -> _Sparse:
+    def sparse(matrix: torch.Tensor) -> Sparse:
         rows, columns = matrix.nonzero(as_tuple=True)
         starts = torch.searchsorted(rows, torch.arange(len(matrix) + 1, device="cpu"))
-        return _Sparse(address(starts), address(columns), address(matrix[rows, columns].to(dtype)))
+        return Sparse(address(starts), address(columns), address(matrix[rows, columns].to(dtype)))
 
     sizes, copies = (address(torch.tensor(numbers, device="cpu")) for numbers in zip(*basis.blocks, strict=True))
     blocks = {"n_blocks": len(basis.blocks), "functions": basis.functions, "sizes": sizes, "copies": copies}
@@ -209,7 +192,7 @@ _PIXELS = 512  # of a chunk, at most: more lines share their neighbours, fewer s
 
 def _layer(
     x: torch.Tensor, out_fields: int, in_fields: int, group: str, kernel_size: int, stride: int, dilation: int
-) -> tuple[_Layer, tuple[int, int, int, int]]:
+) -> tuple[Layer, tuple[int, int, int, int]]:
     """The layer as native.c sees it, with the size of its chunks; and the shape of the output."""
     plan = _plan(group, kernel_size, x.dtype)
     check_input(x, in_fields, plan.order)
@@ -231,7 +214,7 @@ def _layer(
         images = 1
         chunks = -(-out_height // max(1, at_once // out_width))
         rows = -(-out_height // chunks)
-    return _Layer(
+    return Layer(
         *(plan.order, in_fields, out_fields, kernel_size, stride, dilation),
         *(batch, height, width, out_height, out_width, images, rows),
         **plan.blocks,
@@ -239,7 +222,7 @@ def _layer(
     ), shape
 
 
-def _run(name: str, layer: _Layer, arguments: dict[str, torch.Tensor | int | None], sizes: dict[str, int]) -> None:
+def _run(name: str, layer: Layer, arguments: dict[str, torch.Tensor | int | None], sizes: dict[str, int]) -> None:
     """Function `name` of native.c, in all threads; lets go of Python's lock.
 
     Args:

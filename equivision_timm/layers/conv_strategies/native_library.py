@@ -5,7 +5,9 @@ lies in the user's cache folder, with its hash in its name. It is loaded only if
 have written it.
 """
 
+import contextlib
 import ctypes
+import errno
 import hashlib
 import os
 import platform
@@ -21,13 +23,33 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["available", "library", "why_not"]
+__all__ = ["Layer", "Sparse", "available", "library", "why_not"]
 
 _SOURCE = Path(__file__).with_name("native.c")
 _FLAGS = ("-O3", "-march=native", "-fPIC", "-shared", "-pthread")
 _TIME_LIMIT = 120  # seconds for the compiler, which takes two
 _REMEDY = "Name another compiler in the environment variable CC, or use conv_strategy='block_diagonal'"
+_SIZES = ("layer_size", "packed_size", "sums_size")  # functions that return a long
 _REALS = {torch.float32: "float", torch.float64: "double"}
+
+
+class Sparse(ctypes.Structure):
+    """A sparse matrix, row by row, as native.c sees it."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("starts", "columns", "values")]
+
+
+class Layer(ctypes.Structure):
+    """A layer, as native.c sees it."""
+
+    _fields_ = [
+        *((name, ctypes.c_long) for name in ("order", "in_fields", "out_fields", "kernel_size", "stride", "dilation")),
+        *((name, ctypes.c_long) for name in ("batch", "in_height", "in_width", "out_height", "out_width")),
+        *((name, ctypes.c_long) for name in ("images", "rows", "n_blocks", "functions")),
+        *((name, ctypes.c_void_p) for name in ("sizes", "copies", "fourier", "fourier_transposed")),
+        ("terms", Sparse),
+        ("terms_transposed", Sparse),
+    ]
 
 
 @torch.compiler.assume_constant_result  # torch.compile asks it once, and does not look inside
@@ -49,7 +71,10 @@ def _available() -> bool:
 
 def why_not() -> str | None:
     """What this machine lacks to compile and run `native.c`, and the remedy; None if nothing."""
-    name = _compiler()[0]
+    try:
+        name = _compiler()[0]
+    except ValueError as error:
+        return f"CC={os.environ['CC']!r} cannot be read ({error}): name a C compiler, or use conv_strategy='auto'"
     if os.name != "posix" or not hasattr(ctypes.CDLL(None), "GOMP_parallel"):
         return "PyTorch's threads here are not those of GNU OpenMP (on Linux they are): use conv_strategy='auto'"
     if shutil.which(name) is None:
@@ -80,14 +105,13 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
     digest = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
     try:
         folder = _folder()
-        content = _kept(folder, digest) or _compile(command, folder, digest)
-        loaded = _load(content)
+        kept = _kept(folder, digest)
+        loaded = _load(kept) if kept else _compile(command, folder, digest)
     except OSError as error:
         raise RuntimeError(
             f"conv_strategy 'native' has no place for its library: {error}. Name a folder that can be written in the "
             "environment variable XDG_CACHE_HOME, or use conv_strategy='block_diagonal'"
         ) from error
-    loaded.packed_size.restype = loaded.sums_size.restype = ctypes.c_long
     return loaded
 
 
@@ -99,7 +123,11 @@ def _folder() -> Path:
         PermissionError: others may have put something there.
     """
     cache_home = os.environ.get("XDG_CACHE_HOME", "")
-    folder = Path(cache_home if os.path.isabs(cache_home) else "~/.cache").expanduser() / "equivision_timm/native"
+    if not os.path.isabs(cache_home):
+        cache_home = os.path.expanduser("~/.cache")
+    if not os.path.isabs(cache_home):
+        raise FileNotFoundError(f"this user has no home folder, HOME is {os.environ.get('HOME')!r}")
+    folder = Path(cache_home, "equivision_timm/native")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _check_ours(folder.stat(), folder)
     return folder
@@ -116,38 +144,56 @@ def _check_ours(status: os.stat_result, path: Path) -> None:
 def _kept(folder: Path, digest: str) -> bytes | None:
     """The library that was compiled before, if it is whole: its name holds the hash of what it must contain."""
     for path in folder.glob(f"{digest}-*.so"):
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-        except OSError:  # a link, or removed meanwhile: made anew under the same name
+        content = _content(path)
+        if content is None:  # made anew under the same name
             continue
-        with open(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                continue
-            _check_ours(status, path)
-            content = file.read()
         if path.name == _name(digest, content):
             return content
         path.unlink(missing_ok=True)  # cut, or overwritten
     return None
 
 
+def _content(path: Path) -> bytes | None:
+    """What a file of this user alone holds; None if it is a link, a pipe, or was removed meanwhile.
+
+    Raises:
+        IsADirectoryError: it is a folder.
+        PermissionError: others may have written it.
+    """
+    try:
+        with open(path, "rb", opener=_open_in_place) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                return None
+            _check_ours(status, path)
+            return file.read()
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOENT):
+            return None
+        raise
+
+
+def _open_in_place(name: str, flags: int) -> int:
+    """Follows no link, waits for nobody at a pipe."""
+    return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+
+
 def _name(digest: str, content: bytes) -> str:
     return f"{digest}-{hashlib.sha256(content).hexdigest()[:32]}.so"
 
 
-def _compile(command: list[str], folder: Path, digest: str) -> bytes:
-    """Compile, and keep the library under its name; raises RuntimeError with what the compiler says."""
+def _compile(command: list[str], folder: Path, digest: str) -> ctypes.CDLL:
+    """Compile, load, and keep the library under its name; raises RuntimeError with what the compiler says."""
     with tempfile.TemporaryDirectory(dir=folder) as own:  # an interrupted process leaves no half library
         made = Path(own) / "library.so"
         _run(*command, "-o", str(made), str(_SOURCE), check=True)
         if not made.is_file():
             raise RuntimeError(f"conv_strategy 'native': {command[0]} compiled nothing. {_REMEDY}")
-        content = made.read_bytes()
-        _load(content)  # keep nothing that cannot be loaded
         made.chmod(0o600)
+        content = _content(made) or b""
+        loaded = _load(content)  # keep nothing that cannot be loaded
         made.replace(folder / _name(digest, content))
-    return content
+    return loaded
 
 
 def _load(content: bytes) -> ctypes.CDLL:
@@ -167,11 +213,16 @@ def _load(content: bytes) -> ctypes.CDLL:
             raise RuntimeError(
                 f"conv_strategy 'native': what was compiled cannot be loaded ({error}). {_REMEDY}"
             ) from error
-    missing = [
-        name for name in ("pack", "forward", "backward", "packed_size", "sums_size") if not hasattr(loaded, name)
-    ]
+    missing = [name for name in (*_SIZES, "pack", "forward", "backward") if not hasattr(loaded, name)]
     if missing:
         raise RuntimeError(f"conv_strategy 'native': what was compiled has no function {missing[0]!r}. {_REMEDY}")
+    for name in _SIZES:
+        getattr(loaded, name).restype = ctypes.c_long
+    if loaded.layer_size() != ctypes.sizeof(Layer):
+        raise RuntimeError(
+            f"conv_strategy 'native': a layer has {loaded.layer_size()} bytes in native.c and {ctypes.sizeof(Layer)} "
+            "in native_library.py, which are not of one version: install equivision_timm again"
+        )
     return loaded
 
 
@@ -179,15 +230,20 @@ def _run(*command: str, check: bool = False) -> str:
     """What the compiler prints; ended, with all that it started, after a time.
 
     Raises:
-        RuntimeError: it takes too long; or it fails, if `check`.
+        RuntimeError: it cannot be started, or takes too long; or it fails, if `check`.
     """
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
-    ) as run:
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    try:
+        started = subprocess.Popen(command, **pipes, text=True, errors="replace", start_new_session=True)
+    except OSError as error:
+        raise RuntimeError(f"conv_strategy 'native': {command[0]} cannot be started ({error}). {_REMEDY}") from error
+    with started as run:
         try:
             printed, _ = run.communicate(timeout=_TIME_LIMIT)
         except BaseException as error:  # the time limit, Ctrl-C
-            os.killpg(run.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # all have ended
+                os.killpg(run.pid, signal.SIGKILL)
+            run.wait()  # after Ctrl-C nothing else does
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
             raise RuntimeError(

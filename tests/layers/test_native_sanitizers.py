@@ -1,0 +1,132 @@
+"""The compiled strategy under AddressSanitizer and UBSan: random layers read and write nothing that is not theirs.
+
+They run in processes of their own, which load the runtime of AddressSanitizer first. As control each sanitizer is shown
+what it must report. (ThreadSanitizer does not know the barriers of GNU OpenMP.)
+"""
+
+import ctypes
+import os
+import random
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from equivision_timm.layers import SteerableConv2d
+from equivision_timm.layers.conv_strategies import native, native_library
+from equivision_timm.layers.conv_strategies.irreps import block_weights
+
+LAYERS = 60
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-11}
+
+
+def runtime(name):
+    """Where the compiler keeps a shared library; None if nowhere."""
+    if native_library.why_not():
+        return None
+    printed = subprocess.run(["cc", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+    return printed if os.path.isabs(printed) else None
+
+
+PRELOADED = [runtime(name) for name in ("libasan.so", "libstdc++.so.6")]  # the second, since torch throws exceptions
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("cc") is None or None in PRELOADED,
+    reason="cc has no AddressSanitizer to load (Debian: apt install gcc)",
+)
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory):
+    """Runs one of the functions below under both sanitizers."""
+    folder = tmp_path_factory.mktemp("sanitized")
+    compiler = folder / "sanitizing-cc"  # the last -O counts: at -O3 it compiles for half a minute
+    compiler.write_text('#!/bin/sh\nexec cc "$@" -O1 -g -fsanitize=address,undefined\n')
+    compiler.chmod(0o755)
+    environment = {
+        "CC": str(compiler),
+        "XDG_CACHE_HOME": str(folder),
+        "LD_PRELOAD": " ".join(PRELOADED),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
+        "OMP_NUM_THREADS": "2",
+    }
+
+    def run(function):
+        command = [sys.executable, __file__, function.__name__]
+        return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, errors="replace")
+
+    return run
+
+
+def random_layers():
+    """Outputs and gradients of layers against the definition in float64."""
+    torch.manual_seed(0)
+    draw = random.Random(0)
+    for index in range(LAYERS):
+        dtype = draw.choice([torch.float32, torch.float64])
+        group = draw.choice(["c1", "d1", "c4", "d4", "c8", "d8"])
+        fields, kernel_size = [draw.choice([1, 2, 3, 5, 9]) for _ in range(2)], draw.choice([1, 3])
+        steps = {"stride": draw.randint(1, 3), "dilation": draw.randint(1, 3)}
+        batch, sizes = draw.randint(1, 4), [draw.choice([1, 2, 5, 8, 13, 17, 33]) for _ in range(2)]
+        torch.set_num_threads(draw.randint(1, 4))
+        layer = SteerableConv2d(*fields, kernel_size, group, strategy="native", dtype=dtype, **steps)
+        x = torch.randn(batch, fields[0] * layer.order, *sizes, dtype=dtype, requires_grad=True)
+        with torch.no_grad():
+            alone = layer(x)
+        y = layer(x)
+        shortcut, bias, grad = torch.randn_like(y), torch.randn(fields[1], dtype=dtype), torch.randn_like(y)
+        with torch.no_grad():
+            packed = native.pack(block_weights(layer.weight, group, kernel_size), bias, group, kernel_size)
+            fused = native.infer(x, packed, group, kernel_size, *steps.values(), shortcut=shortcut, relu=True)
+        found = [y, alone, fused, *torch.autograd.grad((y * grad).sum(), (x, layer.weight))]
+
+        exact = SteerableConv2d(*fields, kernel_size, group, strategy="expand", dtype=torch.float64, **steps)
+        exact.load_state_dict(layer.state_dict())
+        inputs = x.detach().double().requires_grad_()
+        y = exact(inputs)
+        joined = (y + bias.double().repeat_interleave(layer.order)[:, None, None] + shortcut.double()).relu()
+        expected = [y, y, joined, *torch.autograd.grad((y * grad.double()).sum(), (inputs, exact.weight))]
+        for a, b in zip(found, expected, strict=True):
+            error = (a - b).abs().max() / b.abs().max().clamp_min(1e-3)
+            assert error < TOLERANCE[dtype], (index, dtype, group, fields, kernel_size, steps, batch, sizes, error)
+        print("right:", index)
+
+
+def packed_too_short():
+    """A size that overflows; then a product with packed weights that lack a column, of 14 rows at most."""
+    x = torch.randn(1, 24, 9, 9)
+    layer, shape = native._layer(x, 5, 3, "c8", 3, 1, 1)
+    library, threads = native_library.library(x.dtype), ctypes.c_long(1)
+    packed = torch.zeros(library.packed_size(ctypes.byref(layer), ctypes.c_long(0)) - 14)
+    layer.in_fields = 2**62
+    library.sums_size(ctypes.byref(layer))
+    layer.in_fields = 3
+    y = torch.empty(shape)
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, packed)]
+    nothing = ctypes.c_void_p(None)
+    library.forward(
+        ctypes.byref(layer), *pointers, nothing, nothing, ctypes.c_long(0), ctypes.c_void_p(y.data_ptr()), threads
+    )
+    print("not noticed")
+
+
+def test_random_layers(sanitized):
+    run = sanitized(random_layers)
+    assert run.returncode == 0, run.stderr[-5000:]
+    assert run.stdout.count("right:") == LAYERS
+    assert "runtime error:" not in run.stderr, run.stderr[-5000:]
+
+
+def test_what_is_wrong_is_reported(sanitized):
+    run = sanitized(packed_too_short)
+    assert run.returncode != 0
+    assert "not noticed" not in run.stdout
+    assert "runtime error: signed integer overflow" in run.stderr, run.stderr[-5000:]
+    assert "AddressSanitizer: heap-buffer-overflow" in run.stderr, run.stderr[-5000:]
+    assert "native.c" in run.stderr
+
+
+if __name__ == "__main__":
+    {function.__name__: function for function in (random_layers, packed_too_short)}[sys.argv[1]]()
