@@ -175,7 +175,7 @@ def test_sizes_of_c_and_python_agree(new_machine, monkeypatch):
 
     monkeypatch.setattr(native_library, "Layer", Longer)
     size = ctypes.sizeof(Longer)
-    with pytest.raises(ValueError, match=f"has {size - 8} bytes in native.c and {size} in native.py"):
+    with pytest.raises(ValueError, match=f"has {size - 8} bytes in native.c and {size} in native_library.py"):
         works()
     assert not list(new_machine.iterdir())
 
