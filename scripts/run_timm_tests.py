@@ -25,10 +25,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read on import: a test that needed the net
 
 import pytest
 import timm
-from timm.models import get_pretrained_cfg
 from timm.models._registry import _module_to_models
 
 from equivision_timm.checkpoints.folder import write_model_folder
+from equivision_timm.checkpoints.released import released
 from equivision_timm.models.pretrained import local_folder
 
 NEEDS_TIMM_HUB = "test_model_inference"
@@ -76,9 +76,8 @@ def unpack_tests(sdist: Path, folder: Path) -> Path:
 def write_random_weights(names: list[str], folder: Path) -> None:
     """Make `folder` the local weights folder, with weights for those models that have pretrained ones."""
     os.environ["EQUIVISION_TIMM_WEIGHTS"] = str(folder)
-    for name in names:
-        if hub_id := get_pretrained_cfg(name).hf_hub_id:
-            write_model_folder(local_folder(hub_id), name, timm.create_model(name).state_dict(), {"source": "random"})
+    for name in set(names) & set(released()):
+        write_model_folder(local_folder(name), name, timm.create_model(name).state_dict(), {"source": "random"})
 
 
 def download_sdist(folder: Path) -> Path:

@@ -8,8 +8,10 @@ may write and read private repositories, nobody else.
 
 import base64
 import hashlib
+import importlib
 import json
 import threading
+import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
 
@@ -259,3 +261,17 @@ def _upload_mode(repository: Repository, file: dict) -> dict:
     if present is not None:
         oid = hashlib.sha256(present).hexdigest() if len(present) >= LFS_FROM else _git_sha1(present)
     return {"path": file["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False, "oid": oid}
+
+
+def list_and_create_published(published: dict[str, tuple[str, str]], *models: tuple[str, dict]) -> tuple[list, list]:
+    """For FreshProcess: what timm lists and `create_pretrained`, as if these commits and hashes were in the package."""
+    import timm
+    from fresh_process import create_pretrained
+
+    from equivision_timm.models import equivariant_resnet, pretrained
+
+    pretrained.PUBLISHED.update({name: pretrained.Published(*entry) for name, entry in published.items()})
+    with warnings.catch_warnings():  # of timm, that the names are registered already
+        warnings.simplefilter("ignore")
+        importlib.reload(equivariant_resnet)  # its cfgs are made of them
+    return timm.list_pretrained("[cd]?resnet*"), create_pretrained(*models)

@@ -9,7 +9,6 @@ import hashlib
 from pathlib import Path
 
 from filelock import FileLock
-from timm.models import get_pretrained_cfg
 
 from equivision_timm.checkpoints.convert_file import convert_file
 from equivision_timm.checkpoints.original import read_original
@@ -31,13 +30,14 @@ def fetch(model_name: str, images: Path | None = None, signs: str | None = None)
         The model's folder; `timm.create_model` takes it as `local-dir:`, too.
 
     Raises:
-        ValueError: no checkpoint of this model was released, or the file is not such a checkpoint.
+        ValueError: no checkpoint of this model was released, or the file is no such checkpoint, or another one than in
+            September 2023.
         ConnectionError: Google Drive did not give the file.
         ModuleNotFoundError: gdown is not installed.
     """
     if model_name not in released():
         raise ValueError(f"no weights of {model_name} were ever released; there are: {', '.join(released())}")
-    folder = local_folder(get_pretrained_cfg(model_name).hf_hub_id)
+    folder = local_folder(model_name)
     checkpoint = weights_folder() / "downloads" / f"{model_name}.ckpt"
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(checkpoint.with_suffix(".lock")):
@@ -47,8 +47,7 @@ def fetch(model_name: str, images: Path | None = None, signs: str | None = None)
         if not checkpoint.exists():
             _download(model_name, checkpoint)
         _check_kind(checkpoint)
-        sha256 = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
-        print(f"{model_name}: sha256 {sha256} ({_compare(sha256, released()[model_name].sha256)})")
+        _check_hash(model_name, checkpoint, folder)
         try:
             print(convert_file(checkpoint, model_name, folder, images=images, signs=signs))
         except ValueError as error:
@@ -87,9 +86,15 @@ def _check_kind(checkpoint: Path) -> None:
         raise ValueError(f"Google Drive gave something else than a sound checkpoint, deleted again: {error}") from error
 
 
-def _compare(sha256: str, published: str | None) -> str:
-    if published is None:
-        return "none was published to compare with"
-    if sha256 == published:
-        return "as published"
-    return f"NOT the file of September 2023, {published}; the one on Drive may be newer"
+def _check_hash(model_name: str, checkpoint: Path, folder: Path) -> None:
+    """Print the hash; delete a file that is another one than in September 2023."""
+    sha256, entry = hashlib.sha256(checkpoint.read_bytes()).hexdigest(), released()[model_name]
+    if entry.sha256 not in (None, sha256):
+        checkpoint.unlink()
+        raise ValueError(
+            f"Google Drive gave another checkpoint of {model_name} than in September 2023, deleted again: its sha256 "
+            f"is {sha256}, not {entry.sha256}. If you trust it, download "
+            f"https://drive.google.com/uc?id={entry.drive_id} in a browser and run "
+            f"`python -m equivision_timm convert FILE --model {model_name} --out {folder}`"
+        )
+    print(f"{model_name}: sha256 {sha256} ({'as published' if entry.sha256 else 'none was published to compare with'})")

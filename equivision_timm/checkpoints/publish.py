@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 import timm
 import torch
 from huggingface_hub import EvalResult, HfApi, ModelCardData
-from timm.models import get_pretrained_cfg, model_entrypoint
+from timm.models import model_entrypoint
 from timm.utils import reparameterize_model
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -70,7 +70,7 @@ def write_publication(model_name: str, parent: Path, organisation: str) -> Path:
     Raises:
         FileNotFoundError: the model is not in the local weights folder.
     """
-    source = local_folder(_hub_id(model_name))
+    source = _folder(model_name)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (source / name).is_file():
             raise FileNotFoundError(
@@ -128,7 +128,7 @@ def model_card(model_name: str, repository: str, provenance: dict[str, str]) -> 
 
 def models_in_weights_folder() -> list[str]:
     """Names of the released models that the local weights folder holds."""
-    return [name for name in released() if (local_folder(_hub_id(name)) / WEIGHTS_FILE).is_file()]
+    return [name for name in released() if (local_folder(name) / WEIGHTS_FILE).is_file()]
 
 
 def complexity(model_name: str) -> tuple[int, float]:
@@ -148,10 +148,10 @@ def complexity(model_name: str) -> tuple[int, float]:
     return parameters, flops / 2 / 1e9
 
 
-def _hub_id(model_name: str) -> str:
+def _folder(model_name: str) -> Path:
     if model_name not in released():
         raise ValueError(f"{model_name} has no weights to publish; there are: {', '.join(released())}")
-    return get_pretrained_cfg(model_name).hf_hub_id
+    return local_folder(model_name)
 
 
 def _reported(metric: str, value: float) -> EvalResult:

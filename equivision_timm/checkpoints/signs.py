@@ -27,14 +27,19 @@ The search maximises L; both are reported and must agree. Means of the activatio
 patterns. Whether two patterns score alike is Vuong's test (Econometrica 57, 1989): with m_f the difference of the two
 log-likelihoods at field f, z = sum m_f / (sqrt(N) std m_f). Below `Z_LIMIT` no pattern is chosen.
 
+How far apart two patterns are depends on the noise of the batch variances: with 40 crops a neighbour of the truth may
+lie 1.6 standard errors off, with 384 it lies 6.5 off. So the few finalists are compared on more and more crops, up to
+`MOST_BATCHES` times as many, until the answer is clear. Variances are averaged over batches, as in training.
+
 **How.** Signs act on all layers, but the first ones tell most and cost least. So: known patterns first; from the best
 of them and from random starts, change single groups, irreps, and pairs of the weakest groups while L of the stem and
 the first stage improves; then the neighbours of the winner, the known patterns and the other optima challenge it, on
-more and more stages, each as long as it is not far behind; last on the whole network.
+more and more stages, each as long as it is not far behind; last on the whole network, with as many crops as it takes.
 """
 
 import copy
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -45,9 +50,20 @@ from equivision_timm.checkpoints.sign_groups import element_signs, half_turn, ir
 from equivision_timm.layers import ConvNorm
 from equivision_timm.models import EquivariantResNet
 
-__all__ = ["Z_LIMIT", "AmbiguousSigns", "SignSearch", "find_signs", "statistics_misfit"]
+__all__ = [
+    "MOST_BATCHES",
+    "Z_LIMIT",
+    "AmbiguousSigns",
+    "Fit",
+    "SignSearch",
+    "best_fit",
+    "find_signs",
+    "fit_as_it_stands",
+    "statistics_misfit",
+]
 
 Z_LIMIT = 3.0  # standard errors by which the chosen pattern must lead
+MOST_BATCHES = 32  # of crops, on which the finalists are compared
 _DEPTHS = (1, 2, 4)  # stages on which patterns are compared, one after the other
 _SAME_LOGITS = 1e-3  # logits that differ by less, in their standard deviations, are the same network
 
@@ -67,6 +83,7 @@ class SignSearch:
         runner_up: the closest pattern whose logits differ.
         runner_up_misfit: its D.
         separation: Vuong's z between the two.
+        crops: on how many crops the finalists were compared.
         logits_differ: by how much their logits differ at most, in standard deviations of the logits.
         known: D of the known patterns, by name.
     """
@@ -77,11 +94,14 @@ class SignSearch:
     runner_up: str
     runner_up_misfit: float
     separation: float
+    crops: int
     logits_differ: float
     known: dict[str, float]
 
 
-def find_signs(model: EquivariantResNet, images: torch.Tensor, restarts: int = 2) -> SignSearch:
+def find_signs(
+    model: EquivariantResNet, images: torch.Tensor, restarts: int = 2, more: Iterable[torch.Tensor] = ()
+) -> SignSearch:
     """The sign pattern of the basis that the coefficients of `model` are given in.
 
     Args:
@@ -89,9 +109,11 @@ def find_signs(model: EquivariantResNet, images: torch.Tensor, restarts: int = 2
             checkpoint. It is not changed.
         images: normalised crops of photographs [N, 3, n, n], n = 1 mod 32; the more and the more varied, the better.
         restarts: random starts of the search, besides the best known pattern.
+        more: further crops, [N, 3, n, n] each, for the finalists; at most `MOST_BATCHES` - 1 are taken, and no more
+            than needed.
 
     Raises:
-        AmbiguousSigns: two patterns with different logits score alike.
+        AmbiguousSigns: two patterns with different logits score alike, on all the crops.
         ValueError: the group has no signs to find.
     """
     if not sign_groups(model.group):
@@ -100,21 +122,39 @@ def find_signs(model: EquivariantResNet, images: torch.Tensor, restarts: int = 2
     known = {name: scorer.canonical(pattern) for name, pattern in known_patterns(model.group).items()}
     generator = torch.Generator().manual_seed(0)
     with scorer.progress:
-        best_known = max(known.values(), key=lambda pattern: scorer.fit(pattern, _DEPTHS[-1]).log_likelihood)
+        best_known = _best_known(scorer)
         starts = [best_known] + [_random(len(best_known), generator) for _ in range(restarts)]
         optima = [_descend(scorer, scorer.canonical(start)) for start in starts]
         best = max([*optima, best_known], key=lambda pattern: scorer.fit(pattern, _DEPTHS[0]).log_likelihood)
-        best, closest = _challenge(scorer, best, {*optima, *known.values()})
-    return _conclude(scorer, model, images, best, closest, known)
+        best, leads = _challenge(scorer, best, {*optima, *known.values()})
+        best, leads = _decide(scorer, best, leads, itertools.islice(more, MOST_BATCHES - 1))
+        return _conclude(scorer, best, leads, known)
+
+
+def fit_as_it_stands(model: EquivariantResNet, images: torch.Tensor) -> "Fit":
+    """How well `model`, of any group and unchanged, reproduces its running statistics on images as in `find_signs`."""
+    return _Scorer(model, images).fit("", _DEPTHS[-1])
+
+
+def best_fit(model: EquivariantResNet, images: torch.Tensor, descend: bool = True) -> "Fit":
+    """The same under the best known sign pattern, or the one that a descent from there finds; any group."""
+    if not sign_groups(model.group):
+        return fit_as_it_stands(model, images)
+    scorer = _Scorer(model, images)
+    with scorer.progress:
+        start = _best_known(scorer)
+        ends = (start, _descend(scorer, start)) if descend else (start,)
+        return max((scorer.fit(pattern, _DEPTHS[-1]) for pattern in ends), key=lambda fit: fit.log_likelihood)
 
 
 def statistics_misfit(model: EquivariantResNet, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """r [fields] of every layer for `model` as it is: how its running variances differ from those on `images`."""
-    return _residuals(copy.deepcopy(model), images, _DEPTHS[-1])
+    """r [fields] of every layer for `model` as it stands: how its running variances differ from those on `images`."""
+    ratios = _ratios(copy.deepcopy(model), images, _DEPTHS[-1])
+    return {name: _residual(ratio) for name, ratio in ratios.items()}
 
 
 @dataclass(frozen=True)
-class _Fit:
+class Fit:
     """r [fields] for each layer, how they add up, and how two of them compare."""
 
     residuals: tuple[torch.Tensor, ...]
@@ -127,7 +167,7 @@ class _Fit:
     def log_likelihood(self) -> float:
         return -0.5 * sum(len(r) * _variance(r).log().item() for r in self.residuals)  # L
 
-    def lead(self, other: "_Fit") -> float:
+    def lead(self, other: "Fit") -> float:
         """Vuong's z: by how many standard errors this fit is better than the other."""
         terms = [_log_density(a) - _log_density(b) for a, b in zip(self.residuals, other.residuals, strict=True)]
         m = torch.cat(terms)
@@ -145,31 +185,45 @@ def _log_density(r: torch.Tensor) -> torch.Tensor:
 
 
 class _Scorer:
-    """Fits of sign patterns, each computed once."""
+    """Fits of sign patterns on batches of crops, each computed once."""
 
     def __init__(self, model: EquivariantResNet, images: torch.Tensor) -> None:
         self.model = copy.deepcopy(model)
-        self.images = images
+        self.batches = [images]
         self.half_turn = half_turn(model.group)
         self.coefficients = {name: module.conv.weight.detach().clone() for name, module in _conv_norms(model)}
         self.statistics = {name: buffer.clone() for name, buffer in model.named_buffers() if "running" in name}
-        self.fits: dict[tuple[str, int], _Fit] = {}
-        self.progress = tqdm(desc="sign patterns tried", unit="")
+        self.ratios: dict[tuple[str, int], list[tuple[torch.Tensor, ...]]] = {}  # one a batch
+        self.progress = tqdm(desc="sign patterns tried", unit="", disable=not self.half_turn)
 
     def canonical(self, pattern: str) -> str:
         """Of a pattern and its half turn, the one that does not negate the first odd harmonic."""
         first = self.half_turn.index("-")
         return pattern if pattern[first] == "+" else combine(pattern, self.half_turn)
 
-    def fit(self, pattern: str, stages: int) -> _Fit:
-        """The fit of a pattern on the stem and the first `stages` stages."""
-        pattern = self.canonical(pattern)
-        if (pattern, stages) not in self.fits:
+    def fit(self, pattern: str, stages: int) -> Fit:
+        """The fit of a pattern (empty: the coefficients as they stand) on the stem and the first `stages` stages."""
+        pattern = self.canonical(pattern) if pattern else pattern
+        known = self.ratios.setdefault((pattern, stages), [])
+        if len(known) < len(self.batches):
+            self._set(pattern)
+        for images in self.batches[len(known) :]:
             self.progress.update()
-            apply_signs(self.model, self.coefficients, pattern)
             self.model.load_state_dict(self.statistics, strict=False)
-            self.fits[pattern, stages] = _Fit(tuple(_residuals(self.model, self.images, stages).values()))
-        return self.fits[pattern, stages]
+            known.append(tuple(_ratios(self.model, images, stages).values()))
+        layers = zip(*known, strict=True)  # for each layer, its ratios in every batch
+        return Fit(tuple(_residual(torch.stack(ratios).mean(0)) for ratios in layers))
+
+    @torch.no_grad()
+    def logits(self, pattern: str) -> torch.Tensor:
+        """What the network says under a pattern, with the statistics of the checkpoint, on two of the images."""
+        self._set(pattern)
+        self.model.load_state_dict(self.statistics, strict=False)
+        return self.model.eval()(self.batches[0][:2])
+
+    def _set(self, pattern: str) -> None:
+        if pattern:
+            apply_signs(self.model, self.coefficients, pattern)
 
 
 def _conv_norms(model: nn.Module) -> list[tuple[str, ConvNorm]]:
@@ -192,8 +246,11 @@ def apply_signs(model: EquivariantResNet, coefficients: dict[str, torch.Tensor],
 
 
 @torch.no_grad()
-def _residuals(model: EquivariantResNet, images: torch.Tensor, stages: int) -> dict[str, torch.Tensor]:
-    """r [fields alive] of the layers up to stage `stages`, by name; overwrites the running statistics of `model`."""
+def _ratios(model: EquivariantResNet, images: torch.Tensor, stages: int) -> dict[str, torch.Tensor]:
+    """Batch variance / running variance [fields alive] of the layers up to stage `stages`, by name.
+
+    Overwrites the running statistics of `model`.
+    """
     layers = [model.layer1, model.layer2, model.layer3, model.layer4][:stages]
     trunk = nn.Sequential(model.conv1, model.act1, model.maxpool, *layers).train()
     norms = {name: module.norm.per_field for name, module in _conv_norms(model)}
@@ -206,8 +263,19 @@ def _residuals(model: EquivariantResNet, images: torch.Tensor, stages: int) -> d
     for name, norm in norms.items():
         alive = before[name] > 0  # a field whose coefficients are all zero tells nothing
         if alive.any():
-            ratios[name] = (norm.running_var[alive] / before[name][alive]).clamp_min(1e-30).log()
-    return {name: ratio - ratio.median() for name, ratio in ratios.items()}
+            ratios[name] = norm.running_var[alive] / before[name][alive]
+    return ratios
+
+
+def _residual(ratio: torch.Tensor) -> torch.Tensor:
+    """r of the fields of a layer: the logarithm of their ratios, less its median."""
+    r = ratio.clamp_min(1e-30).log()
+    return r - r.median()
+
+
+def _best_known(scorer: _Scorer) -> str:
+    known = [scorer.canonical(pattern) for pattern in known_patterns(scorer.model.group).values()]
+    return max(known, key=lambda pattern: scorer.fit(pattern, _DEPTHS[-1]).log_likelihood)
 
 
 def _random(length: int, generator: torch.Generator) -> str:
@@ -261,54 +329,71 @@ def _challenge(scorer: _Scorer, best: str, others: set[str]) -> tuple[str, dict[
         best = max(better, key=lambda rival: scorer.fit(rival, stages).log_likelihood)
 
 
-def _conclude(
-    scorer: _Scorer,
-    model: EquivariantResNet,
-    images: torch.Tensor,
-    best: str,
-    closest: dict[str, float],
-    known: dict[str, str],
-) -> SignSearch:
-    """The result, or AmbiguousSigns where the closest rival with other logits is too close."""
+def _decide(
+    scorer: _Scorer, best: str, leads: dict[str, float], more: Iterable[torch.Tensor]
+) -> tuple[str, dict[str, float]]:
+    """The winner and its lead over the finalists, on as many more crops as it takes to tell them apart."""
     depth = _DEPTHS[-1]
-    misfits = {name: scorer.fit(pattern, depth).misfit for name, pattern in known.items()}
-    rivals = sorted(closest, key=closest.__getitem__)
-    expected = _logits(scorer, model, images, best)
-    runner_up, distance = rivals[0], 0.0
-    for rival in rivals:  # the closest one that is another network
-        difference = ((_logits(scorer, model, images, rival) - expected).abs().max() / expected.std()).item()
-        if difference > _SAME_LOGITS:
-            runner_up, distance = rival, difference
+    for images in more:
+        if _is_clear(scorer, best, leads):
             break
+        scorer.batches.append(images)
+        leader = max([best, *leads], key=lambda pattern: scorer.fit(pattern, depth).log_likelihood)
+        if leader != best:  # its neighbours have not been looked at
+            best, leads = _challenge(scorer, leader, {best, *leads})
+        fit = scorer.fit(best, depth)
+        leads = {rival: fit.lead(scorer.fit(rival, depth)) for rival in leads}
+        rivals = sorted(leads, key=leads.__getitem__)
+        leads = {rival: leads[rival] for i, rival in enumerate(rivals) if i == 0 or leads[rival] < 2 * Z_LIMIT}
+    return best, leads
+
+
+def _runner_up(scorer: _Scorer, best: str, leads: dict[str, float]) -> tuple[str, float]:
+    """The closest rival that is another network, and by how much its logits differ; else the closest one."""
+    rivals = sorted(leads, key=leads.__getitem__)
+    expected = scorer.logits(best)
+    for rival in rivals:
+        difference = ((scorer.logits(rival) - expected).abs().max() / expected.std()).item()
+        if not difference <= _SAME_LOGITS:
+            return rival, difference
+    return rivals[0], 0.0
+
+
+def _is_clear(scorer: _Scorer, best: str, leads: dict[str, float]) -> bool:
+    """Whether the winner leads every other network by enough, in the likelihood and in the misfit."""
+    runner_up, distance = _runner_up(scorer, best, leads)
+    misfits = [scorer.fit(pattern, _DEPTHS[-1]).misfit for pattern in (best, runner_up)]
+    return not distance or (leads[runner_up] >= Z_LIMIT and misfits[0] < misfits[1])
+
+
+def _conclude(scorer: _Scorer, best: str, leads: dict[str, float], known: dict[str, str]) -> SignSearch:
+    """The result, or AmbiguousSigns where the closest rival with other logits is too close."""
+    depth, group = _DEPTHS[-1], scorer.model.group
+    clear = _is_clear(scorer, best, leads)
+    crops = sum(len(images) for images in scorer.batches)
+    runner_up, distance = _runner_up(scorer, best, leads)
     names = {pattern: name for name, pattern in known.items()}
-    search = SignSearch(
-        signs=known_patterns(model.group)[names[best]] if best in names else best,
+    finalists = {pattern: scorer.fit(pattern, depth).misfit for pattern in (best, *leads)}
+    del scorer.batches[1:]  # the known patterns are far behind: the first crops tell
+    misfits = {name: finalists.get(p, scorer.fit(p, depth).misfit) for name, p in known.items()}
+    if not clear:
+        rows = [(misfits[name], name, pattern) for name, pattern in known_patterns(group).items()]
+        rows += [(finalists[p], "not known", p) for p in set(finalists) - set(known.values())]
+        table = "\n".join(f"  {misfit:10.4g}  {name:18}  {pattern}" for misfit, name, pattern in sorted(rows))
+        raise AmbiguousSigns(
+            f"the signs of this {group} checkpoint cannot be told on {crops} crops: the two best patterns "
+            f"are {leads[runner_up]:.1f} standard errors apart ({Z_LIMIT:.0f} are needed) and their logits differ by "
+            f"{distance:.2g} standard deviations. Misfit to the batch-norm statistics:\n{table}\n"
+            "Give more and more varied photographs (--images DIR, best some of ImageNet's), or decide: --signs PATTERN"
+        )
+    return SignSearch(
+        signs=known_patterns(group)[names[best]] if best in names else best,
         name=names.get(best),
-        misfit=scorer.fit(best, depth).misfit,
+        misfit=finalists[best],
         runner_up=runner_up,
-        runner_up_misfit=scorer.fit(runner_up, depth).misfit,
-        separation=closest[runner_up],
+        runner_up_misfit=finalists[runner_up],
+        separation=leads[runner_up],
+        crops=crops,
         logits_differ=distance,
         known=misfits,
     )
-    if search.logits_differ > _SAME_LOGITS and (
-        search.separation < Z_LIMIT or search.misfit >= search.runner_up_misfit
-    ):
-        rows = [(misfits[name], name, pattern) for name, pattern in known_patterns(model.group).items()]
-        rows += [(scorer.fit(p, depth).misfit, "not known", p) for p in {best, *rivals} - set(known.values())]
-        table = "\n".join(f"  {misfit:10.4g}  {name:18}  {pattern}" for misfit, name, pattern in sorted(rows))
-        raise AmbiguousSigns(
-            f"the signs of this {model.group} checkpoint cannot be told on {len(images)} crops: the two best patterns "
-            f"are {search.separation:.1f} standard errors apart ({Z_LIMIT:.0f} are needed) and their logits differ by "
-            f"{search.logits_differ:.2g} standard deviations. Misfit to the batch-norm statistics:\n{table}\n"
-            "Give more and more varied photographs (--images DIR, best some of ImageNet's), or decide: --signs PATTERN"
-        )
-    return search
-
-
-@torch.no_grad()
-def _logits(scorer: _Scorer, model: EquivariantResNet, images: torch.Tensor, pattern: str) -> torch.Tensor:
-    """What `model` says under a pattern, with the statistics of the checkpoint, on two of the images."""
-    network = copy.deepcopy(model).eval()
-    apply_signs(network, scorer.coefficients, pattern)
-    return network(images[:2])

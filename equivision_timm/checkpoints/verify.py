@@ -1,32 +1,36 @@
 """Is a model what it claims to be? Checks of weights that are about to be used or published, one row each."""
 
+import copy
 import hashlib
-import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import timm
 import torch
-from safetensors.torch import load_file
 from timm.data import create_dataset, create_loader, resolve_data_config
+from timm.models import get_pretrained_cfg
 from timm.utils import AverageMeter, accuracy
 from tqdm import tqdm
 
-from equivision_timm.checkpoints.folder import CONFIG_FILE, read_provenance
+from equivision_timm.arguments import one_line
 from equivision_timm.checkpoints.photographs import load_crops
 from equivision_timm.checkpoints.released import released
-from equivision_timm.checkpoints.signs import statistics_misfit
+from equivision_timm.checkpoints.signs import Z_LIMIT, apply_signs, best_fit, fit_as_it_stands, statistics_misfit
+from equivision_timm.checkpoints.strict_load import Loaded, load_strictly
 from equivision_timm.groups import Group
 from equivision_timm.kernel_bases import manifest
+from equivision_timm.layers import ConvNorm
 from equivision_timm.models import EquivariantResNet
-from equivision_timm.models.pretrained import WEIGHTS_FILE
+from equivision_timm.tensor_hash import TENSORS_SHA256, hash_tensors
 from equivision_timm.testing import equivariance_error
 
-__all__ = ["Check", "as_json", "as_table", "verify"]
+__all__ = ["Check", "as_json", "as_table", "check_files", "verify"]
 
 _EXACT_SIZE = 97  # n = 1 mod 32: quarter turns and mirrors are exact
 _TOLERANCE = 1e-4
+_CLEARLY = 0.8  # of the misfit: below, another model fits better, and not by chance (random weights give 0.95)
 
 
 @dataclass(frozen=True)
@@ -49,31 +53,18 @@ def verify(target: str, images: str | Path | None = None, data: str | Path | Non
     Returns:
         All rows; the model is fine where no `ok` is False.
     """
-    try:
-        model, weights = _load(target)
-    except Exception as error:  # of timm, torch, safetensors, the Hub's client, ...: all mean that it does not load
-        return [Check("loads", False, f"{type(error).__name__}: {str(error).strip() or target}")]
-    steps: list[Callable[[], Iterator[Check]]] = [
-        lambda: _origin(weights),
-        lambda: _finite(model),
-        lambda: _equivariance(model),
-        lambda: _statistics(model, images),
-    ]
-    if data is not None:
-        steps.append(lambda: _accuracy(model, data))
-    checks = [Check("loads", True, f"{model.pretrained_cfg['architecture']}, every entry")]
-    for step in steps:
-        if any(check.name == "finite" and check.ok is False for check in checks):
-            break  # what follows would only repeat it
-        checks.extend(step())
-    return checks
+    checks, loaded = check_files(target)
+    if loaded is None or any(check.name == "finite" and check.ok is False for check in checks):
+        return checks  # what follows would only repeat it
+    checks += [*_equivariance(loaded.model), *_statistics(loaded, images)]
+    return [*checks, *_accuracy(loaded.model, data)] if data is not None else checks
 
 
 def as_table(checks: list[Check]) -> str:
     """The rows as text for people."""
     words = {True: "ok", False: "FAILED", None: "-"}
     width = max(len(check.name) for check in checks)
-    return "\n".join(f"{check.name:{width}}  {words[check.ok]:6}  {check.finding}" for check in checks)
+    return "\n".join(one_line(f"{check.name:{width}}  {words[check.ok]:6}  {check.finding}") for check in checks)
 
 
 def as_json(checks: list[Check]) -> dict:
@@ -81,34 +72,30 @@ def as_json(checks: list[Check]) -> dict:
     return {"ok": all(check.ok is not False for check in checks), "checks": [asdict(check) for check in checks]}
 
 
-def _load(target: str) -> tuple[EquivariantResNet, Path | None]:
-    """The model in eval mode, loaded strictly, and its weights file; None where the Hub's cache holds it."""
-    path = Path(target)
-    if path.is_dir():
-        if not (path / WEIGHTS_FILE).is_file() or not (path / CONFIG_FILE).is_file():
-            raise FileNotFoundError(f"{path} is no model folder: it needs {CONFIG_FILE} and {WEIGHTS_FILE}")
-        model, weights = timm.create_model(f"local-dir:{path}", pretrained=True), path / WEIGHTS_FILE
-    elif path.is_file():
-        name = read_provenance(path).get("model")
-        if name is None:
-            raise ValueError(f"{path} does not say which model it is for: verify its folder, with {CONFIG_FILE}")
-        model, weights = timm.create_model(name), path
-        model.load_state_dict(load_file(path))
-    elif os.sep in target or path.suffix:
-        raise FileNotFoundError(f"there is no file or folder {target}")
+def check_files(target: str) -> tuple[list[Check], Loaded | None]:
+    """The rows that need the files alone: does the model load, from what, and are its values possible ones.
+
+    Returns:
+        The rows, and the model where it loads.
+    """
+    try:
+        loaded = load_strictly(target)
+    except Exception as error:  # of timm, torch, safetensors, the Hub's client, ...: all mean that it does not load
+        return [Check("loads", False, f"{type(error).__name__}: {str(error).strip() or target}")], None
+    checks = [Check("loads", True, f"{loaded.name}, every entry")]
+    return [*checks, *_origin(loaded), *_preprocessing(loaded), *_finite(loaded.state_dict)], loaded
+
+
+def _origin(loaded: Loaded) -> Iterator[Check]:
+    yield Check("sha256", None, hashlib.sha256(loaded.weights.read_bytes()).hexdigest())
+    provenance, found = dict(loaded.provenance), hash_tensors(loaded.state_dict)
+    expected = provenance.pop(TENSORS_SHA256, None)
+    if expected is None:
+        finding = f"{found}, but the file does not say what it was at first: whether a value changed cannot be told"
+        yield Check(TENSORS_SHA256, None, finding)
     else:
-        model, weights = timm.create_model(target, pretrained=True), None
-    if not isinstance(model, EquivariantResNet):
-        raise ValueError(f"{target} is a {type(model).__name__}, not one of our models")
-    return model.eval(), weights
-
-
-def _origin(weights: Path | None) -> Iterator[Check]:
-    if weights is None:
-        yield Check("origin", None, "the local weights folder or the Hub: verify the folder for hash and provenance")
-        return
-    yield Check("sha256", None, hashlib.sha256(weights.read_bytes()).hexdigest())
-    provenance = read_provenance(weights)
+        finding = found if found == expected else f"{found}, but it was {expected}: the tensors have been changed"
+        yield Check(TENSORS_SHA256, found == expected, finding)
     if not provenance:
         yield Check("provenance", None, "the file does not say where it comes from")
     for key, value in provenance.items():
@@ -117,8 +104,21 @@ def _origin(weights: Path | None) -> Iterator[Check]:
         yield Check(key, not wrong if key == "basis_sha256" else None, finding)
 
 
-def _finite(model: EquivariantResNet) -> Iterator[Check]:
-    state = model.state_dict()
+def _preprocessing(loaded: Loaded) -> Iterator[Check]:
+    """What is done to an image before the network sees it; for weights of the original it is known."""
+    found = resolve_data_config({}, pretrained_cfg=loaded.model.pretrained_cfg)
+    known = resolve_data_config({}, pretrained_cfg=get_pretrained_cfg(loaded.name).to_dict())
+    differ = [f"{key} {found[key]}" for key in known if _listed(found[key]) != _listed(known[key])]
+    is_original = "source_sha256" in loaded.provenance
+    finding = f"{', '.join(differ)}, unlike the original's" if differ else "that of the original"
+    yield Check("preprocessing", not differ if is_original else None, finding)
+
+
+def _listed(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _finite(state: dict[str, torch.Tensor]) -> Iterator[Check]:
     bad = [name for name, value in state.items() if not torch.isfinite(value).all()]
     bad += [name for name, value in state.items() if name.endswith("running_var") and (value < 0).any()]
     finding = f"NaN, infinity or a negative variance in {', '.join(bad[:3])}" if bad else f"all {len(state)} entries"
@@ -141,7 +141,7 @@ def _equivariance(model: EquivariantResNet) -> Iterator[Check]:
         yield Check("other elements", None, f"{max(others):.1e} {where}, resampled")
 
 
-def _statistics(model: EquivariantResNet, images: str | Path | None) -> Iterator[Check]:
+def _statistics(loaded: Loaded, images: str | Path | None) -> Iterator[Check]:
     try:
         crops = load_crops(images)
     except ModuleNotFoundError as error:
@@ -150,14 +150,59 @@ def _statistics(model: EquivariantResNet, images: str | Path | None) -> Iterator
     except (OSError, ValueError) as error:
         yield Check("statistics", False, str(error))
         return
-    residuals = statistics_misfit(model, crops)
+    if loaded.model.in_chans != 3:
+        yield Check("statistics", None, f"not checked: the model takes {loaded.model.in_chans} channels, photographs 3")
+        return
+    residuals = statistics_misfit(loaded.model, crops)
     every = torch.cat(list(residuals.values()))
     layer = max(residuals, key=lambda name: residuals[name].square().mean().item())
+    rms = every.square().mean().sqrt().item()
     finding = (
-        f"log(variance on {len(crops)} crops / running variance): {every.square().mean().sqrt():.2g} rms over "
+        f"log(variance on {len(crops)} crops / running variance): {rms:.2g} rms over "
         f"{len(every)} fields, most in {layer}, {residuals[layer].square().mean().sqrt():.2g}"
     )
     yield Check("statistics", None if every.isfinite().all() else False, finding)
+    if every.isfinite().all():
+        yield from _rivals(loaded, crops, rms)
+
+
+def _rivals(loaded: Loaded, crops: torch.Tensor, rms: float) -> Iterator[Check]:
+    """Is it the model that it is said to be? Those of D_4 and C_8 have the same names and shapes, other statistics."""
+    own = fit_as_it_stands(loaded.model, crops)
+    coefficients = _as_in_the_checkpoint(loaded)
+    for name in _same_shapes(loaded):
+        rival = timm.create_model(name, num_classes=loaded.model.num_classes)
+        rival.load_state_dict(coefficients)
+        fit = best_fit(rival, crops, descend=False)
+        other = torch.cat(fit.residuals).square().mean().sqrt().item()
+        wrong = fit.lead(own) >= Z_LIMIT and other < _CLEARLY * rms
+        finding = f"{name} has the same names and shapes, and {other:.2g} rms under its best known signs"
+        finding += f": it is a checkpoint of {name}, convert it as such" if wrong else ""
+        yield Check("other model", False if wrong else None, finding)
+
+
+def _same_shapes(loaded: Loaded) -> list[str]:
+    """The other models of ours that the entries fit."""
+    prefix, suffix = re.fullmatch(r"(test_)?[cd]\d+(resnet.*)", loaded.name).groups("")
+    shapes = {name: value.shape for name, value in loaded.state_dict.items()}
+    names = []
+    for name in timm.list_models(f"{prefix}[cd]*{suffix}", module="equivariant_resnet"):
+        with torch.device("meta"):
+            state = timm.create_model(name, num_classes=loaded.model.num_classes).state_dict()
+        if name != loaded.name and {key: value.shape for key, value in state.items()} == shapes:
+            names.append(name)
+    return names
+
+
+def _as_in_the_checkpoint(loaded: Loaded) -> dict[str, torch.Tensor]:
+    """The entries with the signs of the converter undone: what another model would have been converted from."""
+    signs = loaded.provenance.get("signs")
+    if signs is None:
+        return loaded.state_dict
+    model = copy.deepcopy(loaded.model)
+    weights = {name: module.conv.weight for name, module in model.named_modules() if isinstance(module, ConvNorm)}
+    apply_signs(model, {name: weight.detach().clone() for name, weight in weights.items()}, signs)
+    return model.state_dict()
 
 
 def _accuracy(model: EquivariantResNet, data: str | Path) -> Iterator[Check]:

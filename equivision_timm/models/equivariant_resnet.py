@@ -38,7 +38,7 @@ from equivision_timm.layers import (
     check_positionwise,
     fuses,
 )
-from equivision_timm.models.pretrained import HUB_ORG, WEIGHTS_FILE, build_pretrained
+from equivision_timm.models.pretrained import TAG, WEIGHTS_FILE, build_pretrained, hub_id
 
 __all__ = ["BasicBlock", "Bottleneck", "EquivariantResNet"]  # register_model adds every entrypoint
 
@@ -584,9 +584,9 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-def _pretrained_cfg(name_with_tag: str) -> dict[str, Any]:
-    """Weights of the original, converted; the cfg says where on the Hub they belong."""
-    return _cfg(hf_hub_id=f"{HUB_ORG}/{name_with_tag}", hf_hub_filename=WEIGHTS_FILE)
+def _pretrained_cfg(variant: str) -> dict[str, Any]:
+    """Weights of the original, converted; the cfg names a place on the Hub once they are published."""
+    return _cfg(hf_hub_id=hub_id(variant), hf_hub_filename=WEIGHTS_FILE)
 
 
 def _digits_cfg(variant: str) -> dict[str, Any]:
@@ -608,11 +608,11 @@ def _digits_cfg(variant: str) -> dict[str, Any]:
 default_cfgs = generate_default_cfgs(
     {
         "c1resnet18": _cfg(),
-        "d1resnet18.equivision_in1k": _pretrained_cfg("d1resnet18.equivision_in1k"),
-        "c4resnet18.equivision_in1k": _pretrained_cfg("c4resnet18.equivision_in1k"),
-        "d4resnet18.equivision_in1k": _pretrained_cfg("d4resnet18.equivision_in1k"),
-        "c8resnet18.equivision_in1k": _pretrained_cfg("c8resnet18.equivision_in1k"),
-        "d8resnet18.equivision_in1k": _pretrained_cfg("d8resnet18.equivision_in1k"),
+        f"d1resnet18.{TAG}": _pretrained_cfg("d1resnet18"),
+        f"c4resnet18.{TAG}": _pretrained_cfg("c4resnet18"),
+        f"d4resnet18.{TAG}": _pretrained_cfg("d4resnet18"),
+        f"c8resnet18.{TAG}": _pretrained_cfg("c8resnet18"),
+        f"d8resnet18.{TAG}": _pretrained_cfg("d8resnet18"),
         "c1resnet18_fast": _cfg(),
         "d1resnet18_fast": _cfg(),
         "c4resnet18_fast": _cfg(),
@@ -620,10 +620,10 @@ default_cfgs = generate_default_cfgs(
         "c8resnet18_fast": _cfg(),
         "d8resnet18_fast": _cfg(),
         "c1resnet50": _cfg(),
-        "d1resnet50.equivision_in1k": _pretrained_cfg("d1resnet50.equivision_in1k"),
-        "c4resnet50.equivision_in1k": _pretrained_cfg("c4resnet50.equivision_in1k"),
-        "d4resnet50.equivision_in1k": _pretrained_cfg("d4resnet50.equivision_in1k"),
-        "c8resnet50.equivision_in1k": _pretrained_cfg("c8resnet50.equivision_in1k"),
+        f"d1resnet50.{TAG}": _pretrained_cfg("d1resnet50"),
+        f"c4resnet50.{TAG}": _pretrained_cfg("c4resnet50"),
+        f"d4resnet50.{TAG}": _pretrained_cfg("d4resnet50"),
+        f"c8resnet50.{TAG}": _pretrained_cfg("c8resnet50"),
         "d8resnet50": _cfg(),
         "c1resnet50_fast": _cfg(),
         "d1resnet50_fast": _cfg(),
@@ -632,9 +632,9 @@ default_cfgs = generate_default_cfgs(
         "c8resnet50_fast": _cfg(),
         "d8resnet50_fast": _cfg(),
         "c1resnet101": _cfg(),
-        "d1resnet101.equivision_in1k": _pretrained_cfg("d1resnet101.equivision_in1k"),
-        "c4resnet101.equivision_in1k": _pretrained_cfg("c4resnet101.equivision_in1k"),
-        "d4resnet101.equivision_in1k": _pretrained_cfg("d4resnet101.equivision_in1k"),
+        f"d1resnet101.{TAG}": _pretrained_cfg("d1resnet101"),
+        f"c4resnet101.{TAG}": _pretrained_cfg("c4resnet101"),
+        f"d4resnet101.{TAG}": _pretrained_cfg("d4resnet101"),
         "c8resnet101": _cfg(),
         "d8resnet101": _cfg(),
         "c1resnet101_fast": _cfg(),

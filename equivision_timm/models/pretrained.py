@@ -1,26 +1,64 @@
-"""Where pretrained weights come from: the local weights folder first, else the Hub, else an error that says how.
+"""Where the original's weights come from: the local weights folder first, else the Hub, else an error that says how.
 
-The local weights folder mirrors the Hub organisation, a folder for each repository:
-`<weights folder>/c8resnet50.equivision_in1k/model.safetensors` next to its `config.json`. The folder is only consulted
-where nobody named another source: an explicit `hf-hub:`, `local-dir:`, `pretrained_cfg` or `pretrained_cfg_overlay`
-with a source of its own goes the way timm sends it.
+The local weights folder holds a folder for each model: `<weights folder>/c8resnet50.equivision_in1k/model.safetensors`
+next to its `config.json`. On the Hub are those of `PUBLISHED`, each at one commit and with one hash: no host is asked
+for a model that is not there. Both places are only consulted where nobody named another source: an explicit `hf-hub:`,
+`local-dir:`, `pretrained_cfg` or `pretrained_cfg_overlay` with a source of its own goes the way timm sends it.
 """
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.nn as nn
 from huggingface_hub import constants, hf_hub_download
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from timm.models import PretrainedCfg, resolve_pretrained_cfg
 
-__all__ = ["HUB_ORG", "WEIGHTS_FILE", "build_pretrained", "local_folder", "weights_folder"]
+from equivision_timm.tensor_hash import TENSORS_SHA256, hash_tensors
+
+__all__ = [
+    "HUB_ORG",
+    "PUBLISHED",
+    "TAG",
+    "WEIGHTS_FILE",
+    "Published",
+    "build_pretrained",
+    "find_weights",
+    "hub_id",
+    "local_folder",
+    "weights_folder",
+]
 
 HUB_ORG = "equivision-timm"  # the organisation on the Hub
+TAG = "equivision_in1k"  # the original's weights, trained on ImageNet-1k
 WEIGHTS_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Published:
+    """Weights on the Hub.
+
+    Attributes:
+        revision: the commit that `publish` named, 40 hexadecimal digits.
+        tensors_sha256: hash of the tensors, as `publish` checked it and `verify` shows it.
+    """
+
+    revision: str
+    tensors_sha256: str
+
+
+PUBLISHED: dict[str, Published] = {}  # by name, e.g. "c8resnet50"; nothing has been published yet
+
+
+def hub_id(model_name: str) -> str | None:
+    """`organisation/repository@commit` of a model on the Hub, None where it has not been published."""
+    published = PUBLISHED.get(model_name)
+    return f"{HUB_ORG}/{model_name}.{TAG}@{published.revision}" if published else None
 
 
 def weights_folder() -> Path:
@@ -29,9 +67,9 @@ def weights_folder() -> Path:
     return Path(os.environ.get("EQUIVISION_TIMM_WEIGHTS") or f"{cache}/equivision_timm").expanduser()
 
 
-def local_folder(hf_hub_id: str) -> Path:
-    """Folder of the weights folder that holds what the Hub repository `hf_hub_id` holds."""
-    return weights_folder() / hf_hub_id.split("/")[1]
+def local_folder(model_name: str) -> Path:
+    """Folder of the weights folder for a model, e.g. 'c8resnet50', whether it exists or not."""
+    return weights_folder() / f"{model_name}.{TAG}"
 
 
 def build_pretrained(
@@ -51,39 +89,69 @@ def build_pretrained(
         **kwargs: the rest of what `build` takes.
 
     Raises:
-        RuntimeError: neither the weights folder nor the Hub gives the weights, or the local file is damaged.
+        RuntimeError: no place has the weights, or their file is damaged or holds something else.
     """
     overlay = dict(pretrained_cfg_overlay or {})
     build = partial(build, variant, pretrained=True, pretrained_cfg=pretrained_cfg, **kwargs)
-    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
-    if not _is_ours(cfg):
-        return build(pretrained_cfg_overlay=overlay)
+    if _is_ours(variant, resolve_pretrained_cfg(variant, pretrained_cfg, overlay)):
+        overlay["file"] = str(find_weights(variant, kwargs.get("cache_dir")))
+    return build(pretrained_cfg_overlay=overlay)
 
-    file = local_folder(cfg.hf_hub_id) / WEIGHTS_FILE
-    if not file.is_file():
-        file = _download(variant, cfg.hf_hub_id, file, kwargs.get("cache_dir"))
-    try:
-        return build(pretrained_cfg_overlay={**overlay, "file": str(file)})
-    except SafetensorError as error:
+
+def find_weights(model_name: str, cache_dir: str | Path | None = None) -> Path:
+    """The safetensors file with the original's weights for `model_name`, downloaded if need be, its tensors compared.
+
+    Args:
+        model_name: e.g. 'c8resnet50'.
+        cache_dir: of downloads; None takes the cache of huggingface_hub.
+
+    Raises:
+        RuntimeError: no place has the weights, or their file is damaged or holds something else.
+    """
+    file = local_folder(model_name) / WEIGHTS_FILE
+    if file.is_file():
+        _check(file, model_name, None, f"delete it and run `python -m equivision_timm fetch {model_name}`")
+    elif model_name in PUBLISHED:
+        file = _download(model_name, file, cache_dir)
+        _check(file, model_name, PUBLISHED[model_name].tensors_sha256, "delete it and try again")
+    else:
         raise RuntimeError(
-            f"{file} is damaged ({error}): delete it and run `python -m equivision_timm fetch {variant}`"
-        ) from error
+            f"no weights for {model_name}: there is no {file}, and none are published on the Hub yet. "
+            f"To get them, run `python -m equivision_timm fetch {model_name}`"
+        )
+    return file
 
 
-def _download(variant: str, hf_hub_id: str, local_file: Path, cache_dir: str | Path | None) -> Path:
-    """The file in the Hub's cache, downloaded if need be."""
+def _check(file: Path, model_name: str, tensors_sha256: str | None, remedy: str) -> None:
+    """Whether a file holds this model, with this hash; None takes the hash in its own metadata, if it carries one."""
     try:
-        return Path(hf_hub_download(hf_hub_id, WEIGHTS_FILE, cache_dir=cache_dir))
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+        found = hash_tensors(load_file(file))
+    except SafetensorError as error:
+        raise RuntimeError(f"{file} is damaged ({error}): {remedy}") from error
+    if metadata.get("model", model_name) != model_name:
+        raise RuntimeError(f"{file} holds {metadata['model']!r}, not {model_name}: {remedy}")
+    expected = tensors_sha256 or metadata.get(TENSORS_SHA256, found)
+    if found != expected:
+        raise RuntimeError(f"{file} is damaged (the hash of its tensors is {found}, not {expected!r}): {remedy}")
+
+
+def _download(model_name: str, local_file: Path, cache_dir: str | Path | None) -> Path:
+    """The file in the Hub's cache, downloaded if need be."""
+    repository, revision = f"{HUB_ORG}/{model_name}.{TAG}", PUBLISHED[model_name].revision
+    try:
+        return Path(hf_hub_download(repository, WEIGHTS_FILE, revision=revision, cache_dir=cache_dir))
     except Exception as error:  # errors of huggingface_hub, of its HTTP library, of the system
         raise RuntimeError(
-            f"no weights for {variant}. Tried:\n"
+            f"no weights for {model_name}. Tried:\n"
             f"- the local weights folder: there is no {local_file}\n"
-            f"- the Hub, {constants.ENDPOINT}/{hf_hub_id}: {type(error).__name__}: {error}\n"
-            f"To get them, run `python -m equivision_timm fetch {variant}`"
+            f"- the Hub, {constants.ENDPOINT}/{repository}, commit {revision}: {type(error).__name__}: {error}\n"
+            f"To get them, run `python -m equivision_timm fetch {model_name}`"
         ) from error
 
 
-def _is_ours(cfg: PretrainedCfg) -> bool:
-    """Whether the weights are those of our Hub repository, and no other source was named."""
+def _is_ours(variant: str, cfg: PretrainedCfg) -> bool:
+    """Whether the weights are the original's, and no other source was named."""
     other = cfg.source or cfg.state_dict or cfg.file or cfg.url
-    return not other and (cfg.hf_hub_id or "").startswith(f"{HUB_ORG}/") and cfg.hf_hub_filename == WEIGHTS_FILE
+    return not other and cfg.tag == TAG and cfg.hf_hub_id == hub_id(variant) and cfg.hf_hub_filename == WEIGHTS_FILE

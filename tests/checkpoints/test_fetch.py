@@ -3,16 +3,19 @@
 import hashlib
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import timm
 import torch
 from reference_data import checkpoint
 
+from equivision_timm.checkpoints import convert_file
 from equivision_timm.checkpoints import fetch as fetch_module
 from equivision_timm.checkpoints.convert import convert_original
 from equivision_timm.checkpoints.fetch import fetch
@@ -44,9 +47,16 @@ def original_file(original):
     return saved(original)
 
 
+def publish_hash(monkeypatch, sha256):
+    """Make `sha256` the known hash of the checkpoint, and the only one."""
+    table = {name: replace(entry, sha256=sha256 if name == NAME else None) for name, entry in released().items()}
+    monkeypatch.setattr(fetch_module, "released", lambda: table)
+
+
 @pytest.fixture
 def drive(tmp_path, monkeypatch, original_file):
-    """Google Drive with one file, an empty weights folder, and nothing else of the user's."""
+    """Google Drive with one file, whose hash nobody knows, an empty weights folder, and nothing else of the user's."""
+    publish_hash(monkeypatch, None)
     with Drive(tmp_path) as drive:
         drive.files[DRIVE_ID] = original_file
         environment = {
@@ -80,20 +90,32 @@ def test_fetch_makes_pretrained_work(drive, weights, original, original_file, ca
     assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
     output = capsys.readouterr().out
     assert hashlib.sha256(original_file).hexdigest() in output
-    assert f"NOT the file of September 2023, {released()[NAME].sha256}" in output
+    assert "none was published to compare with" in output
 
     assert main(["fetch", NAME]) == 0
     assert "already in" in capsys.readouterr().out
     assert drive.offsets == [0]
 
 
-@pytest.mark.parametrize(("published", "verdict"), [("same", "(as published)"), (None, "(none was published")])
-def test_says_whether_the_hash_matches(drive, original_file, monkeypatch, capsys, published, verdict):
-    sha256 = hashlib.sha256(original_file).hexdigest() if published else None
-    table = {NAME: type(released()[NAME])(DRIVE_ID, 0.5, 0.6, sha256=sha256)}
-    monkeypatch.setattr(fetch_module, "released", lambda: table)
+def test_the_known_file(drive, original_file, monkeypatch, capsys):
+    publish_hash(monkeypatch, hashlib.sha256(original_file).hexdigest())
     fetch(NAME)
-    assert verdict in capsys.readouterr().out
+    assert "(as published)" in capsys.readouterr().out
+
+
+def test_another_file_than_the_known_one_is_refused(drive, weights, original_file, tmp_path, monkeypatch, capsys):
+    """And what the error proposes works."""
+    publish_hash(monkeypatch, "0" * 64)
+    assert main(["fetch", NAME]) == 1
+    message = capsys.readouterr().err
+    for part in (hashlib.sha256(original_file).hexdigest(), "0" * 64, f"https://drive.google.com/uc?id={DRIVE_ID}"):
+        assert part in message
+    assert files(weights) == []
+    (tmp_path / "FILE").write_bytes(original_file)
+    command = re.search(r"`python -m equivision_timm (.*)`", message)[1].replace("FILE", str(tmp_path / "FILE"))
+    assert main(command.split()) == 0
+    assert files(weights) == MODEL_FILES
+    timm.create_model(NAME, pretrained=True)
 
 
 def test_continues_a_broken_download(drive, weights, capsys):
@@ -189,8 +211,9 @@ def test_a_whole_download_is_not_repeated(drive, weights, monkeypatch):
     assert [(str(images), signs) for images, signs in calls] == [("None", None), ("photographs", "avx512")]
 
 
-def test_signs_reach_the_conversion(drive):
+def test_signs_reach_the_conversion(drive, monkeypatch):
     """The checkpoint of a D4 network, whose coefficients mean something only together with the signs."""
+    monkeypatch.setattr(convert_file, "check_statistics", lambda *_: None)  # the weights are random
     d4 = checkpoint("d4resnet18")
     drive.files[released()["d4resnet18"].drive_id] = saved(d4)
     pattern = list(known_patterns("d4"))[1]
@@ -225,7 +248,10 @@ def test_without_gdown(drive, monkeypatch):
 
 
 def start_fetch():
-    command = [sys.executable, "-m", "equivision_timm", "fetch", NAME]
+    """A process that fetches, and does not know the hash either."""
+    forget = f"from equivision_timm.checkpoints import released; del released._TABLE['checkpoints']['{NAME}']['sha256']"
+    run = f"from equivision_timm.cli import main; raise SystemExit(main(['fetch', '{NAME}']))"
+    command = [sys.executable, "-c", f"{forget}; {run}"]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
 
@@ -250,4 +276,5 @@ def test_killed_midway_then_two_processes_at_once(drive, weights, tmp_path):
     assert 0 < drive.offsets[2] <= 5 * MIB
     assert len(drive.offsets) == 3
     assert files(weights) == MODEL_FILES
-    assert not (tmp_path / "home").exists()  # no cookies, no caches
+    compiled = tmp_path / "home" / ".cache" / "equivision_timm" / "native"  # conversion runs the model
+    assert all(file.parent == compiled for file in (tmp_path / "home").rglob("*") if file.is_file())  # no cookies

@@ -1,18 +1,23 @@
-"""Weights on (a loopback) Hub, as `create_model(name, pretrained=True)` sees them."""
+"""Weights on (a loopback) Hub, as `create_model(name, pretrained=True)` sees them.
+
+They are published: the package names their commit and the hash of their tensors. The processes are told so.
+"""
 
 import json
 
 import pytest
 import timm
 import torch
-from fresh_process import FreshProcess, create_pretrained
-from hub_server import TOKEN, Hub
+from fresh_process import FreshProcess
+from hub_server import TOKEN, Hub, list_and_create_published
 from safetensors.torch import load, save
 
 from equivision_timm.models.pretrained import HUB_ORG
+from equivision_timm.tensor_hash import hash_tensors
 
 NAME = "c4resnet18"
-REPOSITORY = f"{HUB_ORG}/{NAME}.equivision_in1k"
+TAGGED = f"{NAME}.equivision_in1k"
+REPOSITORY = f"{HUB_ORG}/{TAGGED}"
 FILE = "model.safetensors"
 
 
@@ -43,48 +48,83 @@ def hub(first):
 
 
 @pytest.fixture
-def start(hub, tmp_path):
+def published(hub, first):
+    """What the package says: {name: (commit, hash of the tensors)}."""
+    return {NAME: (hub.repositories[REPOSITORY].head, hash_tensors(load(first)))}
+
+
+@pytest.fixture
+def start(hub, published, tmp_path):
     """Starts a process that creates pretrained models and knows nothing of the user's but the loopback Hub."""
     environment = {"HOME": tmp_path / "home", "HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_PROGRESS_BARS": 1}
 
     def start(*models, **variables):
-        return FreshProcess({**environment, **variables}, create_pretrained, *(models or [(NAME, {})]))
+        arguments = (published, *(models or [(NAME, {})]))
+        return FreshProcess({**environment, **variables}, list_and_create_published, *arguments)
 
     return start
 
 
 @pytest.fixture
 def run(start):
-    return lambda *models, **variables: start(*models, **variables).result()
+    return lambda *models, **variables: start(*models, **variables).result()[1]
 
 
-def test_first_download_then_cached_then_changed_then_offline(hub, run, first, second):
+def test_first_download_then_cached_though_the_hub_goes_on(hub, start, run, first, second):
     downloads = ("GET", "/large/")
-    ours, twice, adapted = run((NAME, {}), (NAME, {}), (f"{NAME}.equivision_in1k", {"features_only": True}))
-    assert ours == twice == bias(first)
-    assert adapted == 0  # no classifier, no error
+    listed, results = start((NAME, {}), (NAME, {}), (TAGGED, {"features_only": True})).result()
+    assert results == [bias(first), bias(first), 0]  # no classifier, no error
+    assert [name for name in listed if "." in name] == [TAGGED]
     assert hub.count(*downloads) == 1
 
+    hub.add(REPOSITORY, {FILE: second})  # another commit: not the one that the package names
+    before = sum(NAME in path for _, path in hub.requests)
+    assert run() == run(HF_HUB_OFFLINE=1) == [bias(first)]
+    assert sum(NAME in path for _, path in hub.requests) == before
+
+
+def test_the_named_commit_is_downloaded_not_the_newest(hub, run, first, second):
     hub.add(REPOSITORY, {FILE: second})
-    assert run() == [bias(second)]
-    assert hub.count(*downloads) == 2
-
-    before = len(hub.requests)
-    assert run(HF_HUB_OFFLINE=1) == [bias(second)]
-    assert len(hub.requests) == before
+    assert run() == [bias(first)]
 
 
-def test_what_the_hub_may_refuse(hub, run, first):
-    """404 for a file, 401 for a private repository and for one that does not exist: clear errors, then success."""
-    hub.add(f"{HUB_ORG}/d1resnet18.equivision_in1k", {"README.md": b"# no weights yet"})
-    hub.add(f"{HUB_ORG}/d4resnet18.equivision_in1k", {FILE: first}, private=True)
-    results = run(("d1resnet18", {}), ("d4resnet18", {}), ("c8resnet18", {}))
-    for name, answer, result in zip(
-        ("d1resnet18", "d4resnet18", "c8resnet18"), ("404", "401", "401"), results, strict=True
-    ):
+def test_other_tensors_than_the_package_names(hub, run, published, second, tmp_path):
+    """A Hub that gives another file under the commit; once the copy is deleted and the Hub mended, all is well."""
+    commit, sha256 = published[NAME]
+    right = hub.repositories[REPOSITORY].commits[commit]
+    hub.repositories[REPOSITORY].commits[commit] = {**right, FILE: second}
+    (result,) = run(HF_HUB_CACHE=tmp_path / "cache")
+    (copy,) = (tmp_path / "cache").rglob(FILE)
+    assert result.startswith(f"RuntimeError: {copy} is damaged")
+    assert f"is {hash_tensors(load(second))}, not '{sha256}'): delete it and try again" in result
+    hub.repositories[REPOSITORY].commits[commit] = right
+    copy.unlink()
+    assert run(HF_HUB_CACHE=tmp_path / "cache") == [bias(right[FILE])]
+
+
+def test_no_host_is_asked_for_what_is_not_published(hub, start):
+    listed, results = start(("d1resnet18", {}), ("c8resnet50", {}), (NAME, {})).result()
+    for name, result in zip(("d1resnet18", "c8resnet50"), results, strict=False):
+        assert result.startswith(f"RuntimeError: no weights for {name}: there is no")
+        assert f"`python -m equivision_timm fetch {name}`" in result
+        assert not any(name in path for _, path in hub.requests)
+    assert {name.partition(".")[0] for name in listed} == {NAME}
+
+
+def test_what_the_hub_may_refuse(hub, run, first, published):
+    """404 for a file, 401 for a private repository and for one that does not exist: clear errors."""
+    private = f"{HUB_ORG}/d4resnet18.equivision_in1k"
+    commits = {
+        "d1resnet18": hub.add(f"{HUB_ORG}/d1resnet18.equivision_in1k", {"README.md": b"# no weights yet"}),
+        "d4resnet18": hub.add(private, {FILE: first}, private=True),
+        "c8resnet18": "0" * 40,
+    }
+    published |= {name: (commit, "0" * 64) for name, commit in commits.items()}
+    results = run(*((name, {}) for name in commits))
+    for (name, commit), answer, result in zip(commits.items(), ("404", "401", "401"), results, strict=True):
         assert result.startswith(f"RuntimeError: no weights for {name}")
         assert answer in result
-        assert f"{hub.endpoint}/{HUB_ORG}/{name}.equivision_in1k" in result
+        assert f"{hub.endpoint}/{HUB_ORG}/{name}.equivision_in1k, commit {commit}" in result
         assert f"`python -m equivision_timm fetch {name}`" in result
 
 
@@ -129,4 +169,4 @@ def test_a_connection_that_stays_broken(hub, run, first, tmp_path):
 
 def test_two_processes_at_once(hub, start, first):
     processes = [start(), start()]
-    assert [process.result() for process in processes] == [[bias(first)]] * 2
+    assert [process.result()[1] for process in processes] == [[bias(first)]] * 2

@@ -11,9 +11,11 @@ import timm
 import torch
 
 import equivision_timm  # noqa: F401  registers the models
-from equivision_timm.checkpoints.photographs import load_crops
+from equivision_timm.checkpoints import signs as signs_module
+from equivision_timm.checkpoints.photographs import draw_crops, load_crops, load_photographs
 from equivision_timm.checkpoints.sign_groups import half_turn, irrep_flips, known_patterns, sign_groups
 from equivision_timm.checkpoints.signs import (
+    MOST_BATCHES,
     Z_LIMIT,
     AmbiguousSigns,
     apply_signs,
@@ -151,6 +153,47 @@ def test_other_photographs():
         message = search.signs
         assert difference(model, truth, search.signs) < 1e-3
     assert pattern in message
+
+
+def test_more_crops_settle_what_few_leave_open():
+    """Few crops refuse the right pattern, more of the same photographs settle it: as many as needed, no more."""
+    photographs = load_photographs(None)
+    pattern = known_patterns("d4")["scipy1.11-avx2"]
+    model, truth = trained_elsewhere("d4resnet18", pattern, draw_crops(photographs, 200, SIZE, seed=99), width=8)
+    few = draw_crops(photographs, 20, SIZE)
+    with pytest.raises(AmbiguousSigns, match="cannot be told on 20 crops") as raised:
+        find_signs(model, few, restarts=0)
+    assert pattern in str(raised.value)
+    taken = []
+
+    def more():
+        for seed in range(1, 100):
+            taken.append(seed)
+            yield draw_crops(photographs, 20, SIZE, seed=seed)
+
+    search = find_signs(model, few, restarts=0, more=more())
+    assert search.signs == pattern
+    assert difference(model, truth, search.signs) < 1e-3
+    assert search.separation >= Z_LIMIT
+    assert search.crops in (20 * len(taken), 20 * (len(taken) + 1))
+    assert 20 < search.crops <= 20 * MOST_BATCHES
+
+
+def test_more_crops_do_not_make_a_wrong_pattern_right(monkeypatch):
+    """Half of the statistics from another network: refused on all crops, too, and the limit holds."""
+    crops = load_crops(None, 16, 33)
+    first, second = list(known_patterns("d4").values())[:2]
+    model, _ = trained_elsewhere("d4resnet18", first, crops, width=8)
+    _, other = trained_elsewhere("d4resnet18", second, crops, width=8)
+    for name, module in conv_norms(model).items():
+        theirs = conv_norms(other)[name].norm.per_field.running_var
+        module.norm.per_field.running_var[::2] = theirs[::2]
+    monkeypatch.setattr(signs_module, "MOST_BATCHES", 4)
+    photographs, taken = load_photographs(None), []
+    more = (taken.append(seed) or draw_crops(photographs, 16, 33, seed=seed) for seed in range(1, 1000))
+    with pytest.raises(AmbiguousSigns, match="cannot be told on 64 crops"):
+        find_signs(model, crops, restarts=0, more=more)
+    assert len(taken) == 3
 
 
 def test_groups_without_signs():

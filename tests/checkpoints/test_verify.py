@@ -17,11 +17,13 @@ from equivision_timm.checkpoints.convert import convert_original
 from equivision_timm.checkpoints.folder import read_provenance, write_model_folder
 from equivision_timm.checkpoints.photographs import load_crops
 from equivision_timm.checkpoints.released import Released
+from equivision_timm.checkpoints.rivals import Statistics
 from equivision_timm.checkpoints.sign_groups import known_patterns
 from equivision_timm.checkpoints.signs import AmbiguousSigns, SignSearch
 from equivision_timm.checkpoints.verify import verify
 from equivision_timm.cli import main
 from equivision_timm.kernel_bases import manifest
+from equivision_timm.tensor_hash import hash_tensors
 
 NAME = "c4resnet18_fast"
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # timm leaves image files to the garbage collector
@@ -78,6 +80,8 @@ def test_convert_writes_a_model_that_verify_accepts(ckpt, tmp_path, photographs,
     assert provenance["basis_from"] == "canonical"
     assert provenance["model"] == NAME
     assert len(provenance["source_sha256"]) == 64
+    assert provenance["tensors_sha256"] == hash_tensors(load_file(out / "model.safetensors"))
+    assert provenance["statistics"].startswith("log variances off by")
     assert {"torch", "timm", "equivision-timm", "date", "source_file"} <= set(provenance)
     for value in (provenance["source_sha256"], provenance["basis_sha256"], "float16 to float32", str(out)):
         assert value in printed
@@ -130,13 +134,21 @@ def test_given_signs(tmp_path, capsys):
 def test_found_signs_and_their_scores_are_written_down(tmp_path, monkeypatch, photographs, capsys):
     """The search itself is tested in test_signs.py; here, what becomes of its result."""
     name, pattern = "d4resnet18_fast", known_patterns("d4")["scipy1.11-avx512"]
-    search = SignSearch(pattern, "scipy1.11-avx512", 1.5, "-" * 24, 2.5, 7.25, 0.5, {"scipy1.11-avx2": 30.0})
+    search = SignSearch(pattern, "scipy1.11-avx512", 1.5, "-" * 24, 2.5, 7.25, 80, 0.5, {"scipy1.11-avx2": 30.0})
     seen = []
-    monkeypatch.setattr(convert_file_module, "find_signs", lambda model, crops: seen.append(crops.shape) or search)
+
+    def find(model, crops, more):
+        seen.append((crops.shape, next(more).shape))
+        return search
+
+    monkeypatch.setattr(convert_file_module, "find_signs", find)
+    statistics = Statistics(0.125, 40, {"c8resnet18_fast": 12.0})
+    monkeypatch.setattr(convert_file_module, "check_before_search", lambda *_: None)  # the weights are random
+    monkeypatch.setattr(convert_file_module, "check_statistics", lambda *_: statistics)
     torch.save(checkpoint(name), tmp_path / "d4.ckpt")
     arguments = ["convert", str(tmp_path / "d4.ckpt"), "--model", name, "--out", str(tmp_path / "out")]
     assert main([*arguments, "--images", str(photographs)]) == 0
-    assert seen == [(40, 3, 97, 97)]  # the test's photographs are few: the least number of crops
+    assert seen == [((40, 3, 97, 97), (40, 3, 97, 97))]  # the test's photographs are few: the least number of crops
     provenance = read_provenance(tmp_path / "out")
     expected = {
         "signs": pattern,
@@ -144,6 +156,9 @@ def test_found_signs_and_their_scores_are_written_down(tmp_path, monkeypatch, ph
         "runner_up": "-" * 24,
         "runner_up_misfit": "2.5",
         "separation": "7.2 standard errors",
+        "compared_on": "80 crops",
+        "statistics": "log variances off by 0.12 on 40 crops of photographs",
+        "better_than_c8resnet18_fast": "12.0 standard errors",
         "logits_differ": "0.5 standard deviations",
         "known_misfits": "scipy1.11-avx2 30",
     }
@@ -153,7 +168,7 @@ def test_found_signs_and_their_scores_are_written_down(tmp_path, monkeypatch, ph
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(found[k], v) for k, v in convert_original(checkpoint(name), name, pattern).items())
 
-    def refuse(*_):
+    def refuse(*_, **__):
         raise AmbiguousSigns("too close")
 
     monkeypatch.setattr(convert_file_module, "find_signs", refuse)

@@ -1,17 +1,19 @@
 """`create_model(name, pretrained=True)` with weights in the local weights folder, and the ways around it."""
 
 import json
+import socket
 
 import huggingface_hub
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.models import get_pretrained_cfg
 
 from equivision_timm.checkpoints.folder import write_model_folder
 from equivision_timm.checkpoints.released import released
-from equivision_timm.models.pretrained import HUB_ORG, local_folder, weights_folder
+from equivision_timm.models.pretrained import HUB_ORG, PUBLISHED, hub_id, local_folder, weights_folder
+from equivision_timm.tensor_hash import TENSORS_SHA256, hash_tensors
 
 NAME = "c4resnet18"
 TAGGED = f"{NAME}.equivision_in1k"
@@ -60,15 +62,20 @@ def test_where_the_weights_folder_is(monkeypatch, tmp_path):
     assert str(weights_folder()) == "/home/someone/.cache/equivision_timm"
     monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
     assert str(weights_folder()) == "/caches/equivision_timm"
-    assert str(local_folder(f"{HUB_ORG}/{TAGGED}")) == f"/caches/equivision_timm/{TAGGED}"
+    assert str(local_folder(NAME)) == f"/caches/equivision_timm/{TAGGED}"
 
 
-def test_the_models_with_weights_are_the_released_ones():
-    names = {name for name in timm.list_pretrained() if "equivision" in name}
-    assert names == {f"{name}.equivision_in1k" for name in released()}
-    for name in names:
+def test_only_published_weights_are_listed():
+    """The twelve released models have a tag, and a place on the Hub, in the list of timm, as soon as it holds them."""
+    tags = {name for name in timm.list_models("[cd]?resnet*", include_tags=True) if "." in name}
+    assert tags == {f"{name}.equivision_in1k" for name in released()}
+    listed = {name.partition(".")[0] for name in timm.list_pretrained("[cd]?resnet*")}
+    assert listed == set(PUBLISHED)
+    for name in released():
         cfg = get_pretrained_cfg(name)
-        assert (cfg.hf_hub_id, cfg.hf_hub_filename) == (f"{HUB_ORG}/{name}", "model.safetensors")
+        assert (cfg.hf_hub_id, cfg.hf_hub_filename) == (hub_id(name), "model.safetensors")
+    for published in PUBLISHED.values():
+        assert (len(published.revision), len(published.tensors_sha256)) == (40, 64)
 
 
 @pytest.mark.parametrize("name", [n for n in timm.list_models("[cd]?resnet*") if n not in released()])
@@ -179,7 +186,7 @@ def test_a_state_dict_wins_over_the_weights_folder(converted):
     [
         (NAME, {"hf_hub_id": "someone/else"}),
         (NAME, {"hf_hub_id": f"{HUB_ORG}/{TAGGED}@a-revision"}),
-        (NAME, {"hf_hub_filename": "another.safetensors"}),
+        (NAME, {"hf_hub_id": f"{HUB_ORG}/{TAGGED}", "hf_hub_filename": "another.safetensors"}),
         (f"hf-hub:{HUB_ORG}/{TAGGED}", None),
     ],
 )
@@ -189,17 +196,23 @@ def test_another_place_on_the_hub_wins_over_the_weights_folder(name, overlay):
         timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
 
 
-def test_no_weights_anywhere(monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", [name for name in released() if name not in PUBLISHED])
+def test_no_weights_anywhere(name, monkeypatch, tmp_path):
+    """No host is asked for what was never published."""
+
+    def refuse(*_):
+        raise AssertionError("a host was asked")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setenv("EQUIVISION_TIMM_WEIGHTS", str(tmp_path))
-    with pytest.raises(RuntimeError) as raised:
-        timm.create_model("d8resnet18", pretrained=True)
-    message = str(raised.value)
-    assert message.startswith("no weights for d8resnet18.")
-    assert str(tmp_path / "d8resnet18.equivision_in1k" / "model.safetensors") in message
-    assert f"https://huggingface.co/{HUB_ORG}/d8resnet18.equivision_in1k" in message
-    assert "`python -m equivision_timm fetch d8resnet18`" in message
-    with pytest.raises(RuntimeError, match="no weights for d8resnet18"):
-        timm.create_model("d8resnet18", pretrained=True, features_only=True)
+    for keywords in ({}, {"features_only": True}):
+        with torch.device("meta"), pytest.raises(RuntimeError) as raised:
+            timm.create_model(name, pretrained=True, **keywords)
+        message = str(raised.value)
+        assert message.startswith(f"no weights for {name}: there is no ")
+        assert str(tmp_path / f"{name}.equivision_in1k" / "model.safetensors") in message
+        assert f"`python -m equivision_timm fetch {name}`" in message
 
 
 @pytest.fixture
@@ -217,6 +230,28 @@ def test_a_damaged_local_file(keep, folder, broken_folder):
         timm.create_model(NAME, pretrained=True)
     assert f"{broken_folder / 'model.safetensors'} is damaged" in str(raised.value)
     assert f"delete it and run `python -m equivision_timm fetch {NAME}`" in str(raised.value)
+
+
+@pytest.mark.parametrize("entry", ["conv1.conv.weight", "layer3.1.conv2.norm.per_field.running_var", "fc.bias"])
+def test_a_local_file_with_other_tensors(entry, folder, broken_folder):
+    """Its own hash tells; the same file with the hash of its tensors is taken."""
+    state = load_file(folder / TAGGED / "model.safetensors")
+    metadata = {"model": NAME, TENSORS_SHA256: hash_tensors(state)}
+    file = broken_folder / "model.safetensors"
+    save_file(state, file, metadata)
+    assert torch.equal(timm.create_model(NAME, pretrained=True).get_parameter("fc.weight"), state["fc.weight"])
+    state[entry] = state[entry] + 1e-3
+    save_file(state, file, metadata)
+    with pytest.raises(RuntimeError, match=r"is damaged.*the hash of its tensors.*delete it and run"):
+        timm.create_model(NAME, pretrained=True)
+
+
+def test_a_local_file_that_names_a_model_of_the_same_shapes(broken_folder):
+    """A D4 network has the names and shapes of a C8 one."""
+    folder = broken_folder.with_name("c8resnet18.equivision_in1k")
+    write_model_folder(folder, "d4resnet18", timm.create_model("d4resnet18").state_dict(), {"model": "d4resnet18"})
+    with pytest.raises(RuntimeError, match="holds 'd4resnet18', not c8resnet18: delete it"):
+        timm.create_model("c8resnet18", pretrained=True)
 
 
 def test_a_directory_in_place_of_the_local_file(broken_folder):
