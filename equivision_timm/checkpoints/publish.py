@@ -13,13 +13,17 @@ from tempfile import TemporaryDirectory
 import timm
 import torch
 from huggingface_hub import EvalResult, HfApi, ModelCardData
+from huggingface_hub.utils import validate_repo_id
 from timm.models import model_entrypoint
 from timm.utils import reparameterize_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from equivision_timm.checkpoints.folder import CONFIG_FILE, read_provenance
+from equivision_timm.arguments import one_line
+from equivision_timm.checkpoints.folder import CONFIG_FILE
 from equivision_timm.checkpoints.released import SOURCE, released
+from equivision_timm.checkpoints.strict_load import load_strictly
 from equivision_timm.models.pretrained import WEIGHTS_FILE, local_folder
+from equivision_timm.tensor_hash import TENSORS_SHA256, hash_tensors
 
 __all__ = ["FILES", "complexity", "models_in_weights_folder", "upload", "write_publication"]
 
@@ -69,6 +73,7 @@ def write_publication(model_name: str, parent: Path, organisation: str) -> Path:
 
     Raises:
         FileNotFoundError: the model is not in the local weights folder.
+        ValueError: config, metadata and tensors do not make up this model, or not with the tensors of its conversion.
     """
     source = _folder(model_name)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
@@ -76,17 +81,33 @@ def write_publication(model_name: str, parent: Path, organisation: str) -> Path:
             raise FileNotFoundError(
                 f"there is no {source / name} to publish: run `python -m equivision_timm fetch {model_name}`"
             )
-    card = model_card(model_name, f"{organisation}/{source.name}", read_provenance(source / WEIGHTS_FILE))
+    validate_repo_id(f"{organisation}/{source.name}")
     parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=parent, prefix=".writing-") as staging:
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             shutil.copyfile(source / name, Path(staging) / name)
+        provenance = _check_files(Path(staging), model_name, source)  # the copies, which nobody else changes
+        card = model_card(model_name, f"{organisation}/{source.name}", provenance)
         (Path(staging) / "README.md").write_text(card, encoding="utf-8")
         publication = parent / source.name
         publication.mkdir(exist_ok=True)
         for name in FILES:
             (Path(staging) / name).replace(publication / name)
     return publication
+
+
+def _check_files(folder: Path, model_name: str, source: Path) -> dict[str, str]:
+    """Where the weights in `folder`, a copy of `source`, come from; raises ValueError unless they are the model's."""
+    remedy = f"run `python -m equivision_timm fetch {model_name}` again"
+    loaded = load_strictly(str(folder))
+    if loaded.name != model_name:
+        raise ValueError(f"{source} holds {loaded.name}, not {model_name}: {remedy}")
+    expected, found = loaded.provenance.get(TENSORS_SHA256), hash_tensors(loaded.state_dict)
+    if found != expected:
+        raise ValueError(
+            f"{source / WEIGHTS_FILE} holds tensors with the hash {found}, its conversion wrote {expected}: {remedy}"
+        )
+    return loaded.provenance
 
 
 def model_card(model_name: str, repository: str, provenance: dict[str, str]) -> str:
@@ -122,8 +143,13 @@ def model_card(model_name: str, repository: str, provenance: dict[str, str]) -> 
         gmacs=f"{gmacs:.2f}",
         top1=f"{100 * entry.top1:.1f}",
         top5=f"{100 * entry.top5:.1f}",
-        provenance="\n".join(f"| {key} | {value} |" for key, value in provenance.items()),
+        provenance="\n".join(f"| {_cell(key)} | {_cell(value)} |" for key, value in provenance.items()),
     )
+
+
+def _cell(text: str) -> str:
+    """Text as text in a table of Markdown: neither line breaks nor markup."""
+    return "`" + one_line(text).replace("`", "'").replace("|", "\\|") + "`"
 
 
 def models_in_weights_folder() -> list[str]:

@@ -1,6 +1,9 @@
 """Publishing: the folder that would be uploaded, and its upload to (a loopback) Hub."""
 
+import json
+import os
 import re
+import shutil
 
 import huggingface_hub
 import numpy as np
@@ -15,6 +18,7 @@ from equivision_timm.checkpoints import publish
 from equivision_timm.checkpoints.folder import write_model_folder
 from equivision_timm.cli import main
 from equivision_timm.models.pretrained import HUB_ORG
+from equivision_timm.tensor_hash import TENSORS_SHA256, hash_tensors
 
 NAMES = ("c4resnet18", "d1resnet18")
 TAGGED = "c4resnet18.equivision_in1k"
@@ -27,8 +31,14 @@ def weights(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
     for seed, name in enumerate(NAMES):
         torch.manual_seed(seed)
-        write_model_folder(folder / f"{name}.equivision_in1k", name, timm.create_model(name).state_dict(), PROVENANCE)
+        write(folder, name, timm.create_model(name).state_dict())
     return folder
+
+
+def write(folder, name, state_dict, **provenance):
+    """A model folder as a conversion writes it."""
+    origin = {**PROVENANCE, TENSORS_SHA256: hash_tensors(state_dict), **provenance}
+    write_model_folder(folder / f"{name}.equivision_in1k", name, state_dict, origin)
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +57,7 @@ def logged_in(hub, weights, tmp_path):
     """Environment of a process that may write to the Hub; LFS uploads, for this Hub does not speak Xet."""
     return {
         "HOME": tmp_path / "home",
+        "PATH": os.environ["PATH"],  # of the compiler's linker
         "EQUIVISION_TIMM_WEIGHTS": weights,
         "HF_ENDPOINT": hub.endpoint,
         "HF_TOKEN": TOKEN,
@@ -95,7 +106,7 @@ def test_model_card():
         "| 78.7 % |",
         "| 94.5 % |",
         "n = 1 mod 32",
-        f"| source_sha256 | {PROVENANCE['source_sha256']} |",
+        f"| `source_sha256` | `{PROVENANCE['source_sha256']}` |",
         "| signs | +-+ |",
         "MIT",
         "klee2023equivision",
@@ -206,3 +217,46 @@ def test_the_snippet_of_the_card(hub, run, logged_in):
     shapes = FreshProcess(logged_in, run_snippet, snippet, names, ("logits", "features")).result()
     assert shapes["logits"] == (1, 1000)
     assert f"# {list(shapes['features'])}\n" in snippet
+
+
+@pytest.mark.parametrize("fault", ["another config", "other tensors", "no hash", "another model", "model_args"])
+def test_what_is_not_the_model_is_not_published(weights, tmp_path, monkeypatch, capsys, fault):
+    folder = tmp_path / "weights"
+    shutil.copytree(weights, folder)
+    monkeypatch.setenv("EQUIVISION_TIMM_WEIGHTS", str(folder))
+    assert main(["publish", "c4resnet18", "--to", str(tmp_path / "control")]) == 0
+    config, state = folder / TAGGED / "config.json", timm.create_model("c4resnet18").state_dict()
+    if fault == "another config":
+        config.write_bytes((folder / "d1resnet18.equivision_in1k" / "config.json").read_bytes())
+    elif fault == "other tensors":
+        write(folder, "c4resnet18", state, **{TENSORS_SHA256: "0" * 64})
+    elif fault == "no hash":
+        write_model_folder(folder / TAGGED, "c4resnet18", state, PROVENANCE)
+    elif fault == "another model":
+        shutil.rmtree(folder / TAGGED)
+        (folder / "d1resnet18.equivision_in1k").rename(folder / TAGGED)
+    else:
+        changed = json.loads(config.read_text())
+        changed.setdefault("model_args", {})["act_layer"] = "gelu"
+        config.write_text(json.dumps(changed))
+    says = {
+        "another config": "does not fit d1resnet18",
+        "other tensors": "its conversion wrote 0000",
+        "no hash": "its conversion wrote None",
+        "another model": "holds d1resnet18, not c4resnet18",
+        "model_args": "makes another network of c4resnet18",
+    }[fault]
+    assert main(["publish", "c4resnet18", "--to", str(tmp_path / "out")]) == 1
+    assert says in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_metadata_are_text_in_the_card(tmp_path, monkeypatch):
+    state = timm.create_model("c4resnet18").state_dict()
+    write(tmp_path, "c4resnet18", state, images="a | b`\n# Heading\n<script>alert(1)</script>")
+    monkeypatch.setenv("EQUIVISION_TIMM_WEIGHTS", str(tmp_path))
+    assert main(["publish", "c4resnet18", "--to", str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out" / TAGGED / "README.md").read_text()
+    (row,) = [line for line in card.splitlines() if "alert" in line]
+    assert row == r"| `images` | `a \| b'\n# Heading\n<script>alert(1)</script>` |"
+    assert "\n# Heading" not in card
