@@ -107,7 +107,7 @@ def test_model_card():
         "| 94.5 % |",
         "n = 1 mod 32",
         f"| `source_sha256` | `{PROVENANCE['source_sha256']}` |",
-        "| signs | +-+ |",
+        "| `signs` | `+-+` |",
         "MIT",
         "klee2023equivision",
         "cesa2022program",
