@@ -17,7 +17,10 @@ import signal
 import stat
 import subprocess
 import tempfile
+import threading
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -229,31 +232,46 @@ def _load(content: bytes) -> ctypes.CDLL:
 def _run(*command: str, check: bool = False) -> str:
     """What the compiler prints; ended, with all that it started, after a time.
 
+    It runs in a thread: Ctrl-C interrupts the main thread only, so never between the start and what ends it.
+
     Raises:
         RuntimeError: it cannot be started, or takes too long; or it fails, if `check`.
     """
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            printed, code = thread.submit(_watch, command, stop).result()
+        finally:
+            stop.set()
+    if check and code:
+        raise RuntimeError(
+            f"conv_strategy 'native' could not be compiled: {shlex.join(command)} says\n{printed}\n{_REMEDY}"
+        )
+    return printed
+
+
+def _watch(command: tuple[str, ...], stop: threading.Event) -> tuple[str, int]:
+    """What a command prints, and its exit status; killed with its whole group on `stop` or after the time limit."""
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     try:
         started = subprocess.Popen(command, **pipes, text=True, errors="replace", start_new_session=True)
     except OSError as error:
         raise RuntimeError(f"conv_strategy 'native': {command[0]} cannot be started ({error}). {_REMEDY}") from error
+    end = time.monotonic() + _TIME_LIMIT
     with started as run:
-        try:
-            printed, _ = run.communicate(timeout=_TIME_LIMIT)
-        except BaseException as error:  # the time limit, Ctrl-C
+        while True:
+            try:
+                printed, _ = run.communicate(timeout=0.05)
+                return printed, run.returncode
+            except subprocess.TimeoutExpired:
+                if not stop.is_set() and time.monotonic() < end:
+                    continue
             with contextlib.suppress(ProcessLookupError):  # all have ended
                 os.killpg(run.pid, signal.SIGKILL)
-            run.wait()  # after Ctrl-C nothing else does
-            if not isinstance(error, subprocess.TimeoutExpired):
-                raise
+            run.wait()
             raise RuntimeError(
                 f"conv_strategy 'native': {shlex.join(command)} did not end in {_TIME_LIMIT} s. {_REMEDY}"
-            ) from error
-    if check and run.returncode:
-        raise RuntimeError(
-            f"conv_strategy 'native' could not be compiled: {shlex.join(command)} says\n{printed}\n{_REMEDY}"
-        )
-    return printed
+            )
 
 
 def _processor() -> str:
