@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run_script(script: str, arguments: list[str]) -> int:
-    from equivision_timm.runner import check_script, run_script
+    from equivision_timm.tools.runner import check_script, run_script
 
     try:
         check_script(script)
@@ -107,7 +107,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from equivision_timm.demo import run
+    from equivision_timm.tools.demo import run
 
     run(args.out)
     return 0
@@ -144,8 +144,8 @@ def _add_rotate_eval(commands: argparse._SubParsersAction) -> None:
 
 
 def _rotate_eval(args: argparse.Namespace) -> int:
-    from equivision_timm.rotate_eval.measure import parse_angles
-    from equivision_timm.rotate_eval.run import rotate_eval
+    from equivision_timm.tools.rotate_eval.measure import parse_angles
+    from equivision_timm.tools.rotate_eval.run import rotate_eval
 
     rotate_eval(**{**_options(args), "angles": parse_angles(args.angles)})
     print(one_line(f"{args.out}/report.html"))
@@ -168,8 +168,8 @@ def _add_show(commands: argparse._SubParsersAction) -> None:
 
 
 def _show(args: argparse.Namespace) -> int:
-    from equivision_timm.rotate_eval.measure import parse_angles
-    from equivision_timm.show import show
+    from equivision_timm.tools.rotate_eval.measure import parse_angles
+    from equivision_timm.tools.show import show
 
     show(**{**_options(args), "angles": parse_angles(args.angles)})
     print(one_line(args.out))
@@ -192,8 +192,8 @@ def _add_fetch(commands: argparse._SubParsersAction) -> None:
 
 
 def _fetch(args: argparse.Namespace) -> int:
-    from equivision_timm.checkpoints.fetch import fetch
-    from equivision_timm.checkpoints.released import released
+    from equivision_timm.checkpoints.equivision.fetch import fetch
+    from equivision_timm.checkpoints.equivision.released import released
 
     return _for_each(args.names or released(), lambda name: fetch(name, args.images, args.signs))
 
@@ -267,7 +267,7 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
 def _convert(args: argparse.Namespace) -> int:
     import timm
 
-    from equivision_timm.checkpoints.convert_file import convert_file
+    from equivision_timm.checkpoints.equivision.convert_file import convert_file
 
     if args.model not in timm.list_models(module="equivariant_resnet"):
         raise InputError(f"{args.model!r} is no model of this package, e.g. c8resnet50")

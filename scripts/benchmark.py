@@ -116,7 +116,9 @@ def build(form: str, name: str, mode: str) -> nn.Module:
         elif form.startswith("dense"):
             model = dense_twin(model)
         elif form == "escnn":
-            from equivision_timm.checkpoints.to_escnn import to_escnn  # the extra is needed for --escnn alone
+            from equivision_timm.checkpoints.equivision.to_escnn import (
+                to_escnn,  # the extra is needed for --escnn alone
+            )
 
             model = to_escnn(model)
     model.train(mode == "train")

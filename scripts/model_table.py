@@ -2,7 +2,7 @@
 
     python scripts/model_table.py
 
-What is counted: `equivision_timm.checkpoints.publish.complexity`. Reported by: `checkpoints/released.json`.
+What is counted: `equivision_timm.checkpoints.publish.complexity`. Reported by: `checkpoints/equivision/released.json`.
 """
 
 import timm
@@ -10,8 +10,8 @@ import torch
 from tqdm import tqdm
 
 import equivision_timm
+from equivision_timm.checkpoints.equivision.released import released
 from equivision_timm.checkpoints.publish import complexity
-from equivision_timm.checkpoints.released import released
 
 
 def main() -> None:

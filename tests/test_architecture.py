@@ -12,7 +12,19 @@ import equivision_timm
 
 PACKAGE = Path(equivision_timm.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-ORDER = ("groups", "kernel_bases", "layers", "models", "checkpoints", "cli")
+ORDER = (
+    "arguments",
+    "groups",
+    "constants",
+    "kernel_bases",
+    "layers",
+    "models",
+    "images",
+    "checkpoints",
+    "tools",
+    "cli",
+)
+ANYWHERE = {"testing"}  # uses groups alone
 
 
 def imports(path):
@@ -57,7 +69,18 @@ def test_only_the_bridge_imports_escnn():
 
 def test_the_rooms_exist():
     rooms = {path.relative_to(PACKAGE).with_suffix("").parts[0] for path in FILES}
-    assert set(ORDER) | {"testing"} <= rooms
+    assert rooms == {*ORDER, *ANYWHERE, "__init__", "__main__"}
+
+
+def test_foreign_formats_are_closed_rooms():
+    """Nothing but the commands imports one, and none imports another."""
+    rooms = {path.parent for path in FILES if path.parents[1] == PACKAGE / "checkpoints"}
+    assert rooms
+    for path in FILES:
+        for module in imports(path):
+            for foreign in rooms:
+                if module.startswith(f"equivision_timm.checkpoints.{foreign.name}."):
+                    assert foreign in path.parents or path.name in ("cli.py", "verify.py", "publish.py"), path
 
 
 def test_importing_the_package_is_light():

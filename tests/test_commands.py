@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from small_models import save_small_model
 
-import equivision_timm.demo as demo_module
-import equivision_timm.show as show_module
-from equivision_timm.checkpoints import convert_file as convert_module
+import equivision_timm.tools.demo as demo_module
+import equivision_timm.tools.show as show_module
+from equivision_timm.checkpoints.equivision import convert_file as convert_module
 from equivision_timm.cli import main
-from equivision_timm.rotate_eval import run as rotate_eval_module
+from equivision_timm.tools.rotate_eval import run as rotate_eval_module
 
 
 @pytest.fixture(scope="module")

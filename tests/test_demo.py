@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
-from equivision_timm import demo
 from equivision_timm.cli import main
-from equivision_timm.loading import InputError
+from equivision_timm.tools import demo
+from equivision_timm.tools.loading import InputError
 
 ANGLES = (0, 45, 90, 180)
 

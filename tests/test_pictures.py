@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from equivision_timm.pictures import MOST_PIXELS, PictureError, open_rgb
+from equivision_timm.images.pictures import MOST_PIXELS, PictureError, open_rgb
 
 GREY = np.random.default_rng(0).integers(0, 256, (24, 40), dtype=np.uint8)
 GREY[0, :2] = 0, 255

@@ -25,12 +25,12 @@ from torchvision.datasets import ImageFolder
 
 from equivision_timm.arguments import InputError
 from equivision_timm.cli import main
-from equivision_timm.figures import plain_text
-from equivision_timm.rotate_eval import run
-from equivision_timm.rotate_eval.measure import parse_angles
-from equivision_timm.rotate_eval.report import _curve, draw, write_report
-from equivision_timm.rotate_eval.results import Cell, Results
-from equivision_timm.rotate_eval.run import rotate_eval
+from equivision_timm.tools.figures import plain_text
+from equivision_timm.tools.rotate_eval import run
+from equivision_timm.tools.rotate_eval.measure import parse_angles
+from equivision_timm.tools.rotate_eval.report import _curve, draw, write_report
+from equivision_timm.tools.rotate_eval.results import Cell, Results
+from equivision_timm.tools.rotate_eval.run import rotate_eval
 
 
 @pytest.fixture(scope="module")

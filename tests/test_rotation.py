@@ -12,8 +12,8 @@ from PIL import Image
 from small_models import write_textures
 from timm.data import create_dataset, create_loader
 
-from equivision_timm.pictures import PictureError
-from equivision_timm.rotation import RotatedFolder, rotate, rotate_image
+from equivision_timm.images.pictures import PictureError
+from equivision_timm.images.rotation import RotatedFolder, rotate, rotate_image
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # timm leaves image files to the garbage collector
 

@@ -14,8 +14,8 @@ from small_models import save_small_model
 
 from equivision_timm.arguments import shortened
 from equivision_timm.cli import main
-from equivision_timm.rotation import rotate
-from equivision_timm.show import _LONGEST, map_error, scalar_maps
+from equivision_timm.images.rotation import rotate
+from equivision_timm.tools.show import _LONGEST, map_error, scalar_maps
 
 
 @pytest.fixture

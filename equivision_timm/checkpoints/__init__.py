@@ -1,1 +1,1 @@
-"""Published checkpoints of the original network, as state dicts of ours."""
+"""Our weights: model folders, checks, publication; one closed room for each foreign format."""

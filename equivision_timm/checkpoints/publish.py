@@ -19,11 +19,11 @@ from timm.utils import reparameterize_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from equivision_timm.arguments import one_line
+from equivision_timm.checkpoints.equivision.released import SOURCE, released
 from equivision_timm.checkpoints.folder import CONFIG_FILE
-from equivision_timm.checkpoints.released import SOURCE, released
 from equivision_timm.checkpoints.strict_load import load_strictly
 from equivision_timm.models.pretrained import WEIGHTS_FILE, local_folder
-from equivision_timm.tensor_hash import TENSORS_SHA256, hash_tensors
+from equivision_timm.models.tensor_hash import TENSORS_SHA256, hash_tensors
 
 __all__ = ["FILES", "complexity", "models_in_weights_folder", "upload", "write_publication"]
 

@@ -15,15 +15,21 @@ from timm.utils import AverageMeter, accuracy
 from tqdm import tqdm
 
 from equivision_timm.arguments import one_line
-from equivision_timm.checkpoints.photographs import load_crops
-from equivision_timm.checkpoints.released import released
-from equivision_timm.checkpoints.signs import Z_LIMIT, apply_signs, best_fit, fit_as_it_stands, statistics_misfit
+from equivision_timm.checkpoints.equivision.released import released
+from equivision_timm.checkpoints.equivision.signs import (
+    Z_LIMIT,
+    apply_signs,
+    best_fit,
+    fit_as_it_stands,
+    statistics_misfit,
+)
 from equivision_timm.checkpoints.strict_load import Loaded, load_strictly
 from equivision_timm.groups import Group
+from equivision_timm.images.photographs import load_crops
 from equivision_timm.kernel_bases import manifest
 from equivision_timm.layers import ConvNorm
 from equivision_timm.models import EquivariantResNet
-from equivision_timm.tensor_hash import TENSORS_SHA256, hash_tensors
+from equivision_timm.models.tensor_hash import TENSORS_SHA256, hash_tensors
 from equivision_timm.testing import equivariance_error
 
 __all__ = ["Check", "as_json", "as_table", "check_files", "verify"]

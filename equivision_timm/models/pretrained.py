@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from timm.models import PretrainedCfg, resolve_pretrained_cfg
 
-from equivision_timm.tensor_hash import TENSORS_SHA256, hash_tensors
+from equivision_timm.models.tensor_hash import TENSORS_SHA256, hash_tensors
 
 __all__ = [
     "HUB_ORG",

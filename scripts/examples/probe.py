@@ -19,7 +19,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import equivision_timm  # noqa: F401  registers the models
-from equivision_timm.rotation import rotate
+from equivision_timm.images.rotation import rotate
 
 
 def load_images(config: dict) -> tuple[torch.Tensor, list[int]]:

@@ -15,12 +15,12 @@ import timm
 import torch
 from reference_data import checkpoint
 
-from equivision_timm.checkpoints import convert_file
-from equivision_timm.checkpoints import fetch as fetch_module
-from equivision_timm.checkpoints.convert import convert_original
-from equivision_timm.checkpoints.fetch import fetch
-from equivision_timm.checkpoints.released import released
-from equivision_timm.checkpoints.sign_groups import known_patterns
+from equivision_timm.checkpoints.equivision import convert_file
+from equivision_timm.checkpoints.equivision import fetch as fetch_module
+from equivision_timm.checkpoints.equivision.convert import convert_original
+from equivision_timm.checkpoints.equivision.fetch import fetch
+from equivision_timm.checkpoints.equivision.released import released
+from equivision_timm.checkpoints.equivision.sign_groups import known_patterns
 from equivision_timm.cli import main
 
 pytest.importorskip("gdown", reason="fetching needs the extra `fetch`")
@@ -249,7 +249,8 @@ def test_without_gdown(drive, monkeypatch):
 
 def start_fetch():
     """A process that fetches, and does not know the hash either."""
-    forget = f"from equivision_timm.checkpoints import released; del released._TABLE['checkpoints']['{NAME}']['sha256']"
+    table = "released._TABLE['checkpoints']"
+    forget = f"from equivision_timm.checkpoints.equivision import released; del {table}['{NAME}']['sha256']"
     run = f"from equivision_timm.cli import main; raise SystemExit(main(['fetch', '{NAME}']))"
     command = [sys.executable, "-c", f"{forget}; {run}"]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)

@@ -13,7 +13,7 @@ from hub_server import TOKEN, Hub, list_and_create_published
 from safetensors.torch import load, save
 
 from equivision_timm.models.pretrained import HUB_ORG
-from equivision_timm.tensor_hash import hash_tensors
+from equivision_timm.models.tensor_hash import hash_tensors
 
 NAME = "c4resnet18"
 TAGGED = f"{NAME}.equivision_in1k"

@@ -5,8 +5,8 @@ import timm
 import torch
 
 import equivision_timm  # noqa: F401  registers the models
-from equivision_timm.checkpoints.convert import convert_with_details
-from equivision_timm.checkpoints.to_escnn import to_escnn
+from equivision_timm.checkpoints.equivision.convert import convert_with_details
+from equivision_timm.checkpoints.equivision.to_escnn import to_escnn
 
 pytest.importorskip("escnn", reason="needs the extra `escnn`")
 pytestmark = [

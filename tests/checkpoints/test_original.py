@@ -13,8 +13,8 @@ from reference_data import checkpoint
 from safetensors.torch import save, save_file
 
 import equivision_timm  # noqa: F401  registers the models
-from equivision_timm.checkpoints.convert import convert_original
-from equivision_timm.checkpoints.original import read_original
+from equivision_timm.checkpoints.equivision.convert import convert_original
+from equivision_timm.checkpoints.equivision.original import read_original
 
 NAME = "d8resnet18_fast"  # the smallest
 

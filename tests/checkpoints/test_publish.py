@@ -18,7 +18,7 @@ from equivision_timm.checkpoints import publish
 from equivision_timm.checkpoints.folder import write_model_folder
 from equivision_timm.cli import main
 from equivision_timm.models.pretrained import HUB_ORG
-from equivision_timm.tensor_hash import TENSORS_SHA256, hash_tensors
+from equivision_timm.models.tensor_hash import TENSORS_SHA256, hash_tensors
 
 NAMES = ("c4resnet18", "d1resnet18")
 TAGGED = "c4resnet18.equivision_in1k"

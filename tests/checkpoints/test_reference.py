@@ -7,7 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from reference_data import checkpoint, figures, image, networks, training_runs
 
-from equivision_timm.checkpoints.convert import convert_original
+from equivision_timm.checkpoints.equivision.convert import convert_original
 
 LEVELS = ("maxpool", "layer1", "layer2", "layer3", "layer4")
 

@@ -6,14 +6,14 @@ import torch
 from reference_data import checkpoint
 
 import equivision_timm  # noqa: F401  registers the models
-from equivision_timm.checkpoints import convert_file as convert_file_module
-from equivision_timm.checkpoints.convert import _entries_of, convert_original, fitting_models
-from equivision_timm.checkpoints.convert_file import convert_file
+from equivision_timm.checkpoints.equivision import convert_file as convert_file_module
+from equivision_timm.checkpoints.equivision.convert import _entries_of, convert_original, fitting_models
+from equivision_timm.checkpoints.equivision.convert_file import convert_file
+from equivision_timm.checkpoints.equivision.rivals import check_before_search, check_statistics
+from equivision_timm.checkpoints.equivision.sign_groups import known_patterns, sign_groups
+from equivision_timm.checkpoints.equivision.signs import apply_signs
 from equivision_timm.checkpoints.folder import read_provenance
-from equivision_timm.checkpoints.photographs import draw_crops, load_photographs
-from equivision_timm.checkpoints.rivals import check_before_search, check_statistics
-from equivision_timm.checkpoints.sign_groups import known_patterns, sign_groups
-from equivision_timm.checkpoints.signs import apply_signs
+from equivision_timm.images.photographs import draw_crops, load_photographs
 from equivision_timm.layers import ConvNorm
 
 pytest.importorskip("skimage", reason="photographs come with scikit-image, the extra `convert`")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from reference_data import sign_patterns
 
-from equivision_timm.checkpoints.sign_groups import (
+from equivision_timm.checkpoints.equivision.sign_groups import (
     element_signs,
     half_turn,
     irrep_flips,

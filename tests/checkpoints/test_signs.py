@@ -11,10 +11,9 @@ import timm
 import torch
 
 import equivision_timm  # noqa: F401  registers the models
-from equivision_timm.checkpoints import signs as signs_module
-from equivision_timm.checkpoints.photographs import draw_crops, load_crops, load_photographs
-from equivision_timm.checkpoints.sign_groups import half_turn, irrep_flips, known_patterns, sign_groups
-from equivision_timm.checkpoints.signs import (
+from equivision_timm.checkpoints.equivision import signs as signs_module
+from equivision_timm.checkpoints.equivision.sign_groups import half_turn, irrep_flips, known_patterns, sign_groups
+from equivision_timm.checkpoints.equivision.signs import (
     MOST_BATCHES,
     Z_LIMIT,
     AmbiguousSigns,
@@ -23,6 +22,7 @@ from equivision_timm.checkpoints.signs import (
     find_signs,
     statistics_misfit,
 )
+from equivision_timm.images.photographs import draw_crops, load_crops, load_photographs
 from equivision_timm.layers import ConvNorm
 
 pytest.importorskip("skimage", reason="photographs come with scikit-image, the extra `convert`")

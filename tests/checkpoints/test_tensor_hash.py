@@ -5,7 +5,7 @@ import hashlib
 import pytest
 import torch
 
-from equivision_timm.tensor_hash import hash_tensors
+from equivision_timm.models.tensor_hash import hash_tensors
 
 STATE = {"a": torch.arange(12.0).reshape(3, 4), "b": torch.tensor(7), "c": torch.ones(3)}
 CHANGED = {

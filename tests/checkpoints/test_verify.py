@@ -11,19 +11,19 @@ from reference_data import checkpoint
 from safetensors.torch import load_file, save_file
 
 import equivision_timm  # noqa: F401  registers the models
-from equivision_timm.checkpoints import convert_file as convert_file_module
 from equivision_timm.checkpoints import verify as verify_module
-from equivision_timm.checkpoints.convert import convert_original
+from equivision_timm.checkpoints.equivision import convert_file as convert_file_module
+from equivision_timm.checkpoints.equivision.convert import convert_original
+from equivision_timm.checkpoints.equivision.released import Released
+from equivision_timm.checkpoints.equivision.rivals import Statistics
+from equivision_timm.checkpoints.equivision.sign_groups import known_patterns
+from equivision_timm.checkpoints.equivision.signs import AmbiguousSigns, SignSearch
 from equivision_timm.checkpoints.folder import read_provenance, write_model_folder
-from equivision_timm.checkpoints.photographs import load_crops
-from equivision_timm.checkpoints.released import Released
-from equivision_timm.checkpoints.rivals import Statistics
-from equivision_timm.checkpoints.sign_groups import known_patterns
-from equivision_timm.checkpoints.signs import AmbiguousSigns, SignSearch
 from equivision_timm.checkpoints.verify import verify
 from equivision_timm.cli import main
+from equivision_timm.images.photographs import load_crops
 from equivision_timm.kernel_bases import manifest
-from equivision_timm.tensor_hash import hash_tensors
+from equivision_timm.models.tensor_hash import hash_tensors
 
 NAME = "c4resnet18_fast"
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # timm leaves image files to the garbage collector

@@ -13,13 +13,13 @@ from timm.utils import reparameterize_model
 from tqdm import tqdm
 
 from equivision_timm.arguments import InputError, check_number, one_line
-from equivision_timm.files import check_writable
-from equivision_timm.loading import check_model_name, load_model, split_spec
-from equivision_timm.pictures import PictureError
-from equivision_timm.rotate_eval.measure import CORNERS, Folder, measure
-from equivision_timm.rotate_eval.report import FILES, write_report
-from equivision_timm.rotate_eval.results import Cell, Results
-from equivision_timm.trial import MOST_CLASSES, MOST_PIXELS, check_memory, explained, find_device, try_model
+from equivision_timm.images.pictures import PictureError
+from equivision_timm.tools.files import check_writable
+from equivision_timm.tools.loading import check_model_name, load_model, split_spec
+from equivision_timm.tools.rotate_eval.measure import CORNERS, Folder, measure
+from equivision_timm.tools.rotate_eval.report import FILES, write_report
+from equivision_timm.tools.rotate_eval.results import Cell, Results
+from equivision_timm.tools.trial import MOST_CLASSES, MOST_PIXELS, check_memory, explained, find_device, try_model
 
 __all__ = ["rotate_eval"]
 

@@ -46,7 +46,13 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from equivision_timm.checkpoints.sign_groups import element_signs, half_turn, irrep_flips, known_patterns, sign_groups
+from equivision_timm.checkpoints.equivision.sign_groups import (
+    element_signs,
+    half_turn,
+    irrep_flips,
+    known_patterns,
+    sign_groups,
+)
 from equivision_timm.layers import ConvNorm
 from equivision_timm.models import EquivariantResNet
 

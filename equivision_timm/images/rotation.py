@@ -23,7 +23,7 @@ from timm.data import create_dataset
 from timm.data.dataset_factory import _TORCH_BASIC_DS
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from equivision_timm.pictures import PictureError, open_rgb
+from equivision_timm.images.pictures import PictureError, open_rgb
 
 __all__ = ["RotatedFolder", "rotate", "rotate_image"]
 

@@ -10,15 +10,15 @@ import numpy as np
 import timm
 import torch
 
-from equivision_timm.checkpoints.convert import convert_original, convert_with_details, fitting_models
+from equivision_timm.checkpoints.equivision.convert import convert_original, convert_with_details, fitting_models
+from equivision_timm.checkpoints.equivision.original import read_original
+from equivision_timm.checkpoints.equivision.rivals import Statistics, check_before_search, check_statistics
+from equivision_timm.checkpoints.equivision.sign_groups import known_patterns, parse_signs, sign_groups
+from equivision_timm.checkpoints.equivision.signs import MOST_BATCHES, SignSearch, find_signs
 from equivision_timm.checkpoints.folder import write_model_folder
-from equivision_timm.checkpoints.original import read_original
-from equivision_timm.checkpoints.photographs import draw_crops, load_photographs
-from equivision_timm.checkpoints.rivals import Statistics, check_before_search, check_statistics
-from equivision_timm.checkpoints.sign_groups import known_patterns, parse_signs, sign_groups
-from equivision_timm.checkpoints.signs import MOST_BATCHES, SignSearch, find_signs
+from equivision_timm.images.photographs import draw_crops, load_photographs
 from equivision_timm.kernel_bases import manifest
-from equivision_timm.tensor_hash import TENSORS_SHA256, hash_tensors
+from equivision_timm.models.tensor_hash import TENSORS_SHA256, hash_tensors
 
 __all__ = ["Report", "convert_file"]
 

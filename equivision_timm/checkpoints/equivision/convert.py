@@ -22,7 +22,7 @@ from functools import cache
 import timm
 import torch
 
-from equivision_timm.checkpoints.sign_groups import element_signs, sign_groups
+from equivision_timm.checkpoints.equivision.sign_groups import element_signs, sign_groups
 from equivision_timm.groups import Group
 from equivision_timm.kernel_bases import load_kernel_basis
 from equivision_timm.layers import ConvNorm

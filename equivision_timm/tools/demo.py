@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from equivision_timm.arguments import one_line
-from equivision_timm.figures import check_figure_file, plain_text, save_figure
-from equivision_timm.rotation import rotate
+from equivision_timm.images.rotation import rotate
+from equivision_timm.tools.figures import check_figure_file, plain_text, save_figure
 
 __all__ = ["load_digits", "predict", "run", "turn"]
 
@@ -58,7 +58,7 @@ def run(out: str, angles: Sequence[int] = ANGLES, every: int = 1) -> None:
 
 def load_digits() -> tuple[torch.Tensor, torch.Tensor]:
     """The held-out digits, [500, 28, 28] uint8, white on black, and their labels [500]."""
-    tensors = load_file(Path(__file__).parent / "digits" / "held_out.safetensors")
+    tensors = load_file(Path(__file__).parents[1] / "digits" / "held_out.safetensors")
     return tensors["digits"], tensors["labels"].long()
 
 

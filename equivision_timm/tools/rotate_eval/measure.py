@@ -22,9 +22,9 @@ from timm.data import create_dataset, create_transform
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from equivision_timm.arguments import InputError
-from equivision_timm.pictures import PictureError, open_rgb
-from equivision_timm.rotate_eval.results import Cell
-from equivision_timm.rotation import rotate
+from equivision_timm.images.pictures import PictureError, open_rgb
+from equivision_timm.images.rotation import rotate
+from equivision_timm.tools.rotate_eval.results import Cell
 
 __all__ = ["CORNERS", "Folder", "measure", "parse_angles"]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import timm
 import torch
 
-from equivision_timm.checkpoints.signs import Z_LIMIT, Fit, best_fit, fit_as_it_stands
+from equivision_timm.checkpoints.equivision.signs import Z_LIMIT, Fit, best_fit, fit_as_it_stands
 
 __all__ = ["Statistics", "check_before_search", "check_statistics"]
 

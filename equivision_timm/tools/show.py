@@ -20,12 +20,12 @@ from PIL import Image
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
 
 from equivision_timm.arguments import InputError, check_number, shortened
-from equivision_timm.figures import check_figure_file, plain_text, save_figure
 from equivision_timm.groups import Group
-from equivision_timm.loading import check_model_name, load_model, short_name
-from equivision_timm.pictures import PictureError, open_rgb
-from equivision_timm.rotation import rotate
-from equivision_timm.trial import MOST_CLASSES, MOST_PIXELS, check_memory, explained, try_model
+from equivision_timm.images.pictures import PictureError, open_rgb
+from equivision_timm.images.rotation import rotate
+from equivision_timm.tools.figures import check_figure_file, plain_text, save_figure
+from equivision_timm.tools.loading import check_model_name, load_model, short_name
+from equivision_timm.tools.trial import MOST_CLASSES, MOST_PIXELS, check_memory, explained, try_model
 
 __all__ = ["map_error", "scalar_maps", "show"]
 

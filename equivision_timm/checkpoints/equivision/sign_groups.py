@@ -126,7 +126,7 @@ def known_patterns(group_name: str) -> dict[str, str]:
     Names say where: 'scipy1.11-avx2', for example, covers SciPy 1.11 and newer on processors without AVX-512.
     Machines that agree in this group's signs share one entry, under the first name.
     """
-    table = json.loads((resources.files("equivision_timm.checkpoints") / "sign_patterns.json").read_text())
+    table = json.loads((resources.files("equivision_timm.checkpoints.equivision") / "sign_patterns.json").read_text())
     groups, patterns = sign_groups(group_name), {}
     for name, negated in table["patterns"].items():
         elements = {key: set(indices) for key, indices in negated.items()}

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from equivision_timm.checkpoints.convert_file import convert_file
-from equivision_timm.checkpoints.original import read_original
-from equivision_timm.checkpoints.released import released
+from equivision_timm.checkpoints.equivision.convert_file import convert_file
+from equivision_timm.checkpoints.equivision.original import read_original
+from equivision_timm.checkpoints.equivision.released import released
 from equivision_timm.models.pretrained import WEIGHTS_FILE, local_folder, weights_folder
 
 __all__ = ["fetch"]

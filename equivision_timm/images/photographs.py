@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, get_img_extensions
 
-from equivision_timm.pictures import PictureError, open_rgb
+from equivision_timm.images.pictures import PictureError, open_rgb
 
 __all__ = ["draw_crops", "load_crops", "load_photographs"]
 

@@ -1,0 +1,1 @@
+"""Commands that measure and draw: what needs matplotlib, tqdm and photographs."""
