@@ -265,11 +265,10 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    import timm
-
     from equivision_timm.checkpoints.equivision.convert_file import convert_file
+    from equivision_timm.models import EquivariantResNet, model_names
 
-    if args.model not in timm.list_models(module="equivariant_resnet"):
+    if args.model not in model_names(EquivariantResNet):
         raise InputError(f"{args.model!r} is no model of this package, e.g. c8resnet50")
     print(convert_file(args.checkpoint, args.model, args.out, args.images, args.signs))
     return 0

@@ -47,9 +47,9 @@ from timm.utils.model import reparameterize_model
 from tqdm import tqdm
 
 from equivision_timm.kernel_bases import block_products
-from equivision_timm.layers import ConvNorm, MaxPool2d, SteerableConv2d
+from equivision_timm.layers import ConvNormAct, MaxPool2d, SteerableConv2d
 from equivision_timm.layers.conv_strategies import STRATEGIES
-from equivision_timm.models.equivariant_resnet import BasicBlock, Bottleneck
+from equivision_timm.models import model_names
 
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
 DEFAULT_MODELS = ("c8resnet50", "d4resnet50", "c4resnet50", "d8resnet18", "c8resnet18", "d4resnet18", "c4resnet18")
@@ -60,45 +60,41 @@ def dense_twin(model: nn.Module) -> nn.Module:
     """The plain network with as many channels everywhere: convolutions and batch norms without any symmetry."""
     twin = copy.deepcopy(model)
     for name, module in model.named_modules():
-        if isinstance(module, ConvNorm):
+        if isinstance(module, ConvNormAct):
             conv = module.conv.fuse()
-            plain = nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels)).train(module.training)
+            plain = PlainUnit(conv, nn.BatchNorm2d(conv.out_channels), module.act)
         elif isinstance(module, MaxPool2d):
             plain = nn.MaxPool2d(module.kernel_size, module.stride, module.padding)
         else:
             continue
         parent, _, child = name.rpartition(".")
-        setattr(twin.get_submodule(parent), child, plain)
+        setattr(twin.get_submodule(parent), child, plain.train(module.training))
     return in_place(twin)
 
 
-class PlainBasicBlock(BasicBlock):
-    """The block as timm writes it."""
+class PlainUnit(nn.Module):
+    """Convolution, norm, shortcut and activation as timm writes them."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        shortcut = self.downsample(x)
-        x = self.conv2(self.act1(self.conv1(x)))
-        x += shortcut
-        return self.act2(x)
+    def __init__(self, conv: nn.Module, norm: nn.Module, act: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.norm, self.act = conv, norm, act
 
-
-class PlainBottleneck(Bottleneck):
-    """The block as timm writes it."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        shortcut = self.downsample(x)
-        x = self.conv3(self.act2(self.conv2(self.act1(self.conv1(x)))))
-        x += shortcut
-        return self.act3(x)
+    def forward(self, x: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
+        x = self.norm(self.conv(x))
+        if shortcut is not None:
+            x += shortcut
+        return self.act(x)
 
 
 def in_place(model: nn.Module) -> nn.Module:
     """`model`, of plain convolutions, with ReLU and shortcuts in place: what costs least."""
-    for module in model.modules():
+    for name, module in list(model.named_modules()):
         if isinstance(module, nn.ReLU):
             module.inplace = True
-        elif isinstance(module, (BasicBlock, Bottleneck)):
-            module.__class__ = PlainBasicBlock if isinstance(module, BasicBlock) else PlainBottleneck
+        elif isinstance(module, ConvNormAct):
+            parent, _, child = name.rpartition(".")
+            plain = PlainUnit(module.conv, module.norm, module.act).train(module.training)
+            setattr(model.get_submodule(parent), child, plain)
     return model
 
 
@@ -396,10 +392,10 @@ def main() -> None:
     parser.add_argument("--name", default="networks", help="of the files written (default: %(default)s)")
     args = parser.parse_args()
     os.environ.update(ALLOCATOR)  # for the processes that measure
-    known = timm.list_models(module="equivariant_resnet")
+    known = model_names()
     names = [name for pattern in args.models for name in fnmatch.filter(known, pattern)]
     if not names:
-        parser.error(f"no model matches {args.models}: see timm.list_models(module='equivariant_resnet')")
+        parser.error(f"no model matches {args.models}: see --help")
 
     about = {
         "date": date.today().isoformat(),

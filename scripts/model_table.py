@@ -12,10 +12,11 @@ from tqdm import tqdm
 import equivision_timm
 from equivision_timm.checkpoints.equivision.released import released
 from equivision_timm.checkpoints.publish import complexity
+from equivision_timm.models import model_names
 
 
 def main() -> None:
-    names = [name for name in timm.list_models(module="equivariant_resnet") if not name.startswith("test_")]
+    names = [name for name in model_names() if not name.startswith("test_")]
     names.sort(key=lambda name: (name.endswith("_fast"), int(name.split("resnet")[1].split("_")[0])))
     print(f"torch {torch.__version__}, timm {timm.__version__}, equivision_timm {equivision_timm.__version__}\n")
     print("| model | fields | channels | parameters (M) | GMACs | top-1 | top-5 |")

@@ -29,6 +29,7 @@ from timm.models._registry import _module_to_models
 
 from equivision_timm.checkpoints.equivision.released import released
 from equivision_timm.checkpoints.folder import write_model_folder
+from equivision_timm.models import model_names
 from equivision_timm.models.pretrained import local_folder
 
 NEEDS_TIMM_HUB = "test_model_inference"
@@ -92,7 +93,7 @@ def main() -> int:
     parser.add_argument("--sdist", type=Path, help=f"timm-{timm.__version__}.tar.gz (default: download it with pip)")
     args = parser.parse_args()
 
-    registered = timm.list_models(module="equivariant_resnet")
+    registered = model_names()
     for pattern in args.patterns:
         if not fnmatch.filter(registered, pattern):
             parser.error(f"no registered model matches {pattern!r}: there are {', '.join(registered)}")

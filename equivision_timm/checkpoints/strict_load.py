@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from timm.models import get_pretrained_cfg
 
 from equivision_timm.checkpoints.folder import CONFIG_FILE, read_provenance
-from equivision_timm.models import EquivariantResNet
+from equivision_timm.models import EquivariantBackbone, family_of, model_names
 from equivision_timm.models.pretrained import TAG, WEIGHTS_FILE, find_weights
 
 __all__ = ["Loaded", "load_strictly"]
@@ -41,7 +41,7 @@ class Loaded:
     """
 
     name: str
-    model: EquivariantResNet
+    model: EquivariantBackbone
     weights: Path
     state_dict: dict[str, torch.Tensor]
     provenance: dict[str, str]
@@ -81,7 +81,7 @@ def load_strictly(target: str) -> Loaded:
 
 
 def _our_models() -> list[str]:
-    return timm.list_models(module="equivariant_resnet")
+    return model_names()
 
 
 def _check_name(name: object, path: Path) -> str:
@@ -150,7 +150,7 @@ def _check_shapes(weights: Path, name: str, sizes: dict[str, int]) -> None:
         )
 
 
-def _check_entries(model: EquivariantResNet, loaded: Loaded) -> None:
+def _check_entries(model: EquivariantBackbone, loaded: Loaded) -> None:
     state = model.state_dict()
     differ = [key for key, value in loaded.state_dict.items() if not _same(state[key], value)]
     if differ:
@@ -168,10 +168,10 @@ def _same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     return bool(((ours == theirs) | (ours.isnan() & theirs.isnan())).all())
 
 
-def _as_timm_builds_it(folder: Path, loaded: Loaded) -> EquivariantResNet:
+def _as_timm_builds_it(folder: Path, loaded: Loaded) -> EquivariantBackbone:
     """The model that `create_model('local-dir:...')` gives, which must be the one of the same name."""
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    if type(model) is not EquivariantResNet or list(model.state_dict()) != list(loaded.model.state_dict()):
+    if type(model) is not family_of(loaded.name) or list(model.state_dict()) != list(loaded.model.state_dict()):
         raise ValueError(f"timm makes another model of {folder} than {loaded.name}")
     _check_entries(model, loaded)
     generator = torch.Generator().manual_seed(0)

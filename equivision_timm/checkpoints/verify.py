@@ -1,6 +1,7 @@
 """Is a model what it claims to be? Checks of weights that are about to be used or published, one row each."""
 
 import copy
+import fnmatch
 import hashlib
 import re
 from collections.abc import Iterator
@@ -27,8 +28,8 @@ from equivision_timm.checkpoints.strict_load import Loaded, load_strictly
 from equivision_timm.groups import Group
 from equivision_timm.images.photographs import load_crops
 from equivision_timm.kernel_bases import manifest
-from equivision_timm.layers import ConvNorm
-from equivision_timm.models import EquivariantResNet
+from equivision_timm.layers import ConvNormAct
+from equivision_timm.models import EquivariantResNet, model_names
 from equivision_timm.models.tensor_hash import TENSORS_SHA256, hash_tensors
 from equivision_timm.testing import equivariance_error
 
@@ -192,7 +193,7 @@ def _same_shapes(loaded: Loaded) -> list[str]:
     prefix, suffix = re.fullmatch(r"(test_)?[cd]\d+(resnet.*)", loaded.name).groups("")
     shapes = {name: value.shape for name, value in loaded.state_dict.items()}
     names = []
-    for name in timm.list_models(f"{prefix}[cd]*{suffix}", module="equivariant_resnet"):
+    for name in fnmatch.filter(model_names(), f"{prefix}[cd]*{suffix}"):
         with torch.device("meta"):
             state = timm.create_model(name, num_classes=loaded.model.num_classes).state_dict()
         if name != loaded.name and {key: value.shape for key, value in state.items()} == shapes:
@@ -206,7 +207,7 @@ def _as_in_the_checkpoint(loaded: Loaded) -> dict[str, torch.Tensor]:
     if signs is None:
         return loaded.state_dict
     model = copy.deepcopy(loaded.model)
-    weights = {name: module.conv.weight for name, module in model.named_modules() if isinstance(module, ConvNorm)}
+    weights = {name: module.conv.weight for name, module in model.named_modules() if isinstance(module, ConvNormAct)}
     apply_signs(model, {name: weight.detach().clone() for name, weight in weights.items()}, signs)
     return model.state_dict()
 

@@ -2,13 +2,13 @@
 
 from equivision_timm.layers.checks import CheckImage, check_pointwise, check_positionwise
 from equivision_timm.layers.conv import SteerableConv2d, steerable_conv2d
-from equivision_timm.layers.conv_norm import ConvNorm, fuses
+from equivision_timm.layers.conv_norm_act import ConvNormAct
 from equivision_timm.layers.norm import FieldNorm
 from equivision_timm.layers.pool import GroupPool, InvariantPool, MaxPool2d
 
 __all__ = [
     "CheckImage",
-    "ConvNorm",
+    "ConvNormAct",
     "FieldNorm",
     "GroupPool",
     "InvariantPool",
@@ -16,6 +16,5 @@ __all__ = [
     "SteerableConv2d",
     "check_pointwise",
     "check_positionwise",
-    "fuses",
     "steerable_conv2d",
 ]

@@ -1,5 +1,7 @@
-"""The models; importing this registers them with timm."""
+"""timm models; importing this package registers them."""
 
+from equivision_timm.models.backbone import EquivariantBackbone
 from equivision_timm.models.equivariant_resnet import EquivariantResNet
+from equivision_timm.models.variants import family_of, is_ours, model_names
 
-__all__ = ["EquivariantResNet"]
+__all__ = ["EquivariantBackbone", "EquivariantResNet", "family_of", "is_ours", "model_names"]

@@ -15,30 +15,15 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, get_norm_layer
-from timm.models import (
-    build_model_with_cfg,
-    checkpoint_seq,
-    generate_default_cfgs,
-    register_model,
-)
-from timm.models._features import feature_take_indices
+from timm.layers import get_norm_layer
+from timm.models import build_model_with_cfg
 
 from equivision_timm.groups import Group
-from equivision_timm.layers import (
-    CheckImage,
-    ConvNorm,
-    GroupPool,
-    InvariantPool,
-    MaxPool2d,
-    SteerableConv2d,
-    check_pointwise,
-    check_positionwise,
-    fuses,
-)
+from equivision_timm.layers import ConvNormAct, MaxPool2d, check_pointwise, check_positionwise
+from equivision_timm.models.backbone import EquivariantBackbone
 from equivision_timm.models.pretrained import TAG, WEIGHTS_FILE, build_pretrained, hub_id
+from equivision_timm.models.variants import Variant, register_family
 
 __all__ = ["BasicBlock", "Bottleneck", "EquivariantResNet"]  # register_model adds every entrypoint
 
@@ -77,36 +62,21 @@ class BasicBlock(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        conv = partial(ConvNorm, group=group, norm_layer=norm_layer, device=device, dtype=dtype)
-        self.conv1 = conv(in_fields, fields, 3, stride=stride, dilation=first_dilation)
-        self.act1 = act_layer()
-        self.conv2 = conv(fields, fields, 3, dilation=dilation)
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        unit = partial(ConvNormAct, group=group, norm_layer=norm_layer, device=device, dtype=dtype)
+        last_act = partial(act_layer, inplace=True)
+        self.conv1 = unit(in_fields, fields, 3, stride=stride, dilation=first_dilation, act_layer=act_layer)
+        self.conv2 = unit(fields, fields, 3, dilation=dilation, act_layer=last_act, drop_path=drop_path)
         self.downsample = nn.Identity()
         if stride != 1 or in_fields != fields:
-            self.downsample = conv(in_fields, fields, 1, stride=stride)
-        self.act2 = act_layer(inplace=True)
+            self.downsample = unit(in_fields, fields, 1, stride=stride, act_layer=None)
 
     def zero_init_last(self) -> None:
         nn.init.zeros_(self.conv2.norm.per_field.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = self.downsample(x)
-        if not torch.jit.is_scripting() and self._fuses(x):
-            return self._infer(x, shortcut)
-        x = self.act1(self.conv1(x))
-        x = self.drop_path(self.conv2(x))
-        return self.act2(x + shortcut)
-
-    @torch.jit.unused
-    def _fuses(self, x: torch.Tensor) -> bool:
-        return fuses(x, (self.conv1, self.conv2), (self.act1, self.act2), self.drop_path)
-
-    @torch.jit.unused
-    def _infer(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
-        """The rest of `forward` where it `_fuses`: one pass for each convolution, its shortcut and its ReLU."""
-        x = self.conv1.infer(x, relu=True)
-        return self.conv2.infer(x, shortcut, relu=True)
+        x = self.conv1(x)
+        return self.conv2(x, shortcut)
 
 
 class Bottleneck(nn.Module):
@@ -129,60 +99,35 @@ class Bottleneck(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        conv = partial(ConvNorm, group=group, norm_layer=norm_layer, device=device, dtype=dtype)
+        unit = partial(ConvNormAct, group=group, norm_layer=norm_layer, device=device, dtype=dtype)
+        last_act = partial(act_layer, inplace=True)
         out_fields = fields * self.expansion
-        self.conv1 = conv(in_fields, fields, 1)
-        self.act1 = act_layer()
-        self.conv2 = conv(fields, fields, 3, stride=stride, dilation=first_dilation)
-        self.act2 = act_layer()
-        self.conv3 = conv(fields, out_fields, 1)
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.conv1 = unit(in_fields, fields, 1, act_layer=act_layer)
+        self.conv2 = unit(fields, fields, 3, stride=stride, dilation=first_dilation, act_layer=act_layer)
+        self.conv3 = unit(fields, out_fields, 1, act_layer=last_act, drop_path=drop_path)
         self.downsample = nn.Identity()
         if stride != 1 or in_fields != out_fields:
-            self.downsample = conv(in_fields, out_fields, 1, stride=stride)
-        self.act3 = act_layer(inplace=True)
+            self.downsample = unit(in_fields, out_fields, 1, stride=stride, act_layer=None)
 
     def zero_init_last(self) -> None:
         nn.init.zeros_(self.conv3.norm.per_field.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = self.downsample(x)
-        if not torch.jit.is_scripting() and self._fuses(x):
-            return self._infer(x, shortcut)
-        x = self.act1(self.conv1(x))
-        x = self.act2(self.conv2(x))
-        x = self.drop_path(self.conv3(x))
-        return self.act3(x + shortcut)
-
-    @torch.jit.unused
-    def _fuses(self, x: torch.Tensor) -> bool:
-        return fuses(x, (self.conv1, self.conv2, self.conv3), (self.act1, self.act2, self.act3), self.drop_path)
-
-    @torch.jit.unused
-    def _infer(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
-        """As in `BasicBlock`."""
-        x = self.conv1.infer(x, relu=True)
-        x = self.conv2.infer(x, relu=True)
-        return self.conv3.infer(x, shortcut, relu=True)
+        x = self.conv1(x)
+        x = self.conv2(x)
+        return self.conv3(x, shortcut)
 
 
-class EquivariantResNet(nn.Module):
+class EquivariantResNet(EquivariantBackbone):
     """ResNet on regular fields: images [B, in_chans, H, W] -> logits [B, num_classes] that the group leaves unchanged.
 
-    `forward_features` returns the equivariant map [B, num_features, H / 32, W / 32], num_features = fields * |G|.
-    With `num_classes=0, global_pool=''` the model itself returns a map: the equivariant one for `group_pool=''`, the
-    invariant one [B, fields, H / 32, W / 32] (one channel per field) for `group_pool='max'` or 'avg'.
-
-    With `map_pool='max'` or 'avg' every map that leaves the model is invariant, one channel per field: that of
-    `forward_features`, those of `forward_intermediates` and `features_only`. It is for heads that know nothing of the
-    group. `num_features`, `feature_info` and `head_hidden_size` then count fields, and `forward` pools this map over
-    space. A classifier is refused: pooling over the group and over space do not commute, so its input would not be what
-    the pretrained classifiers were trained on.
+    Levels of features: the stem at H / 2, the four stages at H / 4 to H / 32; see `EquivariantBackbone`.
 
     Args:
         block: `BasicBlock` or `Bottleneck`.
         layers: number of blocks in each of the four stages.
-        group: name of the group: 'c1', 'd1', 'c4', 'd4', 'c8' or 'd8'.
+        group: name of the group, for example 'c8'.
         width: fields of the stem and of the first stage; the stages have 1, 2, 4 and 8 times as many.
         num_classes: number of classes; 0 removes the classifier.
         in_chans: number of image channels.
@@ -203,11 +148,9 @@ class EquivariantResNet(nn.Module):
         dtype: their type.
 
     Raises:
-        ValueError: a group without frozen bases, an `output_stride`, `group_pool`, `act_layer` or `norm_layer` that
-            does not exist or would break equivariance; a classifier without global pooling, or with `map_pool`.
+        ValueError: an unknown group; an `output_stride`, `group_pool`, `act_layer` or `norm_layer` that does not exist
+            or would break equivariance; a classifier without global pooling, or with `map_pool`.
     """
-
-    __jit_unused_properties__ = ("group_pool",)
 
     def __init__(
         self,
@@ -232,28 +175,20 @@ class EquivariantResNet(nn.Module):
         device=None,
         dtype=None,
     ) -> None:
-        super().__init__()
+        super().__init__(group, in_chans, map_pool, drop_rate)
         dd = {"device": device, "dtype": dtype}
         if output_stride not in (8, 16, 32):
             raise ValueError(f"output_stride {output_stride!r} does not exist: use 8, 16 or 32")
-        if map_pool not in ("max", "avg", ""):
-            raise ValueError(f"unknown map_pool {map_pool!r}: use 'max', 'avg', or '' for equivariant maps")
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-        self.drop_rate = drop_rate
-        self.grad_checkpointing = False
-        self.group = group
-        order = Group.from_name(group).order
         act_layer = check_pointwise(act_layer)
         norm_layer = _batch_norm_options(get_norm_layer(norm_layer), momentum=bn_momentum, eps=bn_eps)
         check_positionwise(norm_layer, width)
 
         # Stem: trivial fields (the image) -> regular fields
-        self.check_image = CheckImage(in_chans)
-        self.conv1 = ConvNorm(in_chans, width, 7, group, "trivial", stride=2, norm_layer=norm_layer, **dd)
-        self.act1 = act_layer()
-        map_group = "c1" if map_pool else group  # pooled over the group, a field is one channel that nothing permutes
-        self.feature_info = [_feature_info(width, map_group, reduction=2, module="act1")]
+        stem = ConvNormAct(
+            in_chans, width, 7, group, "trivial", stride=2, norm_layer=norm_layer, act_layer=act_layer, **dd
+        )
+        self.add_module("conv1", stem)
+        self.add_level("act1", nn.Identity(), width, reduction=2)  # in conv1; as many children as timm's, for cuts [:n]
         self.maxpool = MaxPool2d(kernel_size=3, stride=2, padding=1)
 
         # Stages
@@ -282,119 +217,29 @@ class EquivariantResNet(nn.Module):
                     )
                 )
                 in_fields = width * 2**stage * block.expansion
-            name = f"layer{stage + 1}"
-            self.add_module(name, nn.Sequential(*blocks))
-            self.feature_info.append(_feature_info(in_fields, map_group, reduction, module=name))
+            self.add_level(f"layer{stage + 1}", nn.Sequential(*blocks), in_fields, reduction)
 
-        # Head: pool over space, then over the group (the two do not commute), then classify
-        self.map_pool = GroupPool(order, map_pool)
-        self.num_features = self.feature_info[-1]["num_chs"]
-        self._check_classifier(num_classes, global_pool)
-        self.global_pool = self._create_global_pool(global_pool, group_pool)
-        self._create_classifier(**dd)
-
-        self.set_conv_strategy(conv_strategy)
+        self.create_head(num_classes, global_pool, group_pool, conv_strategy, **dd)
         if zero_init_last:
             self._zero_init_last()
 
-    @torch.jit.ignore
-    def set_conv_strategy(self, strategy: str | dict[str, str]) -> None:
-        """How to compute the convolutions: faster or slower, with the same output but for float noise.
+    def stem(self, x: torch.Tensor) -> torch.Tensor:
+        """Images [B, in_chans, H, W] -> the first regular fields [B, width * |G|, H / 2, W / 2]."""
+        return self.act1(self.conv1(x))
 
-        Args:
-            strategy: 'auto' (by estimate, for each layer and input size), 'expand', 'block_diagonal' or 'native', for
-                all convolutions of regular fields (the stem, whose input is an image, always expands); or a mapping
-                from names of layers to these, as `conv_strategies` returns it, which leaves other layers as they are.
+    def pool_stem(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, width * |G|, H / 2, W / 2] -> [B, width * |G|, H / 4, W / 4]."""
+        return self.maxpool(x)
 
-        Raises:
-            ValueError: an unknown strategy or layer, or one that cannot run there. Then nothing is changed.
-        """
-        layers = {name: m for name, m in self.named_modules() if isinstance(m, SteerableConv2d)}
-        if isinstance(strategy, str):
-            strategy = {name: strategy for name, layer in layers.items() if layer.input_type == "regular"}
-        unknown = [name for name in strategy if name not in layers]
-        if unknown:
-            raise ValueError(
-                f"conv_strategy names {unknown[0]!r}, which is no convolution of this model: see conv_strategies()"
-            )
-        for name, value in strategy.items():
-            layers[name].check_strategy(value)
-        for name, value in strategy.items():
-            layers[name].strategy = value
+    def stages(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, width * |G|, H / 4, W / 4] -> [B, fields * |G|, H / 32, W / 32], the map of the last stage."""
+        x = self.layer1(x)
+        x = self.layer2(x)
+        x = self.layer3(x)
+        return self.layer4(x)
 
-    @torch.jit.ignore
-    def conv_strategies(self, size: int = 224, batch_size: int = 8) -> dict[str, str]:
-        """The strategy that each convolution takes for `batch_size` images of size x size pixels: {layer: strategy}."""
-        device = next(self.parameters()).device
-        shapes = self.conv_input_shapes(size)
-        return {
-            name: self.get_submodule(name).strategy_for((batch_size, *shape[1:]), device)
-            for name, shape in shapes.items()
-        }
-
-    @torch.jit.ignore
-    def conv_input_shapes(self, size: int = 224) -> dict[str, torch.Size]:
-        """The input [1, C, H, W] of each convolution for an image of size x size pixels: {layer: shape}."""
-        shapes: dict[str, torch.Size] = {}
-        hooks = [
-            layer.register_forward_pre_hook(lambda _, args, name=name: shapes.update({name: args[0].shape}))
-            for name, layer in self.named_modules()
-            if isinstance(layer, SteerableConv2d)
-        ]
-        was_training = self.training
-        try:
-            with torch.no_grad():
-                self.eval().forward_features(next(self.parameters()).new_zeros(1, self.in_chans, size, size))
-        finally:
-            self.train(was_training)
-            for hook in hooks:
-                hook.remove()
-        return shapes
-
-    @torch.jit.ignore
-    def init_weights(self, zero_init_last: bool = False) -> None:
-        """Draw all weights anew and refill the constant buffers, for a model that came from the meta device, say."""
-        for module in self.modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
-        if zero_init_last:
-            self._zero_init_last()
-
-    def _zero_init_last(self) -> None:
-        for module in self.modules():
-            if isinstance(module, (BasicBlock, Bottleneck)):
-                module.zero_init_last()
-
-    @property
-    def group_pool(self) -> GroupPool:
-        """The pooling over the group, behind that over space."""
-        return self.global_pool.group_pool
-
-    def _check_classifier(self, num_classes: int, pool_type: str | None) -> None:
-        """Raises ValueError where `num_classes` are to be told apart on a map."""
-        if num_classes > 0 and pool_type == "":
-            raise ValueError(
-                f"global_pool {pool_type!r} keeps the map, which a classifier of {num_classes} classes cannot take: "
-                "use num_classes=0, or global_pool='avg'"
-            )
-        if num_classes > 0 and self.map_pool.pool_type:
-            raise ValueError(
-                f"map_pool {self.map_pool.pool_type!r} is for maps, but the model is to have a classifier of "
-                f"{num_classes} classes: use num_classes=0, or map_pool=''"
-            )
-
-    def _create_global_pool(self, pool_type: str, group_pool: str) -> InvariantPool:
-        """The pooling in front of the classifier; behind `map_pool` the group has no axis left."""
-        return InvariantPool(pool_type, 1 if self.map_pool.pool_type else self.map_pool.order, group_pool)
-
-    def _create_classifier(self, device=None, dtype=None) -> None:
-        """The linear layer on what both poolings leave; its input is `head_hidden_size` wide."""
-        group_axis = self.group_pool.order if self.group_pool.pool_type else 1
-        self.head_hidden_size = self.num_features // group_axis * self.global_pool.feat_mult()  # 'catavgmax': twice
-        self.fc = nn.Identity()
-        if self.num_classes > 0:
-            self.fc = nn.Linear(self.head_hidden_size, self.num_classes, device=device, dtype=dtype)
-        self.fc.train(self.training)
+    def remove_stem_pool(self) -> None:
+        self.maxpool = nn.Identity()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
@@ -402,129 +247,16 @@ class EquivariantResNet(nn.Module):
         return dict(stem=r"^conv1", blocks=r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)")
 
     @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the stages in the backward pass instead of storing their activations."""
-        self.grad_checkpointing = enable
+    def init_weights(self, zero_init_last: bool = False) -> None:
+        """Draw all weights anew, for a model that came from the meta device, say."""
+        super().init_weights()
+        if zero_init_last:
+            self._zero_init_last()
 
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The linear classifier on the invariant fields."""
-        return self.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier, and the pooling over space unless `global_pool` is None; 0 classes: none."""
-        self._check_classifier(num_classes, global_pool)
-        if global_pool is not None:
-            pool = self._create_global_pool(global_pool, self.group_pool.pool_type)
-            self.global_pool = pool.train(self.training)
-        self.num_classes = num_classes
-        parameter = next(self.parameters())
-        self._create_classifier(device=parameter.device, dtype=parameter.dtype)
-
-    def forward_intermediates(
-        self,
-        x: torch.Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """Feature maps of several levels: 0 is the stem, 1 to 4 are the stages.
-
-        Args:
-            x: images [B, in_chans, H, W].
-            indices: the last n levels if an int, all if None, else those listed.
-            norm: accepted as timm demands; there is no norm after the last block.
-            stop_early: skip the levels after the last one asked for.
-            output_fmt: 'NCHW', the only format.
-            intermediates_only: return the list alone.
-
-        Returns:
-            The last map computed and the list of maps [B, fields * |G|, H / reduction, W / reduction], or the list;
-            [B, fields, ...] with `map_pool`.
-        """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt {output_fmt!r} does not exist for this model: use 'NCHW'")
-        take_indices, max_index = feature_take_indices(5, indices)
-        intermediates = []
-        x = self._stem(x)
-        if 0 in take_indices:
-            intermediates.append(self.map_pool(x))
-        x = self.maxpool(x)
-        for level, stage in enumerate((self.layer1, self.layer2, self.layer3, self.layer4), start=1):
-            if stop_early and level > max_index:
-                break
-            x = stage(x)
-            if level in take_indices:
-                intermediates.append(self.map_pool(x))
-        return intermediates if intermediates_only else (self.map_pool(x), intermediates)
-
-    def _stem(self, x: torch.Tensor) -> torch.Tensor:
-        """Images -> the first regular fields: [B, in_chans, H, W] -> [B, width * |G|, H / 2, W / 2]."""
-        x = self.check_image(x)
-        if not torch.jit.is_scripting() and self._stem_fuses(x):
-            return self._infer_stem(x)
-        return self.act1(self.conv1(x))
-
-    @torch.jit.unused
-    def _stem_fuses(self, x: torch.Tensor) -> bool:
-        return fuses(x, (self.conv1,), (self.act1,))
-
-    @torch.jit.unused
-    def _infer_stem(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv1.infer(x, relu=True)
-
-    def prune_intermediate_layers(
-        self,
-        indices: int | list[int] = 1,
-        prune_norm: bool = False,
-        prune_head: bool = True,
-    ) -> list[int]:
-        """Remove the stages after the last of `indices`, and the head; returns the levels that stay.
-
-        The head also goes with `prune_head=False` where a stage does: it is made for the fields of the last one.
-        """
-        take_indices, max_index = feature_take_indices(5, indices)
-        for level in range(max_index + 1, 5):
-            setattr(self, f"layer{level}", nn.Sequential())  # empty: passes its input on
-        if max_index == 0:
-            self.maxpool = nn.Identity()
-        self.num_features = self.feature_info[max_index]["num_chs"]
-        if prune_head or max_index < 4:
-            self.reset_classifier(0, "")
-        return take_indices
-
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """The map of the last stage, [B, num_features, H / 32, W / 32]: regular fields, field-major, or invariant ones.
-
-        Invariant, one channel per field, with `map_pool`.
-        """
-        x = self.maxpool(self._stem(x))
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq([self.layer1, self.layer2, self.layer3, self.layer4], x, flatten=True)
-        else:
-            x = self.layer1(x)
-            x = self.layer2(x)
-            x = self.layer3(x)
-            x = self.layer4(x)
-        return self.map_pool(x)
-
-    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Pool the map over space, then over the group; classify unless `pre_logits`."""
-        x = self.global_pool(x)  # [B, m], or the map [B, m, H, W] without pooling over space
-        if self.drop_rate:
-            x = F.dropout(x, p=float(self.drop_rate), training=self.training)
-        return x if pre_logits else self.fc(x)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.forward_head(self.forward_features(x))
-
-
-def _feature_info(fields: int, group: str, reduction: int, module: str) -> dict[str, Any]:
-    """timm's description of a level, with its number of regular fields and the group they belong to."""
-    num_chs = fields * Group.from_name(group).order
-    return dict(num_chs=num_chs, reduction=reduction, module=module, num_fields=fields, group=group)
+    def _zero_init_last(self) -> None:
+        for module in self.modules():
+            if isinstance(module, (BasicBlock, Bottleneck)):
+                module.zero_init_last()
 
 
 def _batch_norm_options(norm_layer: Callable[..., nn.Module], **options: float | None) -> Callable[..., nn.Module]:
@@ -561,10 +293,12 @@ def _features_only(**kwargs: Any) -> dict[str, Any]:
     return {**kwargs, "feature_cls": "getter", "num_classes": 0}
 
 
-_resnet18 = partial(_create, block=BasicBlock, layers=(2, 2, 2, 2))
-_resnet50 = partial(_create, block=Bottleneck, layers=(3, 4, 6, 3))
-_resnet101 = partial(_create, block=Bottleneck, layers=(3, 4, 23, 3))
-_test_resnet = partial(_create, block=BasicBlock, layers=(1, 1, 1, 1))
+_LAYERS: dict[int, dict[str, Any]] = {
+    18: dict(block=BasicBlock, layers=(2, 2, 2, 2)),
+    50: dict(block=Bottleneck, layers=(3, 4, 6, 3)),
+    101: dict(block=Bottleneck, layers=(3, 4, 23, 3)),
+}
+_TEST_LAYERS: dict[str, Any] = dict(block=BasicBlock, layers=(1, 1, 1, 1))
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
@@ -584,301 +318,84 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-def _pretrained_cfg(variant: str) -> dict[str, Any]:
-    """Weights of the original, converted; the cfg names a place on the Hub once they are published."""
-    return _cfg(hf_hub_id=hub_id(variant), hf_hub_filename=WEIGHTS_FILE)
+def _symmetry(group: str) -> str:
+    """What a network of this group is invariant to, in words."""
+    found = Group.from_name(group)
+    rotations = f"rotations by {360 / found.rotations:g} degrees" if found.rotations > 1 else ""
+    reflections = ("reflections" if rotations else "left-right reflection") if found.reflections else ""
+    return " and ".join(filter(None, (rotations, reflections))) or "no symmetry (the plain twin)"
 
 
-def _digits_cfg(variant: str) -> dict[str, Any]:
-    """Weights inside the package, trained on handwritten digits by scripts/train_digits.py."""
-    return _cfg(
-        file=str(Path(__file__).parents[1] / "digits" / f"{variant}.safetensors"),
+def _resnet(depth: int, group: str, width: int, released: str = "") -> Variant:
+    """A row of the table: the depth, the group, the fields of the first stage; the model's own name if it has weights.
+
+    Without `_fast` in their names, models have as many parameters as the plain ResNet of this depth.
+    """
+    channels = width * Group.from_name(group).order
+    summary = f"{group.upper()} ResNet-{depth}: {_symmetry(group)}; {width} fields, {channels} channels"
+    weights = dict(hf_hub_id=hub_id(released), hf_hub_filename=WEIGHTS_FILE) if released else {}
+    return Variant(
+        summary, {**_LAYERS[depth], "group": group, "width": width}, _cfg(**weights), TAG if released else ""
+    )
+
+
+def _test_resnet(group: str, width: int, name: str) -> Variant:
+    """A tiny network for tests and the demo, trained on handwritten digits by scripts/train_digits.py."""
+    cfg = _cfg(
+        file=str(Path(__file__).parents[1] / "digits" / f"{name}.safetensors"),
         num_classes=10,
         input_size=(3, 65, 65),
         pool_size=(3, 3),
         crop_pct=1.0,
-        mean=(0.0, 0.0, 0.0),  # the black ground stays zero, as the padding and the corners of a turned image are
+        mean=(0.0, 0.0, 0.0),  # the black ground stays zero, as the padding and the corners of a rotated image are
         std=(1.0, 1.0, 1.0),
         label_names=tuple("0123456789"),
         description="handwritten digits (MNIST), trained upright",
         origin_url=None,
     )
-
-
-default_cfgs = generate_default_cfgs(
-    {
-        "c1resnet18": _cfg(),
-        f"d1resnet18.{TAG}": _pretrained_cfg("d1resnet18"),
-        f"c4resnet18.{TAG}": _pretrained_cfg("c4resnet18"),
-        f"d4resnet18.{TAG}": _pretrained_cfg("d4resnet18"),
-        f"c8resnet18.{TAG}": _pretrained_cfg("c8resnet18"),
-        f"d8resnet18.{TAG}": _pretrained_cfg("d8resnet18"),
-        "c1resnet18_fast": _cfg(),
-        "d1resnet18_fast": _cfg(),
-        "c4resnet18_fast": _cfg(),
-        "d4resnet18_fast": _cfg(),
-        "c8resnet18_fast": _cfg(),
-        "d8resnet18_fast": _cfg(),
-        "c1resnet50": _cfg(),
-        f"d1resnet50.{TAG}": _pretrained_cfg("d1resnet50"),
-        f"c4resnet50.{TAG}": _pretrained_cfg("c4resnet50"),
-        f"d4resnet50.{TAG}": _pretrained_cfg("d4resnet50"),
-        f"c8resnet50.{TAG}": _pretrained_cfg("c8resnet50"),
-        "d8resnet50": _cfg(),
-        "c1resnet50_fast": _cfg(),
-        "d1resnet50_fast": _cfg(),
-        "c4resnet50_fast": _cfg(),
-        "d4resnet50_fast": _cfg(),
-        "c8resnet50_fast": _cfg(),
-        "d8resnet50_fast": _cfg(),
-        "c1resnet101": _cfg(),
-        f"d1resnet101.{TAG}": _pretrained_cfg("d1resnet101"),
-        f"c4resnet101.{TAG}": _pretrained_cfg("c4resnet101"),
-        f"d4resnet101.{TAG}": _pretrained_cfg("d4resnet101"),
-        "c8resnet101": _cfg(),
-        "d8resnet101": _cfg(),
-        "c1resnet101_fast": _cfg(),
-        "d1resnet101_fast": _cfg(),
-        "c4resnet101_fast": _cfg(),
-        "d4resnet101_fast": _cfg(),
-        "c8resnet101_fast": _cfg(),
-        "d8resnet101_fast": _cfg(),
-        "test_c1resnet.digits": _digits_cfg("test_c1resnet"),
-        "test_d4resnet.digits": _digits_cfg("test_d4resnet"),
-        "test_c8resnet.digits": _digits_cfg("test_c8resnet"),
-    }
-)
-
-
-@register_model
-def c1resnet18(pretrained: bool = False, **kwargs: Any) -> EquivariantResNet:
-    """C1 ResNet-18: no symmetry (the plain twin); 78 fields, as many parameters as the plain ResNet."""
-    return _resnet18("c1resnet18", pretrained, **{"group": "c1", "width": 78, **kwargs})
-
-
-@register_model
-def d1resnet18(pretrained: bool = False, **kwargs: Any) -> EquivariantResNet:
-    """D1 ResNet-18: mirror (left-right flips); 55 fields, as many parameters as the plain ResNet."""
-    return _resnet18("d1resnet18", pretrained, **{"group": "d1", "width": 55, **kwargs})
-
-
-@register_model
-def c4resnet18(pretrained: bool = False, **kwargs: Any) -> EquivariantResNet:
-    """C4 ResNet-18: quarter turns; 39 fields, as many parameters as the plain ResNet."""
-    return _resnet18("c4resnet18", pretrained, **{"group": "c4", "width": 39, **kwargs})
-
-
-@register_model
-def d4resnet18(pretrained: bool = False, **kwargs: Any) -> EquivariantResNet:
-    """D4 ResNet-18: quarter turns and mirrors; 28 fields, as many parameters as the plain ResNet."""
-    return _resnet18("d4resnet18", pretrained, **{"group": "d4", "width": 28, **kwargs})
-
-
-@register_model
-def c8resnet18(pretrained: bool = False, **kwargs: Any) -> EquivariantResNet:
-    """C8 ResNet-18: eighth turns; 28 fields, as many parameters as the plain ResNet."""
-    return _resnet18("c8resnet18", pretrained, **{"group": "c8", "width": 28, **kwargs})
-
-
-@register_model
-def d8resnet18(pretrained: bool = False, **kwargs: Any) -> EquivariantResNet:
-    """D8 ResNet-18: eighth turns and mirrors; 20 fields, as many parameters as the plain ResNet."""
-    return _resnet18("d8resnet18", pretrained, **{"group": "d8", "width": 20, **kwargs})
-
-
-@register_model
-def c1resnet18_fast(pretrained: bool = False, **kwargs: Any) -> EquivariantResNet:
-    """C1 ResNet-18: no symmetry (the plain twin); 64 fields, as many channels as the plain ResNet."""
-    return _resnet18("c1resnet18_fast", pretrained, **{"group": "c1", "width": 64, **kwargs})
-
-
-@register_model
-def d1resnet18_fast(pretrained: bool = False, **kwargs: Any) -> EquivariantResNet:
-    """D1 ResNet-18: mirror (left-right flips); 32 fields, as many channels as the plain ResNet."""
-    return _resnet18("d1resnet18_fast", pretrained, **{"group": "d1", "width": 32, **kwargs})
-
-
-@register_model
-def c4resnet18_fast(pretrained: bool = False, **kwargs: Any) -> EquivariantResNet:
-    """C4 ResNet-18: quarter turns; 16 fields, as many channels as the plain ResNet."""
-    return _resnet18("c4resnet18_fast", pretrained, **{"group": "c4", "width": 16, **kwargs})
-
-
-@register_model
-def d4resnet18_fast(pretrained: bool = False, **kwargs: Any) -> EquivariantResNet:
-    """D4 ResNet-18: quarter turns and mirrors; 8 fields, as many channels as the plain ResNet."""
-    return _resnet18("d4resnet18_fast", pretrained, **{"group": "d4", "width": 8, **kwargs})
-
-
-@register_model
-def c8resnet18_fast(pretrained: bool = False, **kwargs: Any) -> EquivariantResNet:
-    """C8 ResNet-18: eighth turns; 8 fields, as many channels as the plain ResNet."""
-    return _resnet18("c8resnet18_fast", pretrained, **{"group": "c8", "width": 8, **kwargs})
-
-
-@register_model
-def d8resnet18_fast(pretrained: bool = False, **kwargs: Any) -> EquivariantResNet:
-    """D8 ResNet-18: eighth turns and mirrors; 3 fields, 48 channels (the width of the original)."""
-    return _resnet18("d8resnet18_fast", pretrained, **{"group": "d8", "width": 3, **kwargs})
-
-
-@register_model
-def c1resnet50(pretrained: bool = False, **kwargs: Any) -> EquivariantResNet:
-    """C1 ResNet-50: no symmetry (the plain twin); 70 fields, as many parameters as the plain ResNet."""
-    return _resnet50("c1resnet50", pretrained, **{"group": "c1", "width": 70, **kwargs})
-
-
-@register_model
-def d1resnet50(pretrained: bool = False, **kwargs: Any) -> EquivariantResNet:
-    """D1 ResNet-50: mirror (left-right flips); 50 fields, as many parameters as the plain ResNet."""
-    return _resnet50("d1resnet50", pretrained, **{"group": "d1", "width": 50, **kwargs})
-
-
-@register_model
-def c4resnet50(pretrained: bool = False, **kwargs: Any) -> EquivariantResNet:
-    """C4 ResNet-50: quarter turns; 35 fields, as many parameters as the plain ResNet."""
-    return _resnet50("c4resnet50", pretrained, **{"group": "c4", "width": 35, **kwargs})
-
-
-@register_model
-def d4resnet50(pretrained: bool = False, **kwargs: Any) -> EquivariantResNet:
-    """D4 ResNet-50: quarter turns and mirrors; 25 fields, as many parameters as the plain ResNet."""
-    return _resnet50("d4resnet50", pretrained, **{"group": "d4", "width": 25, **kwargs})
-
-
-@register_model
-def c8resnet50(pretrained: bool = False, **kwargs: Any) -> EquivariantResNet:
-    """C8 ResNet-50: eighth turns; 25 fields, as many parameters as the plain ResNet."""
-    return _resnet50("c8resnet50", pretrained, **{"group": "c8", "width": 25, **kwargs})
-
-
-@register_model
-def d8resnet50(pretrained: bool = False, **kwargs: Any) -> EquivariantResNet:
-    """D8 ResNet-50: eighth turns and mirrors; 18 fields, as many parameters as the plain ResNet."""
-    return _resnet50("d8resnet50", pretrained, **{"group": "d8", "width": 18, **kwargs})
-
-
-@register_model
-def c1resnet50_fast(pretrained: bool = False, **kwargs: Any) -> EquivariantResNet:
-    """C1 ResNet-50: no symmetry (the plain twin); 64 fields, as many channels as the plain ResNet."""
-    return _resnet50("c1resnet50_fast", pretrained, **{"group": "c1", "width": 64, **kwargs})
-
-
-@register_model
-def d1resnet50_fast(pretrained: bool = False, **kwargs: Any) -> EquivariantResNet:
-    """D1 ResNet-50: mirror (left-right flips); 32 fields, as many channels as the plain ResNet."""
-    return _resnet50("d1resnet50_fast", pretrained, **{"group": "d1", "width": 32, **kwargs})
-
-
-@register_model
-def c4resnet50_fast(pretrained: bool = False, **kwargs: Any) -> EquivariantResNet:
-    """C4 ResNet-50: quarter turns; 16 fields, as many channels as the plain ResNet."""
-    return _resnet50("c4resnet50_fast", pretrained, **{"group": "c4", "width": 16, **kwargs})
-
-
-@register_model
-def d4resnet50_fast(pretrained: bool = False, **kwargs: Any) -> EquivariantResNet:
-    """D4 ResNet-50: quarter turns and mirrors; 8 fields, as many channels as the plain ResNet."""
-    return _resnet50("d4resnet50_fast", pretrained, **{"group": "d4", "width": 8, **kwargs})
-
-
-@register_model
-def c8resnet50_fast(pretrained: bool = False, **kwargs: Any) -> EquivariantResNet:
-    """C8 ResNet-50: eighth turns; 8 fields, as many channels as the plain ResNet."""
-    return _resnet50("c8resnet50_fast", pretrained, **{"group": "c8", "width": 8, **kwargs})
-
-
-@register_model
-def d8resnet50_fast(pretrained: bool = False, **kwargs: Any) -> EquivariantResNet:
-    """D8 ResNet-50: eighth turns and mirrors; 4 fields, as many channels as the plain ResNet."""
-    return _resnet50("d8resnet50_fast", pretrained, **{"group": "d8", "width": 4, **kwargs})
-
-
-@register_model
-def c1resnet101(pretrained: bool = False, **kwargs: Any) -> EquivariantResNet:
-    """C1 ResNet-101: no symmetry (the plain twin); 70 fields, as many parameters as the plain ResNet."""
-    return _resnet101("c1resnet101", pretrained, **{"group": "c1", "width": 70, **kwargs})
-
-
-@register_model
-def d1resnet101(pretrained: bool = False, **kwargs: Any) -> EquivariantResNet:
-    """D1 ResNet-101: mirror (left-right flips); 50 fields, as many parameters as the plain ResNet."""
-    return _resnet101("d1resnet101", pretrained, **{"group": "d1", "width": 50, **kwargs})
-
-
-@register_model
-def c4resnet101(pretrained: bool = False, **kwargs: Any) -> EquivariantResNet:
-    """C4 ResNet-101: quarter turns; 35 fields, as many parameters as the plain ResNet."""
-    return _resnet101("c4resnet101", pretrained, **{"group": "c4", "width": 35, **kwargs})
-
-
-@register_model
-def d4resnet101(pretrained: bool = False, **kwargs: Any) -> EquivariantResNet:
-    """D4 ResNet-101: quarter turns and mirrors; 25 fields, as many parameters as the plain ResNet."""
-    return _resnet101("d4resnet101", pretrained, **{"group": "d4", "width": 25, **kwargs})
-
-
-@register_model
-def c8resnet101(pretrained: bool = False, **kwargs: Any) -> EquivariantResNet:
-    """C8 ResNet-101: eighth turns; 25 fields, as many parameters as the plain ResNet."""
-    return _resnet101("c8resnet101", pretrained, **{"group": "c8", "width": 25, **kwargs})
-
-
-@register_model
-def d8resnet101(pretrained: bool = False, **kwargs: Any) -> EquivariantResNet:
-    """D8 ResNet-101: eighth turns and mirrors; 18 fields, as many parameters as the plain ResNet."""
-    return _resnet101("d8resnet101", pretrained, **{"group": "d8", "width": 18, **kwargs})
-
-
-@register_model
-def c1resnet101_fast(pretrained: bool = False, **kwargs: Any) -> EquivariantResNet:
-    """C1 ResNet-101: no symmetry (the plain twin); 64 fields, as many channels as the plain ResNet."""
-    return _resnet101("c1resnet101_fast", pretrained, **{"group": "c1", "width": 64, **kwargs})
-
-
-@register_model
-def d1resnet101_fast(pretrained: bool = False, **kwargs: Any) -> EquivariantResNet:
-    """D1 ResNet-101: mirror (left-right flips); 32 fields, as many channels as the plain ResNet."""
-    return _resnet101("d1resnet101_fast", pretrained, **{"group": "d1", "width": 32, **kwargs})
-
-
-@register_model
-def c4resnet101_fast(pretrained: bool = False, **kwargs: Any) -> EquivariantResNet:
-    """C4 ResNet-101: quarter turns; 16 fields, as many channels as the plain ResNet."""
-    return _resnet101("c4resnet101_fast", pretrained, **{"group": "c4", "width": 16, **kwargs})
-
-
-@register_model
-def d4resnet101_fast(pretrained: bool = False, **kwargs: Any) -> EquivariantResNet:
-    """D4 ResNet-101: quarter turns and mirrors; 8 fields, as many channels as the plain ResNet."""
-    return _resnet101("d4resnet101_fast", pretrained, **{"group": "d4", "width": 8, **kwargs})
-
-
-@register_model
-def c8resnet101_fast(pretrained: bool = False, **kwargs: Any) -> EquivariantResNet:
-    """C8 ResNet-101: eighth turns; 8 fields, as many channels as the plain ResNet."""
-    return _resnet101("c8resnet101_fast", pretrained, **{"group": "c8", "width": 8, **kwargs})
-
-
-@register_model
-def d8resnet101_fast(pretrained: bool = False, **kwargs: Any) -> EquivariantResNet:
-    """D8 ResNet-101: eighth turns and mirrors; 4 fields, as many channels as the plain ResNet."""
-    return _resnet101("d8resnet101_fast", pretrained, **{"group": "d8", "width": 4, **kwargs})
-
-
-@register_model
-def test_c1resnet(pretrained: bool = False, **kwargs: Any) -> EquivariantResNet:
-    """Tiny C1 ResNet for tests: no symmetry (the plain twin); 11 fields, about as many parameters as the others."""
-    return _test_resnet("test_c1resnet", pretrained, **{"group": "c1", "width": 11, **kwargs})
-
-
-@register_model
-def test_d4resnet(pretrained: bool = False, **kwargs: Any) -> EquivariantResNet:
-    """Tiny D4 ResNet for tests: quarter turns and mirrors; 4 fields."""
-    return _test_resnet("test_d4resnet", pretrained, **{"group": "d4", "width": 4, **kwargs})
-
-
-@register_model
-def test_c8resnet(pretrained: bool = False, **kwargs: Any) -> EquivariantResNet:
-    """Tiny C8 ResNet for tests: eighth turns; 4 fields."""
-    return _test_resnet("test_c8resnet", pretrained, **{"group": "c8", "width": 4, **kwargs})
+    summary = f"Tiny {group.upper()} ResNet for tests: {_symmetry(group)}; {width} fields"
+    return Variant(summary, {**_TEST_LAYERS, "group": group, "width": width}, cfg, "digits")
+
+
+VARIANTS = {
+    "c1resnet18": _resnet(18, "c1", 78),
+    "d1resnet18": _resnet(18, "d1", 55, "d1resnet18"),
+    "c4resnet18": _resnet(18, "c4", 39, "c4resnet18"),
+    "d4resnet18": _resnet(18, "d4", 28, "d4resnet18"),
+    "c8resnet18": _resnet(18, "c8", 28, "c8resnet18"),
+    "d8resnet18": _resnet(18, "d8", 20, "d8resnet18"),
+    "c1resnet18_fast": _resnet(18, "c1", 64),
+    "d1resnet18_fast": _resnet(18, "d1", 32),
+    "c4resnet18_fast": _resnet(18, "c4", 16),
+    "d4resnet18_fast": _resnet(18, "d4", 8),
+    "c8resnet18_fast": _resnet(18, "c8", 8),
+    "d8resnet18_fast": _resnet(18, "d8", 3),
+    "c1resnet50": _resnet(50, "c1", 70),
+    "d1resnet50": _resnet(50, "d1", 50, "d1resnet50"),
+    "c4resnet50": _resnet(50, "c4", 35, "c4resnet50"),
+    "d4resnet50": _resnet(50, "d4", 25, "d4resnet50"),
+    "c8resnet50": _resnet(50, "c8", 25, "c8resnet50"),
+    "d8resnet50": _resnet(50, "d8", 18),
+    "c1resnet50_fast": _resnet(50, "c1", 64),
+    "d1resnet50_fast": _resnet(50, "d1", 32),
+    "c4resnet50_fast": _resnet(50, "c4", 16),
+    "d4resnet50_fast": _resnet(50, "d4", 8),
+    "c8resnet50_fast": _resnet(50, "c8", 8),
+    "d8resnet50_fast": _resnet(50, "d8", 4),
+    "c1resnet101": _resnet(101, "c1", 70),
+    "d1resnet101": _resnet(101, "d1", 50, "d1resnet101"),
+    "c4resnet101": _resnet(101, "c4", 35, "c4resnet101"),
+    "d4resnet101": _resnet(101, "d4", 25, "d4resnet101"),
+    "c8resnet101": _resnet(101, "c8", 25),
+    "d8resnet101": _resnet(101, "d8", 18),
+    "c1resnet101_fast": _resnet(101, "c1", 64),
+    "d1resnet101_fast": _resnet(101, "d1", 32),
+    "c4resnet101_fast": _resnet(101, "c4", 16),
+    "d4resnet101_fast": _resnet(101, "d4", 8),
+    "c8resnet101_fast": _resnet(101, "c8", 8),
+    "d8resnet101_fast": _resnet(101, "d8", 4),
+    "test_c1resnet": _test_resnet("c1", 11, "test_c1resnet"),
+    "test_d4resnet": _test_resnet("d4", 4, "test_d4resnet"),
+    "test_c8resnet": _test_resnet("c8", 4, "test_c8resnet"),
+}
+register_family(__name__, EquivariantResNet, _create, VARIANTS)

@@ -14,7 +14,7 @@ from equivision_timm.checkpoints.equivision.sign_groups import known_patterns, s
 from equivision_timm.checkpoints.equivision.signs import apply_signs
 from equivision_timm.checkpoints.folder import read_provenance
 from equivision_timm.images.photographs import draw_crops, load_photographs
-from equivision_timm.layers import ConvNorm
+from equivision_timm.layers import ConvNormAct
 
 pytest.importorskip("skimage", reason="photographs come with scikit-image, the extra `convert`")
 SIZE = 33  # n = 1 mod 32
@@ -30,7 +30,7 @@ def original(name, photographs, signs=None):
     """A checkpoint of the original whose running statistics are those of its activations on photographs."""
     torch.manual_seed(0)
     model = timm.create_model(name)
-    modules = {key: module for key, module in model.named_modules() if isinstance(module, ConvNorm)}
+    modules = {key: module for key, module in model.named_modules() if isinstance(module, ConvNormAct)}
     stored = {key: module.conv.weight.detach().clone() for key, module in modules.items()}
     with torch.no_grad():
         if signs:

@@ -23,7 +23,7 @@ from equivision_timm.checkpoints.equivision.signs import (
     statistics_misfit,
 )
 from equivision_timm.images.photographs import draw_crops, load_crops, load_photographs
-from equivision_timm.layers import ConvNorm
+from equivision_timm.layers import ConvNormAct
 
 pytest.importorskip("skimage", reason="photographs come with scikit-image, the extra `convert`")
 
@@ -32,7 +32,7 @@ NARROW = {"d4": 8, "d8": 6}
 
 
 def conv_norms(model):
-    return {name: module for name, module in model.named_modules() if isinstance(module, ConvNorm)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, ConvNormAct)}
 
 
 def coefficients(model):

@@ -9,7 +9,7 @@ from reference_data import sign_patterns
 
 from equivision_timm.groups import Group
 from equivision_timm.kernel_bases import from_escnn, load_kernel_basis, manifest
-from equivision_timm.layers import ConvNorm, GroupPool
+from equivision_timm.layers import ConvNormAct, GroupPool
 
 HAS_ESCNN = importlib.util.find_spec("escnn") is not None
 needs_escnn = pytest.mark.skipif(not HAS_ESCNN, reason="compares with escnn: pip install 'equivision-timm[escnn]'")
@@ -87,7 +87,7 @@ def test_forward_and_gradient_equal_those_of_escnn(group, size, input_type):
     out_type = enn.FieldType(space, 2 * [space.regular_repr])
     conv = enn.R2Conv(in_type, out_type, size, padding=size // 2, stride=2, bias=False, initialize=False)
     theirs = enn.SequentialModule(conv, enn.InnerBatchNorm(out_type), enn.GroupPooling(out_type))
-    ours = torch.nn.Sequential(ConvNorm(3, 2, size, group, input_type, stride=2), GroupPool(order))
+    ours = torch.nn.Sequential(ConvNormAct(3, 2, size, group, input_type, stride=2, act_layer=None), GroupPool(order))
 
     signs, _, _ = machine_signs(group, size, input_type)
     weight, norm = ours[0].conv.weight, ours[0].norm.per_field

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import equivision_timm  # noqa: F401  registers the models
 from equivision_timm.kernel_bases import load_irreps_basis, load_kernel_basis
-from equivision_timm.layers import ConvNorm, SteerableConv2d
+from equivision_timm.layers import ConvNormAct, SteerableConv2d
 from equivision_timm.layers.conv import _equal
 from equivision_timm.layers.conv_strategies import auto, block_diagonal, native, native_library
 from equivision_timm.layers.conv_strategies.irreps import block_weights
@@ -309,7 +309,7 @@ def test_a_wrong_strategy_changes_nothing():
 
 
 def unit(strategy, **kwargs):
-    layer = ConvNorm(3, 2, 3, "c4", **kwargs)
+    layer = ConvNormAct(3, 2, 3, "c4", act_layer=None, **kwargs)
     layer.conv.strategy = strategy
     x = torch.randn(4, 12, 9, 9)
     layer.train()(x)
@@ -377,8 +377,8 @@ def test_one_number_among_many_is_noticed(dtype, numbers, start):
 def test_the_filter_is_made_once(strategy, monkeypatch):
     layer, x = unit(strategy)
     made = []
-    original = ConvNorm._fuse
-    monkeypatch.setattr(ConvNorm, "_fuse", lambda self, weight: made.append(1) or original(self, weight))
+    original = ConvNormAct._with_norm
+    monkeypatch.setattr(ConvNormAct, "_with_norm", lambda self, weight: made.append(1) or original(self, weight))
     with torch.no_grad():
         results = [layer(x) for _ in range(3)]
     assert len(made) == 1

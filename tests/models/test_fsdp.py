@@ -12,12 +12,12 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy, size_based_auto_wrap_policy
 import equivision_timm
-from equivision_timm.layers import ConvNorm, SteerableConv2d
+from equivision_timm.layers import ConvNormAct, SteerableConv2d
 
 dist.init_process_group("gloo")
 policies = {
     "convolution": ModuleWrapPolicy({SteerableConv2d, torch.nn.Conv2d}),
-    "unit": ModuleWrapPolicy({ConvNorm, timm.models.resnet.BasicBlock}),
+    "unit": ModuleWrapPolicy({ConvNormAct, timm.models.resnet.BasicBlock}),
     "size": functools.partial(size_based_auto_wrap_policy, min_num_params=500),
 }
 for name, policy in policies.items():

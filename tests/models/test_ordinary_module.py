@@ -214,12 +214,12 @@ class Doubling(nn.Module):
         super().__init__()
         self.inner = nn.Identity() if inner is None else inner
 
-    def forward(self, x):
-        return 2 * self.inner(x)
+    def forward(self, *args):
+        return 2 * self.inner(*args)
 
 
 def replace_drop_path(model):
-    model.layer1[0].drop_path = Doubling()
+    model.layer1[0].conv2.drop_path = Doubling()
 
 
 def subclassed_norm(model):
@@ -240,7 +240,7 @@ def patched_forward(path):
     def change(model):
         module = model.get_submodule(path)
         forward = module.forward
-        module.forward = lambda x: 2 * forward(x)
+        module.forward = lambda *args: 2 * forward(*args)
 
     return change
 
@@ -250,7 +250,7 @@ def hooked(path):
 
 
 def another_activation(model):
-    model.layer1[0].act1 = nn.Softplus()
+    model.layer1[0].conv1.act = nn.Softplus()
 
 
 CHANGES = {
@@ -264,14 +264,14 @@ CHANGES = {
         for kind in (patched_forward, hooked)
         for path in (
             "conv1",
-            "act1",
+            "conv1.act",
             "layer1.0.conv1",
             "layer1.0.conv2.conv",
             "layer2.0.conv1.norm",
             "layer2.0.conv2.norm.per_field",
             "layer2.0.downsample",
-            "layer2.0.drop_path",
-            "layer1.0.act2",
+            "layer2.0.conv2.drop_path",
+            "layer1.0.conv2.act",
             "maxpool",
         )
     },

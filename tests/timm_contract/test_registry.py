@@ -8,10 +8,11 @@ import torch
 
 import equivision_timm  # noqa: F401  (registers the models)
 from equivision_timm.groups import Group
+from equivision_timm.models import model_names
 
 GROUPS = ("c1", "d1", "c4", "d4", "c8", "d8")
 NAMES = [f"{group}resnet{depth}{width}" for group in GROUPS for depth in (18, 50, 101) for width in ("", "_fast")]
-OURS = timm.list_models(module="equivariant_resnet")
+OURS = model_names()
 
 
 def test_all_names_and_only_they_are_listed():

@@ -25,7 +25,8 @@ import torch
 from equivision_timm.checkpoints.equivision.sign_groups import element_signs, sign_groups
 from equivision_timm.groups import Group
 from equivision_timm.kernel_bases import load_kernel_basis
-from equivision_timm.layers import ConvNorm
+from equivision_timm.layers import ConvNormAct
+from equivision_timm.models import EquivariantResNet, model_names
 
 __all__ = ["Conversion", "convert_original", "convert_with_details", "fitting_models", "translate_basis"]
 
@@ -87,7 +88,7 @@ def convert_with_details(state_dict: dict[str, torch.Tensor], model_name: str, s
 
     with torch.device("meta"):
         model = timm.create_model(model_name)
-    convs = {name: module.conv for name, module in model.named_modules() if isinstance(module, ConvNorm)}
+    convs = {name: module.conv for name, module in model.named_modules() if isinstance(module, ConvNormAct)}
     original_names = {entry.ours: name for name, entry in entries.items() if entry.ours}
     sources = {_source(state_dict, original_names[f"{name}.conv.weight"]) for name in convs}
     if signs is not None and sources != {"signs"}:
@@ -135,7 +136,7 @@ def _entries_of(model_name: str) -> dict[str, _Entry]:
         model = timm.create_model(model_name)
     order, entries = Group.from_name(model.group).order, {}
     for name, module in model.named_modules():
-        if not isinstance(module, ConvNorm):
+        if not isinstance(module, ConvNormAct):
             continue
         conv, weight = module.conv, module.conv.weight
         parent, _, last = name.rpartition(".")
@@ -231,7 +232,7 @@ def fitting_models(state_dict: dict[str, torch.Tensor], model_name: str) -> list
     """Which other models of ours the names and shapes fit."""
     shapes = {_plain(name): tuple(value.shape) for name, value in state_dict.items()}
     fitting = []
-    for other in timm.list_models(module="equivariant_resnet"):
+    for other in model_names(EquivariantResNet):
         order = Group.from_name(re.search(r"[cd]\d+(?=resnet)", other)[0]).order
         if other == model_name or f"bn1.batch_norm_[{order}].weight" not in shapes:
             continue

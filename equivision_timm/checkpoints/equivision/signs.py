@@ -53,7 +53,7 @@ from equivision_timm.checkpoints.equivision.sign_groups import (
     known_patterns,
     sign_groups,
 )
-from equivision_timm.layers import ConvNorm
+from equivision_timm.layers import ConvNormAct
 from equivision_timm.models import EquivariantResNet
 
 __all__ = [
@@ -232,8 +232,8 @@ class _Scorer:
             apply_signs(self.model, self.coefficients, pattern)
 
 
-def _conv_norms(model: nn.Module) -> list[tuple[str, ConvNorm]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, ConvNorm)]
+def _conv_norms(model: nn.Module) -> list[tuple[str, ConvNormAct]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, ConvNormAct)]
 
 
 def combine(a: str, b: str) -> str:
@@ -258,7 +258,7 @@ def _ratios(model: EquivariantResNet, images: torch.Tensor, stages: int) -> dict
     Overwrites the running statistics of `model`.
     """
     layers = [model.layer1, model.layer2, model.layer3, model.layer4][:stages]
-    trunk = nn.Sequential(model.conv1, model.act1, model.maxpool, *layers).train()
+    trunk = nn.Sequential(model.conv1, model.maxpool, *layers).train()
     norms = {name: module.norm.per_field for name, module in _conv_norms(model)}
     norms = {name: norm for name, norm in norms.items() if any(norm is module for module in trunk.modules())}
     before = {name: norm.running_var.clone() for name, norm in norms.items()}

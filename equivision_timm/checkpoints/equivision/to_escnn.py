@@ -12,7 +12,7 @@ import torch.nn as nn
 from equivision_timm.checkpoints.equivision.convert import translate_basis
 from equivision_timm.kernel_bases import load_kernel_basis
 from equivision_timm.kernel_bases.from_escnn import field_type, gspace, import_escnn
-from equivision_timm.layers import ConvNorm
+from equivision_timm.layers import ConvNormAct
 from equivision_timm.models import EquivariantResNet
 
 if TYPE_CHECKING:
@@ -33,12 +33,12 @@ def to_escnn(model: EquivariantResNet) -> "EscnnResNet":
         ImportError: the extra is not installed.
     """
     for name, module in model.named_modules():
-        if isinstance(module, ConvNorm) and not (
+        if isinstance(module, ConvNormAct) and not (
             type(module.norm.per_field) is nn.BatchNorm2d and module.conv.dilation == 1
         ):
             raise ValueError(f"{name} is no BatchNorm2d or is dilated: the original network has neither")
-        if name.rpartition(".")[2].startswith("act") and type(module) is not nn.ReLU:
-            raise ValueError(f"{name} is a {type(module).__name__}: the original network has ReLU")
+        if isinstance(module, ConvNormAct) and type(module.act) not in (nn.ReLU, nn.Identity):
+            raise ValueError(f"{name}.act is a {type(module.act).__name__}: the original network has ReLU")
     pools = model.global_pool.pool_type, model.group_pool.pool_type
     if pools != ("avg", "max") or not isinstance(model.fc, nn.Linear):
         raise ValueError(f"the original network pools by average and maximum and classifies: this one pools by {pools}")
@@ -91,7 +91,7 @@ class EscnnBlock(nn.Module):
             self.add_module(f"relu{self.depth}", enn.ReLU(conv.out_type))
             self.out_type = conv.out_type
         self.downsample = nn.Identity()
-        if isinstance(block.downsample, ConvNorm):
+        if isinstance(block.downsample, ConvNormAct):
             self.downsample = nn.Sequential(*_conv_norm(block.downsample, in_type))
 
     def forward(self, x: "GeometricTensor") -> "GeometricTensor":
@@ -102,7 +102,7 @@ class EscnnBlock(nn.Module):
         return x
 
 
-def _conv_norm(module: ConvNorm, in_type: "FieldType") -> tuple["R2Conv", nn.Module]:
+def _conv_norm(module: ConvNormAct, in_type: "FieldType") -> tuple["R2Conv", nn.Module]:
     """The convolution and the norm of `module` in escnn, with its weights."""
     enn, ours, norm = import_escnn().nn, module.conv, module.norm.per_field
     conv = enn.R2Conv(

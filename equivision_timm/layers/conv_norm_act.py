@@ -1,0 +1,131 @@
+"""The unit that networks are written in: act(norm(conv(x)) + shortcut). What may run as one is decided here alone."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn as nn
+from timm.layers import DropPath, register_notrace_module
+
+from equivision_timm.layers.conv import SteerableConv2d
+from equivision_timm.layers.conv_strategies.context import inference_only
+from equivision_timm.layers.norm import FieldNorm
+from equivision_timm.layers.stock import is_stock, no_global_hooks, remember
+
+__all__ = ["ConvNormAct"]
+
+
+@register_notrace_module  # as SteerableConv2d
+class ConvNormAct(nn.Module):
+    """Steerable convolution, field norm, shortcut, activation: act(drop_path(norm(conv(x))) + shortcut).
+
+    Input [B, in_fields * H, height, width], output [B, out_fields * |G|, height', width'], as `SteerableConv2d`; the
+    shortcut has the shape of the output. In inference a batch norm is fused into the coefficients, and shortcut and
+    ReLU go with the convolution, wherever nobody would see that the layers inside are not called.
+
+    Args:
+        in_fields: number of input fields.
+        out_fields: number of output fields.
+        kernel_size: pixels along a side of the kernel.
+        group: name of the group.
+        input_type: 'regular', or 'trivial' for an image.
+        stride: of the convolution.
+        dilation: of the convolution.
+        norm_layer: normalisation wrapped by `FieldNorm`.
+        act_layer: pointwise activation; None for none.
+        drop_path: probability of dropping the branch of a sample in training, in front of the shortcut.
+        device: where to create the parameters.
+        dtype: their type.
+    """
+
+    def __init__(
+        self,
+        in_fields: int,
+        out_fields: int,
+        kernel_size: int,
+        group: str,
+        input_type: str = "regular",
+        stride: int = 1,
+        dilation: int = 1,
+        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
+        act_layer: Callable[..., nn.Module] | None = nn.ReLU,
+        drop_path: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.conv = SteerableConv2d(in_fields, out_fields, kernel_size, group, input_type, stride, dilation, **dd)
+        self.norm = FieldNorm(out_fields, self.conv.order, norm_layer, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.act = nn.Identity() if act_layer is None else act_layer()
+
+    def forward(self, x: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
+        if not torch.jit.is_scripting() and self._norm_fuses(x):
+            return self._fused(x, shortcut)
+        return self._end(self.norm(self.conv(x)), shortcut)
+
+    def _end(self, y: torch.Tensor, shortcut: torch.Tensor | None) -> torch.Tensor:
+        y = self.drop_path(y)
+        return self.act(y if shortcut is None else y + shortcut)
+
+    @torch.jit.unused
+    def _norm_fuses(self, x: torch.Tensor) -> bool:
+        """Whether convolution and norm may run as one: inference, both as they were made, and the norm linear."""
+        return (
+            inference_only(x)
+            and no_global_hooks()
+            and is_stock(self.conv, SteerableConv2d)
+            and self._is_batch_norm()
+            and not self.norm.per_field.training
+        )
+
+    @torch.jit.unused
+    def _fused(self, x: torch.Tensor, shortcut: torch.Tensor | None) -> torch.Tensor:
+        """`forward` where the norm fuses; in one pass where what follows may, too."""
+        if self._drops_nothing() and is_stock(self.act, nn.ReLU, nn.Identity):
+            relu = isinstance(self.act, nn.ReLU)
+            return self.conv.infer(x, self._with_norm, self._statistics(), shortcut, relu)
+        return self._end(self.conv.infer(x, self._with_norm, self._statistics()), shortcut)
+
+    def _drops_nothing(self) -> bool:
+        drop_path = self.drop_path
+        return is_stock(drop_path, nn.Identity) or (is_stock(drop_path, DropPath) and not drop_path.training)
+
+    def _is_batch_norm(self) -> bool:
+        """Whether the norm is a batch norm with running statistics, as it was made."""
+        return (
+            is_stock(self.norm, FieldNorm)
+            and is_stock(self.norm.per_field, nn.BatchNorm2d, nn.SyncBatchNorm)
+            and self.norm.per_field.running_mean is not None
+        )
+
+    def _statistics(self) -> list[torch.Tensor]:
+        norm = self.norm.per_field
+        statistics = (norm.running_mean, norm.running_var, norm.weight, norm.bias, torch.tensor(norm.eps, device="cpu"))
+        return [t for t in statistics if t is not None]
+
+    def _with_norm(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """w' = w gamma / sqrt(var + eps),  bias = beta - mean gamma / sqrt(var + eps), field by field."""
+        norm = self.norm.per_field
+        gamma = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight
+        beta = torch.zeros_like(norm.running_mean) if norm.bias is None else norm.bias
+        scale = gamma * torch.rsqrt(norm.running_var + norm.eps)
+        return weight * scale[:, None, None, None], beta - norm.running_mean * scale
+
+    @torch.jit.unused
+    def fuse(self) -> nn.Module:
+        """Becomes plain for deployment, and returns itself; called by timm's `reparameterize_model` on its copy.
+
+        The convolution becomes one `nn.Conv2d`, and a batch norm with running statistics part of it: the same output in
+        eval mode. Any other norm stays. A unit that has hooks, or whose convolution was replaced, stays as it is.
+        """
+        if is_stock(self, ConvNormAct) and is_stock(self.conv, SteerableConv2d):
+            if self._is_batch_norm():
+                self.conv = self.conv.plain_conv(*self._with_norm(self.conv.weight)).train(self.training)
+                self.norm = nn.Identity()
+            else:
+                self.conv = self.conv.plain_conv(self.conv.weight, None).train(self.training)
+        return self
+
+
+remember(ConvNormAct)

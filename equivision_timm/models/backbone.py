@@ -1,0 +1,339 @@
+"""What timm and our users ask of every convolutional family: head, feature levels, exact sizes, strategies.
+
+A family (`equivariant_resnet.py`) adds its blocks, its network and a table of variants.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.models import checkpoint_seq
+from timm.models._features import feature_take_indices
+
+from equivision_timm.groups import Group
+from equivision_timm.layers import CheckImage, GroupPool, InvariantPool, SteerableConv2d
+
+__all__ = ["EquivariantBackbone"]
+
+
+class EquivariantBackbone(nn.Module):
+    """Images [B, in_chans, H, W] -> logits [B, num_classes] that the group leaves unchanged.
+
+    `forward` runs `stem`, then `pool_stem`, then the stages `layer1`, `layer2`, ...; maps between them are regular
+    fields, plain tensors [B, fields * |G|, H', W'], field-major (channel = field * |G| + element). The head pools over
+    space, then over the group (the two do not commute), then classifies.
+
+    `forward_features` returns the equivariant map of the last stage, [B, num_features, H', W'], with
+    num_features = fields * |G|. With `num_classes=0, global_pool=''` the model itself returns a map: the equivariant
+    one for `group_pool=''`, the invariant one [B, fields, H', W'] for `group_pool='max'` or 'avg'.
+
+    With `map_pool='max'` or 'avg' every map that leaves the model is invariant, one channel per field: that of
+    `forward_features`, those of `forward_intermediates` and `features_only`. It is for heads that know nothing of the
+    group. `num_features`, `feature_info` and `head_hidden_size` then count fields, and `forward` pools this map over
+    space. A classifier is refused: pooling over the group and over space do not commute, so its input would not be what
+    the pretrained classifiers were trained on.
+
+    A subclass calls `super().__init__`, assigns its modules (`add_level` for the stem and each stage), defines `stem`
+    and `pool_stem`, and ends with `create_head`.
+
+    Args:
+        group: name of the group, for example 'c8'.
+        in_chans: number of image channels.
+        map_pool: pooling of all maps over the group, 'max' or 'avg'; '' keeps them equivariant.
+        drop_rate: dropout in front of the classifier.
+
+    Raises:
+        ValueError: an unknown group or `map_pool`.
+    """
+
+    __jit_unused_properties__ = ("group_pool",)
+
+    def __init__(self, group: str, in_chans: int = 3, map_pool: str = "", drop_rate: float = 0.0) -> None:
+        super().__init__()
+        if map_pool not in ("max", "avg", ""):
+            raise ValueError(f"unknown map_pool {map_pool!r}: use 'max', 'avg', or '' for equivariant maps")
+        self.group = group
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.grad_checkpointing = False
+        self.feature_info: list[dict[str, Any]] = []
+        self._order = Group.from_name(group).order
+        self._map_group = "c1" if map_pool else group  # pooled, a field is one channel that nothing permutes
+        self._map_pool = map_pool
+        self.check_image = CheckImage(in_chans)
+
+    # Building
+
+    def add_level(self, name: str, module: nn.Module, fields: int, reduction: int) -> None:
+        """Assign the stem or a stage to `name`, as a level of features: `fields` at 1 / `reduction` of the image."""
+        self.add_module(name, module)
+        channels = fields * Group.from_name(self._map_group).order
+        self.feature_info.append(
+            dict(num_chs=channels, reduction=reduction, module=name, num_fields=fields, group=self._map_group)
+        )
+
+    def create_head(
+        self, num_classes: int, global_pool: str, group_pool: str, conv_strategy: str | dict[str, str], **dd: Any
+    ) -> None:
+        """Pooling and classifier on the last level; see `EquivariantResNet` for the arguments."""
+        self.num_classes = num_classes
+        self.map_pool = GroupPool(self._order, self._map_pool)
+        self.num_features = self.feature_info[-1]["num_chs"]
+        self._check_classifier(num_classes, global_pool)
+        self.global_pool = self._create_global_pool(global_pool, group_pool)
+        self._create_classifier(**dd)
+        self.set_conv_strategy(conv_strategy)
+
+    def _check_classifier(self, num_classes: int, pool_type: str | None) -> None:
+        """Raises ValueError where `num_classes` are to be told apart on a map."""
+        if num_classes > 0 and pool_type == "":
+            raise ValueError(
+                f"global_pool {pool_type!r} keeps the map, which a classifier of {num_classes} classes cannot take: "
+                "use num_classes=0, or global_pool='avg'"
+            )
+        if num_classes > 0 and self.map_pool.pool_type:
+            raise ValueError(
+                f"map_pool {self.map_pool.pool_type!r} is for maps, but the model is to have a classifier of "
+                f"{num_classes} classes: use num_classes=0, or map_pool=''"
+            )
+
+    def _create_global_pool(self, pool_type: str, group_pool: str) -> InvariantPool:
+        """The pooling in front of the classifier; behind `map_pool` the group has no axis left."""
+        return InvariantPool(pool_type, 1 if self.map_pool.pool_type else self.map_pool.order, group_pool)
+
+    def _create_classifier(self, device=None, dtype=None) -> None:
+        """The linear layer on what both poolings leave; its input is `head_hidden_size` wide."""
+        group_axis = self.group_pool.order if self.group_pool.pool_type else 1
+        self.head_hidden_size = self.num_features // group_axis * self.global_pool.feat_mult()  # 'catavgmax': twice
+        self.fc = nn.Identity()
+        if self.num_classes > 0:
+            self.fc = nn.Linear(self.head_hidden_size, self.num_classes, device=device, dtype=dtype)
+        self.fc.train(self.training)
+
+    # Running
+
+    def stem(self, x: torch.Tensor) -> torch.Tensor:
+        """Images [B, in_chans, H, W] -> the first regular fields."""
+        raise NotImplementedError
+
+    def pool_stem(self, x: torch.Tensor) -> torch.Tensor:
+        """From the stem's fields to the first stage's input."""
+        raise NotImplementedError
+
+    def stages(self, x: torch.Tensor) -> torch.Tensor:
+        """All stages, one after the other."""
+        raise NotImplementedError
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """The map of the last stage, [B, num_features, H', W']: regular fields, or invariant ones with `map_pool`."""
+        x = self.pool_stem(self.stem(self.check_image(x)))
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self._stage_modules(), x, flatten=True)
+        else:
+            x = self.stages(x)
+        return self.map_pool(x)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Pool the map over space, then over the group; classify unless `pre_logits`."""
+        x = self.global_pool(x)  # [B, m], or the map [B, m, H, W] without pooling over space
+        if self.drop_rate:
+            x = F.dropout(x, p=float(self.drop_rate), training=self.training)
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    @torch.jit.ignore
+    def _stage_modules(self) -> list[nn.Module]:
+        return [self.get_submodule(level["module"]) for level in self.feature_info[1:]]
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """Feature maps of several levels: 0 is the stem, 1, 2, ... are the stages.
+
+        Args:
+            x: images [B, in_chans, H, W].
+            indices: the last n levels if an int, all if None, else those listed.
+            norm: accepted as timm demands; there is no norm after the last block.
+            stop_early: skip the levels after the last one asked for.
+            output_fmt: 'NCHW', the only format.
+            intermediates_only: return the list alone.
+
+        Returns:
+            The last map computed and the list of maps [B, fields * |G|, H / reduction, W / reduction], or the list;
+            [B, fields, ...] with `map_pool`.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt {output_fmt!r} does not exist for this model: use 'NCHW'")
+        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        intermediates = []
+        x = self.stem(self.check_image(x))
+        if 0 in take_indices:
+            intermediates.append(self.map_pool(x))
+        x = self.pool_stem(x)
+        for level, stage in enumerate(self._stage_modules(), start=1):
+            if stop_early and level > max_index:
+                break
+            x = stage(x)
+            if level in take_indices:
+                intermediates.append(self.map_pool(x))
+        return intermediates if intermediates_only else (self.map_pool(x), intermediates)
+
+    # What timm asks
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the stages in the backward pass instead of storing their activations."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The linear classifier on the invariant fields."""
+        return self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier, and the pooling over space unless `global_pool` is None; 0 classes: none."""
+        self._check_classifier(num_classes, global_pool)
+        if global_pool is not None:
+            pool = self._create_global_pool(global_pool, self.group_pool.pool_type)
+            self.global_pool = pool.train(self.training)
+        self.num_classes = num_classes
+        parameter = next(self.parameters())
+        self._create_classifier(device=parameter.device, dtype=parameter.dtype)
+
+    def prune_intermediate_layers(
+        self,
+        indices: int | list[int] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """Remove the stages after the last of `indices`, and the head; returns the levels that stay.
+
+        The head also goes with `prune_head=False` where a stage does: it is made for the fields of the last one.
+        """
+        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        removed = self.feature_info[max_index + 1 :]
+        for level in removed:
+            self.set_submodule(level["module"], nn.Sequential())  # empty: passes its input on
+        if max_index == 0:
+            self.remove_stem_pool()
+        self.num_features = self.feature_info[max_index]["num_chs"]
+        if prune_head or removed:
+            self.reset_classifier(0, "")
+        return take_indices
+
+    def remove_stem_pool(self) -> None:
+        """`pool_stem` returns its input from now on; where the stem alone is left."""
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """Draw all weights anew, for a model that came from the meta device, say."""
+        for module in self.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+
+    @property
+    def group_pool(self) -> GroupPool:
+        """The pooling over the group, behind that over space."""
+        return self.global_pool.group_pool
+
+    # What users ask: exact sizes, strategies
+
+    @torch.jit.ignore
+    def is_exact(self, size: int | tuple[int, int]) -> bool:
+        """Whether an image of this size, n or (height, width), may be rotated and reflected without any resampling.
+
+        A layer of stride 2 keeps the outermost pixels on both sides where it sees an odd size, so the side has to be
+        1 modulo the largest reduction, 225 say; along the axes that the group's elements of the pixel grid reverse:
+        both for rotations by 90 or 180 degrees, the width alone for the reflection of 'd1', none for 'c1'.
+        """
+        height, width = (size, size) if isinstance(size, int) else size
+        group = Group.from_name(self.group)
+        elements = [g for g in group.grid_elements if g]
+        rotates = any(g % group.rotations for g in elements)
+        sides = [height, width] if rotates else [width] if elements else []
+        return all(side % self._reduction() == 1 for side in sides)
+
+    @torch.jit.ignore
+    def exact_sizes(self, near: int = 224) -> tuple[int, int]:
+        """The exact sizes, see `is_exact`, next to `near`: the largest that is not above, the smallest not below.
+
+        Example:
+            >>> import timm, equivision_timm
+            >>> timm.create_model("test_c8resnet").exact_sizes(near=224)
+            (193, 225)
+        """
+        smallest = self.check_image.min_size
+        if near < smallest:
+            raise ValueError(f"images of {near} pixels are too small: use at least {smallest}")
+        if self.is_exact(near):
+            return near, near
+        reduction = self._reduction()
+        below = (near - 1) // reduction * reduction + 1
+        return max(below, smallest // reduction * reduction + 1), below + reduction
+
+    def _reduction(self) -> int:
+        return max(level["reduction"] for level in self.feature_info)
+
+    @torch.jit.ignore
+    def set_conv_strategy(self, strategy: str | dict[str, str]) -> None:
+        """How to compute the convolutions: faster or slower, with the same output but for float noise.
+
+        Args:
+            strategy: 'auto' (by estimate, for each layer and input size), 'expand', 'block_diagonal' or 'native', for
+                all convolutions of regular fields (the stem, whose input is an image, always expands); or a mapping
+                from names of layers to these, as `conv_strategies` returns it, which leaves other layers as they are.
+
+        Raises:
+            ValueError: an unknown strategy or layer, or one that cannot run there. Then nothing is changed.
+        """
+        layers = {name: m for name, m in self.named_modules() if isinstance(m, SteerableConv2d)}
+        if isinstance(strategy, str):
+            strategy = {name: strategy for name, layer in layers.items() if layer.input_type == "regular"}
+        unknown = [name for name in strategy if name not in layers]
+        if unknown:
+            raise ValueError(
+                f"conv_strategy names {unknown[0]!r}, which is no convolution of this model: see conv_strategies()"
+            )
+        for name, value in strategy.items():
+            layers[name].check_strategy(value)
+        for name, value in strategy.items():
+            layers[name].strategy = value
+
+    @torch.jit.ignore
+    def conv_strategies(self, size: int = 224, batch_size: int = 8) -> dict[str, str]:
+        """The strategy that each convolution takes for `batch_size` images of size x size pixels: {layer: strategy}."""
+        device = next(self.parameters()).device
+        shapes = self.conv_input_shapes(size)
+        return {
+            name: self.get_submodule(name).strategy_for((batch_size, *shape[1:]), device)
+            for name, shape in shapes.items()
+        }
+
+    @torch.jit.ignore
+    def conv_input_shapes(self, size: int = 224) -> dict[str, torch.Size]:
+        """The input [1, C, H, W] of each convolution for an image of size x size pixels: {layer: shape}."""
+        shapes: dict[str, torch.Size] = {}
+        hooks = [
+            layer.register_forward_pre_hook(lambda _, args, name=name: shapes.update({name: args[0].shape}))
+            for name, layer in self.named_modules()
+            if isinstance(layer, SteerableConv2d)
+        ]
+        was_training = self.training
+        try:
+            with torch.no_grad():
+                self.eval().forward_features(next(self.parameters()).new_zeros(1, self.in_chans, size, size))
+        finally:
+            self.train(was_training)
+            for hook in hooks:
+                hook.remove()
+        return shapes

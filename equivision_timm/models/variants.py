@@ -1,0 +1,82 @@
+"""The table of a family becomes models that timm knows: entrypoints, configurations, and a list for our own tools."""
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.nn as nn
+from timm.models import generate_default_cfgs, register_model
+
+__all__ = ["Variant", "family_of", "is_ours", "model_names", "register_family"]
+
+_FAMILIES: dict[str, type[nn.Module]] = {}  # by model name
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of a family's table.
+
+    Attributes:
+        summary: the model in a sentence; its docstring.
+        arguments: of the network; keywords of `timm.create_model` override them.
+        cfg: timm's pretrained configuration.
+        tag: of the weights, '' where there are none.
+    """
+
+    summary: str
+    arguments: Mapping[str, Any]
+    cfg: Mapping[str, Any] = field(default_factory=dict)
+    tag: str = ""
+
+
+def register_family(
+    module: str,
+    network: type[nn.Module],
+    create: Callable[..., nn.Module],
+    variants: Mapping[str, Variant],
+) -> None:
+    """Make every variant a model of timm; its entrypoint becomes an attribute of `module`.
+
+    Args:
+        module: `__name__` of the family's module.
+        network: the class of its models.
+        create: called with (name, pretrained, **arguments).
+        variants: the table, by model name.
+    """
+    home = sys.modules[module]
+    cfgs = generate_default_cfgs({f"{n}.{v.tag}" if v.tag else n: dict(v.cfg) for n, v in variants.items()})
+    home.default_cfgs = {**getattr(home, "default_cfgs", {}), **cfgs}  # where register_model looks
+    for name, variant in variants.items():
+        _FAMILIES[name] = network
+        setattr(home, name, register_model(_entrypoint(module, name, variant, create)))
+
+
+def _entrypoint(module: str, name: str, variant: Variant, create: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return create(name, pretrained, **{**variant.arguments, **kwargs})
+
+    entrypoint.__module__, entrypoint.__name__, entrypoint.__qualname__ = module, name, name
+    entrypoint.__doc__ = variant.summary
+    return entrypoint
+
+
+def model_names(network: type[nn.Module] = nn.Module) -> list[str]:
+    """The registered models of this package and of families outside it, sorted; those whose class is a `network`."""
+    return sorted(name for name, family in _FAMILIES.items() if issubclass(family, network))
+
+
+def family_of(model_name: str) -> type[nn.Module]:
+    """The class of the models called `model_name`.
+
+    Raises:
+        ValueError: no such model is registered here.
+    """
+    if model_name not in _FAMILIES:
+        raise ValueError(f"{model_name!r} is no model of this package, e.g. c8resnet50")
+    return _FAMILIES[model_name]
+
+
+def is_ours(model: nn.Module) -> bool:
+    """Whether `model` is of a family registered here."""
+    return type(model) in _FAMILIES.values()
