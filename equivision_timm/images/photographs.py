@@ -6,16 +6,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, get_img_extensions
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from equivision_timm.arguments import InputError
-from equivision_timm.images.pictures import PictureError, open_rgb
+from equivision_timm.images.pictures import ENDINGS, PictureError, open_rgb
 
 __all__ = ["draw_crops", "find_photographs", "load_crops", "load_photographs"]
 
 _LEAST, _MOST = 40, 256  # crops where the caller leaves the number open; photographs
 _PIXELS = 1 << 20  # of a photograph that is kept; larger ones are shrunk
-_ENDINGS = {*get_img_extensions(), ".tif", ".tiff", ".webp", ".avif", ".bmp"}
 _BUNDLED = ("astronaut", "chelsea", "coffee", "rocket", "camera", "brick", "grass", "gravel", "coins")
 
 
@@ -75,9 +74,9 @@ def find_photographs(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder of photographs: give the name of one")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _ENDINGS and path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file())
     if not files:
-        raise InputError(f"{folder} holds no photographs ({', '.join(sorted(_ENDINGS))}): name another folder")
+        raise InputError(f"{folder} holds no photographs ({', '.join(ENDINGS)}): name another folder")
     return files
 
 
