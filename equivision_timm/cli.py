@@ -24,32 +24,31 @@ def main(arguments: list[str] | None = None) -> int:
         errors of a script pass through.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser, commands = _parser()
     first = arguments[0] if arguments else ""
-    if first and not first.startswith("-") and first not in commands.choices:
-        return _run_script(first, arguments[1:])
-    args = argparse.Namespace(interrupted="nothing was done")
+    args, label = argparse.Namespace(interrupted="nothing was done"), "equivision_timm"
     try:
-        parser.parse_args(arguments, args)
-        status = args.run(args)
-        sys.stdout.flush()  # here, so that a pipe closed early is noticed here
+        parser, commands = _parser()
+        if not first or first.startswith("-") or first in commands.choices:
+            label = first if first in commands.choices else label
+            parser.parse_args(arguments, args)
+            status = args.run(args)
+            sys.stdout.flush()  # here, so that a pipe closed early is noticed here
+            return status
+        run_script = _script_runner(first)
     except (Exception, KeyboardInterrupt) as error:
-        return _report(first if first in commands.choices else "equivision_timm", error, args)
-    return status
-
-
-def _run_script(script: str, arguments: list[str]) -> int:
-    from equivision_timm.tools.runner import check_script, run_script
-
-    try:
-        check_script(script)
-    except InputError as error:
-        return _report("equivision_timm", error)
-    run_script(script, arguments)
+        return _report(label, error, args)
+    run_script(first, arguments[1:])
     return 0
 
 
-def _report(label: str, error: BaseException, args: argparse.Namespace | None = None) -> int:
+def _script_runner(script: str) -> Callable[[str, list[str]], None]:
+    from equivision_timm.tools.runner import check_script, run_script
+
+    check_script(script)
+    return run_script
+
+
+def _report(label: str, error: BaseException, args: argparse.Namespace) -> int:
     """Say on one line of stderr what ended a command; its exit status."""
     if isinstance(error, BrokenPipeError):  # `| head` has seen enough; Python would complain once more as it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -235,13 +234,15 @@ def _add_names(parser: argparse.ArgumentParser, meaning_of_all: str) -> None:
 
 
 def _for_each(names: Iterable[str], action: Callable[[str], object]) -> int:
-    """Do all of them, even where one fails; 1 if one did."""
+    """Do all of them, even where one fails, 1 if one did; what is wrong for all of them ends it: an InputError."""
     return max([_attempt(name, action) for name in names])
 
 
 def _attempt(name: str, action: Callable[[str], object]) -> int:
     try:
         action(name)
+    except InputError:
+        raise
     except Exception as error:  # of the network, the file system, the Hub's client, ...: the other models still count
         print(f"{one_line(name)}: {type(error).__name__}: {_message(error)}", file=sys.stderr)
         return 1

@@ -13,7 +13,9 @@ import equivision_timm
 PACKAGE = Path(equivision_timm.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
+    "starting",
     "arguments",
+    "files",
     "groups",
     "constants",
     "kernel_bases",

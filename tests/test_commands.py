@@ -3,6 +3,8 @@
 import os
 import re
 import resource
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,10 +14,12 @@ import torch
 from PIL import Image
 from small_models import save_small_model
 
+import equivision_timm
 import equivision_timm.tools.demo as demo_module
 import equivision_timm.tools.show as show_module
 from equivision_timm.checkpoints.equivision import convert_file as convert_module
 from equivision_timm.cli import main
+from equivision_timm.starting import end_on_ctrl_c, raise_on_ctrl_c
 from equivision_timm.tools.rotate_eval import run as rotate_eval_module
 
 
@@ -82,6 +86,7 @@ BAD = [
     ([*ROTATE_EVAL, "--models", "test_resnet="], "names no checkpoint"),
     ([*ROTATE_EVAL, "--models", "local-dir:nowhere"], "no folder 'nowhere'"),
     ([*ROTATE_EVAL, "--models", "two\nlines"], r"unknown model 'two\\nlines'"),
+    ([*SHOW, "--model", "c8resnet18"], "no weights for c8resnet18.* fetch c8resnet18`; or give a file, c8resnet18="),
     ([*SHOW, "--out", "show"], "no ending of a picture"),
     ([*SHOW, "--out", "show.xyz"], "no ending of a picture"),
     ([*SHOW, "--out", "folder.png"], "is a folder"),
@@ -102,6 +107,7 @@ def test_bad_input_is_told_on_one_line(
 ) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setattr(show_module, "save_figure", lambda *_: pytest.fail("work was done in vain"))
+    monkeypatch.setenv("EQUIVISION_TIMM_WEIGHTS", "no weights")
     before = sorted(folder.rglob("*"))
     assert main(arguments) == 2
     progress = re.compile(r"^$|\d/3 \[")
@@ -132,6 +138,45 @@ def test_ctrl_c(module, name: str, arguments: list[str], folder: Path, monkeypat
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{arguments[0]}: interrupted; ")
     assert sorted(folder.rglob("*")) == before
+
+
+FAKE_TORCH = """
+import os, signal
+os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+def test_ctrl_c_while_pytorch_is_imported(tmp_path: Path) -> None:
+    """A `torch` that presses Ctrl-C takes the place of the real one."""
+    (tmp_path / "torch.py").write_text(FAKE_TORCH)
+    paths = [str(tmp_path), str(Path(equivision_timm.__file__).parents[1])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+    def run(*arguments: str) -> tuple[int, list[str]]:
+        done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+        return done.returncode, done.stderr.splitlines()
+
+    for command in ("demo", "verify", "train.py"):
+        status, lines = run("-m", "equivision_timm", command)
+        assert (status, lines) == (130, ["equivision_timm: interrupted; nothing was done"])
+    status, lines = run("-c", "import equivision_timm")
+    assert lines[-1] == "KeyboardInterrupt"  # control: who imports the package keeps Python's own handler
+
+
+def test_ctrl_c_raises_again_once_the_command_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["-m"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "equivision_timm"])
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        end_on_ctrl_c()
+        assert signal.getsignal(signal.SIGINT) is not before
+        raise_on_ctrl_c()
+        assert signal.getsignal(signal.SIGINT) is before is signal.default_int_handler
+        monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "another"])
+        end_on_ctrl_c()
+        assert signal.getsignal(signal.SIGINT) is before
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_fault_of_ours_is_one_line_too(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

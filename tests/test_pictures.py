@@ -8,8 +8,12 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image, features
+from timm.data import create_dataset, get_img_extensions
 
-from equivision_timm.images.pictures import MOST_PIXELS, PictureError, open_rgb
+from equivision_timm.images.photographs import find_photographs
+from equivision_timm.images.pictures import ENDINGS, MOST_PIXELS, PictureError, every_ending, open_rgb
+from equivision_timm.images.rotation import RotatedFolder
+from equivision_timm.tools.rotate_eval.measure import Folder
 
 GREY = np.random.default_rng(0).integers(0, 256, (24, 40), dtype=np.uint8)
 GREY[0, :2] = 0, 255
@@ -154,3 +158,24 @@ def test_damaged_files(tmp_path, format):
             message, refused = str(error), refused + 1
         assert message == "RGB" or (repr(str(path)) in message and "\n" not in message)
     assert refused > 5
+
+
+def test_every_folder_reader_finds_every_ending(tmp_path):
+    """Microscopes write TIFF, of which timm by itself finds nothing."""
+    for label in ("a", "b"):
+        (tmp_path / "validation" / label).mkdir(parents=True)
+        for ending in (*ENDINGS, ".TIF"):
+            Image.new("L", (8, 8), 99).save(tmp_path / "validation" / label / f"x{ending}", "TIFF")
+    names = {f"{label}/x{ending}" for label in ("a", "b") for ending in (*ENDINGS, ".TIF")}
+    assert len(create_dataset("", str(tmp_path), split="validation")) == 6  # control
+    before = get_img_extensions()
+    folder = Folder(str(tmp_path), "validation", "")
+    assert set(folder.names()) == names
+    assert all(folder.prepare_for({"input_size": (3, 8, 8)})[i][1] == i // 9 for i in range(len(folder)))
+    rotated = RotatedFolder(str(tmp_path), train=False)
+    assert set(rotated.filenames()) == names
+    assert rotated[8][0].getpixel((4, 4)) == (99, 99, 99)
+    assert len(find_photographs(tmp_path)) == len(names)
+    with pytest.raises(KeyError), every_ending():
+        raise KeyError
+    assert get_img_extensions() == before

@@ -16,11 +16,35 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from timm.models._hub import save_config_for_hf
 
+from equivision_timm.arguments import InputError
+from equivision_timm.files import check_writable
 from equivision_timm.models.pretrained import WEIGHTS_FILE
 
-__all__ = ["CONFIG_FILE", "read_provenance", "write_model_folder"]
+__all__ = ["CONFIG_FILE", "check_model_folder", "read_provenance", "write_model_folder"]
 
 CONFIG_FILE = "config.json"
+
+
+def check_model_folder(folder: str | Path, model_name: str) -> None:
+    """Find out whether `write_model_folder` can write a model here, before the work whose result it is to hold.
+
+    Raises:
+        InputError: it cannot, or the folder holds something else.
+    """
+    folder = Path(folder).absolute()
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file: name a folder for the converted model")
+    for path in (folder.with_name(f".{folder.name}.partial-12345678"), folder / CONFIG_FILE, folder / WEIGHTS_FILE):
+        check_writable(path, make_folders=True)
+    config = folder / CONFIG_FILE
+    if not config.exists():
+        return
+    try:
+        held = json.loads(config.read_text(encoding="utf-8"))["architecture"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{config} belongs to something else: name another folder") from error
+    if held != model_name:
+        raise InputError(f"{folder} holds {held}, and {model_name} would take its place: name another folder")
 
 
 def write_model_folder(
@@ -38,14 +62,14 @@ def write_model_folder(
         The folder.
 
     Raises:
-        ValueError: the weights do not fit the model, or `folder` holds another model.
-        OSError: the folder cannot be written; nothing has changed.
+        ValueError: the weights do not fit the model, or `folder` cannot be written or holds another model.
+        OSError: writing fails; nothing has changed.
     """
     folder = Path(folder).absolute()
     with torch.device("meta"):
         model = timm.create_model(model_name)
     _check_fit(model.state_dict(), state_dict, model_name)
-    _check_target(folder, model_name)
+    check_model_folder(folder, model_name)
     tensors = {name: value.contiguous() for name, value in state_dict.items()}
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
@@ -87,20 +111,6 @@ def _check_fit(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]
     names += [name for name in expected if name in found and expected[name].shape != found[name].shape]
     if names:
         raise ValueError(f"these weights do not fit {model_name}: {len(names)} entries differ, {', '.join(names[:3])}")
-
-
-def _check_target(folder: Path, model_name: str) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file: name a folder for the converted model")
-    config = folder / CONFIG_FILE
-    if not config.exists():
-        return
-    try:
-        held = json.loads(config.read_text(encoding="utf-8"))["architecture"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{config} belongs to something else: name another folder") from error
-    if held != model_name:
-        raise ValueError(f"{folder} holds {held}, and {model_name} would take its place: name another folder")
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -22,6 +22,7 @@ from equivision_timm.arguments import one_line
 from equivision_timm.checkpoints.equivision.released import SOURCE, released
 from equivision_timm.checkpoints.folder import CONFIG_FILE
 from equivision_timm.checkpoints.strict_load import load_strictly
+from equivision_timm.files import check_writable
 from equivision_timm.models.pretrained import WEIGHTS_FILE, local_folder
 from equivision_timm.models.tensor_hash import TENSORS_SHA256, hash_tensors
 
@@ -73,6 +74,7 @@ def write_publication(model_name: str, parent: Path, organisation: str) -> Path:
 
     Raises:
         FileNotFoundError: the model is not in the local weights folder.
+        InputError: nothing can be written to `parent`.
         ValueError: config, metadata and tensors do not make up this model, or not with the tensors of its conversion.
     """
     source = _folder(model_name)
@@ -82,6 +84,8 @@ def write_publication(model_name: str, parent: Path, organisation: str) -> Path:
                 f"there is no {source / name} to publish: run `python -m equivision_timm fetch {model_name}`"
             )
     validate_repo_id(f"{organisation}/{source.name}")
+    for name in FILES:
+        check_writable(parent / source.name / name, make_folders=True)
     parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=parent, prefix=".writing-") as staging:
         for name in (CONFIG_FILE, WEIGHTS_FILE):

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from equivision_timm.arguments import one_line
 from equivision_timm.checkpoints.equivision.released import released
+from equivision_timm.checkpoints.equivision.rivals import CLEARLY
 from equivision_timm.checkpoints.equivision.signs import (
     Z_LIMIT,
     apply_signs,
@@ -37,7 +38,6 @@ __all__ = ["Check", "as_json", "as_table", "check_files", "verify"]
 
 _EXACT_SIZE = 97  # n = 1 mod 32: quarter turns and mirrors are exact
 _TOLERANCE = 1e-4
-_CLEARLY = 0.8  # of the misfit: below, another model fits better, and not by chance (random weights give 0.95)
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def _rivals(loaded: Loaded, crops: torch.Tensor, rms: float) -> Iterator[Check]:
         rival.load_state_dict(coefficients)
         fit = best_fit(rival, crops, descend=False)
         other = torch.cat(fit.residuals).square().mean().sqrt().item()
-        wrong = fit.lead(own) >= Z_LIMIT and other < _CLEARLY * rms
+        wrong = fit.lead(own) >= Z_LIMIT and other <= CLEARLY * rms
         finding = f"{name} has the same names and shapes, and {other:.2g} rms under its best known signs"
         finding += f": it is a checkpoint of {name}, convert it as such" if wrong else ""
         yield Check("other model", False if wrong else None, finding)

@@ -6,15 +6,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, get_img_extensions
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from equivision_timm.images.pictures import PictureError, open_rgb
+from equivision_timm.arguments import InputError
+from equivision_timm.images.pictures import ENDINGS, PictureError, open_rgb
 
-__all__ = ["draw_crops", "load_crops", "load_photographs"]
+__all__ = ["draw_crops", "find_photographs", "load_crops", "load_photographs"]
 
 _LEAST, _MOST = 40, 256  # crops where the caller leaves the number open; photographs
 _PIXELS = 1 << 20  # of a photograph that is kept; larger ones are shrunk
-_ENDINGS = {*get_img_extensions(), ".tif", ".tiff", ".webp", ".avif", ".bmp"}
 _BUNDLED = ("astronaut", "chelsea", "coffee", "rocket", "camera", "brick", "grass", "gravel", "coins")
 
 
@@ -52,23 +52,32 @@ def load_photographs(folder: str | Path | None, count: int = _MOST) -> list[np.n
         count: how many at most, spread evenly over the sorted files of the folder.
 
     Raises:
-        NotADirectoryError: the folder does not exist.
-        ValueError: there is no picture in the folder, or none that can be read.
+        InputError: the folder does not exist, there is no picture in it, or none that can be read.
         ModuleNotFoundError: no folder is named and scikit-image is not installed.
     """
     if folder is None:
         return _bundled()
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is no folder of photographs")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _ENDINGS and path.is_file())
-    if not files:
-        raise ValueError(f"{folder} holds no photographs ({', '.join(sorted(_ENDINGS))})")
+    files = find_photographs(folder)
     files = [files[i * len(files) // count] for i in range(count)] if len(files) > count else files
     photographs = [photograph for path in files if (photograph := _read(path)) is not None]
     if not photographs:
-        raise ValueError(f"no photograph of the {len(files)} in {folder} can be read: name another folder")
+        raise InputError(f"no photograph of the {len(files)} in {folder} can be read: name another folder")
     return photographs
+
+
+def find_photographs(folder: str | Path) -> list[Path]:
+    """The picture files in a folder and its sub-folders, sorted, unread.
+
+    Raises:
+        InputError: the folder does not exist, or there is no picture in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder of photographs: give the name of one")
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file())
+    if not files:
+        raise InputError(f"{folder} holds no photographs ({', '.join(ENDINGS)}): name another folder")
+    return files
 
 
 def _read(path: Path) -> np.ndarray | None:

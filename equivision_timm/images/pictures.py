@@ -7,13 +7,18 @@ this is their range is refused: 32-bit integers, floats beyond 0 ... 1, and 16-b
 lower sixteenth of the range, which hold 12 bits or fewer and would become nearly black.
 """
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from timm.data import get_img_extensions, set_img_extensions
 
-__all__ = ["MOST_PIXELS", "PictureError", "open_rgb"]
+__all__ = ["ENDINGS", "MOST_PIXELS", "PictureError", "every_ending", "open_rgb"]
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".avif", ".bmp")  # of files taken for pictures in folders
 
 MOST_PIXELS = 178_956_970  # Pillow's own limit; decoded, such a picture takes 0.7 GB
 _FORMATS = ("PNG", "JPEG", "MPO", "TIFF", "WEBP", "AVIF", "JPEG2000", "GIF", "BMP", "PPM")  # none runs other programs
@@ -51,6 +56,17 @@ def open_rgb(path: str | Path) -> Image.Image:
         raise PictureError(
             f"cannot read the picture {name} ({_reason(error)}): save it anew or leave it out"
         ) from error
+
+
+@contextlib.contextmanager
+def every_ending() -> Iterator[None]:
+    """Within this, timm's reader of folders finds files with any of `ENDINGS`; by itself PNG and JPEG alone."""
+    before = get_img_extensions()
+    set_img_extensions((*before, *ENDINGS))
+    try:
+        yield
+    finally:
+        set_img_extensions(before)
 
 
 def _open(path: str | Path, name: str) -> Image.Image:

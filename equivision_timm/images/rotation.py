@@ -23,7 +23,7 @@ from timm.data import create_dataset
 from timm.data.dataset_factory import _TORCH_BASIC_DS
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from equivision_timm.images.pictures import PictureError, open_rgb
+from equivision_timm.images.pictures import PictureError, every_ending, open_rgb
 
 __all__ = ["RotatedFolder", "rotate", "rotate_image"]
 
@@ -94,7 +94,8 @@ class RotatedFolder(torch.utils.data.Dataset):
             raise ValueError(f"rotated_folder reads {root!r} and downloads nothing: leave --dataset-download out")
         if not os.path.isdir(root):
             raise ValueError(f"there is no folder {str(root)!r} of images: give another --data-dir")
-        self.images = create_dataset("", root, split="train" if train else "validation", **reader_options)
+        with every_ending():
+            self.images = create_dataset("", root, split="train" if train else "validation", **reader_options)
         self.train = train
         self.transform = None  # set by timm's loader
         self.target_transform = None

@@ -27,6 +27,7 @@ __all__ = [
     "TAG",
     "WEIGHTS_FILE",
     "Published",
+    "WeightsError",
     "build_pretrained",
     "find_weights",
     "hub_id",
@@ -50,6 +51,10 @@ class Published:
 
     revision: str
     tensors_sha256: str
+
+
+class WeightsError(RuntimeError):
+    """Weights of ours are nowhere, or their file is damaged or holds another model; the message says the remedy."""
 
 
 PUBLISHED: dict[str, Published] = {}  # by name, e.g. "c8resnet50"; nothing has been published yet
@@ -89,7 +94,7 @@ def build_pretrained(
         **kwargs: the rest of what `build` takes.
 
     Raises:
-        RuntimeError: no place has the weights, or their file is damaged or holds something else.
+        WeightsError: no place has the weights, or their file is damaged or holds something else.
     """
     overlay = dict(pretrained_cfg_overlay or {})
     build = partial(build, variant, pretrained=True, pretrained_cfg=pretrained_cfg, **kwargs)
@@ -106,7 +111,7 @@ def find_weights(model_name: str, cache_dir: str | Path | None = None) -> Path:
         cache_dir: of downloads; None takes the cache of huggingface_hub.
 
     Raises:
-        RuntimeError: no place has the weights, or their file is damaged or holds something else.
+        WeightsError: no place has the weights, or their file is damaged or holds something else.
     """
     file = local_folder(model_name) / WEIGHTS_FILE
     if file.is_file():
@@ -115,7 +120,7 @@ def find_weights(model_name: str, cache_dir: str | Path | None = None) -> Path:
         file = _download(model_name, file, cache_dir)
         _check(file, model_name, PUBLISHED[model_name].tensors_sha256, "delete it and try again")
     else:
-        raise RuntimeError(
+        raise WeightsError(
             f"no weights for {model_name}: there is no {file}, and none are published on the Hub yet. "
             f"To get them, run `python -m equivision_timm fetch {model_name}`"
         )
@@ -129,12 +134,12 @@ def _check(file: Path, model_name: str, tensors_sha256: str | None, remedy: str)
             metadata = opened.metadata() or {}
         found = hash_tensors(load_file(file))
     except SafetensorError as error:
-        raise RuntimeError(f"{file} is damaged ({error}): {remedy}") from error
+        raise WeightsError(f"{file} is damaged ({error}): {remedy}") from error
     if metadata.get("model", model_name) != model_name:
-        raise RuntimeError(f"{file} holds {metadata['model']!r}, not {model_name}: {remedy}")
+        raise WeightsError(f"{file} holds {metadata['model']!r}, not {model_name}: {remedy}")
     expected = tensors_sha256 or metadata.get(TENSORS_SHA256, found)
     if found != expected:
-        raise RuntimeError(f"{file} is damaged (the hash of its tensors is {found}, not {expected!r}): {remedy}")
+        raise WeightsError(f"{file} is damaged (the hash of its tensors is {found}, not {expected!r}): {remedy}")
 
 
 def _download(model_name: str, local_file: Path, cache_dir: str | Path | None) -> Path:
@@ -143,7 +148,7 @@ def _download(model_name: str, local_file: Path, cache_dir: str | Path | None) -
     try:
         return Path(hf_hub_download(repository, WEIGHTS_FILE, revision=revision, cache_dir=cache_dir))
     except Exception as error:  # errors of huggingface_hub, of its HTTP library, of the system
-        raise RuntimeError(
+        raise WeightsError(
             f"no weights for {model_name}. Tried:\n"
             f"- the local weights folder: there is no {local_file}\n"
             f"- the Hub, {constants.ENDPOINT}/{repository}, commit {revision}: {type(error).__name__}: {error}\n"

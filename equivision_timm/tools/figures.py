@@ -7,7 +7,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from equivision_timm.arguments import InputError
-from equivision_timm.tools.files import check_writable, write_file
+from equivision_timm.files import check_writable, write_file
 
 __all__ = ["FORMATS", "check_figure_file", "figure_bytes", "plain_text", "save_figure"]
 

@@ -8,6 +8,7 @@ import timm
 import torch.nn as nn
 
 from equivision_timm.arguments import InputError
+from equivision_timm.models.pretrained import WeightsError
 
 __all__ = ["InputError", "check_model_name", "load_model", "short_name", "split_spec"]
 
@@ -64,6 +65,8 @@ def load_model(spec: str, num_classes: int | None = None) -> nn.Module:
         model = timm.create_model(
             name, pretrained=not checkpoint, num_classes=num_classes, checkpoint_path=checkpoint or None
         )
+    except WeightsError as error:
+        raise InputError(f"cannot load the weights of {spec!r}: {error}; or {_own_file(name)}") from error
     except Exception as error:  # of timm, PyTorch, the Hub's client, pickle, zip and JSON: any file can be at fault
         raise InputError(
             f"cannot load the weights of {spec!r}: {_reason(error)}. {_remedy(name, checkpoint)}"
@@ -90,10 +93,13 @@ def _remedy(name: str, checkpoint: str) -> str:
     tags = timm.list_pretrained(f"{architecture}.*")
     if tag and tags and name not in tags:
         return f"Its pretrained tags are {', '.join(tags)}."
-    own_file = f"give a file, {name}=CHECKPOINT"
     if tags:
-        return f"Pretrained weights are fetched once over the network: connect, set HF_ENDPOINT, or {own_file}."
-    return f"It has no pretrained weights: {own_file}."
+        return f"Pretrained weights are fetched once over the network: connect, set HF_ENDPOINT, or {_own_file(name)}."
+    return f"It has no pretrained weights: {_own_file(name)}."
+
+
+def _own_file(name: str) -> str:
+    return f"give a file, {name}=CHECKPOINT"
 
 
 def _suggest(near: list[str]) -> str:

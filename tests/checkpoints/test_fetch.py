@@ -206,9 +206,10 @@ def test_a_whole_download_is_not_repeated(drive, weights, monkeypatch):
 
     monkeypatch.setattr(fetch_module, "convert_file", refuse)
     assert main(["fetch", NAME]) == 1
-    assert main(["fetch", NAME, "--images", "photographs", "--signs", "avx512"]) == 1
+    (weights / "photograph.png").touch()
+    assert main(["fetch", NAME, "--images", str(weights)]) == 1
     assert drive.offsets == [0]
-    assert [(str(images), signs) for images, signs in calls] == [("None", None), ("photographs", "avx512")]
+    assert calls == [(None, None), (weights, None)]
 
 
 def test_signs_reach_the_conversion(drive, monkeypatch):
@@ -223,6 +224,39 @@ def test_signs_reach_the_conversion(drive, monkeypatch):
     weight = model.layer4[1].conv2.conv.weight
     assert torch.equal(weight, expected["layer4.1.conv2.conv.weight"])
     assert not torch.equal(weight, unsigned["layer4.1.conv2.conv.weight"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--images", "nowhere"], "nowhere is no folder of photographs"),
+        (["--images", "."], "holds no photographs"),
+    ],
+)
+def test_bad_photographs_are_known_before_the_download(drive, weights, tmp_path, monkeypatch, capsys, options, message):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert main(["fetch", NAME, "d1resnet18", *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert drive.offsets == []
+    assert not weights.exists()
+
+
+def test_signs_of_another_group_are_known_before_the_download(drive, capsys):
+    assert main(["fetch", NAME, "--signs", "avx512"]) == 1
+    assert "same on every machine" in capsys.readouterr().err
+    assert drive.offsets == []
+
+
+@pytest.mark.parametrize("blocked", ["w", f"w/{NAME}.equivision_in1k", "w/downloads"])
+def test_a_folder_that_cannot_be_written_is_known_before_the_download(drive, tmp_path, capsys, blocked):
+    (tmp_path / blocked).parent.mkdir(exist_ok=True)
+    (tmp_path / blocked).write_text("a file in the place of the folder")
+    assert main(["fetch", NAME]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert blocked in line
+    assert drive.offsets == []
 
 
 def test_one_failure_does_not_stop_the_others(drive, weights, capsys):

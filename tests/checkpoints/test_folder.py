@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import equivision_timm  # noqa: F401  registers the models
+from equivision_timm.arguments import InputError
 from equivision_timm.checkpoints import folder as folder_module
 from equivision_timm.checkpoints.folder import read_provenance, write_model_folder
 
@@ -62,9 +63,9 @@ def test_replacing_keeps_other_files_and_other_models(tmp_path):
 
 def test_what_cannot_be_written_there(tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(FileExistsError, match="is a file"):
+    with pytest.raises(InputError, match="is a file"):
         write_model_folder(tmp_path / "file", NAME, state(), {})
-    with pytest.raises(OSError, match="file"):
+    with pytest.raises(InputError, match=r"cannot write .*file"):
         write_model_folder(tmp_path / "file" / "below", NAME, state(), {})
     (tmp_path / "strange").mkdir()
     (tmp_path / "strange" / "config.json").write_text("[1, 2]")
@@ -114,7 +115,7 @@ def test_a_really_full_disk(tmp_path):
         assert contents(folder) == before
         assert leftovers(mount) == []
         subprocess.run(["mount", "-o", "remount,ro", str(mount)], check=True)
-        with pytest.raises(OSError, match="Read-only"):
+        with pytest.raises(InputError, match="Read-only"):
             write_model_folder(folder, NAME, state(1), {})
         assert contents(folder) == before
     finally:

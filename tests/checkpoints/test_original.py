@@ -37,6 +37,58 @@ def endless():
     return value
 
 
+def nested(levels, times):
+    """Operations of a pickle that leave a tuple on the stack, `times` the same tuple in it, `levels` deep."""
+    put, get, make = b"q\0", b"h\0", {1: b"\x85", 2: b"\x86"}[times]
+    return b")" + levels * (put + (times - 1) * get + make)
+
+
+TEXT = b"X\1\0\0\0a"
+ENDLESS = {
+    "key": b"}" + nested(200, 2) + b"K\1s.",
+    "key deep in it": b"}" + TEXT + b"}" + nested(200, 2) + b"K\1ss.",
+    "key of an OrderedDict": b"ccollections\nOrderedDict\n]]" + nested(200, 2) + b"aK\1aa\x85R.",
+    "key of a Counter": b"ccollections\nCounter\n]" + nested(200, 2) + b"a\x85R.",
+    "kind of a storage": nested(200, 2) + b"K\1K\1K\1(" + nested(200, 2) + b"tQ.",
+    "deep key": b"}" + nested(20_000, 1) + b"K\1s.",
+    "many operations": 10**6 * b"N" + b".",
+    "list filled from the top": b"]q\0" + b"]q\1h\1h\1\x86q\2" + b"h\0h\2ah\0h\0ah\1h\2a.",
+}
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("content", ENDLESS.values(), ids=ENDLESS)
+def test_objects_without_end_are_refused(tmp_path, content, legacy):
+    path = write_pickle(tmp_path / "x.ckpt", b"\x80\2" + content, legacy)
+    with pytest.raises(ValueError, match=r"is no checkpoint: .*(more than 1000000|part of itself)") as raised:
+        read_original(path)
+    assert len(str(raised.value)) < 300
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_objects_in_two_places_are_read(tmp_path, legacy):
+    """Control: sixteen levels of the same, which is less than a million objects."""
+    path = write_pickle(tmp_path / "x.ckpt", b"\x80\2}" + nested(16, 2) + b"K\1s.", legacy)
+    with pytest.raises(ValueError, match="name is a tuple"):
+        read_original(path)
+
+
+def write_pickle(path, content, legacy):
+    """A file of torch.save whose object has the pickle `content`."""
+    if legacy:
+        system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
+        before = b"".join(pickle.dumps(x, 2) for x in (0x1950A86A20F9469CFC6C, 1001, system))
+        path.write_bytes(before + content + pickle.dumps([], 2))
+        return path
+    torch.save({}, path)
+    with zipfile.ZipFile(path) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, old in files.items():
+            archive.writestr(name, content if name.endswith("data.pkl") else old)
+    return path
+
+
 def same(a, b):
     return list(a) == list(b) and all(torch.equal(a[key], b[key]) and a[key].dtype == b[key].dtype for key in a)
 
@@ -121,7 +173,7 @@ def test_other_files(tmp_path, content, message):
         ({3: torch.ones(1)}, "name is a int, not a string"),
         ({("a", 1): torch.ones(1)}, "name is a tuple"),
         ({"a": {("a", 1): torch.ones(1)}}, "'a' is a dict"),
-        ({"a": endless()}, "'a' is a list, not a tensor"),
+        ({"a": endless()}, r"the objects in it, written out, are more than 100000000"),
         ({"a" * 10**6: 3}, "entry 'a{100}' is a int"),
         ({"a": torch.ones(3, device="meta")}, "'a' is on the device meta and holds no values"),
         ({"a": torch.ones(3, dtype=torch.complex64)}, "'a' is of type complex64"),

@@ -29,7 +29,7 @@ def test_an_explicit_number_of_crops(tmp_path):
 
 
 def test_folder_errors(tmp_path):
-    with pytest.raises(NotADirectoryError, match="no-such-folder"):
+    with pytest.raises(ValueError, match="no-such-folder"):
         load_crops(tmp_path / "no-such-folder")
     with pytest.raises(ValueError, match=f"{tmp_path} holds no photographs"):
         load_crops(tmp_path)

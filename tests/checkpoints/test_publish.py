@@ -147,6 +147,17 @@ def test_weights_that_are_not_there(monkeypatch, tmp_path, capsys):
     assert content(tmp_path) == {}
 
 
+@pytest.mark.parametrize("blocked", ["to", f"to/{TAGGED}", f"to/{TAGGED}/README.md/below"])
+def test_a_folder_that_cannot_be_written_is_known_before_the_work(tmp_path, monkeypatch, capsys, blocked):
+    monkeypatch.setattr(publish, "load_strictly", lambda _: pytest.fail("work was done in vain"))
+    (tmp_path / blocked).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / blocked).write_text("a file in the place of the folder")
+    assert main(["publish", *NAMES, "--to", str(tmp_path / "to")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(tmp_path / "to") in line
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / blocked]
+
+
 def test_upload(hub, weights, run, logged_in):
     status, output, errors = run("publish", "--all")
     assert (status, errors) == (0, "")

@@ -7,6 +7,7 @@ from reference_data import checkpoint
 
 import equivision_timm  # noqa: F401  registers the models
 from equivision_timm.checkpoints.equivision import convert_file as convert_file_module
+from equivision_timm.checkpoints.equivision import rivals as rivals_module
 from equivision_timm.checkpoints.equivision.convert import _entries_of, convert_original, fitting_models
 from equivision_timm.checkpoints.equivision.convert_file import convert_file
 from equivision_timm.checkpoints.equivision.rivals import check_before_search, check_statistics
@@ -102,6 +103,42 @@ def test_signs_of_no_known_machine_are_not_taken_for_the_other_group(photographs
     check_before_search("d4resnet18_fast", d4, {"c8resnet18_fast": c8}, crops)
     with pytest.raises(ValueError, match="fit d4resnet18_fast"):
         check_statistics("c8resnet18_fast", c8, {"d4resnet18_fast": d4}, crops)
+
+
+def test_random_weights_are_said_to_be_of_no_model(photographs):
+    """In none of the two directions: C8 has a small lead over D4 whatever the truth is."""
+    state = checkpoint("c8resnet18_fast", seed=3)  # of seeds 0 to 3 the one with the largest lead
+    weights = {name: convert_original(state, name) for name in RIVAL}
+    for name, rival in RIVAL.items():
+        with pytest.raises(ValueError, match="do not tell which"):
+            check_statistics(name, weights[name], {rival: weights[rival]}, draw_crops(photographs, size=SIZE))
+
+
+def test_trained_weights_are_never_taken_for_the_other_model(photographs):
+    """Trained on digits and looked at on photographs, which is far off: the right model, or none."""
+    names, crops = ("test_c8resnet", "test_d4resnet"), draw_crops(photographs, size=SIZE)
+    weights = {name: timm.create_model(name, pretrained=True).state_dict() for name in names}
+    c8, d4 = names
+    assert check_statistics(c8, weights[c8], {d4: weights[c8]}, crops).leads[d4] > 3
+    for truth, wrong in ((c8, d4), (d4, c8)):
+        with pytest.raises(ValueError, match=f"do not tell which|fit {truth}"):
+            check_statistics(wrong, weights[truth], {truth: weights[truth]}, crops)
+
+
+def test_a_lead_alone_is_not_enough(monkeypatch, photographs):
+    """Control: without the second condition a small difference on many fields decides."""
+    state = checkpoint("c8resnet18_fast")
+    weights = {name: convert_original(state, name) for name in RIVAL}
+    monkeypatch.setattr(rivals_module, "Z_LIMIT", 1.0)
+    for clearly, message in ((0.8, "do not tell which"), (1.0, "fit c8resnet18_fast")):
+        monkeypatch.setattr(rivals_module, "CLEARLY", clearly)
+        with pytest.raises(ValueError, match=message):
+            check_statistics(
+                "d4resnet18_fast",
+                weights["d4resnet18_fast"],
+                {"c8resnet18_fast": weights["c8resnet18_fast"]},
+                draw_crops(photographs, size=SIZE),
+            )
 
 
 def test_statistics_that_tell_nothing(tmp_path, photographs, small_crops):

@@ -106,11 +106,20 @@ def test_convert_writes_a_model_that_verify_accepts(ckpt, tmp_path, photographs,
         (["last.ckpt", "--model", "c4resnet18", "--out", "out"], 1, "it fits c4resnet18_fast"),
         (["last.ckpt", "--model", NAME, "--out", "out", "--signs", "++"], 1, "same on every machine"),
         ([".", "--model", NAME, "--out", "out"], 1, "is a folder"),
-        (["last.ckpt", "--model", NAME, "--out", "last.ckpt"], 1, "is a file"),
+        (["last.ckpt", "--model", NAME, "--out", "last.ckpt"], 2, "is a file"),
+        (["last.ckpt", "--model", NAME, "--out", "last.ckpt/below"], 2, "cannot write"),
+        (["last.ckpt", "--model", NAME, "--out", "x" * 250], 2, "File name too long"),
+        (
+            ["last.ckpt", "--model", NAME, "--out", "out", "--images", "nowhere"],
+            2,
+            "nowhere is no folder of photographs",
+        ),
     ],
 )
 def test_convert_says_what_is_wrong_and_writes_nothing(ckpt, tmp_path, monkeypatch, capsys, arguments, status, message):
     monkeypatch.chdir(tmp_path)
+    if status == 2:  # known before the work
+        monkeypatch.setattr(convert_file_module, "read_original", lambda _: pytest.fail("work was done in vain"))
     assert main(["convert", *arguments]) == status
     assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]

@@ -15,8 +15,8 @@ from equivision_timm.checkpoints.equivision.original import read_original
 from equivision_timm.checkpoints.equivision.rivals import Statistics, check_before_search, check_statistics
 from equivision_timm.checkpoints.equivision.sign_groups import known_patterns, parse_signs, sign_groups
 from equivision_timm.checkpoints.equivision.signs import MOST_BATCHES, SignSearch, find_signs
-from equivision_timm.checkpoints.folder import write_model_folder
-from equivision_timm.images.photographs import draw_crops, load_photographs
+from equivision_timm.checkpoints.folder import check_model_folder, write_model_folder
+from equivision_timm.images.photographs import draw_crops, find_photographs, load_photographs
 from equivision_timm.kernel_bases import manifest
 from equivision_timm.models.tensor_hash import TENSORS_SHA256, hash_tensors
 
@@ -76,11 +76,15 @@ def convert_file(
         signs: the sign pattern, where it is known.
 
     Raises:
+        InputError: `out_folder` cannot be written or holds something else, there are no photographs in `images`.
         ValueError: not a checkpoint, or one of another model, also where only its statistics say so
             (`check_statistics`); signs that cannot be told (`AmbiguousSigns`).
         OSError: a file cannot be read or written.
         ModuleNotFoundError: photographs are needed, none are named, and scikit-image is not installed.
     """
+    check_model_folder(out_folder, model_name)
+    if images is not None:
+        find_photographs(images)
     checkpoint_path = Path(checkpoint_path)
     original = read_original(checkpoint_path)
     conversion = convert_with_details(original, model_name, signs)

@@ -13,6 +13,10 @@ from filelock import FileLock
 from equivision_timm.checkpoints.equivision.convert_file import convert_file
 from equivision_timm.checkpoints.equivision.original import read_original
 from equivision_timm.checkpoints.equivision.released import released
+from equivision_timm.checkpoints.equivision.sign_groups import parse_signs
+from equivision_timm.checkpoints.folder import check_model_folder
+from equivision_timm.files import check_writable
+from equivision_timm.images.photographs import find_photographs
 from equivision_timm.models.pretrained import WEIGHTS_FILE, local_folder, weights_folder
 
 __all__ = ["fetch"]
@@ -30,20 +34,27 @@ def fetch(model_name: str, images: Path | None = None, signs: str | None = None)
         The model's folder; `timm.create_model` takes it as `local-dir:`, too.
 
     Raises:
-        ValueError: no checkpoint of this model was released, or the file is no such checkpoint, or another one than in
-            September 2023.
+        InputError: the weights folder cannot be written, there are no photographs in `images`.
+        ValueError: no checkpoint of this model was released, or it has no such signs; the file is no such checkpoint,
+            or another one than in September 2023.
         ConnectionError: Google Drive did not give the file.
         ModuleNotFoundError: gdown is not installed.
     """
     if model_name not in released():
         raise ValueError(f"no weights of {model_name} were ever released; there are: {', '.join(released())}")
+    if signs is not None:
+        parse_signs(model_name.partition("resnet")[0], signs)
+    if images is not None:
+        find_photographs(images)
     folder = local_folder(model_name)
     checkpoint = weights_folder() / "downloads" / f"{model_name}.ckpt"
+    check_writable(checkpoint, make_folders=True)
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(checkpoint.with_suffix(".lock")):
         if (folder / WEIGHTS_FILE).is_file():
             print(f"{model_name}: already in {folder}")
             return folder
+        check_model_folder(folder, model_name)
         if not checkpoint.exists():
             _download(model_name, checkpoint)
         _check_kind(checkpoint)

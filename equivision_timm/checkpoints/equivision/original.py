@@ -5,6 +5,7 @@ Both formats in use are taken: what `torch.save` wrote (a bare state dict, or a 
 could run code, and nothing that is not plainly a set of finite tensors comes out.
 """
 
+import io
 import re
 import stat
 import zipfile
@@ -14,11 +15,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
+from equivision_timm.checkpoints.equivision.pickle_size import check_pickle
+
 __all__ = ["read_original"]
 
 _MAX_BYTES = 4 << 30  # the largest published checkpoint has 0.2 GB
 _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _DTYPES |= {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+_LEGACY_PICKLES = 5  # magic number, version, system, the object, the names of its storages
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80\x02"  # how torch.save has begun since version 1.6, and before
 
 
@@ -58,8 +62,10 @@ def _load(path: Path) -> object:
         start = file.read(16)
     if start.startswith(_ZIP):
         _check_archive(path)
+        _check_pickles(path, is_archive=True)
         return _load_torch(path)
     if start.startswith(_PICKLE):
+        _check_pickles(path, is_archive=False)
         return _load_torch(path)
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < info.st_size:
         try:
@@ -88,6 +94,22 @@ def _check_archive(path: Path) -> None:
         )
     if damaged:
         raise ValueError(f"{path} is damaged, {damaged} has the wrong checksum: download it again")
+
+
+def _check_pickles(path: Path, is_archive: bool) -> None:
+    """Refuse what would keep torch.load busy without end."""
+    try:
+        if is_archive:
+            with zipfile.ZipFile(path) as archive:
+                for name in archive.namelist():
+                    if name.lower().endswith("data.pkl"):
+                        check_pickle(io.BytesIO(archive.read(name)))
+        else:
+            with path.open("rb") as file:
+                for _ in range(_LEGACY_PICKLES):
+                    check_pickle(file)
+    except ValueError as error:
+        raise ValueError(f"{path} is no checkpoint: {error}") from error
 
 
 def _load_torch(path: Path) -> object:

@@ -22,7 +22,7 @@ from timm.data import create_dataset, create_transform
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from equivision_timm.arguments import InputError
-from equivision_timm.images.pictures import PictureError, open_rgb
+from equivision_timm.images.pictures import PictureError, every_ending, open_rgb
 from equivision_timm.images.rotation import rotate
 from equivision_timm.tools.rotate_eval.results import Cell
 
@@ -87,7 +87,8 @@ class Folder(Dataset):
         if not os.path.isdir(root):
             raise InputError(f"no images to measure in {root!r}: there is no such folder")
         try:
-            self.reader = create_dataset("", root, split=split, class_map=class_map).reader
+            with every_ending():
+                self.reader = create_dataset("", root, split=split, class_map=class_map).reader
         except Exception as error:  # of the folder, or of the class map, which may be a pickle
             reason = str(error) or type(error).__name__
             raise InputError(f"no images to measure in {root!r}: {reason}") from error

@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from equivision_timm.arguments import one_line, shortened
+from equivision_timm.files import write_file
 from equivision_timm.tools.figures import figure_bytes, plain_text
-from equivision_timm.tools.files import write_file
 from equivision_timm.tools.loading import short_name
 from equivision_timm.tools.rotate_eval.results import Cell, Results
 

@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock
 
 from equivision_timm.arguments import InputError
-from equivision_timm.tools.files import write_file
+from equivision_timm.files import write_file
 
 __all__ = ["METRICS", "Cell", "Results"]
 

@@ -13,8 +13,8 @@ from timm.utils import reparameterize_model
 from tqdm import tqdm
 
 from equivision_timm.arguments import InputError, check_number, one_line
+from equivision_timm.files import check_writable
 from equivision_timm.images.pictures import PictureError
-from equivision_timm.tools.files import check_writable
 from equivision_timm.tools.loading import check_model_name, load_model, split_spec
 from equivision_timm.tools.rotate_eval.measure import CORNERS, Folder, measure
 from equivision_timm.tools.rotate_eval.report import FILES, write_report

@@ -1,0 +1,30 @@
+"""Ctrl-C while `python -m equivision_timm` still imports PyTorch: one line and exit status 130, as later.
+
+A KeyboardInterrupt there ends in a traceback, or aborts the process inside PyTorch's C++ code. Nothing has been written
+yet, so the process can end at once.
+"""
+
+import os
+import signal
+import sys
+from types import FrameType
+
+__all__ = ["end_on_ctrl_c", "raise_on_ctrl_c"]
+
+
+def end_on_ctrl_c() -> None:
+    """From now on Ctrl-C ends the process, where it is `python -m equivision_timm` and Ctrl-C would raise."""
+    is_command = sys.argv[:1] == ["-m"] and {"equivision_timm", "-mequivision_timm"} & set(sys.orig_argv)
+    if is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+
+
+def raise_on_ctrl_c() -> None:
+    """From now on Ctrl-C raises KeyboardInterrupt again."""
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    os.write(2, b"equivision_timm: interrupted; nothing was done\n")
+    os._exit(130)
