@@ -3,6 +3,7 @@ there are some. `basis.py` has the maths and the loader, `irreps_basis.py` the b
 
 from equivision_timm.kernel_bases.basis import (
     KernelBasis,
+    are_bases,
     bases_sha256,
     initial_std,
     load_kernel_basis,
@@ -17,6 +18,7 @@ __all__ = [
     "Kernel",
     "KernelBasis",
     "Ring",
+    "are_bases",
     "bases_sha256",
     "block_coefficients",
     "block_products",

@@ -28,9 +28,9 @@ from equivision_timm.groups import Group
 from equivision_timm.kernel_bases.coordinates import closed_form
 from equivision_timm.kernel_bases.functions import mix, pixels
 from equivision_timm.kernel_bases.kernel import Kernel
-from equivision_timm.kernel_bases.tables import load_table, sha256
+from equivision_timm.kernel_bases.tables import load_table, manifest, sha256
 
-__all__ = ["KernelBasis", "bases_sha256", "initial_std", "load_kernel_basis", "sample_kernels"]
+__all__ = ["KernelBasis", "are_bases", "bases_sha256", "initial_std", "load_kernel_basis", "sample_kernels"]
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,17 @@ def initial_std(kernel: Kernel, dtype: torch.dtype, device: torch.device) -> tor
 
 
 def bases_sha256(kernels: Iterable[Kernel]) -> str:
-    """The bases that a model with these kernels speaks in: no other basis has a part in it."""
+    """The bases in whose coordinates a model with these kernels speaks: no other basis has a part in it."""
     bases = {kernel.name: load_kernel_basis(kernel) for kernel in kernels}
     each = [f"{name} {sha256(basis.coefficients, basis.he_std)}\n" for name, basis in sorted(bases.items())]
     return hashlib.sha256("".join(each).encode()).hexdigest()
+
+
+def are_bases(found: str, kernels: Iterable[Kernel]) -> bool:
+    """Whether a file that names `found` as its bases speaks in those of these kernels.
+
+    That is `bases_sha256`; version 0.1 wrote the sha256 of all tables together.
+    """
+    kernels = set(kernels)
+    tables_alone = all(load_table(kernel) is not None for kernel in kernels)
+    return found == bases_sha256(kernels) or (tables_alone and found == manifest()["sha256"])

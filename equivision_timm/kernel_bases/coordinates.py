@@ -102,15 +102,14 @@ def _orthonormal(kernel: Kernel) -> list[dict[int, float]]:
         ValueError: the functions are not independent.
     """
     phi = _gram_schmidt(kernel)
-    if phi is not None:
-        return phi
-    cutoff = kernel.cutoff or kernel.rings[-1].max_frequency
-    fitting = next((c for c in range(cutoff - 1, 0, -1) if _gram_schmidt(replace(kernel, cutoff=c)) is not None), None)
-    frequency = max(ring.max_frequency for ring in kernel.rings)
-    raise ValueError(
-        f"cutoff {kernel.cutoff} does not fit {kernel.size} x {kernel.size} kernels of {kernel.group}: on so few "
-        f"pixels functions of angular frequencies up to {frequency} are not independent; use cutoff {fitting}"
-    )
+    if phi is None:
+        smaller = range((kernel.cutoff or 1) - 1, 0, -1)  # the default always fits, and so does 1
+        fitting = next(c for c in smaller if _gram_schmidt(replace(kernel, cutoff=c)) is not None)
+        raise ValueError(
+            f"cutoff {kernel.cutoff} does not fit {kernel.size}x{kernel.size} kernels of {kernel.group}: on so few "
+            f"pixels functions of high frequency follow from the others; use cutoff {fitting}, or less"
+        )
+    return phi
 
 
 def _gram_schmidt(kernel: Kernel) -> list[dict[int, float]] | None:
