@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from cases import GROUPS
@@ -5,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference_data import load_bases
 
-from equivision_timm.groups import Group
+from equivision_timm.groups import Group, circle
 
 groups = st.builds(Group, rotations=st.integers(1, 24), reflections=st.booleans())
 
@@ -93,6 +95,24 @@ def test_unknown_name(name):
 def test_eighth_turn_is_no_symmetry_of_the_grid():
     with pytest.raises(ValueError, match=r"element 1 of c8 .* use \[0, 2, 4, 6\]"):
         Group.from_name("c8").transform_image(torch.zeros(1, 1, 3, 3), 1)
+
+
+@given(st.integers(1, 200))
+def test_points_of_the_circle(n):
+    points = circle(n)
+    assert len(points) == n
+    for k, (cos, sin) in enumerate(points):
+        assert abs(cos - math.cos(2 * math.pi * k / n)) < 2e-15
+        assert abs(sin - math.sin(2 * math.pi * k / n)) < 2e-15
+        assert (cos, -sin) == points[-k % n]  # exact symmetry, which libraries of mathematics do not promise
+        if n % 4 == 0:
+            assert (-sin, cos) == points[(k + n // 4) % n]
+
+
+def test_points_of_the_circle_are_rounded_correctly():
+    assert circle(12)[1] == (math.sqrt(0.75), 0.5)
+    assert circle(8)[1] == (math.sqrt(0.5), math.sqrt(0.5))
+    assert circle(6)[2] == (-0.5, math.sqrt(0.75))
 
 
 @given(groups)

@@ -11,7 +11,7 @@ from timm.layers import register_notrace_module
 
 from equivision_timm.constants import fitting
 from equivision_timm.groups import group_order
-from equivision_timm.kernel_bases import initial_std, sample_kernels
+from equivision_timm.kernel_bases import Kernel, initial_std, sample_kernels
 from equivision_timm.layers.conv_strategies import STRATEGIES, auto, block_diagonal, expand, native, native_library
 from equivision_timm.layers.conv_strategies.context import (
     check_input,
@@ -160,7 +160,7 @@ class SteerableConv2d(nn.Module):
         self.padding = dilation * (kernel_size // 2)
         self.order = group_order(group)
 
-        basis = sample_kernels(group, kernel_size, input_type, torch.float64, torch.device("cpu"))
+        basis = sample_kernels(Kernel(group, kernel_size, input_type), torch.float64, torch.device("cpu"))
         self._basis = basis  # shared by all layers; no state: what TorchScript takes along
         self.weight = nn.Parameter(torch.empty(out_fields, in_fields, len(basis), 1, **dd))
         self.check_strategy(strategy)
@@ -196,8 +196,8 @@ class SteerableConv2d(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the coefficients, w_b ~ N(0, he_std_b^2 / in_fields)."""
-        layer = self.group, self.kernel_size, self.input_type
-        std = fitting(initial_std(*layer, self.weight.dtype, self.weight.device), self.weight)
+        kernel = Kernel(self.group, self.kernel_size, self.input_type)
+        std = fitting(initial_std(kernel, self.weight.dtype, self.weight.device), self.weight)
         with torch.no_grad():
             self.weight.normal_().mul_(std[:, None] / math.sqrt(self.in_fields))  # std over the axis of the basis
 

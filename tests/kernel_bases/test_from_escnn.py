@@ -1,4 +1,5 @@
-"""The bridge to escnn, and our layers against escnn's: forward and gradient, for every frozen basis."""
+"""The bridge to escnn, and our layers against escnn's: forward and gradient, for every frozen basis; and the
+closed form against escnn's kernels where nothing is frozen."""
 
 import importlib.util
 
@@ -8,7 +9,7 @@ from cases import FROZEN, GROUPS
 from reference_data import sign_patterns
 
 from equivision_timm.groups import Group
-from equivision_timm.kernel_bases import from_escnn, load_kernel_basis, manifest
+from equivision_timm.kernel_bases import Kernel, from_escnn, load_kernel_basis, manifest
 from equivision_timm.layers import ConvNormAct, GroupPool
 
 HAS_ESCNN = importlib.util.find_spec("escnn") is not None
@@ -16,7 +17,7 @@ needs_escnn = pytest.mark.skipif(not HAS_ESCNN, reason="compares with escnn: pip
 
 
 @pytest.mark.skipif(HAS_ESCNN, reason="escnn is installed; this is about the message without it")
-@pytest.mark.parametrize("function", [from_escnn.gspace, lambda group: from_escnn.sample_kernels(group, 3, "regular")])
+@pytest.mark.parametrize("function", [from_escnn.gspace, lambda group: from_escnn.sample_kernels(Kernel(group, 3))])
 def test_message_without_escnn(function):
     with pytest.raises(ImportError, match=r"pip install 'equivision-timm\[escnn\]'.*gfortran"):
         function("c4")
@@ -57,8 +58,8 @@ def test_our_feature_maps_as_geometric_tensors():
 
 def machine_signs(group, size, input_type):
     """The sign of each basis element as this machine's escnn computes it, relative to the frozen one."""
-    found = from_escnn.sample_kernels(group, size, input_type)
-    frozen = load_kernel_basis(group, size, input_type)
+    found = from_escnn.sample_kernels(Kernel(group, size, input_type))
+    frozen = load_kernel_basis(Kernel(group, size, input_type))
     signs = torch.sign((found["kernels"] * frozen.sample()).flatten(1).sum(1)).float()
     kernels = found["kernels"] * signs.view(-1, 1, 1, 1, 1)
     return signs, (kernels - frozen.sample()).abs().max(), found
@@ -71,10 +72,64 @@ def test_sampled_kernels_are_the_frozen_ones_but_for_known_signs(group, size, in
     signs, error, found = machine_signs(group, size, input_type)
     assert error < 1e-6
     assert found["elements"] == manifest()["elements"][key]
-    assert (found["he_std"] - load_kernel_basis(group, size, input_type).he_std).abs().max() < 1e-6
+    assert (found["he_std"] - load_kernel_basis(Kernel(group, size, input_type)).he_std).abs().max() < 1e-6
     negated = torch.nonzero(signs < 0).flatten().tolist()
     known = [pattern.get(key, []) for pattern in sign_patterns()]
     assert negated in known or (size == 3 and input_type == "trivial")  # of these no pattern was recorded
+
+
+@needs_escnn
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        Kernel("c4", 5),
+        Kernel("c4", 7),
+        Kernel("c4", 7, cutoff=3),
+        Kernel("c4", 5, cutoff=2),
+        Kernel("c8", 5),
+        Kernel("d4", 5),
+        Kernel("c6", 3),
+        Kernel("c3", 5),
+        Kernel("c16", 3),
+        Kernel("c16", 7, "trivial", 3),
+        Kernel("c6", 7, "trivial"),
+        Kernel("d1", 7, cutoff=2),
+        Kernel("d3", 3),
+        Kernel("d6", 7, "trivial"),
+        Kernel("d2", 5),
+    ],
+    ids=lambda kernel: kernel.name,
+)
+def test_closed_form_spans_the_kernels_of_escnn(kernel):
+    found, group = from_escnn.sample_kernels(kernel), Group.from_name(kernel.group)
+    basis = load_kernel_basis(kernel)
+    assert found["rings"] == [vars(ring) for ring in kernel.rings]
+    theirs, ours = found["kernels"].double(), basis.sample()
+    assert theirs.shape == ours.shape
+    flat = ours.flatten(1)
+    assert (theirs.flatten(1) - theirs.flatten(1) @ flat.T @ flat).abs().max() < 1e-5
+    assert torch.linalg.matrix_rank(theirs.flatten(1), rtol=1e-4) == len(flat)
+    fewer = flat[:-1]
+    assert (theirs.flatten(1) - theirs.flatten(1) @ fewer.T @ fewer).abs().max() > 1e-3
+    # and at initialisation each pair of irreps gets the same variance
+    variances = []
+    for kernels, std in ((theirs, found["he_std"].double()), (ours, basis.he_std)):
+        q = group.fourier_matrix()
+        in_irreps = torch.einsum("rg,bghyx->brhyx", q, kernels)
+        if kernel.input_type == "regular":
+            in_irreps = torch.einsum("sh,brhyx->brsyx", q, in_irreps)
+        variances.append(torch.einsum("b,brs->rs", std**2, in_irreps.square().sum((3, 4))))
+    sizes = [size * copies for size, copies in group.irreps()]
+    inputs = sizes if kernel.input_type == "regular" else [1]
+    for a, b in zip(*(v.split(sizes) for v in variances), strict=True):
+        for c, d in zip(a.split(inputs, 1), b.split(inputs, 1), strict=True):
+            torch.testing.assert_close(c.sum(), d.sum(), rtol=1e-4, atol=1e-6)
+
+
+@needs_escnn
+def test_escnn_has_no_low_pass():
+    with pytest.raises(ValueError, match="no kernels with a low pass, as c4-5-regular-low: use low_pass=False"):
+        from_escnn.sample_kernels(Kernel("c4", 5, low_pass=True))
 
 
 @needs_escnn

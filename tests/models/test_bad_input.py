@@ -22,7 +22,6 @@ def test_unregistered_group_or_depth(name):
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"group": "c6"}, "no frozen kernel basis 'c6/7x7/trivial': the package carries c1/1x1/regular"),
         ({"group": "e4"}, "unknown group 'e4': use 'cN'"),
         ({"group_pool": "mx"}, "unknown group_pool 'mx': use 'max', 'avg', or ''"),
         ({"output_stride": 4}, "output_stride 4 does not exist: use 8, 16 or 32"),

@@ -15,8 +15,9 @@ hold for one core of an AMD EPYC with AVX-512, and their ratios, which decide, r
 
 import torch
 
+from equivision_timm.constants import constant
 from equivision_timm.groups import group_order
-from equivision_timm.kernel_bases import block_products
+from equivision_timm.kernel_bases import Kernel, block_products
 from equivision_timm.layers.conv_strategies import native_library
 
 __all__ = ["choose"]
@@ -55,8 +56,13 @@ def choose(
     numbers = batch * (order * in_fields * height * width + order * out_fields * out_pixels)
 
     dense = pairs * order**2 * kernel_size**2 / 54e9 + 0.45e-9 * numbers
-    blocks = pairs * block_products(group, kernel_size) / 40e9 + 1.1e-9 * numbers
+    blocks = pairs * _products(group, kernel_size) / 40e9 + 1.1e-9 * numbers
     if kernel_size > 1:
         blocks += 13e-9 * batch * order * in_fields * out_pixels
     blocks += (1e-4 if kernel_size == 1 else 5e-4) * max(1, batch * out_pixels / 4096)
     return "block_diagonal" if blocks < dense else "expand"
+
+
+@constant
+def _products(group: str, kernel_size: int) -> int:
+    return block_products(Kernel(group, kernel_size))

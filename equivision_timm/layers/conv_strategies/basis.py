@@ -2,8 +2,8 @@
 
 import torch
 
-from equivision_timm.constants import fitting
-from equivision_timm.kernel_bases import block_coefficients, sample_kernels
+from equivision_timm.constants import constant, fitting
+from equivision_timm.kernel_bases import Kernel, block_coefficients, sample_kernels
 from equivision_timm.layers.conv_strategies.context import leaves_python
 
 __all__ = ["basis_for"]
@@ -24,10 +24,11 @@ def basis_for(weight: torch.Tensor, group: str, kernel_size: int, form: str) -> 
     return fitting(_basis(weight.dtype, weight.device, group, kernel_size, form), weight)
 
 
+@constant
 def _basis(dtype: torch.dtype, device: torch.device, group: str, kernel_size: int, form: str) -> torch.Tensor:
     if form == "irreps":
-        return block_coefficients(group, kernel_size, dtype, device)
-    return sample_kernels(group, kernel_size, form, dtype, device)
+        return block_coefficients(Kernel(group, kernel_size), dtype, device)
+    return sample_kernels(Kernel(group, kernel_size, form), dtype, device)
 
 
 @torch.library.custom_op("equivision_timm::kernel_basis", mutates_args=())

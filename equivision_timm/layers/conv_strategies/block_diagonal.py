@@ -19,7 +19,7 @@ from functools import cached_property, partial
 import torch
 
 from equivision_timm.constants import constant
-from equivision_timm.kernel_bases import load_irreps_basis
+from equivision_timm.kernel_bases import Kernel, load_irreps_basis
 from equivision_timm.layers.conv_strategies.expand import finish
 from equivision_timm.layers.conv_strategies.irreps import operator
 from equivision_timm.layers.conv_strategies.pieces import Piece, by_pieces
@@ -38,7 +38,7 @@ class Packed:
 
 def pack(weights: torch.Tensor, bias: torch.Tensor | None, group: str, kernel_size: int) -> Packed:
     """`block_weights`, and the bias [O] of each field or None, for `infer`."""
-    shapes = load_irreps_basis(group, kernel_size).shapes
+    shapes = load_irreps_basis(Kernel(group, kernel_size)).shapes
     matrices = []
     for part, shape in zip(weights.split([math.prod(shape) for shape in shapes]), shapes, strict=True):
         matrix = part.unflatten(0, shape).permute(0, 3, 1, 2, 4)  # [size (row), O, n, size (column), I]
@@ -127,7 +127,7 @@ def _backward(
     shares = share_out(differentiate)
     gradients = [dx] if for_x else []
     if for_weights:
-        shapes = load_irreps_basis(group, kernel_size).shapes
+        shapes = load_irreps_basis(Kernel(group, kernel_size)).shapes
         dw = weights.new_empty(weights.shape)
         parts = dw.split([math.prod(shape) for shape in shapes])
         for part, (size, n, _), *own in zip(parts, shapes, *shares, strict=True):
@@ -172,7 +172,7 @@ class _Plan:
 
 @constant
 def _plan(group: str, kernel_size: int, dtype: torch.dtype, device: torch.device) -> _Plan:
-    basis = load_irreps_basis(group, kernel_size)
+    basis = load_irreps_basis(Kernel(group, kernel_size))
     sets = []
     for functions in basis.sets:
         terms = [[(a, b, term[a, b].item()) for a, b in term.nonzero().tolist()] for term in functions.terms]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from equivision_timm.constants import constant
-from equivision_timm.kernel_bases import IrrepsBasis, load_irreps_basis
+from equivision_timm.kernel_bases import IrrepsBasis, Kernel, load_irreps_basis
 from equivision_timm.layers.conv_strategies.context import check_input
 from equivision_timm.layers.conv_strategies.irreps import operator
 from equivision_timm.layers.conv_strategies.native_library import Layer, Sparse, library
@@ -149,7 +149,7 @@ class _Plan:
 
 @constant
 def _plan(group: str, kernel_size: int, dtype: torch.dtype) -> _Plan:
-    basis = load_irreps_basis(group, kernel_size)
+    basis = load_irreps_basis(Kernel(group, kernel_size))
     tensors = []
 
     def address(tensor: torch.Tensor) -> int:
