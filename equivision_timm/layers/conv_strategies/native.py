@@ -57,7 +57,7 @@ class Native(Strategy):
         """In low precision, where values are converted, and for the trivial group, without blocks, it is no choice."""
         if layer.dtype not in _REALS or layer.order == 1 or not native_library.available():
             return math.inf
-        return 0.0  # TODO
+        return 0.0
 
     def prepare(self) -> None:
         native_library.library(torch.float32)

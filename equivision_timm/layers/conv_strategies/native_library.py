@@ -73,8 +73,14 @@ def _available() -> bool:
     return True
 
 
+@torch.compiler.assume_constant_result
 def why_not() -> str | None:
     """What this machine lacks to compile and run `native.c`, and the remedy; None if nothing."""
+    return _why_not()
+
+
+@cache
+def _why_not() -> str | None:
     try:
         name = _compiler()[0]
     except ValueError as error:
