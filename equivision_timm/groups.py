@@ -10,10 +10,37 @@ be handed over as it is.
 import math
 import re
 from dataclasses import dataclass
+from decimal import Context, Decimal, localcontext
+from functools import cache
 
 import torch
 
-__all__ = ["Group", "group_order"]
+__all__ = ["Group", "circle", "group_order"]
+
+_PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459")
+
+
+@cache
+def circle(n: int) -> tuple[tuple[float, float], ...]:
+    """(cos, sin) of k/n of a full rotation, k = 0 ... n - 1, correctly rounded: the same on every machine.
+
+    Example:
+        >>> circle(4)
+        ((1.0, 0.0), (0.0, 1.0), (-1.0, 0.0), (0.0, -1.0))
+    """
+    with localcontext(Context(prec=60)):
+        cos, sin, term = Decimal(0), Decimal(0), Decimal(1)  # exp(i x) = sum_m (i x)^m / m!, x = 2 pi / n
+        for m in range(80):
+            if m % 2:
+                sin += term if m % 4 == 1 else -term
+            else:
+                cos += term if m % 4 == 0 else -term
+            term *= 2 * _PI / n / (m + 1)
+        points = [(Decimal(1), Decimal(0))]
+        for _ in range(n - 1):
+            a, b = points[-1]
+            points.append((a * cos - b * sin, a * sin + b * cos))
+        return tuple((float(round(a, 45)) + 0.0, float(round(b, 45)) + 0.0) for a, b in points)  # + 0.0: no -0.0
 
 
 @dataclass(frozen=True)
@@ -92,21 +119,19 @@ class Group:
         Source of the maths: Serre, Linear Representations of Finite Groups (1977), chapters 2 and 5.
         """
         n = self.rotations
-        turn = torch.arange(n, dtype=torch.float64, device="cpu")
-        signs = [torch.ones_like(turn)]  # one-dimensional irreps of the rotations
-        if n % 2 == 0:
-            signs.append(1 - 2 * (turn % 2))
+        points = torch.tensor(circle(n), dtype=torch.float64, device="cpu")
+        one, two = (math.sqrt(d / self.order) for d in (1, 2))  # the factors for d = 1 and 2
         rows = []
-        for sign in signs:
+        for k in [0] if n % 2 else [0, n // 2]:  # one-dimensional irreps of the rotations: 1, and (-1)^t
+            sign = one * points[[k * t % n for t in range(n)], 0]
             rows += [torch.cat([sign, sign]), torch.cat([sign, -sign])] if self.reflections else [sign]
         for k in range(1, (n - 1) // 2 + 1):
-            cos, sin = torch.cos(2 * math.pi * k * turn / n), torch.sin(2 * math.pi * k * turn / n)
+            cos, sin = two * points[[k * t % n for t in range(n)]].T
             if self.reflections:  # rho(r^t f^p) = [[cos, -sin], [sin, cos]] diag(1, -1)^p, entry by entry
                 rows += [torch.cat(pair) for pair in ((cos, cos), (-sin, sin), (sin, sin), (cos, -cos))]
             else:
                 rows += [cos, sin]
-        matrix = torch.stack(rows)
-        return matrix / matrix.norm(dim=1, keepdim=True)
+        return torch.stack(rows)
 
     def inverse_angle(self, g: int, angle: torch.Tensor) -> torch.Tensor:
         """The polar angle (radians) of g^-1 x for points x at polar angle `angle`.
@@ -152,6 +177,7 @@ class Group:
 
 
 @torch.compiler.assume_constant_result  # torch.compile does not parse names
+@cache
 def group_order(name: str) -> int:
     """|G| of the group called `name`."""
     return Group.from_name(name).order

@@ -46,7 +46,7 @@ import torch.nn.functional as F
 from timm.utils.model import reparameterize_model
 from tqdm import tqdm
 
-from equivision_timm.kernel_bases import block_products
+from equivision_timm.kernel_bases import Kernel, block_products
 from equivision_timm.layers import ConvNorm, MaxPool2d, SteerableConv2d
 from equivision_timm.layers.conv_strategies import STRATEGIES
 from equivision_timm.models.equivariant_resnet import BasicBlock, Bottleneck
@@ -284,7 +284,7 @@ def measure_layers(name: str, batch_size: int, size: int, repeats: int, threads:
                     seconds.setdefault((s, "train"), []).append(time.perf_counter() - middle)
         pixels = batch_size * y.shape[2] * y.shape[3]
         dense = pixels * y.shape[1] * channels * k * k
-        blocks = pixels * i * o * block_products(group, k) if input_type == "regular" else 0
+        blocks = pixels * i * o * block_products(Kernel(group, k)) if input_type == "regular" else 0
         products = {s: dense if s == "expand" else blocks for s in strategies}
         auto = SteerableConv2d(i, o, k, group, input_type, stride).strategy_for(x.shape, x.device)
         row = {"layer": names[0], "count": len(names), "fields": f"{i} -> {o}", "kernel": k, "stride": stride}

@@ -24,7 +24,7 @@ import torch
 
 from equivision_timm.checkpoints.sign_groups import element_signs, sign_groups
 from equivision_timm.groups import Group
-from equivision_timm.kernel_bases import load_kernel_basis
+from equivision_timm.kernel_bases import Kernel, load_kernel_basis
 from equivision_timm.layers import ConvNorm
 
 __all__ = ["Conversion", "convert_original", "convert_with_details", "fitting_models", "translate_basis"]
@@ -258,7 +258,7 @@ def _to_canonical(
     weight: torch.Tensor, state_dict: dict[str, torch.Tensor], name: str, conv: torch.nn.Module, elements: dict
 ) -> tuple[torch.Tensor, float]:
     """Coefficients w' [out_fields, in_fields, n_basis] in the author's basis -> w in ours, and the residual."""
-    basis = load_kernel_basis(conv.group, conv.kernel_size, conv.input_type).sample()
+    basis = load_kernel_basis(Kernel(conv.group, conv.kernel_size, conv.input_type)).sample()
     theirs, filters = _sampled_basis(state_dict, name), state_dict.get(name.replace(".weights", ".filter"))
     if theirs is not None:
         translation, residual = translate_basis(theirs, basis, name)
@@ -283,7 +283,7 @@ def _signs_by_filters(state_dict: dict[str, torch.Tensor], convs: dict[str, torc
     for name, conv in convs.items():
         if _source(state_dict, name) != "filter":
             continue
-        basis = load_kernel_basis(conv.group, conv.kernel_size, conv.input_type).sample()
+        basis = load_kernel_basis(Kernel(conv.group, conv.kernel_size, conv.input_type)).sample()
         solved, _ = _coefficients_of(state_dict[name.replace(".weights", ".filter")], basis, name)
         product = (solved * state_dict[name].float().view_as(solved)).sum((0, 1))  # [n_basis]
         for index, value in enumerate(product.tolist()):

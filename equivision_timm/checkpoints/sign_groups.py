@@ -18,7 +18,7 @@ from importlib import resources
 import torch
 
 from equivision_timm.groups import Group
-from equivision_timm.kernel_bases import load_kernel_basis, manifest
+from equivision_timm.kernel_bases import Kernel, load_kernel_basis, manifest
 
 __all__ = ["SignGroup", "element_signs", "half_turn", "irrep_flips", "known_patterns", "parse_signs", "sign_groups"]
 
@@ -65,7 +65,7 @@ def sign_groups(group_name: str) -> tuple[SignGroup, ...]:
 
 def _sine_elements(group_name: str, size: int, input_type: str) -> list[bool]:
     """For each basis element, whether its base kernel consists of sines, which mirroring up and down negates."""
-    kernels = load_kernel_basis(group_name, size, input_type).sample()[:, 0]  # [n_basis, H, k, k]
+    kernels = load_kernel_basis(Kernel(group_name, size, input_type)).sample()[:, 0]  # [n_basis, H, k, k]
     return [torch.allclose(kernel.flip(-2), -kernel, atol=1e-5) for kernel in kernels]
 
 

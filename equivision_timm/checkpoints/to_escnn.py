@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 from equivision_timm.checkpoints.convert import translate_basis
-from equivision_timm.kernel_bases import load_kernel_basis
+from equivision_timm.kernel_bases import Kernel, load_kernel_basis
 from equivision_timm.kernel_bases.from_escnn import field_type, gspace, import_escnn
 from equivision_timm.layers import ConvNorm
 from equivision_timm.models import EquivariantResNet
@@ -115,7 +115,7 @@ def _conv_norm(module: ConvNorm, in_type: "FieldType") -> tuple["R2Conv", nn.Mod
         initialize=False,
     )
     theirs = next(value for name, value in conv.named_buffers() if name.endswith("sampled_basis"))
-    basis = load_kernel_basis(ours.group, ours.kernel_size, ours.input_type).sample().flatten(3)
+    basis = load_kernel_basis(Kernel(ours.group, ours.kernel_size, ours.input_type)).sample().flatten(3)
     translation, _ = translate_basis(basis, theirs, type(module).__name__)
     weight = ours.weight.detach().squeeze(-1).double() @ translation  # [out_fields, in_fields, n_basis]
     conv.weights = nn.Parameter(weight.float().flatten())  # (o, i, b), flat

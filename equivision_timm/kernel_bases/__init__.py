@@ -1,11 +1,23 @@
-"""Frozen kernel bases: see `basis.py` for the maths and the loader, `from_escnn.py` for where they come from."""
+"""Bases of equivariant kernels: of any group and size in closed form, in the coordinates of published weights where
+there are some. `basis.py` has the maths and the loader, `irreps_basis.py` the block-diagonal form."""
 
-from equivision_timm.kernel_bases.basis import KernelBasis, initial_std, load_kernel_basis, manifest, sample_kernels
+from equivision_timm.kernel_bases.basis import (
+    KernelBasis,
+    bases_sha256,
+    initial_std,
+    load_kernel_basis,
+    sample_kernels,
+)
 from equivision_timm.kernel_bases.irreps_basis import IrrepsBasis, block_coefficients, block_products, load_irreps_basis
+from equivision_timm.kernel_bases.kernel import Kernel, Ring
+from equivision_timm.kernel_bases.tables import manifest
 
 __all__ = [
     "IrrepsBasis",
+    "Kernel",
     "KernelBasis",
+    "Ring",
+    "bases_sha256",
     "block_coefficients",
     "block_products",
     "initial_std",

@@ -14,9 +14,11 @@ acts without regard to the position and commutes with the group, so that Schur's
     y^[r] = sum_{j, s} (Q kappa_bj Q^T)[r, s] T[(s, j)]
     kappa_bj[g, h] = sum_j' C[b, j', u] D(u^-1)[j', j],  u = g^-1 h
 
+The functions phi are sums of those of `functions.py`: whatever the group transforms alike may be added up, to the end
+that few sums of neighbouring pixels make up all of them.
+
 Source of the maths: Weiler and Cesa, General E(2)-Equivariant Steerable CNNs (2019), for the kernels; Serre, Linear
-Representations of Finite Groups (1977), for the decomposition. `tests/layers/test_conv_strategies.py` compares with
-`KernelBasis.sample`.
+Representations of Finite Groups (1977), for the decomposition.
 """
 
 from dataclasses import dataclass
@@ -24,34 +26,48 @@ from dataclasses import dataclass
 import torch
 
 from equivision_timm.constants import constant
+from equivision_timm.groups import Group
 from equivision_timm.kernel_bases.basis import load_kernel_basis
+from equivision_timm.kernel_bases.functions import Family, families, mixing, pixels
+from equivision_timm.kernel_bases.kernel import Kernel
 
-__all__ = ["FunctionSet", "IrrepsBasis", "block_coefficients", "block_products", "load_irreps_basis"]
+__all__ = [
+    "FunctionSet",
+    "IrrepsBasis",
+    "block_coefficients",
+    "block_products",
+    "load_irreps_basis",
+    "sums_and_differences",
+]
 
 
 @dataclass(frozen=True)
 class FunctionSet:
-    """Functions of the plane that the group mixes among themselves, n of them.
+    """Functions of the plane that the group mixes among themselves, n of them: one, or what was cos and sin.
 
     Attributes:
-        terms: [n, 3, 3] (3x3 kernels) or [n, 1, 1], the pixels of phi written in sums and differences of neighbours,
-            phi_j(y, x) = sum_ab terms[j, a, b] e_a(y) e_b(x), e = (0, 1, 0), (1, 0, 1), (-1, 0, 1); row-reduced, so
-            that few are not zero.
-        product: A [|G| * n, n * |G|], rows (block, copy, j, row of the block), columns (j', s); None for the identity.
+        pixels: phi [n, k, k].
+        terms: the same written in sums and differences of pixels, phi_j(y, x) = sum_ab terms[j, a, b] e_a(y) e_b(x)
+            with the e of `sums_and_differences`: [n, k, k], few of them not zero.
+        mixing: D [|G|, n, n], phi_j(g^-1 x) = sum_j' D(g)[j, j'] phi_j'(x).
+        product: A [|G| * n, n * |G|], rows (block, copy, j, row of the block), columns (j', s); None for the identity,
+            where no element changes the function.
     """
 
+    pixels: torch.Tensor
     terms: torch.Tensor
+    mixing: torch.Tensor
     product: torch.Tensor | None
 
 
 @dataclass(frozen=True)
 class IrrepsBasis:
-    """One frozen basis in block-diagonal form, float64, on the CPU.
+    """A kernel basis in block-diagonal form, float64, on the CPU.
 
     Attributes:
         fourier: Q [|G|, |G|].
         blocks: (size, copies) of each block, as `Group.irreps`.
-        sets: the functions of the plane.
+        sets: the functions of the plane; first those that no element changes.
         coefficients: [n_basis, entries]: for each block the matrices [size, n, size] (row, function of any set, column)
             of all basis elements, flattened; the copies of a block share them.
     """
@@ -62,9 +78,14 @@ class IrrepsBasis:
     coefficients: torch.Tensor
 
     @property
+    def pixels(self) -> torch.Tensor:
+        """phi [functions, k, k], over all sets."""
+        return torch.cat([functions.pixels for functions in self.sets])
+
+    @property
     def functions(self) -> int:
         """How many functions of the plane there are, over all sets."""
-        return sum(len(functions.terms) for functions in self.sets)
+        return sum(len(functions.pixels) for functions in self.sets)
 
     @property
     def shapes(self) -> list[tuple[int, int, int]]:
@@ -78,87 +99,102 @@ class IrrepsBasis:
 
 
 @constant
-def load_irreps_basis(group_name: str, kernel_size: int) -> IrrepsBasis:
-    """The frozen basis of k x k kernels between regular fields, block diagonal.
+def load_irreps_basis(kernel: Kernel) -> IrrepsBasis:
+    """The basis of the kernels between regular fields, block diagonal.
 
     Raises:
-        ValueError: no such basis was frozen.
+        ValueError: the input is trivial; or as `load_kernel_basis`.
     """
-    basis = load_kernel_basis(group_name, kernel_size, "regular")
-    group, order = basis.group, basis.group.order
+    if kernel.input_type != "regular":
+        raise ValueError(f"the kernels {kernel.name} have {kernel.input_type} input: only regular fields have irreps")
+    basis, group = load_kernel_basis(kernel), Group.from_name(kernel.group)
     fourier, blocks = group.fourier_matrix(), group.irreps()
-    psi = basis.functions[0].flatten(1)  # [J, k * k]
-    moved = basis.functions.flatten(2)  # psi_j(h^-1 x): [|G|, J, k * k]
-    mixing = moved @ torch.linalg.pinv(psi)  # psi_j(h^-1 x) = sum_j' D(h)[j, j'] psi_j'(x): [|G|, J, J]
-    inverses = [group.inverse(u) for u in range(order)]
+    psi, mixed = pixels(kernel), mixing(kernel)
+    inverses = [group.inverse(u) for u in range(group.order)]
 
-    terms = torch.linalg.solve(_pixels(kernel_size).T, psi.T).T  # psi = terms pixels: [J, k * k]
-    sets, matrices = [], []
-    for members in _connected(mixing):
-        reduced, change = _row_reduce(terms[members])  # phi = change psi
-        back = torch.linalg.inv(change)
-        d = change @ mixing[:, members][:, :, members] @ back  # D of phi: [|G|, n, n]
-        c = torch.einsum("bju,jk->bku", basis.coefficients[:, members], back)  # C of phi: [n_basis, n, |G|]
-        kappa = torch.einsum("bku,ukj->bju", c, d[inverses])[..., group.left_quotients()]  # [n_basis, n, |G|, |G|]
-        in_irreps = fourier @ kappa @ fourier.T
-        product = torch.einsum("rh,hjk,sh->rjks", fourier, d, fourier)  # A: [|G|, n, n, |G|], rows (r, j)
-        reduced = reduced.unflatten(1, (kernel_size, kernel_size))  # [n, k * k] -> [n, k, k]
-        alone = torch.allclose(d, torch.eye(len(members), dtype=d.dtype, device="cpu"))  # then A = 1 for each
-        for j in [[n] for n in range(len(members))] if alone else [slice(None)]:
-            matrices.append(in_irreps[:, j])
-            sets.append(FunctionSet(reduced[j], None if alone else _block_rows(product, blocks)))
+    sets, kappas = [], []  # kappa_bj [n_basis, n, |G|], n functions of a set
+    for family in sorted(families(kernel), key=lambda family: not family.fixed):
+        phi, back = _reduced(family, psi)
+        own = [[j for j, _ in member] for member in family.members]  # [members, n]
+        signs = [[sign for _, sign in member] for member in family.members]
+        signs = torch.tensor(signs, dtype=torch.float64, device="cpu")  # [members, n]
+        d = mixed[:, own[0]][:, :, own[0]] * signs[0, :, None] * signs[0]  # [|G|, n, n]
+        product = None if family.fixed else _block_rows(_product(fourier, d), blocks)
+        c = basis.coefficients[:, own] * signs[..., None]  # [n_basis, members, n, |G|]
+        c = torch.einsum("bmku,mi->biku", c, back)  # C of phi
+        kappas += torch.einsum("biku,ukj->biju", c, d[inverses]).unbind(1)
+        sets += [FunctionSet(member, _terms(member), d, product) for member in phi]
 
+    kappa = torch.cat(kappas, 1)  # [n_basis, functions, |G|]
+    products = [[group.product(g, u) for g in range(group.order)] for u in range(group.order)]
     entries, row = [], 0
     for size, copies in blocks:
-        own = slice(row, row + size)  # the first copy; the others are equal
-        matrix = torch.cat([m[:, :, own, own] for m in matrices], 1)  # [n_basis, n, size, size]
-        entries.append(matrix.transpose(1, 2).flatten(1))  # [n_basis, size (row) * n * size (column)]
+        rows = fourier[row : row + size]  # of the first copy; the others are equal
+        irrep = torch.einsum("rg,sug->urs", rows, rows[:, products])  # Q [h = g u] Q^T: [|G|, size, size]
+        matrix = torch.einsum("bju,urs->brjs", kappa, irrep)  # [n_basis, size (row), n, size (column)]
+        entries.append(matrix.flatten(1))
         row += size * copies
     return IrrepsBasis(fourier, blocks, tuple(sets), torch.cat(entries, 1))
 
 
 @constant
-def block_coefficients(group_name: str, kernel_size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def block_coefficients(kernel: Kernel, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """The coefficients of `load_irreps_basis`, [n_basis, entries]; not to be changed in place."""
-    return load_irreps_basis(group_name, kernel_size).coefficients.to(device, dtype)
+    return load_irreps_basis(kernel).coefficients.to(device, dtype)
 
 
 @constant
-def block_products(group_name: str, kernel_size: int) -> int:
+def block_products(kernel: Kernel) -> int:
     """The multiplications of `load_irreps_basis` that a pair of fields costs at each pixel."""
-    return load_irreps_basis(group_name, kernel_size).products
+    return load_irreps_basis(kernel).products
 
 
-def _pixels(kernel_size: int) -> torch.Tensor:
-    """The products e_a(y) e_b(x) on the pixels: [9, 9] for 3x3 kernels, [1, 1] for 1x1."""
-    e = {1: [[1.0]], 3: [[0.0, 1.0, 0.0], [1.0, 0.0, 1.0], [-1.0, 0.0, 1.0]]}[kernel_size]
-    e = torch.tensor(e, dtype=torch.float64, device="cpu")
-    return torch.kron(e, e)
+def sums_and_differences(size: int) -> torch.Tensor:
+    """e [k, k], rows e_0, s_1, d_1, s_2, d_2, ... over the pixels of an axis, whose middle is 0.
+
+    e_0 is 1 in the middle; s_i is 1 at -i and at i; d_i is -1 at -i and 1 at i; zero elsewhere.
+    """
+    middle, e = size // 2, torch.zeros(size, size, dtype=torch.float64, device="cpu")
+    e[0, middle] = 1
+    for i in range(1, middle + 1):
+        e[2 * i - 1, middle - i] = e[2 * i - 1, middle + i] = e[2 * i, middle + i] = 1
+        e[2 * i, middle - i] = -1
+    return e
 
 
-def _connected(mixing: torch.Tensor) -> list[list[int]]:
-    """The functions that D [|G|, J, J] mixes with one another; first, together, those that no element changes."""
-    identity = torch.eye(mixing.shape[1], dtype=mixing.dtype, device="cpu")
-    unchanged = (mixing - identity).abs().amax((0, 2)) < 1e-9
-    linked = mixing.abs().amax(0) > 1e-9
-    components: list[list[int]] = []
-    for j in (~unchanged).nonzero().flatten().tolist():
-        touched = [component for component in components if linked[j, component].any()]
-        components = [component for component in components if component not in touched]
-        components.append(sorted([j, *(i for component in touched for i in component)]))
-    return [unchanged.nonzero().flatten().tolist(), *sorted(components)]
+def _terms(images: torch.Tensor) -> torch.Tensor:
+    """`images` [n, k, k] in products of `sums_and_differences`: terms [n, k, k] with images = e^T terms e."""
+    e = sums_and_differences(images.shape[-1])
+    inverse = e / e.abs().sum(1, keepdim=True)  # the rows of e are orthogonal
+    return inverse @ images @ inverse.T
 
 
-def _row_reduce(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reduced row echelon form of independent rows [n, terms], the largest entry of a row its pivot, and the change."""
-    reduced, change = rows.clone(), torch.eye(len(rows), dtype=rows.dtype, device="cpu")
-    for n in range(len(rows)):
-        pivot = int(reduced[n].abs().argmax())
-        scale = reduced[:, pivot] / reduced[n, pivot]
-        scale[n] = 1 - 1 / reduced[n, pivot]
-        for matrix in (reduced, change):
-            matrix -= scale[:, None] * matrix[n].clone()
-    return torch.where(reduced.abs() < 1e-12, 0.0, reduced), change
+def _reduced(family: Family, psi: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """phi [members, n, k, k], sums of the members of a family that consist of few terms; back [members, members].
+
+    What the members were is sum_i back[m, i] phi_i. The terms, one row [n * k * k] for each member, are brought to
+    reduced row echelon form, the largest entry of a row its pivot.
+    """
+    members = torch.stack([torch.stack([sign * psi[j] for j, sign in member]) for member in family.members])
+    rows = _terms(members.flatten(0, 1)).view(len(members), -1)  # [members * n, k, k] -> [members, n * k * k]
+    change = torch.eye(len(rows), dtype=rows.dtype, device="cpu")  # phi = change members
+    for m in range(len(rows)):
+        pivot = int(rows[m].abs().argmax())
+        change[m] /= rows[m, pivot].clone()
+        rows[m] /= rows[m, pivot].clone()
+        for other in range(len(rows)):
+            if other != m:
+                change[other] -= rows[other, pivot] * change[m]
+                rows[other] -= rows[other, pivot].clone() * rows[m]
+                rows[other, pivot] = 0.0
+    e = sums_and_differences(psi.shape[-1])
+    return e.T @ rows.view_as(members) @ e, torch.linalg.inv(change)
+
+
+def _product(fourier: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+    """A [|G|, n, n, |G|], rows (r, j), columns (j', s); what is zero but for rounding becomes zero."""
+    product = torch.einsum("rh,hjk,sh->rjks", fourier, d, fourier)
+    return torch.where(product.abs() < 1e-12, 0.0, product)
 
 
 def _block_rows(product: torch.Tensor, blocks: tuple[tuple[int, int], ...]) -> torch.Tensor:

@@ -12,8 +12,7 @@ from timm.layers import register_notrace_module
 
 from equivision_timm.constants import fitting
 from equivision_timm.groups import group_order
-from equivision_timm.layers.conv_strategies.bases_adapter import initial_std, sample_kernels
-from equivision_timm.kernel_bases.kernel import Kernel
+from equivision_timm.kernel_bases import Kernel, initial_std, sample_kernels
 from equivision_timm.layers.conv_strategies import STRATEGIES, Layer, auto, expand
 from equivision_timm.layers.conv_strategies.basis import named_kernel
 from equivision_timm.layers.conv_strategies.context import (
@@ -106,7 +105,7 @@ class SteerableConv2d(nn.Module):
         dilation: as in `nn.Conv2d`.
         strategy: a name from `STRATEGIES`: 'expand', 'block_diagonal' or 'native' (these for regular input); or 'auto',
             the fastest by estimate.
-        cutoff: the kernels have angular frequencies up to cutoff * r at the distance r from the centre.
+        cutoff: up to which angular frequencies, on rings around the centre, the kernels go; see `Kernel`.
         low_pass: whether they are convolved with a binomial filter of 3 x 3 pixels, see `Kernel`.
         device: where to create the parameters.
         dtype: their type.
@@ -127,7 +126,7 @@ class SteerableConv2d(nn.Module):
         stride: int = 1,
         dilation: int = 1,
         strategy: str = "auto",
-        cutoff: int = 2,
+        cutoff: int | None = None,
         low_pass: bool = False,
         device=None,
         dtype=None,

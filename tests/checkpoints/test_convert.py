@@ -12,7 +12,7 @@ from reference_data import checkpoint, networks
 import equivision_timm  # noqa: F401  registers the models
 from equivision_timm.checkpoints.convert import _entries_of, _plain, convert_original, convert_with_details
 from equivision_timm.checkpoints.sign_groups import element_signs, known_patterns
-from equivision_timm.kernel_bases import load_kernel_basis
+from equivision_timm.kernel_bases import Kernel, load_kernel_basis
 from equivision_timm.layers import SteerableConv2d
 from equivision_timm.layers.conv_strategies.expand import expand_filter
 
@@ -37,7 +37,7 @@ def with_buffers(name, state, signs=None, kinds=("filter", "sampled_basis", "ind
     """`state` as an original network in eval mode would save it, its basis signed by the pattern `signs`."""
     state = dict(state)
     for key, conv in steerable(name).items():
-        basis = load_kernel_basis(conv.group, conv.kernel_size, conv.input_type).sample().float()
+        basis = load_kernel_basis(Kernel(conv.group, conv.kernel_size, conv.input_type)).sample().float()
         if signs:
             pattern = element_signs(conv.group, signs)
             basis = basis * pattern[f"{conv.group}/{conv.kernel_size}x{conv.kernel_size}/{conv.input_type}"].view(

@@ -12,7 +12,7 @@ from equivision_timm.checkpoints.sign_groups import (
     parse_signs,
     sign_groups,
 )
-from equivision_timm.kernel_bases import load_kernel_basis
+from equivision_timm.kernel_bases import Kernel, load_kernel_basis
 
 KEYS = ("1x1/regular", "3x3/regular", "7x7/trivial")
 
@@ -24,7 +24,7 @@ def test_number_of_groups(group, triples, groups):
     assert len({(g.harmonic.split(" s")[0].split(" c")[0], g.in_irrep, g.out_irrep) for g in found}) == triples
     assert len(found) == groups
     elements = [element for g in found for element in g.elements]
-    sizes = {key: load_kernel_basis(group, int(key[0]), key.split("/")[1]).he_std.numel() for key in KEYS}
+    sizes = {key: load_kernel_basis(Kernel(group, int(key[0]), key.split("/")[1])).he_std.numel() for key in KEYS}
     assert sorted(elements) == sorted((f"{group}/{key}", i) for key, n in sizes.items() for i in range(n))
 
 
@@ -60,7 +60,7 @@ def test_a_coarser_grouping_would_not_do():
 def test_half_turn_rotates_every_kernel(group):
     signs = element_signs(group, half_turn(group))
     for key in KEYS:
-        kernels = load_kernel_basis(group, int(key[0]), key.split("/")[1]).sample()
+        kernels = load_kernel_basis(Kernel(group, int(key[0]), key.split("/")[1])).sample()
         turned = kernels.rot90(2, dims=(-2, -1))
         assert torch.allclose(turned, kernels * signs[f"{group}/{key}"].view(-1, 1, 1, 1, 1), atol=1e-6)
     assert half_turn(group) != "+" * len(half_turn(group))

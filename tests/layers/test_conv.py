@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from cases import FROZEN, GROUPS
 
 from equivision_timm.groups import Group
-from equivision_timm.kernel_bases import load_kernel_basis
+from equivision_timm.kernel_bases import Kernel, load_kernel_basis
 from equivision_timm.layers import ConvNorm, SteerableConv2d
 from equivision_timm.testing import assert_equivariant, equivariance_error
 
@@ -66,7 +66,7 @@ def test_broken_layers_are_rejected(layer):
 def test_equals_the_definition(group, size, input_type):
     # K[o, g, i, h](x) = sum_b w[o, i, b] basis[b, g, h](x), in float64, term by term
     layer = make(group, size, input_type, stride=2, dtype=torch.float64)
-    basis = load_kernel_basis(group, size, input_type).sample()
+    basis = load_kernel_basis(Kernel(group, size, input_type)).sample()
     inputs = basis.shape[2]
     filters = torch.zeros(2 * layer.order, 3 * inputs, size, size, dtype=torch.float64)
     for o in range(2):
@@ -81,7 +81,7 @@ def test_equals_the_definition(group, size, input_type):
 @pytest.mark.parametrize(("group", "size", "input_type"), FROZEN)
 def test_initialisation(group, size, input_type):
     layer = make(group, size, input_type, in_fields=40, out_fields=60)
-    expected = load_kernel_basis(group, size, input_type).he_std.float() / 40**0.5
+    expected = load_kernel_basis(Kernel(group, size, input_type)).he_std.float() / 40**0.5
     assert layer.weight.shape == (60, 40, len(expected), 1)
     torch.testing.assert_close(layer.weight.std((0, 1)).flatten(), expected, rtol=0.08, atol=0)
     assert layer.weight.mean((0, 1)).abs().max() < 0.1 * expected.max()

@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import equivision_timm  # noqa: F401  registers the models
-from equivision_timm.kernel_bases import load_irreps_basis, load_kernel_basis
+from equivision_timm.kernel_bases import Kernel, load_irreps_basis, load_kernel_basis
 from equivision_timm.layers import ConvNorm, SteerableConv2d
 from equivision_timm.layers.conv import _equal
 from equivision_timm.layers.conv_strategies import auto, block_diagonal, native, native_library
@@ -233,12 +233,12 @@ def test_the_operator_is_registered_correctly(strategy):
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("kernel_size", [1, 3])
 def test_fewer_products(group, kernel_size):
-    basis = load_irreps_basis(group, kernel_size)
+    basis = load_irreps_basis(Kernel(group, kernel_size))
     order = len(basis.fourier)
     size = {"c1": 1, "d1": 2, "c4": 6, "d4": 12, "c8": 14, "d8": 28}[group]  # sum over blocks of copies * size^2
     assert basis.products == size * (1 if kernel_size == 1 else 6)
     assert basis.products <= order**2 * kernel_size**2
-    dimension = load_kernel_basis(group, kernel_size, "regular").coefficients.shape[0]
+    dimension = load_kernel_basis(Kernel(group, kernel_size)).coefficients.shape[0]
     assert torch.linalg.matrix_rank(basis.coefficients) == dimension  # no kernel is lost
 
 

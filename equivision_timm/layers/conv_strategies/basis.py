@@ -5,8 +5,7 @@ from functools import cache
 import torch
 
 from equivision_timm.constants import constant, fitting
-from equivision_timm.layers.conv_strategies.bases_adapter import block_coefficients, load_irreps_basis, sample_kernels
-from equivision_timm.kernel_bases.kernel import Kernel
+from equivision_timm.kernel_bases import Kernel, block_coefficients, load_irreps_basis, sample_kernels
 from equivision_timm.layers.conv_strategies.context import leaves_python
 
 __all__ = ["basis_for", "block_shapes", "lifting_filter", "named_kernel"]

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from equivision_timm.constants import constant
-from equivision_timm.kernel_bases.kernel import Kernel
 from equivision_timm.layers.conv_strategies import native_library
-from equivision_timm.kernel_bases import IrrepsBasis
-from equivision_timm.layers.conv_strategies.bases_adapter import load_irreps_basis
+from equivision_timm.kernel_bases import IrrepsBasis, Kernel, load_irreps_basis
+from equivision_timm.kernel_bases.irreps_basis import sums_and_differences
 from equivision_timm.layers.conv_strategies.basis import named_kernel
 from equivision_timm.layers.conv_strategies.block_diagonal import block_weights
 from equivision_timm.layers.conv_strategies.context import check_input
@@ -221,14 +220,9 @@ def _is_blurred(kernel: Kernel) -> bool:
 
 def _sums_of_neighbours(kernel: Kernel) -> torch.Tensor:
     """e [n, k], the sums and differences that native.c makes of the k pixels around one, along each axis."""
-    if _is_blurred(kernel):  # [1, 2, 1] * those of k = 3
-        rows = [[0, 1, 2, 1, 0], [1, 2, 2, 2, 1], [-1, -2, 0, 2, 1]]
-    else:
-        rows = {
-            1: [[1]],
-            3: [[0, 1, 0], [1, 0, 1], [-1, 0, 1]],
-            5: [[0, 0, 1, 0, 0], [0, 1, 0, 1, 0], [0, -1, 0, 1, 0], [1, 0, 0, 0, 1], [-1, 0, 0, 0, 1]],
-        }[kernel.size]
+    if not _is_blurred(kernel):
+        return sums_and_differences(kernel.size)
+    rows = [[0, 1, 2, 1, 0], [1, 2, 2, 2, 1], [-1, -2, 0, 2, 1]]  # [1, 2, 1] * those of k = 3
     return torch.tensor(rows, dtype=torch.float64, device="cpu")
 
 

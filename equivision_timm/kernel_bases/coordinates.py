@@ -1,0 +1,154 @@
+"""An orthonormal basis of the equivariant kernels of any group, size and cut-off, in closed form.
+
+Every base kernel k(x, u) = sum_j C[j, u] psi_j(x) is allowed (`basis.py`): the functions psi_j of the plane times any
+basis of the functions of u span them all. Two choices are left.
+
+Orthonormal: within each family of functions that the group transforms alike, Gram-Schmidt, from the centre outwards,
+makes phi = R psi orthonormal over the pixels, averaged over the group. R does not depend on which member of a pair
+(cos, sin) it is applied to, so that phi is transformed as psi is.
+
+One irrep in, one irrep out: with u = r^t f^p, theta = 2 pi t / N, s = 0 ... N - 1 and both signs for D_N,
+
+    k(x, u) = (phi_cos(x) cos(s theta) - phi_sin(x) sin(s theta)) (+-1)^p        "cos(m phi + s theta)"
+    k(x, u) = (phi_sin(x) cos(s theta) + phi_cos(x) sin(s theta)) (+-1)^p        "sin(m phi + s theta)"
+
+depends on h through the rotation frequency s, on g through m + s: it maps the irreps of frequency s to those of
+frequency m + s. Where such a frequency is 0 or N / 2, the reflection f tells the irreps of D_N apart by a sign: of u,
+(+-1); of the output, (+-1) (-1)^m for cos and the opposite for sin.
+
+The standard deviations at initialisation are those of escnn (generalised He): all irreps that reach an irrep of the
+output contribute the same variance to it, each by equal shares of its basis elements, and they make up 1 together.
+
+Source of the maths: Weiler and Cesa, General E(2)-Equivariant Steerable CNNs (2019); Weiler, Hamprecht and Storath,
+Learning Steerable Filters for Rotation Equivariant CNNs (2018), for the initialisation.
+"""
+
+import math
+from collections import Counter
+from dataclasses import replace
+
+import torch
+
+from equivision_timm.groups import Group, circle
+from equivision_timm.kernel_bases.functions import families, harmonics, pixels
+from equivision_timm.kernel_bases.kernel import Kernel
+
+__all__ = ["closed_form"]
+
+# What is left of the squared norm of a function without the part that earlier ones have: less is rounding. Independent
+# functions of up to 9 x 9 pixels leave 0.003 or more, dependent ones 1e-10 or less.
+_DEPENDENT = 1e-6
+
+Irrep = tuple[int, int]  # rotation frequency 0 ... N / 2; for 0 and N / 2 the sign of the reflection as 0 or 1
+
+
+def closed_form(kernel: Kernel) -> tuple[torch.Tensor, torch.Tensor]:
+    """C [n_basis, J, H] and he_std [n_basis], float64, on the CPU; the sampled kernels of C are orthonormal.
+
+    The elements are ordered by the functions of the plane, then by s, the sign of the reflection, cos before sin.
+
+    Raises:
+        ValueError: the cut-off lets functions through that are not independent on so few pixels.
+    """
+    group, regular = Group.from_name(kernel.group), kernel.input_type == "regular"
+    phi, n = _orthonormal(kernel), group.rotations
+    elements = range(group.order if regular else 1)
+    signs = range(2 if regular and group.reflections else 1)
+    waves = torch.tensor(circle(n), dtype=torch.float64, device="cpu")  # cos and sin: [N, 2]
+    factors = [[-1.0 if u >= n and sign else 1.0 for u in elements] for sign in signs]
+    factors = torch.tensor(factors, dtype=torch.float64, device="cpu")[:, None]  # (+-1)^p: [signs, 1, H]
+
+    blocks, irreps = [], []
+    for harmonic in harmonics(kernel):
+        m = harmonic.frequency
+        for s in range(1) if not regular else range(n) if m else range(n // 2 + 1):
+            cos, sin = waves[[s * u % n for u in elements]].T  # of s theta: [H]
+            alone = 2 * s % n == 0  # s is 0 or N / 2, where sin is 0
+            # |G| is the sum of squares over u, but for a single cos or sin other than +-1 half of it
+            scale = math.sqrt((2 if m == 0 and not alone else 1) / (group.order * len(elements)))
+            parts = range(1 if m == 0 and alone else 2)
+            block = torch.zeros(len(signs), len(parts), len(phi), len(elements), dtype=torch.float64, device="cpu")
+            for j, value in phi[harmonic.cos].items():
+                block[:, :, j] += value * scale * (factors * torch.stack((cos, sin)[: len(parts)]))
+            if harmonic.sin is not None:
+                for j, value in phi[harmonic.sin].items():
+                    block[:, :, j] += value * scale * (factors * torch.stack((-sin, cos)))
+            blocks.append(block.flatten(0, 1))  # [signs, parts, J, H] -> [signs * parts, J, H]
+            irreps += [
+                (_irrep(group, s, sign), _irrep(group, m + s, sign + m + part)) for sign in signs for part in parts
+            ]
+    return torch.cat(blocks), torch.tensor(_he_std(group, irreps), dtype=torch.float64, device="cpu")
+
+
+def _irrep(group: Group, frequency: int, sign: int) -> Irrep:
+    """The irrep of a rotation frequency, and, where there are two, of the sign (-1)^sign under the reflection."""
+    folded = min(frequency % group.rotations, -frequency % group.rotations)
+    return folded, sign % 2 if group.reflections and 2 * folded % group.rotations == 0 else 0
+
+
+def _he_std(group: Group, irreps: list[tuple[Irrep, Irrep]]) -> list[float]:
+    """The standard deviations of basis elements that map one irrep to another, given as pairs."""
+    elements = Counter(irreps)
+    inputs = Counter(output for _, output in elements)  # how many irreps reach it
+    # The channels of a field that belong to an irrep: its dimension times its multiplicity
+    channels = {out: 1 if 2 * out[0] % group.rotations == 0 else 4 if group.reflections else 2 for out in inputs}
+    return [math.sqrt(channels[pair[1]] / (inputs[pair[1]] * elements[pair])) for pair in irreps]
+
+
+def _orthonormal(kernel: Kernel) -> list[dict[int, float]]:
+    """phi_j = sum of value psi_j' over the items (j', value), for every j; see `_gram_schmidt`.
+
+    Raises:
+        ValueError: the functions are not independent.
+    """
+    phi = _gram_schmidt(kernel)
+    if phi is not None:
+        return phi
+    cutoff = kernel.cutoff or kernel.rings[-1].max_frequency
+    fitting = next((c for c in range(cutoff - 1, 0, -1) if _gram_schmidt(replace(kernel, cutoff=c)) is not None), None)
+    frequency = max(ring.max_frequency for ring in kernel.rings)
+    raise ValueError(
+        f"cutoff {kernel.cutoff} does not fit {kernel.size} x {kernel.size} kernels of {kernel.group}: on so few "
+        f"pixels functions of angular frequencies up to {frequency} are not independent; use cutoff {fitting}"
+    )
+
+
+def _gram_schmidt(kernel: Kernel) -> list[dict[int, float]] | None:
+    """phi_j, the functions psi_j made orthonormal; None if they are not independent.
+
+    The inner product is that over the pixels, averaged over the group. In a pair (cos, sin) that the group mixes it is
+    the mean of those of both. `math.fsum` rounds each sum correctly, whatever its order.
+    """
+    psi = pixels(kernel).flatten(1).tolist()
+    phi: list[dict[int, float]] = [{} for _ in psi]
+    for family in families(kernel):
+        members = family.members
+        gram = [[_mean_product(psi, one, other) for other in members] for one in members]
+        made: list[dict[int, float]] = []  # for each phi so far {member: factor}
+        for index, member in enumerate(members):
+            row = {index: 1.0}
+            for earlier in made:
+                product = _product(gram, row, earlier)
+                for i, factor in earlier.items():
+                    row[i] = row.get(i, 0.0) - product * factor
+            left = _product(gram, row, row)
+            if left <= _DEPENDENT * gram[index][index]:
+                return None
+            made.append({i: factor / math.sqrt(left) for i, factor in row.items()})
+            for which, (j, sign) in enumerate(member):
+                own = [m[which] for m in members]  # (j', sign) of each member
+                phi[j] = {own[i][0]: sign * own[i][1] * factor for i, factor in made[-1].items()}
+    return phi
+
+
+def _mean_product(psi: list[list[float]], one: tuple[tuple[int, float], ...], other: tuple[tuple[int, float], ...]):
+    """The inner product of two members of a family over the pixels, averaged over the group."""
+    products = (
+        v * w * a * b for (i, v), (j, w) in zip(one, other, strict=True) for a, b in zip(psi[i], psi[j], strict=True)
+    )
+    return math.fsum(products) / len(one)
+
+
+def _product(gram: list[list[float]], row: dict[int, float], other: dict[int, float]) -> float:
+    """The inner product of sums of members, given as {member: factor}."""
+    return math.fsum(a * b * gram[i][j] for i, a in row.items() for j, b in other.items())
