@@ -177,7 +177,11 @@ class Group:
 
 
 @torch.compiler.assume_constant_result  # torch.compile does not parse names
-@cache
 def group_order(name: str) -> int:
     """|G| of the group called `name`."""
+    return _order(name)
+
+
+@cache
+def _order(name: str) -> int:
     return Group.from_name(name).order

@@ -1,18 +1,15 @@
 """The constants that a strategy multiplies the coefficients or the maps with, of the type and on the device it needs."""
 
-from functools import cache
-
 import torch
 
 from equivision_timm.constants import constant, fitting
 from equivision_timm.kernel_bases import Kernel, block_coefficients, load_irreps_basis, sample_kernels
 from equivision_timm.layers.conv_strategies.context import leaves_python
 
-__all__ = ["basis_for", "block_shapes", "lifting_filter", "named_kernel"]
+__all__ = ["basis_for", "block_counts", "block_shapes", "lifting_filter", "named_kernel"]
 
 
-@torch.compiler.assume_constant_result  # torch.compile does not parse names
-@cache
+@constant
 def named_kernel(name: str) -> Kernel:
     """The kernels called `name`."""
     return Kernel.from_name(name)
@@ -74,6 +71,13 @@ def _basis(dtype: torch.dtype, device: torch.device, kernel: str, form: str) -> 
         return block_coefficients(kernels, dtype, device)
     exact = lifting_filter(kernels) if form == "lifting" else load_irreps_basis(kernels).fourier
     return exact.to(device, dtype)
+
+
+@constant
+def block_counts(kernel: str) -> tuple[int, int]:
+    """(multiplications that a pair of fields costs at a pixel, rows of T of a field) in the irreps basis."""
+    shapes = block_shapes(kernel)
+    return sum(c * n * size**2 for c, n, size in shapes), sum(c * n * size for c, n, size in shapes)
 
 
 @torch.library.custom_op("equivision_timm::kernel_basis", mutates_args=())

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from equivision_timm.layers.conv_strategies.basis import basis_for, block_shapes
+from equivision_timm.layers.conv_strategies.basis import basis_for, block_counts, block_shapes
 from equivision_timm.layers.conv_strategies.contract import Layer, Strategy, finish, register
 
 __all__ = ["BlockDiagonal", "block_weights"]
@@ -58,9 +58,8 @@ class BlockDiagonal(Strategy):
         batch, channels, height, width = shape
         out_height, out_width = layer.out_size(height, width)
         pixels = batch * out_height * out_width
-        shapes = block_shapes(layer.kernel.name)
-        products = pixels * layer.in_fields * layer.out_fields * sum(c * n * size**2 for c, n, size in shapes)
-        rows = sum(c * n * size for c, n, size in shapes)
+        per_pair, rows = block_counts(layer.kernel.name)
+        products = pixels * layer.in_fields * layer.out_fields * per_pair
         lifting = pixels * layer.in_fields * rows * layer.order * layer.kernel.size**2
         values = batch * channels * height * width + pixels * (layer.in_fields * rows + layer.out_fields * layer.order)
         return (products + lifting) / 40e9 + 1.1e-9 * values

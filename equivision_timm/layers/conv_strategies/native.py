@@ -62,9 +62,8 @@ class Native(Strategy):
         native_library.library(torch.float32)
 
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None, layer: Layer) -> Packed:
-        weights = _readable(block_weights(weight, layer.kernel.name).to(layer.dtype))
-        bias = None if bias is None else _readable(bias.to(layer.dtype)).to(weights.dtype)
-        return Packed(_pack(weights, layer.kernel.name, transposed=False), bias, *weights.shape[1:])
+        weights = block_weights(weight, layer.kernel.name).to(layer.dtype)
+        return _packed(weights, None if bias is None else bias.to(layer.dtype), layer.kernel.name)
 
     def infer(
         self,
@@ -78,7 +77,13 @@ class Native(Strategy):
 
     def conv2d(self, x: torch.Tensor, weight: torch.Tensor, layer: Layer) -> torch.Tensor:
         weights = block_weights(weight, layer.kernel.name).to(layer.dtype)
-        return convolve(x, weights, None, layer.kernel.name, layer.stride, layer.dilation)
+        return convolve(x, weights, layer.kernel.name, layer.stride, layer.dilation)
+
+
+def _packed(weights: torch.Tensor, bias: torch.Tensor | None, kernel: str) -> Packed:
+    weights = _readable(weights)
+    bias = None if bias is None else _readable(bias)
+    return Packed(_pack(weights, kernel, transposed=False), bias, *weights.shape[1:])
 
 
 def _infer(
@@ -101,17 +106,9 @@ def _infer(
     return y.to(dtype)
 
 
-def _forward(
-    x: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor | None, kernel: str, stride: int, dilation: int
-) -> torch.Tensor:
-    _same_dtype(x, weights, bias)
-    weights = _readable(weights)
-    packed = Packed(
-        _pack(weights, kernel, transposed=False),
-        None if bias is None else _readable(bias),
-        *weights.shape[1:],
-    )
-    return _infer(x, packed, kernel, stride, dilation)
+def _forward(x: torch.Tensor, weights: torch.Tensor, kernel: str, stride: int, dilation: int) -> torch.Tensor:
+    _same_dtype(x, weights)
+    return _infer(x, _packed(weights, None, kernel), kernel, stride, dilation)
 
 
 def _backward(
@@ -153,10 +150,10 @@ def _readable(x: torch.Tensor) -> torch.Tensor:
     return x.to(_real(x.dtype)).resolve_neg().contiguous()
 
 
-def _same_dtype(x: torch.Tensor, *others: torch.Tensor | None) -> None:
-    """Raises RuntimeError, as `nn.Conv2d`, where the weights, the bias or a gradient are of another type than x."""
+def _same_dtype(x: torch.Tensor, *others: torch.Tensor) -> None:
+    """Raises RuntimeError, as `nn.Conv2d`, where the weights or a gradient are of another type than x."""
     for other in others:
-        if other is not None and (other.dtype != x.dtype or not x.is_floating_point()):
+        if other.dtype != x.dtype or not x.is_floating_point():
             raise RuntimeError(f"input type {x.dtype} and weight type {other.dtype} should be the same float type")
 
 

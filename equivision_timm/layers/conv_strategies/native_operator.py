@@ -18,12 +18,12 @@ __all__ = ["operator"]
 
 
 def operator(name: str, forward: Callable, backward: Callable) -> Callable:
-    """The operator conv2d(x, weights, bias, kernel, stride, dilation) of a strategy.
+    """The operator conv2d(x, weights, kernel, stride, dilation) of a strategy.
 
     Steerable convolution of x [B, I * |G|, height, width], regular fields, field-major, by `block_weights`, with the padding
-    dilation * (k // 2): [B, O * |G|, height', width']. The bias [O], added to each field, may be
-    None. Differentiable any number of times with respect to x, the weights and the bias; not in forward mode, nor by
-    the transforms of `torch.func`.
+    dilation * (k // 2): [B, O * |G|, height', width'].
+    Differentiable any number of times with respect to x and the weights; not in forward mode, nor by the transforms of
+    `torch.func`.
 
     Args:
         name: of the operator, in the namespace equivision_timm.
@@ -32,7 +32,7 @@ def operator(name: str, forward: Callable, backward: Callable) -> Callable:
             respect to x, if `for_x`, and to the weights, if `for_weights`, in one list.
     """
     layer = "str kernel, int stride, int dilation"
-    schema = f"(Tensor x, Tensor weights, Tensor? bias, {layer}) -> Tensor"
+    schema = f"(Tensor x, Tensor weights, {layer}) -> Tensor"
     conv2d = torch.library.custom_op(f"equivision_timm::{name}", forward, mutates_args=(), schema=schema)
 
     def both(grad, x, weights, kernel, stride, dilation, for_x, for_weights):
@@ -45,7 +45,7 @@ def operator(name: str, forward: Callable, backward: Callable) -> Callable:
     gradients = torch.library.custom_op(f"equivision_timm::{name}_backward", both, mutates_args=(), schema=schema)
 
     @conv2d.register_fake
-    def _(x, weights, bias, kernel, stride, dilation):
+    def _(x, weights, kernel, stride, dilation):
         height, width = ((size - 1) // stride + 1 for size in x.shape[2:])
         return x.new_empty(len(x), weights.shape[1] * group_order(named_kernel(kernel).group), height, width)
 
@@ -54,15 +54,14 @@ def operator(name: str, forward: Callable, backward: Callable) -> Callable:
         return x.new_empty(x.shape if for_x else 0), weights.new_empty(weights.shape if for_weights else 0)
 
     def setup_context(ctx, inputs, output) -> None:
-        x, weights, _, *ctx.layer = inputs
+        x, weights, *ctx.layer = inputs
         ctx.save_for_backward(x, weights)
 
     def differentiate(ctx, grad):
         x, weights = ctx.saved_tensors
-        for_x, for_weights, for_bias = ctx.needs_input_grad[:3]
-        dx, dw = gradients(grad, x, weights, *ctx.layer, for_x, for_weights) if for_x or for_weights else (None, None)
-        dbias = grad.unflatten(1, (weights.shape[1], -1)).sum((0, 2, 3, 4)) if for_bias else None
-        return dx if for_x else None, dw if for_weights else None, dbias, None, None, None
+        for_x, for_weights = ctx.needs_input_grad[:2]
+        dx, dw = gradients(grad, x, weights, *ctx.layer, for_x, for_weights)
+        return dx if for_x else None, dw if for_weights else None, None, None, None
 
     def setup_second(ctx, inputs, output) -> None:
         grad, x, weights, *ctx.layer, ctx.for_x, ctx.for_weights = inputs
@@ -81,7 +80,7 @@ def operator(name: str, forward: Callable, backward: Callable) -> Callable:
         if for_grad:
             parts = [(u, weights)] if u is not None else []
             parts += [(x, v)] if v is not None else []
-            of_grad = sum(conv2d(a, b, None, *ctx.layer) for a, b in parts) if parts else None
+            of_grad = sum(conv2d(a, b, *ctx.layer) for a, b in parts) if parts else None
         if second_x and v is not None:
             of_x, _ = gradients(grad, x, v, *ctx.layer, True, False)
         if second_weights and u is not None:
@@ -120,7 +119,7 @@ def _count_operations(name: str) -> None:
         return 2 * pixels * math.prod(weights[1:]) * (group_order(kernels.group) * kernels.size) ** 2
 
     @register_flop_formula(registered[0])
-    def _(x, weights, bias, kernel, stride, dilation, *, out_shape, **kwargs) -> int:
+    def _(x, weights, kernel, stride, dilation, *, out_shape, **kwargs) -> int:
         return dense(out_shape[0] * out_shape[2] * out_shape[3], weights, kernel)
 
     @register_flop_formula(registered[1])
