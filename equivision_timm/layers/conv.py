@@ -72,7 +72,7 @@ def _choose(
         if strategy != "auto":
             raise RuntimeError(
                 f"conv_strategy {strategy!r} knows neither transforms of torch.func, nor forward-mode derivatives, nor "
-                "tensors with operations of their own: use 'auto' or 'expand'"
+                "tensors with operations of their own: use 'auto', 'block_diagonal' or 'expand'"
             )
         return layer, "expand"
     return layer, auto.choose(layer, x.shape) if strategy == "auto" else strategy

@@ -57,12 +57,11 @@ class BlockDiagonal(Strategy):
             return math.inf
         batch, channels, height, width = shape
         out_height, out_width = layer.out_size(height, width)
-        pixels = batch * out_height * out_width
-        per_pair, rows = block_counts(layer.kernel.name)
-        products = pixels * layer.in_fields * layer.out_fields * per_pair
-        lifting = pixels * layer.in_fields * rows * layer.order * layer.kernel.size**2
-        values = batch * channels * height * width + pixels * (layer.in_fields * rows + layer.out_fields * layer.order)
-        return (products + lifting) / 40e9 + 1.1e-9 * values
+        pixels, per_pair, rows = batch * out_height * out_width, *block_counts(layer.kernel.name)
+        weights, lifted = layer.in_fields * layer.out_fields * per_pair, pixels * layer.in_fields * rows
+        products = pixels * weights + lifted * layer.order * layer.kernel.size**2
+        values = batch * channels * height * width + pixels * layer.out_fields * layer.order
+        return products / 37e9 + 3.4e-9 * lifted + 1.8e-9 * values + 2.5e-9 * weights
 
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None, layer: Layer) -> _Packed:
         shapes = [(size, n, size) for _, n, size in block_shapes(layer.kernel.name)]

@@ -47,9 +47,10 @@ class Expand(Strategy):
     def estimate(self, layer: Layer, shape: tuple[int, int, int, int]) -> float:
         batch, channels, height, width = shape
         out_height, out_width = layer.out_size(height, width)
-        out_values = batch * layer.out_fields * layer.order * out_height * out_width
-        values = batch * channels * height * width + out_values
-        return out_values * channels * layer.kernel.size**2 / 54e9 + 0.45e-9 * values
+        filters = layer.out_fields * layer.order * channels * layer.kernel.size**2
+        pixels = batch * out_height * out_width
+        values = batch * channels * height * width + layer.out_fields * layer.order * pixels
+        return pixels * filters / 40e9 + 0.45e-9 * values + 3e-9 * filters
 
     def pack(
         self, weight: torch.Tensor, bias: torch.Tensor | None, layer: Layer

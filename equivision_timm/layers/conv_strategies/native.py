@@ -14,7 +14,7 @@ from equivision_timm.constants import constant
 from equivision_timm.layers.conv_strategies import native_library
 from equivision_timm.kernel_bases import IrrepsBasis, Kernel, load_irreps_basis
 from equivision_timm.kernel_bases.irreps_basis import sums_and_differences
-from equivision_timm.layers.conv_strategies.basis import named_kernel
+from equivision_timm.layers.conv_strategies.basis import block_counts, named_kernel
 from equivision_timm.layers.conv_strategies.block_diagonal import block_weights
 from equivision_timm.layers.conv_strategies.context import check_input
 from equivision_timm.layers.conv_strategies.contract import Layer, Strategy, register
@@ -47,7 +47,7 @@ class Native(Strategy):
         if layer.kernel.input_type != "regular":
             return f"it needs regular fields, but the input of this layer is {layer.kernel.input_type}"
         if layer.kernel.size not in _SIZES:
-            return f"native.c knows kernels of {', '.join(f'{k} x {k}' for k in _SIZES)}, not {layer.kernel.size}"
+            return f"native.c knows kernels of {', '.join(f'{k} x {k}' for k in _SIZES)}, not {layer.kernel.size} x {layer.kernel.size}"
         if layer.device.type not in ("cpu", "meta"):
             return f"it runs on the CPU, but this layer is on {layer.device}"
         return native_library.why_not()
@@ -56,7 +56,11 @@ class Native(Strategy):
         """In low precision, where values are converted, and for the trivial group, without blocks, it is no choice."""
         if layer.dtype not in _REALS or layer.order == 1 or not native_library.available():
             return math.inf
-        return 0.0
+        batch, _, height, width = shape
+        out_height, out_width = layer.out_size(height, width)
+        pixels, per_pair, rows = batch * out_height * out_width, *block_counts(layer.kernel.name)
+        weights = layer.in_fields * layer.out_fields * per_pair
+        return pixels * weights / 35e9 + 0.7e-9 * pixels * layer.in_fields * rows + 1.3e-9 * weights
 
     def prepare(self) -> None:
         native_library.library(torch.float32)
