@@ -179,4 +179,9 @@ class Group:
 @torch.compiler.assume_constant_result  # torch.compile does not parse names
 def group_order(name: str) -> int:
     """|G| of the group called `name`."""
+    return _order(name)
+
+
+@cache
+def _order(name: str) -> int:
     return Group.from_name(name).order

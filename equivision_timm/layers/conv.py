@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 import torch.fx
@@ -12,44 +13,35 @@ from timm.layers import register_notrace_module
 from equivision_timm.constants import fitting
 from equivision_timm.groups import group_order
 from equivision_timm.kernel_bases import Kernel, initial_std, sample_kernels
-from equivision_timm.layers.conv_strategies import STRATEGIES, auto, block_diagonal, expand, native, native_library
+from equivision_timm.layers.conv_strategies import STRATEGIES, Layer, auto, expand
+from equivision_timm.layers.conv_strategies.basis import named_kernel
 from equivision_timm.layers.conv_strategies.context import (
     check_input,
     inference_only,
     leaves_python,
     needs_plain_operations,
 )
-from equivision_timm.layers.conv_strategies.irreps import block_weights
+from equivision_timm.layers.conv_strategies.contract import finish
 from equivision_timm.layers.stock import is_stock, remember
+from equivision_timm.layers.weight_cache import WeightCache
 
 __all__ = ["SteerableConv2d", "steerable_conv2d"]
-
-_CODE = {"expand": expand, "block_diagonal": block_diagonal, "native": native}
 
 
 @torch.fx.wrap  # the strategy follows from the input: one node in a graph of torch.fx
 def steerable_conv2d(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    group: str,
-    kernel_size: int,
-    input_type: str = "regular",
-    stride: int = 1,
-    dilation: int = 1,
-    strategy: str = "auto",
+    x: torch.Tensor, weight: torch.Tensor, kernel: str, stride: int = 1, dilation: int = 1, strategy: str = "auto"
 ) -> torch.Tensor:
     """What `SteerableConv2d` computes, as a function of the coefficients `weight` [out_fields, in_fields, n_basis, 1].
 
-    Other arguments and shapes as there.
+    `kernel` is the name of the kernels, `Kernel.name`; other arguments and shapes as there.
 
     Raises:
-        ValueError: x has another shape than the coefficients take.
+        ValueError: x has another shape than the coefficients take; or the strategy cannot compute this layer.
         RuntimeError: x and `weight` differ in type; or the strategy cannot be differentiated in this way.
     """
-    dtype = _dtype(x, weight)
-    x, strategy = x.to(dtype), _choose(x, weight, dtype, group, kernel_size, input_type, stride, strategy)
-    weights = _weights(strategy, weight, group, kernel_size, input_type).to(dtype)
-    return _CODE[strategy].conv2d(x, weights, None, group, kernel_size, stride, dilation)
+    layer, strategy = _choose(x, weight, kernel, stride, dilation, strategy)
+    return STRATEGIES[strategy].conv2d(x.to(layer.dtype), weight, layer)
 
 
 def _dtype(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
@@ -64,39 +56,26 @@ def _dtype(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
 
 
 def _choose(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    dtype: torch.dtype,
-    group: str,
-    kernel_size: int,
-    input_type: str,
-    stride: int,
-    strategy: str,
-) -> str:
-    """What `strategy` comes to for the input x and the coefficients: any but 'auto'."""
-    check_input(x, weight.shape[1], group_order(group) if input_type == "regular" else 1)
+    x: torch.Tensor, weight: torch.Tensor, kernel: str, stride: int, dilation: int, strategy: str
+) -> tuple[Layer, str]:
+    """The layer for the input x and the coefficients, and what `strategy` comes to there: any but 'auto'."""
+    dtype, (out_fields, in_fields) = _dtype(x, weight), weight.shape[:2]
+    kernels = named_kernel(kernel)
+    check_input(x, in_fields, group_order(kernels.group) if kernels.input_type == "regular" else 1)
+    plain = needs_plain_operations(x, weight)
+    last = not plain and x.is_contiguous(memory_format=torch.channels_last)
+    memory_format = torch.channels_last if last else torch.contiguous_format
+    layer = Layer(kernels, in_fields, out_fields, stride, dilation, dtype, x.device, memory_format)
     if leaves_python():
-        return "expand"
-    if needs_plain_operations(x, weight) and strategy != "expand":
+        return layer, "expand"
+    if plain and (strategy == "auto" or not STRATEGIES[strategy].plain_operations):
         if strategy != "auto":
             raise RuntimeError(
                 f"conv_strategy {strategy!r} knows neither transforms of torch.func, nor forward-mode derivatives, nor "
-                "tensors with operations of their own: use 'auto' or 'expand'"
+                "tensors with operations of their own: use 'auto', 'block_diagonal' or 'expand'"
             )
-        return "expand"
-    if strategy != "auto":
-        return strategy
-    if input_type != "regular":
-        return "expand"
-    out_fields, in_fields = weight.shape[:2]
-    return auto.choose(x.shape, x.device, dtype, in_fields, out_fields, kernel_size, stride, group)
-
-
-def _weights(strategy: str, weight: torch.Tensor, group: str, kernel_size: int, input_type: str) -> torch.Tensor:
-    """The dense filter or the block weights, in the type of `weight`."""
-    if strategy == "expand":
-        return expand.dense_filter(weight, group, kernel_size, input_type)
-    return block_weights(weight, group, kernel_size)
+        return layer, "expand"
+    return layer, auto.choose(layer, x.shape) if strategy == "auto" else strategy
 
 
 @register_notrace_module  # keeps its weights packed, where timm traces a model for its features
@@ -119,18 +98,20 @@ class SteerableConv2d(nn.Module):
     Args:
         in_fields: number of input fields.
         out_fields: number of output fields.
-        kernel_size: 1 or 3, or 7 for trivial input: the sizes for which bases are frozen.
+        kernel_size: any odd number.
         group: name of the group, for example 'c8'.
         input_type: 'regular' or 'trivial'.
         stride: as in `nn.Conv2d`.
         dilation: as in `nn.Conv2d`.
-        strategy: 'expand', 'block_diagonal' or 'native' (both for regular input), or 'auto', the fastest by estimate.
+        strategy: a name from `STRATEGIES`: 'expand', 'block_diagonal' or 'native' (these for regular input); or 'auto',
+            the fastest by estimate.
+        cutoff: up to which angular frequencies, on rings around the centre, the kernels go; see `Kernel`.
+        low_pass: whether they are convolved with a binomial filter of 3 x 3 pixels, see `Kernel`.
         device: where to create the parameters.
         dtype: their type.
 
     Raises:
-        ValueError: unknown group, no basis frozen for this kernel size and input type, or a strategy that does not
-            exist or cannot run here.
+        ValueError: no such kernels, or a strategy that does not exist or cannot compute this layer here.
 
     Source of the maths: Weiler and Cesa, General E(2)-Equivariant Steerable CNNs (2019).
     """
@@ -145,6 +126,8 @@ class SteerableConv2d(nn.Module):
         stride: int = 1,
         dilation: int = 1,
         strategy: str = "auto",
+        cutoff: int | None = None,
+        low_pass: bool = False,
         device=None,
         dtype=None,
     ) -> None:
@@ -152,52 +135,67 @@ class SteerableConv2d(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.in_fields = in_fields
         self.out_fields = out_fields
-        self.kernel_size = kernel_size
-        self.group = group
-        self.input_type = input_type
+        self.kernel = Kernel(group, kernel_size, input_type, cutoff, low_pass)
         self.stride = stride
         self.dilation = dilation
         self.padding = dilation * (kernel_size // 2)
         self.order = group_order(group)
 
-        basis = sample_kernels(Kernel(group, kernel_size, input_type), torch.float64, torch.device("cpu"))
+        basis = sample_kernels(self.kernel, torch.float64, torch.device("cpu"))
         self._basis = basis  # shared by all layers; no state: what TorchScript takes along
         self.weight = nn.Parameter(torch.empty(out_fields, in_fields, len(basis), 1, **dd))
         self.check_strategy(strategy)
         self.strategy = strategy
-        self._packed = _Packed()
+        self._cache = WeightCache()
         self.reset_parameters()
 
+    __jit_unused_properties__: ClassVar[list[str]] = ["group", "input_type", "kernel_size"]
+
+    @property
+    def group(self) -> str:
+        """Its name."""
+        return self.kernel.group
+
+    @property
+    def input_type(self) -> str:
+        """'regular' or 'trivial'."""
+        return self.kernel.input_type
+
+    @property
+    def kernel_size(self) -> int:
+        """k, pixels along a side."""
+        return self.kernel.size
+
+    @torch.jit.unused
+    def describe(self, device: torch.device, dtype: torch.dtype) -> Layer:
+        """The layer, as strategies see it, computed on `device` in `dtype`."""
+        return Layer(self.kernel, self.in_fields, self.out_fields, self.stride, self.dilation, dtype, device)
+
+    @torch.jit.unused
     def check_strategy(self, strategy: str) -> None:
-        """Raises ValueError where `strategy` does not exist or cannot run: on trivial input, or on this machine."""
+        """Raises ValueError where `strategy` does not exist or cannot compute this layer on this machine."""
+        if strategy == "auto":
+            return
         if strategy not in STRATEGIES:
-            raise ValueError(f"unknown conv_strategy {strategy!r}: use one of {', '.join(map(repr, STRATEGIES))}")
-        if strategy in ("block_diagonal", "native") and self.input_type != "regular":
-            raise ValueError(
-                f"conv_strategy {strategy!r} needs regular fields, but the input of this layer is {self.input_type}: "
-                "use 'expand' or 'auto'"
-            )
-        if strategy == "native":
-            try:
-                native_library.library(torch.float32)
-            except RuntimeError as error:
-                raise ValueError(str(error)) from error
+            names = ", ".join(map(repr, ("auto", *STRATEGIES)))
+            raise ValueError(f"unknown conv_strategy {strategy!r}: use one of {names}")
+        reason = STRATEGIES[strategy].supports(self.describe(self.weight.device, self.weight.dtype))
+        if reason:
+            raise ValueError(f"conv_strategy {strategy!r} cannot compute this layer: {reason}. Use 'auto' or 'expand'")
+        try:
+            STRATEGIES[strategy].prepare()
+        except RuntimeError as error:
+            raise ValueError(str(error)) from error
 
     def strategy_for(
         self, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype = torch.float32
     ) -> str:
         """What `strategy` comes to for an input of `shape`, on `device`, computed in `dtype`: any but 'auto'."""
-        if self.strategy != "auto":
-            return self.strategy
-        if self.input_type != "regular":
-            return "expand"
-        fields = self.in_fields, self.out_fields
-        return auto.choose(shape, device, dtype, *fields, self.kernel_size, self.stride, self.group)
+        return auto.choose(self.describe(device, dtype), shape) if self.strategy == "auto" else self.strategy
 
     def reset_parameters(self) -> None:
         """Draw the coefficients, w_b ~ N(0, he_std_b^2 / in_fields)."""
-        kernel = Kernel(self.group, self.kernel_size, self.input_type)
-        std = fitting(initial_std(kernel, self.weight.dtype, self.weight.device), self.weight)
+        std = fitting(initial_std(self.kernel, self.weight.dtype, self.weight.device), self.weight)
         with torch.no_grad():
             self.weight.normal_().mul_(std[:, None] / math.sqrt(self.in_fields))  # std over the axis of the basis
 
@@ -212,16 +210,7 @@ class SteerableConv2d(nn.Module):
 
     @torch.jit.unused
     def _differentiable(self, x: torch.Tensor) -> torch.Tensor:
-        return steerable_conv2d(
-            x,
-            self.weight,
-            self.group,
-            self.kernel_size,
-            self.input_type,
-            self.stride,
-            self.dilation,
-            self.strategy,
-        )
+        return steerable_conv2d(x, self.weight, self.kernel.name, self.stride, self.dilation, self.strategy)
 
     @torch.jit.unused
     def infer(
@@ -245,22 +234,19 @@ class SteerableConv2d(nn.Module):
             shortcut: is added to the output, or None.
             relu: whether to end with ReLU.
         """
-        weight, dtype = self.weight, _dtype(x, self.weight)
-        strategy = _choose(x, weight, dtype, self.group, self.kernel_size, self.input_type, self.stride, self.strategy)
-        code = _CODE[strategy]
+        layer, name = _choose(x, self.weight, self.kernel.name, self.stride, self.dilation, self.strategy)
+        strategy = STRATEGIES[name]
 
         def pack():
-            used, bias = (weight, None) if fuse is None else fuse(weight)
-            weights = _weights(strategy, used, self.group, self.kernel_size, self.input_type).to(dtype)
-            return code.pack(weights, bias if bias is None else bias.to(dtype), self.group, self.kernel_size)
+            weight, bias = (self.weight, None) if fuse is None else fuse(self.weight)
+            return strategy.pack(weight, bias, layer)
 
-        on_cpu = x.device.type == "cpu"  # elsewhere to compare values would wait for the device
-        packed = self._packed.get((weight, *sources), (strategy, dtype), pack) if on_cpu else pack()
-        x, layer = x.to(dtype), (self.group, self.kernel_size, self.stride, self.dilation)
-        if shortcut is None or shortcut.dtype == dtype:
-            return code.infer(x, packed, *layer, shortcut, relu)
-        y = code.infer(x, packed, *layer) + shortcut  # of the wider type of the two
-        return F.relu(y, inplace=True) if relu else y
+        on_cpu = layer.device.type == "cpu"  # elsewhere to compare values would wait for the device
+        packed = self._cache.get((self.weight, *sources), (strategy, layer), pack) if on_cpu else pack()
+        x = x.to(layer.dtype)
+        if shortcut is None or shortcut.dtype == layer.dtype:
+            return strategy.infer(x, packed, layer, shortcut, relu)
+        return finish(strategy.infer(x, packed, layer) + shortcut, None, relu)  # of the wider type of the two
 
     def fuse(self) -> nn.Module:
         """The plain convolution that computes the same, for deployment; called by timm's `reparameterize_model`.
@@ -273,7 +259,7 @@ class SteerableConv2d(nn.Module):
         """The plain convolution, of the type of this layer, with the coefficients `weight` and `bias` [out_fields]."""
         with torch.no_grad():
             dtype = self.weight.dtype
-            filters = expand.dense_filter(weight, self.group, self.kernel_size, self.input_type)
+            filters = expand.dense_filter(weight, self.kernel.name)
             conv = nn.Conv2d(
                 filters.shape[1],
                 filters.shape[0],
@@ -291,43 +277,9 @@ class SteerableConv2d(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"{self.in_fields}, {self.out_fields}, kernel_size={self.kernel_size}, group={self.group!r}, "
-            f"input_type={self.input_type!r}, stride={self.stride}, dilation={self.dilation}, "
-            f"strategy={self.strategy!r}"
+            f"{self.in_fields}, {self.out_fields}, kernel={self.kernel.name!r}, stride={self.stride}, "
+            f"dilation={self.dilation}, strategy={self.strategy!r}"
         )
 
 
 remember(SteerableConv2d)
-
-
-class _Packed:
-    """The last value made of some tensors, and copies of them to compare with. Neither copied nor saved."""
-
-    def __init__(self) -> None:
-        self.kept: tuple | None = None  # (key, copies, value), replaced as a whole: threads may share a layer
-
-    def get(self, sources: tuple[torch.Tensor, ...], key: tuple, make: Callable):
-        kept = self.kept
-        if kept is None or kept[0] != key or not _equal(sources, kept[1]):
-            kept = self.kept = (key, [source.detach().clone() for source in sources], make())
-        return kept[2]
-
-    def __deepcopy__(self, memo) -> "_Packed":
-        return _Packed()
-
-    def __reduce__(self):
-        return _Packed, ()
-
-
-def _equal(tensors: tuple[torch.Tensor, ...], others: list[torch.Tensor]) -> bool:
-    return len(tensors) == len(others) and all(
-        a.dtype == b.dtype and a.device == b.device and a.shape == b.shape and torch.equal(*_words(a, b))
-        for a, b in zip(tensors, others, strict=True)
-    )
-
-
-def _words(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Many numbers as integers of 64 bits, which PyTorch compares fastest; if they divide into them."""
-    if a.numel() < 1 << 14 or not a.is_contiguous() or a.nbytes % 8 or a.storage_offset() * a.itemsize % 8:
-        return a, b
-    return a.detach().flatten().view(torch.int64), b.flatten().view(torch.int64)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import pickle
 import resource
 
@@ -16,20 +17,35 @@ from hypothesis import strategies as st
 import equivision_timm  # noqa: F401  registers the models
 from equivision_timm.kernel_bases import Kernel, load_irreps_basis, load_kernel_basis
 from equivision_timm.layers import ConvNormAct, SteerableConv2d
-from equivision_timm.layers.conv import _equal
-from equivision_timm.layers.conv_strategies import auto, block_diagonal, native, native_library
-from equivision_timm.layers.conv_strategies.irreps import block_weights
+from equivision_timm.layers.conv_strategies import STRATEGIES, Layer, native_library, register
+from equivision_timm.layers.conv_strategies.block_diagonal import block_weights
+from equivision_timm.layers.conv_strategies.expand import Expand
 from equivision_timm.testing import assert_equivariant, equivariance_error
 
 # Largest error relative to the largest output, against the definition in float64
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 
-
-FAST = {"block_diagonal": block_diagonal, "native": native}
+CPU = torch.device("cpu")
+USUAL = Layer(Kernel("c8", 3), 1, 1)
 LACKS = native_library.why_not()  # of this machine
 needs_native = pytest.mark.skipif(bool(LACKS), reason=str(LACKS))
-NAMES = ["block_diagonal", pytest.param("native", marks=needs_native)]
+NAMES = [
+    pytest.param(name, marks=pytest.mark.skipif(bool(reason), reason=str(reason)))
+    for name, strategy in STRATEGIES.items()
+    if name != "expand"
+    for reason in [strategy.supports(USUAL)]
+]
 fast = pytest.mark.parametrize("strategy", NAMES)
+MORE_GROUPS = (*GROUPS, "c3", "c6", "c16")
+
+
+def loses(strategy, layer):
+    """Whether `strategy` cannot compute a layer, and says so."""
+    reason = STRATEGIES[strategy].supports(layer.describe(CPU, torch.float32))
+    if reason:
+        with pytest.raises(ValueError, match="cannot compute this layer"):
+            layer.check_strategy(strategy)
+    return bool(reason)
 
 
 def pair(strategy, group, kernel_size, in_fields=3, out_fields=2, dtype=torch.float64, **kwargs):
@@ -61,21 +77,25 @@ LAYOUTS = {
 @fast
 @settings(max_examples=120, deadline=None)
 @given(
-    group=st.sampled_from(GROUPS),
-    kernel_size=st.sampled_from((1, 3)),
+    group=st.sampled_from(MORE_GROUPS),
+    kernel=st.sampled_from(((1, False), (3, False), (5, False), (5, True), (7, False), (3, True))),
     stride=st.sampled_from((1, 2, 3)),
     dilation=st.sampled_from((1, 2, 3)),
     shape=st.tuples(st.integers(1, 3), st.integers(1, 13), st.integers(1, 13)),
     fields=st.tuples(st.integers(1, 4), st.integers(1, 4)),
     layout=st.sampled_from(sorted(LAYOUTS)),
 )
-@example("c8", 1, 1, 1, (3, 70, 71), (2, 3), "contiguous")  # more pixels than are worked on at a time
-@example("d4", 1, 2, 1, (2, 141, 140), (1, 2), "channels-last")
-@example("c4", 3, 1, 1, (5, 40, 40), (2, 1), "contiguous")
-@example("d8", 3, 2, 1, (3, 90, 91), (1, 1), "contiguous")
-def test_equals_the_definition(strategy, group, kernel_size, stride, dilation, shape, fields, layout):
+@example("c8", (1, False), 1, 1, (3, 70, 71), (2, 3), "contiguous")  # more pixels than are worked on at a time
+@example("d4", (1, False), 2, 1, (2, 141, 140), (1, 2), "channels-last")
+@example("c4", (3, False), 1, 1, (5, 40, 40), (2, 1), "contiguous")
+@example("d8", (3, False), 2, 1, (3, 90, 91), (1, 1), "contiguous")
+@example("c4", (5, True), 1, 1, (2, 40, 41), (2, 1), "contiguous")
+def test_equals_the_definition(strategy, group, kernel, stride, dilation, shape, fields, layout):
     batch, height, width = shape
-    expand, quick = pair(strategy, group, kernel_size, *fields, stride=stride, dilation=dilation)
+    kwargs = {"stride": stride, "dilation": dilation, "low_pass": kernel[1]}
+    expand, quick = pair(strategy, group, kernel[0], *fields, **kwargs)
+    if loses(strategy, expand):
+        return
     x = LAYOUTS[layout](torch.randn(batch, fields[0] * expand.order, height, width, dtype=torch.float64))
     weights = torch.randn(expand(x).shape, dtype=torch.float64)
     exact = gradients(expand, x, weights)
@@ -85,6 +105,15 @@ def test_equals_the_definition(strategy, group, kernel_size, stride, dilation, s
             assert relative(found, expected) < 3 * TOLERANCE[dtype]
         with torch.inference_mode():
             assert relative(quick(x.to(dtype)), exact[0]) < 3 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(("strategy", "sizes"), [("expand", 4), ("block_diagonal", 4), ("native", 3)])
+def test_kernels_that_are_known(strategy, sizes):
+    """So that the test above is not empty."""
+    if LACKS and strategy == "native":
+        pytest.skip(LACKS)
+    layers = [SteerableConv2d(1, 1, size, "c6") for size in (1, 3, 5, 7)]
+    assert sum(not loses(strategy, layer) for layer in layers) == sizes
 
 
 @fast
@@ -98,18 +127,16 @@ def test_one_wrong_number_is_noticed(strategy):
 
 
 @fast
-@pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.parametrize("kernel_size", [1, 3])
-def test_gradcheck(strategy, group, kernel_size):
-    _, layer = pair(strategy, group, kernel_size, 1, 2, stride=2)
+@pytest.mark.parametrize("group", MORE_GROUPS)
+@pytest.mark.parametrize("kernel", [(1, False), (3, False), (5, True)])
+def test_gradcheck(strategy, group, kernel):
+    _, layer = pair(strategy, group, kernel[0], 1, 2, stride=2, low_pass=kernel[1])
     x = torch.randn(2, layer.order, 4, 3, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(2, dtype=torch.float64, requires_grad=True)
 
-    def function(x, weight, bias):
-        weights = block_weights(weight, group, kernel_size)
-        return FAST[strategy].conv2d(x, weights, bias, group, kernel_size, 2, 1)
+    def function(x, weight):
+        return STRATEGIES[strategy].conv2d(x, weight, layer.describe(CPU, torch.float64))
 
-    assert torch.autograd.gradcheck(function, (x, layer.weight, bias), fast_mode=True)
+    assert torch.autograd.gradcheck(function, (x, layer.weight), fast_mode=True)
 
 
 @fast
@@ -145,7 +172,7 @@ def test_low_precision(strategy, group, kernel_size, dtype):
 
 @fast
 @pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.parametrize("kernel_size", [1, 3])
+@pytest.mark.parametrize("kernel_size", [1, 3, 5])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_equivariant(strategy, group, kernel_size, stride):
     _, layer = pair(strategy, group, kernel_size, dtype=torch.float32, stride=stride)
@@ -207,27 +234,34 @@ def test_compiles_as_one_graph(strategy):
         torch.testing.assert_close(compiled(x), block(x))
 
 
-@fast
+@pytest.mark.parametrize("strategy", ["expand", *NAMES])
 def test_compiling_changes_no_strategy(strategy):
     _, block = pair(strategy, "c8", 3)
-    targets = []
+    nodes = []
 
     def backend(graph, inputs):
-        targets.extend(str(node.target) for node in graph.graph.nodes)
+        nodes.extend(graph.graph.nodes)
         return graph
 
     torch.compiler.reset()
     torch.compile(block, fullgraph=True, backend=backend)(torch.randn(2, 24, 9, 9, dtype=torch.float64))
-    assert [target for target in targets if "conv2d" in target] == [f"equivision_timm.{strategy}_conv2d.default"]
+    own = [node for node in nodes if "equivision_timm" in str(node.target)]
+    found = [str(node.args[-1]) if "kernel_basis" in str(node.target) else str(node.target) for node in own]
+    expected = {
+        "expand": ["pixels"],
+        "block_diagonal": ["blocks", "lifting", "fourier"],
+        "native": ["blocks", "equivision_timm.native_conv2d.default"],
+    }
+    assert found == expected[strategy]
 
 
-@fast
-def test_the_operator_is_registered_correctly(strategy):
-    _, layer = pair(strategy, "d4", 3, 1, 1)
-    weights = block_weights(layer.weight, "d4", 3).detach().requires_grad_()
+@needs_native
+def test_the_operator_is_registered_correctly():
+    weights = block_weights(pair("native", "d4", 3, 1, 1)[1].weight, "d4-3-regular").detach().requires_grad_()
     x = torch.randn(1, 8, 5, 5, dtype=torch.float64, requires_grad=True)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(FAST[strategy].conv2d, (x, weights, None, "d4", 3, 1, 1), test_utils=tests)
+    operator = torch.ops.equivision_timm.native_conv2d.default
+    torch.library.opcheck(operator, (x, weights, "d4-3-regular", 1, 1), test_utils=tests)
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -246,30 +280,95 @@ def test_fewer_products(group, kernel_size):
 
 
 def test_unknown_strategy():
-    names = "'auto', 'expand', 'block_diagonal', 'native'"
+    names = ", ".join(map(repr, ("auto", *STRATEGIES)))
     with pytest.raises(ValueError, match=f"unknown conv_strategy 'fft': use one of {names}"):
         SteerableConv2d(1, 1, 3, "c4", strategy="fft")
-    with pytest.raises(ValueError, match="needs regular fields, but the input of this layer is trivial"):
-        SteerableConv2d(3, 1, 7, "c4", "trivial", strategy="block_diagonal")
+    for name in ("block_diagonal", "native"):
+        with pytest.raises(ValueError, match=f"'{name}' cannot .* needs regular fields, but .* layer is trivial. Use"):
+            SteerableConv2d(3, 1, 7, "c4", "trivial", strategy=name)
+
+
+@needs_native
+def test_what_native_does_not_know():
+    with pytest.raises(ValueError, match=r"native.c knows kernels of 1 x 1, 3 x 3, 5 x 5, not 7 x 7. Use 'auto'"):
+        SteerableConv2d(1, 1, 7, "c4", strategy="native")
+    reason = STRATEGIES["native"].supports(SteerableConv2d(1, 1, 3, "c4").describe(torch.device("cuda"), torch.float32))
+    assert reason == "it runs on the CPU, but this layer is on cuda"
 
 
 @needs_native
 def test_auto_follows_the_machine():
-    wide, cpu = SteerableConv2d(100, 100, 3, "c8"), torch.device("cpu")
-    shape = (8, 800, 14, 14)
-    assert wide.strategy_for(shape, cpu) == wide.strategy_for(shape, cpu, torch.float64) == "native"
-    assert wide.strategy_for(shape, cpu, torch.bfloat16) == "block_diagonal"
+    wide, shape = SteerableConv2d(100, 100, 3, "c8"), (8, 800, 14, 14)
+    assert wide.strategy_for(shape, CPU) == wide.strategy_for(shape, CPU, torch.float64) == "native"
+    assert wide.strategy_for(shape, CPU, torch.bfloat16) == "block_diagonal"
     assert wide.strategy_for(shape, torch.device("cuda")) == "expand"
+    assert SteerableConv2d(9, 9, 7, "c8").strategy_for((8, 72, 14, 14), CPU) != "native"
 
 
 def test_auto_follows_the_shape(monkeypatch):
-    monkeypatch.setattr(native_library, "_available", lambda: False)  # no compiler
+    monkeypatch.setattr(native_library, "_why_not", lambda: "no compiler")
     wide, narrow = SteerableConv2d(100, 100, 3, "c8"), SteerableConv2d(1, 1, 3, "c8")
-    cpu = torch.device("cpu")
-    assert wide.strategy_for((8, 800, 14, 14), cpu) == "block_diagonal"
-    assert narrow.strategy_for((8, 8, 14, 14), cpu) == "expand"
-    assert SteerableConv2d(70, 70, 3, "c1").strategy_for((8, 70, 56, 56), cpu) == "expand"
-    assert auto.choose((1, 800, 7, 7), cpu, torch.float32, 100, 100, 1, 1, "c8") == "block_diagonal"
+    assert wide.strategy_for((8, 800, 14, 14), CPU) == "block_diagonal"
+    assert narrow.strategy_for((8, 8, 14, 14), CPU) == "expand"
+    assert SteerableConv2d(70, 70, 3, "c1").strategy_for((8, 70, 56, 56), CPU) == "expand"
+    assert SteerableConv2d(100, 100, 1, "c8").strategy_for((1, 800, 7, 7), CPU) == "block_diagonal"
+
+
+@pytest.fixture
+def outside():
+    """Another strategy, as somebody else would write it: the definition, twice as slow by its own account."""
+
+    class Halves(Expand):
+        name = "halves"
+        factor = 1.0
+
+        def supports(self, layer):
+            return "it is for even groups alone" if layer.order % 2 else None
+
+        def estimate(self, layer, shape):
+            return 2 * super().estimate(layer, shape)
+
+        def infer(self, x, packed, layer, shortcut=None, relu=False):
+            filters, bias = packed
+            y = 2 * super().infer(x / 2, (filters, None), layer) * self.factor
+            y = y if bias is None else y + bias[:, None, None]
+            y = y if shortcut is None else y + shortcut
+            return y.relu() if relu else y
+
+    yield register(Halves)
+    del STRATEGIES["halves"]
+
+
+def test_another_strategy_is_one_class(outside, monkeypatch):
+    model = timm.create_model("test_c8resnet", conv_strategy="halves").eval()
+    assert set(model.conv_strategies(65).values()) == {"expand", "halves"}
+    x, found = torch.randn(2, 3, 65, 65), {}
+    for name in ("expand", "halves"):
+        model.set_conv_strategy(name)
+        with torch.no_grad():
+            found[name] = model(x)
+    torch.testing.assert_close(found["halves"], found["expand"], rtol=1e-4, atol=1e-5)
+    test_equals_the_definition.hypothesis.inner_test("halves", "c4", (3, False), 1, 1, (1, 5, 5), (2, 3), "contiguous")
+    monkeypatch.setattr(outside, "factor", 1.001)  # the control
+    with pytest.raises(AssertionError):
+        test_equals_the_definition.hypothesis.inner_test(
+            "halves", "c4", (3, False), 1, 1, (1, 5, 5), (2, 3), "contiguous"
+        )
+    with pytest.raises(ValueError, match="it is for even groups alone"):
+        SteerableConv2d(1, 1, 3, "c3", strategy="halves")
+    with pytest.raises(ValueError, match="there is a conv_strategy 'halves' already"):
+        register(outside)
+    narrow = SteerableConv2d(1, 1, 3, "c2")
+    monkeypatch.setattr(outside, "estimate", lambda self, layer, shape: -1.0)
+    assert narrow.strategy_for((1, 2, 9, 9), CPU) == "halves"
+    monkeypatch.setattr(outside, "estimate", lambda self, layer, shape: math.inf)
+    assert narrow.strategy_for((1, 2, 9, 9), CPU) != "halves"
+
+
+def test_a_strategy_that_left_is_unknown():
+    assert "halves" not in STRATEGIES
+    with pytest.raises(ValueError, match="unknown conv_strategy 'halves'"):
+        SteerableConv2d(1, 1, 3, "c4", strategy="halves")
 
 
 def test_strategies_of_a_model_travel_as_json(tmp_path):
@@ -395,7 +494,7 @@ def test_copies_keep_nothing(copier):
     with torch.inference_mode():
         expected = layer(x)
     other = copier(layer)
-    assert other.conv._packed.kept is None
+    assert other.conv._cache.kept is None
     with torch.no_grad():
         torch.testing.assert_close(other(x), expected)
         other.conv.weight.mul_(2)

@@ -1,5 +1,6 @@
 """The compiled strategy: its threads, what it refuses, and what it adds to inference."""
 
+import dataclasses
 import resource
 import threading
 from pathlib import Path
@@ -10,9 +11,11 @@ import torch
 import torch.nn as nn
 
 from equivision_timm.layers import SteerableConv2d
-from equivision_timm.layers.conv_strategies import block_diagonal, expand, native, native_library
-from equivision_timm.layers.conv_strategies.irreps import block_weights
+from equivision_timm.layers.conv_strategies import STRATEGIES, native, native_library
+from equivision_timm.layers.conv_strategies.block_diagonal import block_weights
+from equivision_timm.layers.conv_strategies.expand import dense_filter
 
+NATIVE = STRATEGIES["native"]
 pytestmark = pytest.mark.skipif(bool(native_library.why_not()), reason=str(native_library.why_not()))
 
 
@@ -31,7 +34,7 @@ def test_few_images_are_shared_among_threads(kernel_size, size):
     layer, x = SteerableConv2d(2, 3, kernel_size, "d4", strategy="native"), torch.randn(1, 16, size, size)
     try:
         torch.set_num_threads(4)
-        chunked, _ = native._layer(x, 3, 2, "d4", kernel_size, 1, 1)
+        chunked, _ = native._layer(x, 3, 2, layer.kernel.name, 1, 1)
         assert chunked.images == 1
         chunks = -(-chunked.out_height // chunked.rows)
         assert chunks >= min(4, size * size)
@@ -80,18 +83,71 @@ def test_another_number_of_channels_is_refused(shape):
             layer(torch.zeros(shape))
 
 
-@pytest.mark.parametrize("code", [expand, block_diagonal, native], ids=lambda code: code.__name__.rpartition(".")[2])
-@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_memory_is_checked_in_front_of_c():
+    x, layer = torch.rand(1, 8, 5, 5), SteerableConv2d(1, 1, 3, "c8", strategy="native")
+    name, described = layer.kernel.name, layer.describe(torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        weights = block_weights(layer.weight, name)
+        operator = torch.ops.equivision_timm.native_conv2d
+        backward = torch.ops.equivision_timm.native_conv2d_backward
+        expected = layer(x)
+        assert torch.allclose(operator(x, weights, name, 1, 1), expected, atol=1e-5)
+        for call, error in (
+            (lambda: operator(x.double(), weights, name, 1, 1), "should be the same"),
+            (lambda: operator(x, weights[:-1], name, 1, 1), r"are \[84, O, I\], but got"),
+            (lambda: operator(x, weights, "c8-1-regular", 1, 1), "block weights of 'c8-1-regular'"),
+            (lambda: operator(x, weights, "c8-7-regular", 1, 1), "block weights of 'c8-7-regular'"),
+            (lambda: operator(x[:, :4], weights, name, 1, 1), r"takes \[B, 8, H, W\]"),
+            (lambda: operator(x[:, :, :0], weights, name, 1, 1), "at least 1 x 1 pixels"),
+            (lambda: operator(x, weights, name, 0, 1), "stride 0"),
+            (lambda: backward(x[..., :4], x, weights, name, 1, 1, True, True), "expects 200 contiguous values"),
+            (lambda: backward(x.double(), x, weights, name, 1, 1, True, True), "should be the same"),
+        ):
+            with pytest.raises((ValueError, RuntimeError), match=error):
+                call()
+        packed = NATIVE.pack(layer.weight, torch.zeros(1), described)
+        for short, which in (
+            (dataclasses.replace(packed, weights=packed.weights[:-1]), "packed"),
+            (dataclasses.replace(packed, bias=torch.zeros(7)), "bias"),
+        ):
+            with pytest.raises(ValueError, match=f"contiguous values of .* as {which}"):
+                NATIVE.infer(x, short, described)
+        freed = x.clone()
+        freed.untyped_storage().resize_(0)
+        with pytest.raises(ValueError, match="its memory was freed"):
+            NATIVE.infer(freed, packed, described)
+        negative = torch.complex(x, x).conj().imag  # the negative view of x
+        assert negative.is_neg()
+        assert torch.allclose(layer(negative), -expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [0, 2, 7])
+def test_c_refuses_kernels_that_it_does_not_know(size):
+    """Whatever stands before it."""
+    x = torch.rand(1, 8, 5, 5)
+    layer, shape = native._layer(x, 1, 1, "c8-3-regular", 1, 1)
+    layer.kernel_size = size
+    y = torch.zeros(shape)
+    arguments = {"x": x, "packed": x, "bias": None, "shortcut": None, "relu": 0, "y": y}
+    with pytest.raises(ValueError, match=f"does not know kernels of {size} x {size}"):
+        native._run("forward", layer, arguments, {})
+    with pytest.raises(ValueError, match="does not know kernels"):
+        native._run("backward", layer, {"dy": y, "x": x, "packed": x, "dx": x, "sums": None, "dw": None}, {})
+    assert not y.any()
+
+
+@pytest.mark.parametrize("strategy", list(STRATEGIES))
+@pytest.mark.parametrize("kernel_size", [1, 3, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_inference_with_shortcut_and_relu(code, kernel_size, dtype):
+def test_inference_with_shortcut_and_relu(strategy, kernel_size, dtype):
     layer = SteerableConv2d(3, 5, kernel_size, "c8")
+    code, described = STRATEGIES[strategy], layer.describe(torch.device("cpu"), dtype)
     x, shortcut, bias = torch.randn(3, 24, 17, 19), torch.randn(3, 40, 17, 19), torch.randn(5)
     with torch.no_grad():
-        filters = expand.dense_filter(layer.weight, "c8", kernel_size, "regular")
+        filters = dense_filter(layer.weight, layer.kernel.name)
         plain = torch.nn.functional.conv2d(x, filters, bias.repeat_interleave(8), padding=kernel_size // 2)
-        weights = filters if code is expand else block_weights(layer.weight, "c8", kernel_size)
-        packed = code.pack(weights.to(dtype), bias.to(dtype), "c8", kernel_size)
-        arguments = (x.to(dtype), packed, "c8", kernel_size, 1, 1)
+        packed = code.pack(layer.weight, bias, described)
+        arguments = (x.to(dtype), packed, described)
         other = shortcut.to(dtype)
         found = {
             "alone": (code.infer(*arguments), plain),

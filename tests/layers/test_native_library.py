@@ -26,11 +26,9 @@ pytestmark = pytest.mark.skipif(bool(native_library.why_not()), reason=str(nativ
 def new_machine(tmp_path, monkeypatch):
     """Nothing was compiled before; the folder where libraries will lie."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native_library.library.cache_clear()
-    native_library._available.cache_clear()
+    in_a_new_process()
     yield tmp_path / "equivision_timm" / "native"
-    native_library.library.cache_clear()
-    native_library._available.cache_clear()
+    in_a_new_process()
 
 
 @pytest.fixture
@@ -47,8 +45,8 @@ def compiled(monkeypatch):
 
 
 def in_a_new_process():
-    native_library.library.cache_clear()
-    native_library._available.cache_clear()
+    for function in ("library", "_available", "_why_not"):
+        getattr(native_library, function).cache_clear()
 
 
 def test_compiled_once(new_machine, monkeypatch, compiled):
@@ -169,12 +167,12 @@ def test_sizes_of_c_and_python_agree(new_machine, monkeypatch):
     text = native_library._SOURCE.read_text()
     fields = re.sub(r"/\*.*?\*/", "", re.search(r"typedef struct \{([^}]*)\} Layer;", text)[1])
     names = [name for names in re.findall(r"(?:long|REAL|Sparse)\b([^;]*);", fields) for name in names.split(",")]
-    assert [name.strip(" *") for name in names] == [name for name, _ in native_library.Layer._fields_]
+    assert [name.strip(" *") for name in names] == [name for name, _ in native_library.CLayer._fields_]
 
-    class Longer(native_library.Layer):
+    class Longer(native_library.CLayer):
         _fields_ = (("one_more", ctypes.c_long),)
 
-    monkeypatch.setattr(native_library, "Layer", Longer)
+    monkeypatch.setattr(native_library, "CLayer", Longer)
     size = ctypes.sizeof(Longer)
     with pytest.raises(ValueError, match=f"has {size - 8} bytes in native.c and {size} in native_library.py"):
         works()

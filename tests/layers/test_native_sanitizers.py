@@ -4,6 +4,7 @@ They run in processes of their own, which load the runtime of AddressSanitizer f
 what it must report. (ThreadSanitizer does not know the barriers of GNU OpenMP.)
 """
 
+import copy
 import ctypes
 import os
 import random
@@ -15,8 +16,7 @@ import pytest
 import torch
 
 from equivision_timm.layers import SteerableConv2d
-from equivision_timm.layers.conv_strategies import native, native_library
-from equivision_timm.layers.conv_strategies.irreps import block_weights
+from equivision_timm.layers.conv_strategies import STRATEGIES, native, native_library
 
 LAYERS = 60
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-11}
@@ -66,38 +66,51 @@ def random_layers():
     draw = random.Random(0)
     for index in range(LAYERS):
         dtype = draw.choice([torch.float32, torch.float64])
-        group = draw.choice(["c1", "d1", "c4", "d4", "c8", "d8"])
-        fields, kernel_size = [draw.choice([1, 2, 3, 5, 9]) for _ in range(2)], draw.choice([1, 3])
+        group = draw.choice(["c1", "d1", "c3", "c4", "d4", "c6", "c8", "d8", "c16", "d10"])
+        fields = [draw.choice([1, 2, 3, 5, 9]) for _ in range(2)]
+        kernel_size, low_pass = draw.choice([(1, False), (3, False), (5, False), (5, True)])
         steps = {"stride": draw.randint(1, 3), "dilation": draw.randint(1, 3)}
         batch, sizes = draw.randint(1, 4), [draw.choice([1, 2, 5, 8, 13, 17, 33]) for _ in range(2)]
         torch.set_num_threads(draw.randint(1, 4))
-        layer = SteerableConv2d(*fields, kernel_size, group, strategy="native", dtype=dtype, **steps)
+        layer = SteerableConv2d(*fields, kernel_size, group, strategy="native", dtype=dtype, low_pass=low_pass, **steps)
         x = torch.randn(batch, fields[0] * layer.order, *sizes, dtype=dtype, requires_grad=True)
         with torch.no_grad():
             alone = layer(x)
         y = layer(x)
         shortcut, bias, grad = torch.randn_like(y), torch.randn(fields[1], dtype=dtype), torch.randn_like(y)
         with torch.no_grad():
-            packed = native.pack(block_weights(layer.weight, group, kernel_size), bias, group, kernel_size)
-            fused = native.infer(x, packed, group, kernel_size, *steps.values(), shortcut=shortcut, relu=True)
+            described = layer.describe(torch.device("cpu"), dtype)
+            code = STRATEGIES["native"]
+            fused = code.infer(x, code.pack(layer.weight, bias, described), described, shortcut, relu=True)
         found = [y, alone, fused, *torch.autograd.grad((y * grad).sum(), (x, layer.weight))]
 
-        exact = SteerableConv2d(*fields, kernel_size, group, strategy="expand", dtype=torch.float64, **steps)
-        exact.load_state_dict(layer.state_dict())
+        exact = copy.deepcopy(layer).double()
+        exact.strategy = "expand"
         inputs = x.detach().double().requires_grad_()
         y = exact(inputs)
         joined = (y + bias.double().repeat_interleave(layer.order)[:, None, None] + shortcut.double()).relu()
         expected = [y, y, joined, *torch.autograd.grad((y * grad.double()).sum(), (inputs, exact.weight))]
         for a, b in zip(found, expected, strict=True):
             error = (a - b).abs().max() / b.abs().max().clamp_min(1e-3)
-            assert error < TOLERANCE[dtype], (index, dtype, group, fields, kernel_size, steps, batch, sizes, error)
+            assert error < TOLERANCE[dtype], (
+                index,
+                dtype,
+                group,
+                fields,
+                kernel_size,
+                low_pass,
+                steps,
+                batch,
+                sizes,
+                error,
+            )
         print("right:", index)
 
 
 def packed_too_short():
     """A size that overflows; then a product with packed weights that lack a column, of 14 rows at most."""
     x = torch.randn(1, 24, 9, 9)
-    layer, shape = native._layer(x, 5, 3, "c8", 3, 1, 1)
+    layer, shape = native._layer(x, 5, 3, "c8-3-regular", 1, 1)
     library, threads = native_library.library(x.dtype), ctypes.c_long(1)
     packed = torch.zeros(library.packed_size(ctypes.byref(layer), ctypes.c_long(0)) - 14)
     layer.in_fields = 2**62

@@ -1,9 +1,9 @@
-"""Exact algorithms for one layer, one a file: `expand` is the definition, the others are faster, `auto` chooses.
+"""Exact algorithms for one layer, one a file, behind the contract of `contract.py`.
 
-Each has `conv2d(x, weights, bias, group, kernel_size, stride, dilation)`, differentiable, and for inference the same in
-two steps, of which the first depends on the weights alone: `pack(weights, bias, group, kernel_size)` and
-`infer(x, packed, group, kernel_size, stride, dilation, shortcut, relu)`. The weights are the dense filter
-(`expand.expand_filter`) or the block weights (`irreps.block_weights`).
+`expand` is the definition; `block_diagonal` the same in the irreps basis; `native` that in C; `auto` chooses.
 """
 
-STRATEGIES = ("auto", "expand", "block_diagonal", "native")
+from equivision_timm.layers.conv_strategies import expand, block_diagonal, native  # noqa: F401, I001  registers, in this order
+from equivision_timm.layers.conv_strategies.contract import STRATEGIES, Layer, Strategy, register
+
+__all__ = ["STRATEGIES", "Layer", "Strategy", "register"]

@@ -1,42 +1,91 @@
-"""The kernel basis that a strategy multiplies the coefficients with, in the type and on the device of the weights."""
+"""The constants that a strategy multiplies the coefficients or the maps with, of the type and on the device it needs."""
 
 import torch
 
 from equivision_timm.constants import constant, fitting
-from equivision_timm.kernel_bases import Kernel, block_coefficients, sample_kernels
+from equivision_timm.kernel_bases import Kernel, block_coefficients, load_irreps_basis, sample_kernels
 from equivision_timm.layers.conv_strategies.context import leaves_python
 
-__all__ = ["basis_for"]
-
-
-def basis_for(weight: torch.Tensor, group: str, kernel_size: int, form: str) -> torch.Tensor:
-    """A constant, not to be changed in place.
-
-    Args:
-        weight: whose type and device it gets.
-        group: name of the group.
-        kernel_size: of the kernels.
-        form: 'regular' or 'trivial', the kernels [n_basis, |G|, H, k, k] for such input; or 'irreps', the coefficients
-            [n_basis, entries] of those for regular input, block diagonal.
-    """
-    if torch.compiler.is_dynamo_compiling() and not leaves_python():  # as a node of the graph, on every device
-        return torch.ops.equivision_timm.kernel_basis(weight.detach(), group, kernel_size, form)
-    return fitting(_basis(weight.dtype, weight.device, group, kernel_size, form), weight)
+__all__ = ["basis_for", "block_counts", "block_shapes", "lifting_filter", "named_kernel"]
 
 
 @constant
-def _basis(dtype: torch.dtype, device: torch.device, group: str, kernel_size: int, form: str) -> torch.Tensor:
-    if form == "irreps":
-        return block_coefficients(Kernel(group, kernel_size), dtype, device)
-    return sample_kernels(Kernel(group, kernel_size, form), dtype, device)
+def named_kernel(name: str) -> Kernel:
+    """The kernels called `name`."""
+    return Kernel.from_name(name)
+
+
+def basis_for(like: torch.Tensor, kernel: str, form: str) -> torch.Tensor:
+    """A constant, not to be changed in place.
+
+    Args:
+        like: whose type and device it gets.
+        kernel: name of the kernels.
+        form: 'pixels', the kernels [n_basis, |G|, H, k, k]; 'blocks', the coefficients [n_basis, entries] of those for
+            regular input in the irreps basis, block diagonal; 'lifting', the filter of `lifting_filter`; or
+            'fourier', Q [|G|, |G|].
+    """
+    if torch.compiler.is_dynamo_compiling() and not leaves_python():  # as a node of the graph, on every device
+        return torch.ops.equivision_timm.kernel_basis(like.detach(), kernel, form)
+    return fitting(_basis(like.dtype, like.device, kernel, form), like)
+
+
+def lifting_filter(kernel: Kernel) -> torch.Tensor:
+    """P [|G| * functions, |G|, k, k], float64: T = P * f, of each regular field f.
+
+    It joins the steps f^ = Q f, S[j, s] = phi_j * f^[s] and T = A S of `irreps_basis.py`:
+
+        P[t, g](x) = sum_{j, s} A[t, (j, s)] phi_j(x) Q[s, g]
+
+    The rows are (block, copy, function, row of the block).
+    """
+    basis = load_irreps_basis(kernel)
+    order = len(basis.fourier)
+    sets = []
+    for functions in basis.sets:
+        steered = torch.einsum("jyx,sg->jsgyx", functions.pixels, basis.fourier).flatten(0, 1)  # S = steered * f
+        sets.append(steered if functions.product is None else torch.tensordot(functions.product, steered, 1))
+    rows, row = [], 0
+    for size, copies in basis.blocks:
+        for _ in range(copies):
+            for own in sets:  # [n * |G|, |G|, k, k], rows (block, copy, j, row)
+                n = len(own) // order
+                rows.append(own[row * n : (row + size) * n])
+            row += size
+    return torch.cat(rows)
+
+
+@constant
+def block_shapes(kernel: str) -> tuple[tuple[int, int, int], ...]:
+    """(copies, functions, size) of each block in the irreps basis: its matrix is [size, functions * size]."""
+    basis = load_irreps_basis(named_kernel(kernel))
+    return tuple((copies, basis.functions, size) for size, copies in basis.blocks)
+
+
+@constant
+def _basis(dtype: torch.dtype, device: torch.device, kernel: str, form: str) -> torch.Tensor:
+    kernels = named_kernel(kernel)
+    if form == "pixels":
+        return sample_kernels(kernels, dtype, device)
+    if form == "blocks":
+        return block_coefficients(kernels, dtype, device)
+    exact = lifting_filter(kernels) if form == "lifting" else load_irreps_basis(kernels).fourier
+    return exact.to(device, dtype)
+
+
+@constant
+def block_counts(kernel: str) -> tuple[int, int]:
+    """(multiplications that a pair of fields costs at a pixel, rows of T of a field) in the irreps basis."""
+    shapes = block_shapes(kernel)
+    return sum(c * n * size**2 for c, n, size in shapes), sum(c * n * size for c, n, size in shapes)
 
 
 @torch.library.custom_op("equivision_timm::kernel_basis", mutates_args=())
-def _kernel_basis(weight: torch.Tensor, group: str, kernel_size: int, form: str) -> torch.Tensor:
-    basis = _basis(weight.dtype, weight.device, group, kernel_size, form)
+def _kernel_basis(like: torch.Tensor, kernel: str, form: str) -> torch.Tensor:
+    basis = _basis(like.dtype, like.device, kernel, form)
     return basis.clone(memory_format=torch.contiguous_format)  # a compiler may reuse its memory
 
 
 @_kernel_basis.register_fake
-def _(weight, group, kernel_size, form):
-    return weight.new_empty(_basis(weight.dtype, torch.device("meta"), group, kernel_size, form).shape)
+def _(like, kernel, form):
+    return like.new_empty(_basis(like.dtype, torch.device("meta"), kernel, form).shape)

@@ -11,10 +11,9 @@ import torch.nn.functional as F
 
 from equivision_timm.layers.conv_strategies.basis import basis_for
 from equivision_timm.layers.conv_strategies.context import leaves_python, needs_plain_operations
+from equivision_timm.layers.conv_strategies.contract import Layer, Strategy, finish, register
 
-__all__ = ["conv2d", "dense_filter", "expand_filter", "finish", "infer", "pack"]
-
-Packed = tuple[torch.Tensor, torch.Tensor | None]  # the filter; the bias [O * |G|] or None
+__all__ = ["Expand", "dense_filter", "expand_filter"]
 
 
 def expand_filter(weight: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
@@ -33,64 +32,48 @@ def expand_filter(weight: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
     return filters.permute(0, 3, 1, 2)
 
 
-def dense_filter(weight: torch.Tensor, group: str, kernel_size: int, input_type: str) -> torch.Tensor:
-    """`expand_filter` with the basis of `group`, exact in the type and on the device of `weight`."""
-    return expand_filter(weight, basis_for(weight, group, kernel_size, input_type))
+def dense_filter(weight: torch.Tensor, kernel: str) -> torch.Tensor:
+    """`expand_filter` with the basis of the kernels of that name, exact in the type and on the device of `weight`."""
+    return expand_filter(weight, basis_for(weight, kernel, "pixels"))
 
 
-def conv2d(
-    x: torch.Tensor,
-    filters: torch.Tensor,
-    bias: torch.Tensor | None,
-    group: str,
-    kernel_size: int,
-    stride: int,
-    dilation: int,
-) -> torch.Tensor:
-    """Steerable convolution of x [B, I * H, height, width] by `expand_filter`: [B, O * |G|, height', width'].
+@register
+class Expand(Strategy):
+    name = "expand"
 
-    Args:
-        x: the input.
-        filters: the dense filter.
-        bias: [O], added to each field, or None.
-        group: name of the group.
-        kernel_size: k; the padding is dilation * (k // 2).
-        stride: as in `nn.Conv2d`.
-        dilation: as in `nn.Conv2d`.
-    """
-    return infer(x, pack(filters, bias, group, kernel_size), group, kernel_size, stride, dilation)
+    def supports(self, layer: Layer) -> None:
+        return None
 
+    def estimate(self, layer: Layer, shape: tuple[int, int, int, int]) -> float:
+        batch, channels, height, width = shape
+        out_height, out_width = layer.out_size(height, width)
+        filters = layer.out_fields * layer.order * channels * layer.kernel.size**2
+        pixels = batch * out_height * out_width
+        values = batch * channels * height * width + layer.out_fields * layer.order * pixels
+        return pixels * filters / 40e9 + 0.45e-9 * values + 3e-9 * filters
 
-def pack(filters: torch.Tensor, bias: torch.Tensor | None, group: str, kernel_size: int) -> Packed:
-    """The filter, and the bias [O] of each field or None, for `infer`."""
-    if bias is not None:
-        bias = bias.repeat_interleave(len(filters) // len(bias))
-    return filters.contiguous(memory_format=_memory_format(filters)), bias
+    def pack(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, layer: Layer
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The filter; the bias [O * |G|] or None."""
+        filters = dense_filter(weight, layer.kernel.name).to(layer.dtype)
+        bias = None if bias is None else bias.to(layer.dtype).repeat_interleave(layer.order)
+        return filters.contiguous(memory_format=_memory_format(filters, layer)), bias
 
-
-def infer(
-    x: torch.Tensor,
-    packed: Packed,
-    group: str,
-    kernel_size: int,
-    stride: int,
-    dilation: int,
-    shortcut: torch.Tensor | None = None,
-    relu: bool = False,
-) -> torch.Tensor:
-    """As `conv2d`; then `shortcut` is added, if there is one, and the output ends with ReLU, if `relu`."""
-    padding = dilation * (kernel_size // 2)
-    x = x.contiguous(memory_format=_memory_format(x))
-    return finish(F.conv2d(x, *packed, stride, padding, dilation), shortcut, relu)
+    def infer(
+        self,
+        x: torch.Tensor,
+        packed: tuple[torch.Tensor, torch.Tensor | None],
+        layer: Layer,
+        shortcut: torch.Tensor | None = None,
+        relu: bool = False,
+    ) -> torch.Tensor:
+        x = x.contiguous(memory_format=_memory_format(x, layer))
+        return finish(F.conv2d(x, *packed, layer.stride, layer.padding, layer.dilation), shortcut, relu)
 
 
-def finish(y: torch.Tensor, shortcut: torch.Tensor | None, relu: bool) -> torch.Tensor:
-    """y + shortcut, if there is one, with ReLU, if `relu`; overwrites y."""
-    y = y if shortcut is None else y.add_(shortcut)
-    return F.relu(y, inplace=True) if relu else y
-
-
-def _memory_format(tensor: torch.Tensor) -> torch.memory_format:
-    """What PyTorch convolves faster: on the CPU channels-last; elsewhere nothing has been measured."""
-    on_cpu = tensor.device.type == "cpu" and not leaves_python() and not needs_plain_operations(tensor)
-    return torch.channels_last if on_cpu else torch.contiguous_format
+def _memory_format(tensor: torch.Tensor, layer: Layer) -> torch.memory_format:
+    """What PyTorch convolves faster on the CPU, channels-last; elsewhere that of the input."""
+    if leaves_python() or needs_plain_operations(tensor):
+        return torch.contiguous_format
+    return torch.channels_last if layer.device.type == "cpu" else layer.memory_format

@@ -5,14 +5,17 @@
        y^ = W T        block by block                                         multiply
        y = Q^T y^      back to regular fields                                 store
 
-   and the transposes of these steps. `block_diagonal.py` and `irreps_basis.py` derive them. E are the sums of
-   neighbours e_a(y) e_b(x) of `steer.py`, and c joins the terms of the functions with A. A chunk is some images, or
-   some output rows of one. Rows of T are (block, copy, function, row of the block, field), rows of y^ (block, copy,
-   row of the block, field); along a row lie the pixels of the chunk.
+   and the transposes of these steps. `block_diagonal.py` is the algorithm, `irreps_basis.py` derives it; Q and the
+   first half of T = P * f there are steps of their own here. E are sums of neighbours, see `neighbours`, and c joins
+   the functions of the plane with A. A chunk is some images, or some output rows of one.
 
-   Images are contiguous, [batch, fields * order, height, width]. Vectors may be written past the end of a line of
-   pixels: the next line overwrites it, and behind the last one there is room. `native.py` compiles this file, with
-   REAL=float and with REAL=double, and calls `forward` and `backward`. */
+       x, y           image   | field | element | row | pixel       contiguous
+       T              block   | copy | function | row | field       along a row the pixels of the chunk: image, row, x
+       y^             block   | copy | row | field                  as T
+       W, packed      block   | tile of MR rows | column | row      see `pack_part`
+
+   Vectors may be written past the end of a line of pixels: the next line overwrites it, and behind the last one there
+   is room. `native.py` compiles this file, with REAL=float and with REAL=double, and calls what stands at its end. */
 
 #include <pthread.h>
 #include <stdint.h>
@@ -59,13 +62,14 @@ typedef struct { /* a sparse matrix, row by row */
 } Sparse;
 
 typedef struct {
-    long order, in_fields, out_fields, kernel_size, stride, dilation;
+    long order, in_fields, out_fields;
+    long kernel_size, low_pass, stride, dilation; /* low_pass: which sums of neighbours are meant, of 5 x 5 */
     long batch, in_height, in_width, out_height, out_width;
     long images, rows;                        /* of a chunk: images, and their output rows */
     long n_blocks, functions;                 /* how many */
     const long *sizes, *copies;               /* of each block */
     const REAL *fourier, *fourier_transposed; /* Q, Q^T [order, order] */
-    Sparse terms, terms_transposed;           /* c [functions * order, 9 * order], c^T; of 3x3 */
+    Sparse terms, terms_transposed;           /* c [functions * order, n * n * order], c^T; n sums along each axis */
 } Layer;
 
 typedef struct { /* the chunk at hand */
@@ -113,6 +117,16 @@ INLINE void mix_lines(int order, const REAL *q, const REAL *in, long in_step, RE
     }
 }
 
+/* Any order: what is read comes from the first cache, not from registers */
+static void mix_any(long order, const REAL *q, const REAL *in, long in_step, REAL *out, long out_step, long n) {
+    for (long p = 0; p < n; p += LANES)
+        for (long r = 0; r < order; r++) {
+            vector sum = {0};
+            for (long g = 0; g < order; g++) sum += q[r * order + g] * LOAD(in + g * in_step + p);
+            STORE(out + r * out_step + p, sum);
+        }
+}
+
 static void mix(long order, const REAL *q, const REAL *in, long in_step, REAL *out, long out_step, long n) {
     switch (order) {
     case 1: mix_lines(1, q, in, in_step, out, out_step, n); break;
@@ -120,6 +134,7 @@ static void mix(long order, const REAL *q, const REAL *in, long in_step, REAL *o
     case 4: mix_lines(4, q, in, in_step, out, out_step, n); break;
     case 8: mix_lines(8, q, in, in_step, out, out_step, n); break;
     case 16: mix_lines(16, q, in, in_step, out, out_step, n); break;
+    default: mix_any(order, q, in, in_step, out, out_step, n);
     }
 }
 
@@ -182,18 +197,56 @@ static void transpose(long m, long pixels, const REAL *b, long line, REAL *out) 
             for (long n = 0; n < LANES; n++) out[p * width + i + n] = i + n < m ? b[(i + n) * line + p] : 0;
 }
 
-/* ---- Between images and T */
+/* ---- Sums of neighbours: E = e_a(y) e_b(x) * f^, n sums e along each axis of the k values around a pixel
 
-typedef struct { /* how the neighbours t = 0, 1, -1 of output pixels lie in a line of the image */
-    long phases, phase[3], tap[3], shift[3], margin, length;
+       k = 3             n = 3    e = 0 1 0, 1 0 1, -1 0 1
+       k = 5             n = 5    e = 0 0 1 0 0, 0 1 0 1 0, 0 -1 0 1 0, 1 0 0 0 1, -1 0 0 0 1
+       k = 5, low_pass   n = 3    e = those of k = 3, convolved with 1 2 1: 0 1 2 1 0, 1 2 2 2 1, -1 -2 0 2 1
+
+   The values come in the order 0, 1, -1, 2, -2 from the middle. */
+
+enum { MAX_K = 5 };
+INLINE int sums_of(int k, int low) { return low ? 3 : k; }
+
+INLINE void neighbours(int k, int low, const vector *v, vector *e) {
+    vector sum = v[1] + v[2], difference = v[1] - v[2];
+    e[0] = v[0], e[1] = sum, e[2] = difference;
+    if (k < 5) return;
+    vector far_sum = v[3] + v[4], far_difference = v[3] - v[4];
+    if (low) e[0] += v[0] + sum, e[1] += sum + v[0] + v[0] + far_sum, e[2] += difference + far_difference;
+    else e[3] = far_sum, e[4] = far_difference;
+}
+
+/* v = e^T E */
+INLINE void neighbours_transposed(int k, int low, const vector *e, vector *v) {
+    if (low) {
+        vector near = e[0] + e[1] + e[1], odd = e[2] + e[2];
+        v[0] = e[0] + e[0] + e[1] + e[1], v[1] = near + odd, v[2] = near - odd, v[3] = e[1] + e[2], v[4] = e[1] - e[2];
+        return;
+    }
+    v[0] = e[0], v[1] = e[1] + e[2], v[2] = e[1] - e[2];
+    if (k == 5) v[3] = e[3] + e[4], v[4] = e[3] - e[4];
+}
+
+/* ---- Between images and T, field by field, with the lines of `work`
+
+       regular   element | margin, pixels of one phase, margin                  one row of the image
+       irreps    phase | row of Q | margin, pixels, margin                      f^ of that row
+       h         row of the image | b | row of Q | pixel                        e_b(x) * f^, of all rows that are needed
+       e         a | b | row of Q | pixel                                       E of one output row */
+
+typedef struct { /* how the neighbours t = 0, 1, -1, 2, -2 of output pixels lie in a line of the image */
+    long phases, phase[MAX_K], tap[MAX_K], shift[MAX_K], margin, length;
 } Taps;
+
+/* How far neighbour number n is from the middle, in rows or columns */
+static long offset(const Layer *l, long n) { return (n % 2 ? (n + 1) / 2 : -n / 2) * l->dilation; }
 
 /* s x + t d = s (x + shift) + phase; each phase makes a line of its own, with `margin` zeros on both sides */
 static Taps find_taps(const Layer *l) {
     Taps t = {0};
     for (long n = 0; n < l->kernel_size; n++) {
-        long offset = (n == 2 ? -1 : n) * l->dilation, shift = floor_divide(offset, l->stride);
-        long phase = offset - shift * l->stride, found = 0;
+        long away = offset(l, n), shift = floor_divide(away, l->stride), phase = away - shift * l->stride, found = 0;
         while (found < t.phases && t.phase[found] != phase) found++;
         if (found == t.phases) t.phase[t.phases++] = phase;
         t.tap[n] = found;
@@ -239,112 +292,141 @@ static long field_at(const Layer *l, long image, long field) {
     return (image * l->in_fields + field) * l->order * l->in_height * l->in_width;
 }
 
-/* T [functions * order * in_fields, pixels] of x */
-static void load(const Layer *l, const Chunk *k, const REAL *x, REAL *t, REAL *work) {
+/* Rows of an image that `rows` output rows need */
+static long rows_needed(const Layer *l, long rows) {
+    return l->stride * (rows - 1) + (l->kernel_size - 1) * l->dilation + 1;
+}
+
+/* T of x, 1 x 1 kernels: T = f^ */
+static void load_pixels(const Layer *l, const Chunk *k, const REAL *x, REAL *t, REAL *regular) {
+    long order = l->order, plane = l->in_height * l->in_width, step = l->in_fields * k->line, length = find_taps(l).length;
+    for (long i = 0; i < l->in_fields; i++)
+        for (long b = 0; b < k->images; b++) {
+            const REAL *image = x + field_at(l, k->image + b, i) + l->stride * k->row * l->in_width;
+            REAL *out = t + i * k->line + b * k->rows * l->out_width;
+            for (long y = 0; y < k->rows; y++, out += l->out_width) {
+                for (long g = 0; g < order; g++)
+                    split(l, 0, image + g * plane + y * l->stride * l->in_width, regular + g * length);
+                mix(order, l->fourier, regular, length, out, step, l->out_width);
+            }
+        }
+}
+
+/* T [functions * order * in_fields, pixels] of x, k x k kernels */
+INLINE void load_sums(int size, int low, const Layer *l, const Chunk *k, const REAL *x, REAL *t, REAL *work) {
     long order = l->order, plane = l->in_height * l->in_width, n = round_up(l->out_width, LANES), step = l->in_fields * k->line;
     Taps taps = find_taps(l);
-    long lines = order * taps.length, first = l->stride * k->row;
-    REAL *regular = work, *irreps = regular + lines, *h = irreps + taps.phases * lines;
+    int sums = sums_of(size, low);
+    long lines = order * taps.length, line = order * n, needed = rows_needed(l, k->rows);
+    long above = size / 2 * l->dilation, first = l->stride * k->row - above;
+    REAL *regular = work, *irreps = regular + lines, *h = irreps + taps.phases * lines, *e = h + sums * needed * line;
     memset(regular, 0, lines * sizeof(REAL));
     for (long i = 0; i < l->in_fields; i++)
         for (long b = 0; b < k->images; b++) {
             const REAL *image = x + field_at(l, k->image + b, i);
             REAL *out = t + i * k->line + b * k->rows * l->out_width;
-            if (l->kernel_size == 1) {
-                for (long y = 0; y < k->rows; y++, out += l->out_width) {
-                    for (long g = 0; g < order; g++)
-                        split(l, 0, image + g * plane + (first + y * l->stride) * l->in_width, regular + g * taps.length);
-                    mix(order, l->fourier, regular, taps.length, out, step, l->out_width);
-                }
-                continue;
-            }
-            /* h[y, b] = e_b(x) * f^ of each line that the output lines need: [lines, 3, order, n] */
-            long d = l->dilation, needed = l->stride * (k->rows - 1) + 2 * d + 1, size = order * n;
-            REAL *e = h + 3 * needed * size;
             for (long r = 0; r < needed; r++) {
-                long y = first - d + r;
-                REAL *line = h + 3 * r * size;
+                long y = first + r;
+                REAL *to = h + sums * r * line;
                 if (y < 0 || y >= l->in_height) {
-                    memset(line, 0, 3 * size * sizeof(REAL));
+                    memset(to, 0, sums * line * sizeof(REAL));
                     continue;
                 }
                 for (long f = 0; f < taps.phases; f++) {
                     long count = (l->in_width - taps.phase[f] + l->stride - 1) / l->stride;
                     for (long g = 0; g < order; g++) {
-                        REAL *to = regular + g * taps.length + taps.margin;
-                        split(l, taps.phase[f], image + g * plane + y * l->in_width, to);
-                        if (l->stride > 1) to[count] = 0; /* a longer phase may have been there */
+                        REAL *own = regular + g * taps.length + taps.margin;
+                        split(l, taps.phase[f], image + g * plane + y * l->in_width, own);
+                        if (l->stride > 1) own[count] = 0; /* a longer phase may have been there */
                     }
                     mix(order, l->fourier, regular, taps.length, irreps + f * lines, taps.length, taps.length);
                 }
                 for (long g = 0; g < order; g++)
                     for (long p = 0; p < n; p += LANES) {
-                        vector v[3];
-                        for (int a = 0; a < 3; a++)
+                        vector v[MAX_K], sum[MAX_K];
+                        for (int a = 0; a < size; a++)
                             v[a] = LOAD(irreps + taps.tap[a] * lines + g * taps.length + taps.margin + taps.shift[a] + p);
-                        STORE(line + g * n + p, v[0]);
-                        STORE(line + size + g * n + p, v[1] + v[2]);
-                        STORE(line + 2 * size + g * n + p, v[1] - v[2]);
+                        neighbours(size, low, v, sum);
+                        for (int a = 0; a < sums; a++) STORE(to + a * line + g * n + p, sum[a]);
                     }
             }
             for (long y = 0; y < k->rows; y++, out += l->out_width) {
-                const REAL *up = h + 3 * l->stride * y * size, *middle = up + 3 * d * size, *down = middle + 3 * d * size;
-                for (long p = 0; p < 3 * size; p += LANES) { /* E = e_a(y) e_b(x) * f^: [3, 3, order, n] */
-                    STORE(e + p, LOAD(middle + p));
-                    STORE(e + 3 * size + p, LOAD(down + p) + LOAD(up + p));
-                    STORE(e + 6 * size + p, LOAD(down + p) - LOAD(up + p));
+                const REAL *at[MAX_K]; /* the rows around this one */
+                for (int a = 0; a < size; a++) at[a] = h + sums * (l->stride * y + above + offset(l, a)) * line;
+                for (long p = 0; p < sums * line; p += LANES) { /* E = e_a(y) e_b(x) * f^ */
+                    vector v[MAX_K], sum[MAX_K];
+                    for (int a = 0; a < size; a++) v[a] = LOAD(at[a] + p);
+                    neighbours(size, low, v, sum);
+                    for (int a = 0; a < sums; a++) STORE(e + a * sums * line + p, sum[a]);
                 }
                 combine(&l->terms, l->functions * order, e, out, step, n); /* T = c E */
             }
         }
 }
 
-/* The transpose of `load`: the gradient of T, added to dx, which the first chunk of an image finds without numbers */
-static void unload(const Layer *l, const Chunk *k, const REAL *t, REAL *dx, REAL *work) {
-    long order = l->order, plane = l->in_height * l->in_width, n = round_up(l->out_width, LANES), step = l->in_fields * k->line;
-    Taps taps = find_taps(l);
-    long lines = order * taps.length, first = l->stride * k->row;
-    REAL *regular = work, *irreps = regular + lines, *h = irreps + taps.phases * lines;
+static void load(const Layer *l, const Chunk *k, const REAL *x, REAL *t, REAL *work) {
+    if (l->kernel_size == 1) load_pixels(l, k, x, t, work);
+    else if (l->kernel_size == 3) load_sums(3, 0, l, k, x, t, work);
+    else if (l->low_pass) load_sums(5, 1, l, k, x, t, work);
+    else load_sums(5, 0, l, k, x, t, work);
+}
+
+/* The transposes: the gradient of T, added to dx, which the first chunk of an image finds without numbers */
+static void unload_pixels(const Layer *l, const Chunk *k, const REAL *t, REAL *dx, REAL *regular) {
+    long order = l->order, plane = l->in_height * l->in_width, step = l->in_fields * k->line, length = find_taps(l).length;
     for (long i = 0; i < l->in_fields; i++)
         for (long b = 0; b < k->images; b++) {
             REAL *image = dx + field_at(l, k->image + b, i);
-            if (k->row == 0 && !(l->kernel_size == 1 && l->stride == 1)) memset(image, 0, order * plane * sizeof(REAL));
+            if (k->row == 0 && l->stride > 1) memset(image, 0, order * plane * sizeof(REAL));
             const REAL *in = t + i * k->line + b * k->rows * l->out_width;
-            if (l->kernel_size == 1) {
-                for (long y = 0; y < k->rows; y++, in += l->out_width) {
-                    mix(order, l->fourier_transposed, in, step, regular, taps.length, l->out_width);
-                    for (long g = 0; g < order; g++)
-                        join(l, 0, regular + g * taps.length, image + g * plane + (first + y * l->stride) * l->in_width);
-                }
-                continue;
-            }
-            long d = l->dilation, needed = l->stride * (k->rows - 1) + 2 * d + 1, size = order * n;
-            REAL *e = h + 3 * needed * size, *own = e + 9 * size;
-            memset(h, 0, 3 * needed * size * sizeof(REAL));
             for (long y = 0; y < k->rows; y++, in += l->out_width) {
-                REAL *up = h + 3 * l->stride * y * size, *middle = up + 3 * d * size, *down = middle + 3 * d * size;
+                mix(order, l->fourier_transposed, in, step, regular, length, l->out_width);
+                for (long g = 0; g < order; g++)
+                    join(l, 0, regular + g * length, image + g * plane + l->stride * (k->row + y) * l->in_width);
+            }
+        }
+}
+
+INLINE void unload_sums(int size, int low, const Layer *l, const Chunk *k, const REAL *t, REAL *dx, REAL *work) {
+    long order = l->order, plane = l->in_height * l->in_width, n = round_up(l->out_width, LANES), step = l->in_fields * k->line;
+    Taps taps = find_taps(l);
+    int sums = sums_of(size, low);
+    long lines = order * taps.length, line = order * n, needed = rows_needed(l, k->rows);
+    long above = size / 2 * l->dilation, first = l->stride * k->row - above;
+    REAL *regular = work, *irreps = regular + lines, *h = irreps + taps.phases * lines, *e = h + sums * needed * line;
+    REAL *own = e + sums * sums * line; /* the gradient of T of one output row: [functions * order, n] */
+    for (long i = 0; i < l->in_fields; i++)
+        for (long b = 0; b < k->images; b++) {
+            REAL *image = dx + field_at(l, k->image + b, i);
+            if (k->row == 0) memset(image, 0, order * plane * sizeof(REAL));
+            const REAL *in = t + i * k->line + b * k->rows * l->out_width;
+            memset(h, 0, sums * needed * line * sizeof(REAL));
+            for (long y = 0; y < k->rows; y++, in += l->out_width) {
                 for (long r = 0; r < l->functions * order; r++) { /* what lies behind the line is of another one */
                     memcpy(own + r * n, in + r * step, l->out_width * sizeof(REAL));
                     memset(own + r * n + l->out_width, 0, (n - l->out_width) * sizeof(REAL));
                 }
-                combine(&l->terms_transposed, 9 * order, own, e, n, n); /* dE = c^T dT */
-                for (long p = 0; p < 3 * size; p += LANES) {
-                    vector sum = LOAD(e + 3 * size + p), difference = LOAD(e + 6 * size + p);
-                    STORE(middle + p, LOAD(middle + p) + LOAD(e + p));
-                    STORE(down + p, LOAD(down + p) + sum + difference);
-                    STORE(up + p, LOAD(up + p) + sum - difference);
+                combine(&l->terms_transposed, sums * sums * order, own, e, n, n); /* dE = c^T dT */
+                REAL *at[MAX_K];
+                for (int a = 0; a < size; a++) at[a] = h + sums * (l->stride * y + above + offset(l, a)) * line;
+                for (long p = 0; p < sums * line; p += LANES) {
+                    vector v[MAX_K], sum[MAX_K];
+                    for (int a = 0; a < sums; a++) sum[a] = LOAD(e + a * sums * line + p);
+                    neighbours_transposed(size, low, sum, v);
+                    for (int a = 0; a < size; a++) STORE(at[a] + p, LOAD(at[a] + p) + v[a]);
                 }
             }
             for (long r = 0; r < needed; r++) {
-                long y = first - d + r;
-                const REAL *line = h + 3 * r * size;
+                long y = first + r;
+                const REAL *from = h + sums * r * line;
                 if (y < 0 || y >= l->in_height) continue;
                 memset(irreps, 0, taps.phases * lines * sizeof(REAL));
                 for (long g = 0; g < order; g++)
                     for (long p = 0; p < n; p += LANES) {
-                        vector sum = LOAD(line + size + g * n + p), difference = LOAD(line + 2 * size + g * n + p);
-                        vector v[3] = {LOAD(line + g * n + p), sum + difference, sum - difference};
-                        for (int a = 0; a < 3; a++) {
+                        vector v[MAX_K], sum[MAX_K];
+                        for (int a = 0; a < sums; a++) sum[a] = LOAD(from + a * line + g * n + p);
+                        neighbours_transposed(size, low, sum, v);
+                        for (int a = 0; a < size; a++) {
                             REAL *to = irreps + taps.tap[a] * lines + g * taps.length + taps.margin + taps.shift[a] + p;
                             STORE(to, LOAD(to) + v[a]);
                         }
@@ -356,6 +438,13 @@ static void unload(const Layer *l, const Chunk *k, const REAL *t, REAL *dx, REAL
                 }
             }
         }
+}
+
+static void unload(const Layer *l, const Chunk *k, const REAL *t, REAL *dx, REAL *work) {
+    if (l->kernel_size == 1) unload_pixels(l, k, t, dx, work);
+    else if (l->kernel_size == 3) unload_sums(3, 0, l, k, t, dx, work);
+    else if (l->low_pass) unload_sums(5, 1, l, k, t, dx, work);
+    else unload_sums(5, 0, l, k, t, dx, work);
 }
 
 /* ---- Between images and y^ */
@@ -452,10 +541,11 @@ static Chunk chunk(const Layer *l, long index) {
 /* Numbers that `load` and `unload` need to work, or `store` and `load_gradient` */
 static long work_size(const Layer *l) {
     Taps taps = find_taps(l);
-    long n = round_up(l->out_width, LANES), needed = l->stride * (l->rows - 1) + 2 * l->dilation + 1;
-    long neighbours = (3 * needed + 9 + l->functions) * l->order * n + (taps.phases + 1) * l->order * taps.length;
+    long n = round_up(l->out_width, LANES), sums = sums_of(l->kernel_size, l->low_pass);
+    long around = (sums * rows_needed(l, l->rows) + sums * sums + l->functions) * l->order * n;
+    long image = around + (taps.phases + 1) * l->order * taps.length;
     long lines = l->order * line_length(l->images * l->rows * l->out_width);
-    return round_up(neighbours > lines ? neighbours : lines, LANES) + 2 * LANES;
+    return round_up(image > lines ? image : lines, LANES) + 2 * LANES;
 }
 
 /* W, or W^T, of each block in the order in which `multiply` reads it: [rows / MR, columns, MR] */
@@ -577,7 +667,9 @@ static void gather_part(void *argument) {
     free(offsets);
 }
 
-/* ---- What `native.py` calls; 1 if memory is short */
+/* ---- What `native.py` calls: 0, or 1 if memory is short, or 2 for a kernel that is not known here */
+
+static int knows(const Layer *l) { return l->kernel_size == 1 || l->kernel_size == 3 || l->kernel_size == 5; }
 
 /* Bytes of a layer, which `native_library.py` compares with its own */
 long layer_size(void) { return sizeof(Layer); }
@@ -606,6 +698,7 @@ int pack(const Layer *l, const REAL *weights, long transposed, REAL *packed, lon
 
 int forward(const Layer *l, const REAL *x, const REAL *packed, const REAL *bias, const REAL *shortcut, long relu, REAL *y,
             long threads) {
+    if (!knows(l)) return 2;
     Job job = {.layer = l, .x = x, .packed = packed, .bias = bias, .shortcut = shortcut, .relu = relu, .y = y};
     GOMP_parallel(forward_part, &job, threads, 0);
     return job.failed;
@@ -613,6 +706,7 @@ int forward(const Layer *l, const REAL *x, const REAL *packed, const REAL *bias,
 
 /* dx (with W^T, packed) or dw (with sums, for each thread), or both; the others are NULL */
 int backward(const Layer *l, const REAL *dy, const REAL *x, const REAL *packed, REAL *dx, REAL *sums, REAL *dw, long threads) {
+    if (!knows(l)) return 2;
     Job job = {.layer = l, .dy = dy, .x = x, .packed = packed, .dx = dx, .dw = sums, .dw_size = sums_size(l)};
     job.out = dw;
     GOMP_parallel(backward_part, &job, threads, 0);

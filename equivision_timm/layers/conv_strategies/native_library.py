@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["Layer", "Sparse", "available", "library", "why_not"]
+__all__ = ["CLayer", "CSparse", "available", "library", "why_not"]
 
 _SOURCE = Path(__file__).with_name("native.c")
 _FLAGS = ("-O3", "-march=native", "-fPIC", "-shared", "-pthread")
@@ -36,22 +36,23 @@ _SIZES = ("layer_size", "packed_size", "sums_size")  # functions that return a l
 _REALS = {torch.float32: "float", torch.float64: "double"}
 
 
-class Sparse(ctypes.Structure):
+class CSparse(ctypes.Structure):
     """A sparse matrix, row by row, as native.c sees it."""
 
     _fields_ = [(name, ctypes.c_void_p) for name in ("starts", "columns", "values")]
 
 
-class Layer(ctypes.Structure):
+class CLayer(ctypes.Structure):
     """A layer, as native.c sees it."""
 
     _fields_ = [
-        *((name, ctypes.c_long) for name in ("order", "in_fields", "out_fields", "kernel_size", "stride", "dilation")),
+        *((name, ctypes.c_long) for name in ("order", "in_fields", "out_fields")),
+        *((name, ctypes.c_long) for name in ("kernel_size", "low_pass", "stride", "dilation")),
         *((name, ctypes.c_long) for name in ("batch", "in_height", "in_width", "out_height", "out_width")),
         *((name, ctypes.c_long) for name in ("images", "rows", "n_blocks", "functions")),
         *((name, ctypes.c_void_p) for name in ("sizes", "copies", "fourier", "fourier_transposed")),
-        ("terms", Sparse),
-        ("terms_transposed", Sparse),
+        ("terms", CSparse),
+        ("terms_transposed", CSparse),
     ]
 
 
@@ -72,8 +73,14 @@ def _available() -> bool:
     return True
 
 
+@torch.compiler.assume_constant_result
 def why_not() -> str | None:
     """What this machine lacks to compile and run `native.c`, and the remedy; None if nothing."""
+    return _why_not()
+
+
+@cache
+def _why_not() -> str | None:
     try:
         name = _compiler()[0]
     except ValueError as error:
@@ -221,9 +228,9 @@ def _load(content: bytes) -> ctypes.CDLL:
         raise RuntimeError(f"conv_strategy 'native': what was compiled has no function {missing[0]!r}. {_REMEDY}")
     for name in _SIZES:
         getattr(loaded, name).restype = ctypes.c_long
-    if loaded.layer_size() != ctypes.sizeof(Layer):
+    if loaded.layer_size() != ctypes.sizeof(CLayer):
         raise RuntimeError(
-            f"conv_strategy 'native': a layer has {loaded.layer_size()} bytes in native.c and {ctypes.sizeof(Layer)} "
+            f"conv_strategy 'native': a layer has {loaded.layer_size()} bytes in native.c and {ctypes.sizeof(CLayer)} "
             "in native_library.py, which are not of one version: install equivision_timm again"
         )
     return loaded

@@ -1,4 +1,4 @@
-"""What the strategies in the irreps basis share: the block weights, and the convolution by them as an operator.
+"""A convolution by block weights in a language that PyTorch does not know, as an operator for it.
 
 The operator is one node for autograd and `torch.compile`; its gradients flow to the block weights, and from there to
 the coefficients: no dense filter exists anywhere.
@@ -12,46 +12,32 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from equivision_timm.groups import group_order
-from equivision_timm.layers.conv_strategies.basis import basis_for
+from equivision_timm.layers.conv_strategies.basis import named_kernel
 
-__all__ = ["block_weights", "operator"]
-
-
-def block_weights(weight: torch.Tensor, group: str, kernel_size: int) -> torch.Tensor:
-    """W [entries, O, I], for each block [size (row), n, size (column), O, I] flattened; differentiable.
-
-    Args:
-        weight: w [O, I, n_basis, 1].
-        group: name of the group.
-        kernel_size: of a basis for regular input.
-    """
-    coefficients = basis_for(weight, group, kernel_size, "irreps")
-    w = weight.flatten(0, 1).squeeze(-1)  # [O * I, n_basis]
-    entries = coefficients.T @ w.T  # W = sum_b w_b coefficients_b: [entries, O * I]
-    return entries.reshape(-1, weight.shape[0], weight.shape[1])  # [entries, O, I]
+__all__ = ["operator"]
 
 
 def operator(name: str, forward: Callable, backward: Callable) -> Callable:
-    """The operator conv2d(x, weights, bias, group, kernel_size, stride, dilation) of a strategy.
+    """The operator conv2d(x, weights, kernel, stride, dilation) of a strategy.
 
-    Steerable convolution of x [B, I * |G|, height, width], regular fields, field-major, by `block_weights`, with the
-    padding dilation * (kernel_size // 2): [B, O * |G|, height', width']. The bias [O], added to each field, may be
-    None. Differentiable any number of times with respect to x, the weights and the bias; not in forward mode, nor by
-    the transforms of `torch.func`.
+    Steerable convolution of x [B, I * |G|, height, width], regular fields, field-major, by `block_weights`, with the padding
+    dilation * (k // 2): [B, O * |G|, height', width'].
+    Differentiable any number of times with respect to x and the weights; not in forward mode, nor by the transforms of
+    `torch.func`.
 
     Args:
         name: of the operator, in the namespace equivision_timm.
         forward: computes it.
-        backward: from (grad, x, weights, group, kernel_size, stride, dilation, for_x, for_weights) the gradients with
+        backward: from (grad, x, weights, kernel, stride, dilation, for_x, for_weights) the gradients with
             respect to x, if `for_x`, and to the weights, if `for_weights`, in one list.
     """
-    layer = "str group, int kernel_size, int stride, int dilation"
-    schema = f"(Tensor x, Tensor weights, Tensor? bias, {layer}) -> Tensor"
+    layer = "str kernel, int stride, int dilation"
+    schema = f"(Tensor x, Tensor weights, {layer}) -> Tensor"
     conv2d = torch.library.custom_op(f"equivision_timm::{name}", forward, mutates_args=(), schema=schema)
 
-    def both(grad, x, weights, group, kernel_size, stride, dilation, for_x, for_weights):
+    def both(grad, x, weights, kernel, stride, dilation, for_x, for_weights):
         """The gradient with respect to x, and to the weights; one that is not needed is empty."""
-        found = iter(backward(grad, x, weights, group, kernel_size, stride, dilation, for_x, for_weights))
+        found = iter(backward(grad, x, weights, kernel, stride, dilation, for_x, for_weights))
         return next(found) if for_x else x.new_empty(0), next(found) if for_weights else x.new_empty(0)
 
     # Two tensors and no list, since old-style `vmap` (is_grads_batched) takes no lists
@@ -59,24 +45,23 @@ def operator(name: str, forward: Callable, backward: Callable) -> Callable:
     gradients = torch.library.custom_op(f"equivision_timm::{name}_backward", both, mutates_args=(), schema=schema)
 
     @conv2d.register_fake
-    def _(x, weights, bias, group, kernel_size, stride, dilation):
+    def _(x, weights, kernel, stride, dilation):
         height, width = ((size - 1) // stride + 1 for size in x.shape[2:])
-        return x.new_empty(len(x), weights.shape[1] * group_order(group), height, width)
+        return x.new_empty(len(x), weights.shape[1] * group_order(named_kernel(kernel).group), height, width)
 
     @gradients.register_fake
-    def _(grad, x, weights, group, kernel_size, stride, dilation, for_x, for_weights):
+    def _(grad, x, weights, kernel, stride, dilation, for_x, for_weights):
         return x.new_empty(x.shape if for_x else 0), weights.new_empty(weights.shape if for_weights else 0)
 
     def setup_context(ctx, inputs, output) -> None:
-        x, weights, _, *ctx.layer = inputs
+        x, weights, *ctx.layer = inputs
         ctx.save_for_backward(x, weights)
 
     def differentiate(ctx, grad):
         x, weights = ctx.saved_tensors
-        for_x, for_weights, for_bias = ctx.needs_input_grad[:3]
-        dx, dw = gradients(grad, x, weights, *ctx.layer, for_x, for_weights) if for_x or for_weights else (None, None)
-        dbias = grad.unflatten(1, (weights.shape[1], -1)).sum((0, 2, 3, 4)) if for_bias else None
-        return dx if for_x else None, dw if for_weights else None, dbias, None, None, None, None
+        for_x, for_weights = ctx.needs_input_grad[:2]
+        dx, dw = gradients(grad, x, weights, *ctx.layer, for_x, for_weights)
+        return dx if for_x else None, dw if for_weights else None, None, None, None
 
     def setup_second(ctx, inputs, output) -> None:
         grad, x, weights, *ctx.layer, ctx.for_x, ctx.for_weights = inputs
@@ -95,12 +80,12 @@ def operator(name: str, forward: Callable, backward: Callable) -> Callable:
         if for_grad:
             parts = [(u, weights)] if u is not None else []
             parts += [(x, v)] if v is not None else []
-            of_grad = sum(conv2d(a, b, None, *ctx.layer) for a, b in parts) if parts else None
+            of_grad = sum(conv2d(a, b, *ctx.layer) for a, b in parts) if parts else None
         if second_x and v is not None:
             of_x, _ = gradients(grad, x, v, *ctx.layer, True, False)
         if second_weights and u is not None:
             _, of_weights = gradients(grad, u, weights, *ctx.layer, False, True)
-        return of_grad, of_x, of_weights, *[None] * 6
+        return of_grad, of_x, of_weights, *[None] * 5
 
     conv2d.register_vmap(partial(_one_by_one, conv2d))  # of gradients whose forward pass was not transformed
     gradients.register_vmap(partial(_one_by_one, gradients))
@@ -129,13 +114,14 @@ def _count_operations(name: str) -> None:
     """
     registered = getattr(torch.ops.equivision_timm, name), getattr(torch.ops.equivision_timm, f"{name}_backward")
 
-    def dense(pixels: int, weights: torch.Size, group: str, kernel_size: int) -> int:
-        return 2 * pixels * math.prod(weights[1:]) * (group_order(group) * kernel_size) ** 2
+    def dense(pixels: int, weights: torch.Size, kernel: str) -> int:
+        kernels = named_kernel(kernel)
+        return 2 * pixels * math.prod(weights[1:]) * (group_order(kernels.group) * kernels.size) ** 2
 
     @register_flop_formula(registered[0])
-    def _(x, weights, bias, group, kernel_size, stride, dilation, *, out_shape, **kwargs) -> int:
-        return dense(out_shape[0] * out_shape[2] * out_shape[3], weights, group, kernel_size)
+    def _(x, weights, kernel, stride, dilation, *, out_shape, **kwargs) -> int:
+        return dense(out_shape[0] * out_shape[2] * out_shape[3], weights, kernel)
 
     @register_flop_formula(registered[1])
-    def _(grad, x, weights, group, kernel_size, stride, dilation, for_x, for_weights, *, out_shape, **kwargs) -> int:
-        return (for_x + for_weights) * dense(grad[0] * grad[2] * grad[3], weights, group, kernel_size)
+    def _(grad, x, weights, kernel, stride, dilation, for_x, for_weights, *, out_shape, **kwargs) -> int:
+        return (for_x + for_weights) * dense(grad[0] * grad[2] * grad[3], weights, kernel)
