@@ -178,9 +178,9 @@ def _show(args: argparse.Namespace) -> int:
 def _add_fetch(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "fetch",
-        help="have the original's weights in the local weights folder",
-        description="Downloads checkpoints of the original from Google Drive, converts them and puts them into the "
-        "local weights folder ($EQUIVISION_TIMM_WEIGHTS, by default equivision_timm in the user's cache folder), where "
+        help="have released weights in the local weights folder",
+        description="Downloads released checkpoints (equivision's, ReDet's) from Google Drive, converts "
+        "them and puts them into the local weights folder ($EQUIVISION_TIMM_WEIGHTS, by default equivision_timm in the user's cache folder), where "
         "create_model(NAME, pretrained=True) finds them. The signs of D4 and D8 are found on photographs. The same "
         "call continues a broken download.",
     )
@@ -191,8 +191,8 @@ def _add_fetch(commands: argparse._SubParsersAction) -> None:
 
 
 def _fetch(args: argparse.Namespace) -> int:
-    from equivision_timm.checkpoints.equivision.fetch import fetch
-    from equivision_timm.checkpoints.equivision.released import released
+    from equivision_timm.checkpoints.fetch import fetch
+    from equivision_timm.checkpoints.rooms import released
 
     return _for_each(args.names or released(), lambda name: fetch(name, args.images, args.signs))
 
@@ -252,12 +252,12 @@ def _attempt(name: str, action: Callable[[str], object]) -> int:
 def _add_convert(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "convert",
-        help="convert a checkpoint of the original",
+        help="convert a foreign checkpoint",
         description="Writes DIR/model.safetensors and DIR/config.json, which create_model('local-dir:DIR', "
         "pretrained=True) loads, and prints where the weights come from. A D4 or D8 checkpoint without its kernel "
         "basis is open up to signs, which are found on photographs.",
     )
-    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="checkpoint file of the original network")
+    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="checkpoint file of equivision or ReDet")
     parser.add_argument("--model", required=True, metavar="NAME", help="the model, e.g. c8resnet50")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="model folder to write")
     parser.add_argument("--images", type=Path, metavar="DIR", help="photographs (default: those of scikit-image)")
@@ -266,11 +266,8 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from equivision_timm.checkpoints.equivision.convert_file import convert_file
-    from equivision_timm.models import EquivariantResNet, model_names
+    from equivision_timm.checkpoints.rooms import convert_file
 
-    if args.model not in model_names(EquivariantResNet):
-        raise InputError(f"{args.model!r} is no model of this package, e.g. c8resnet50")
     print(convert_file(args.checkpoint, args.model, args.out, args.images, args.signs))
     return 0
 

@@ -2,7 +2,8 @@
 
     python scripts/model_table.py
 
-What is counted: `equivision_timm.checkpoints.publish.complexity`. Reported by: `checkpoints/equivision/released.json`.
+What is counted: `equivision_timm.checkpoints.publish.complexity`. Reported by: the `released.json` of the rooms in
+`checkpoints/`.
 """
 
 import timm
@@ -10,14 +11,16 @@ import torch
 from tqdm import tqdm
 
 import equivision_timm
-from equivision_timm.checkpoints.equivision.released import released
 from equivision_timm.checkpoints.publish import complexity
+from equivision_timm.checkpoints.rooms import released
 from equivision_timm.models import model_names
 
 
 def main() -> None:
     names = [name for name in model_names() if not name.startswith("test_")]
-    names.sort(key=lambda name: (name.endswith("_fast"), int(name.split("resnet")[1].split("_")[0])))
+    names.sort(
+        key=lambda name: (name.endswith("_fast"), "reresnet" in name, int(name.split("resnet")[1].split("_")[0]))
+    )
     print(f"torch {torch.__version__}, timm {timm.__version__}, equivision_timm {equivision_timm.__version__}\n")
     print("| model | fields | channels | parameters (M) | GMACs | top-1 | top-5 |")
     print("|---|---:|---:|---:|---:|---:|---:|")
@@ -26,7 +29,7 @@ def main() -> None:
             stem = timm.create_model(name).feature_info[0]
         parameters, gmacs = complexity(name)
         reported = released().get(name)
-        top1, top5 = (f"{100 * reported.top1:.1f}", f"{100 * reported.top5:.1f}") if reported else ("-", "-")
+        top1, top5 = (f"{100 * reported.reported[kind]:.1f}" if reported else "-" for kind in ("top1", "top5"))
         print(
             f"| `{name}` | {stem['num_fields']} | {stem['num_chs']} | {parameters / 1e6:.2f} | {gmacs:.1f} "
             f"| {top1} | {top5} |"

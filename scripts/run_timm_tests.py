@@ -27,8 +27,8 @@ import pytest
 import timm
 from timm.models._registry import _module_to_models
 
-from equivision_timm.checkpoints.equivision.released import released
 from equivision_timm.checkpoints.folder import write_model_folder
+from equivision_timm.checkpoints.rooms import released
 from equivision_timm.models import model_names
 from equivision_timm.models.pretrained import local_folder
 

@@ -8,7 +8,10 @@ import json
 import os
 import shutil
 import tempfile
+from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -20,7 +23,7 @@ from equivision_timm.arguments import InputError
 from equivision_timm.files import check_writable
 from equivision_timm.models.pretrained import WEIGHTS_FILE
 
-__all__ = ["CONFIG_FILE", "check_model_folder", "read_provenance", "write_model_folder"]
+__all__ = ["CONFIG_FILE", "check_model_folder", "read_provenance", "versions", "write_model_folder"]
 
 CONFIG_FILE = "config.json"
 
@@ -48,7 +51,11 @@ def check_model_folder(folder: str | Path, model_name: str) -> None:
 
 
 def write_model_folder(
-    folder: str | Path, model_name: str, state_dict: dict[str, torch.Tensor], provenance: dict[str, str]
+    folder: str | Path,
+    model_name: str,
+    state_dict: dict[str, torch.Tensor],
+    provenance: dict[str, str],
+    model_args: dict[str, Any] | None = None,
 ) -> Path:
     """Write `model.safetensors` and `config.json` to `folder`, or leave it as it is.
 
@@ -57,6 +64,7 @@ def write_model_folder(
         model_name: e.g. 'c8resnet50'.
         state_dict: exactly the entries of this model.
         provenance: where the weights come from; goes into the metadata of the safetensors file.
+        model_args: keywords of the model, where the weights are for others than its own; go into the config.
 
     Returns:
         The folder.
@@ -67,14 +75,14 @@ def write_model_folder(
     """
     folder = Path(folder).absolute()
     with torch.device("meta"):
-        model = timm.create_model(model_name)
+        model = timm.create_model(model_name, **(model_args or {}))
     _check_fit(model.state_dict(), state_dict, model_name)
     check_model_folder(folder, model_name)
     tensors = {name: value.contiguous() for name, value in state_dict.items()}
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
     try:
-        save_config_for_hf(model, staging / CONFIG_FILE)
+        save_config_for_hf(model, staging / CONFIG_FILE, model_args=model_args)
         _write(staging / CONFIG_FILE, (staging / CONFIG_FILE).read_bytes())
         _write(staging / WEIGHTS_FILE, save(tensors, metadata={"format": "pt", **provenance}))
         _sync_folder(staging)
@@ -104,6 +112,12 @@ def read_provenance(path: str | Path) -> dict[str, str]:
     except SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file, or a damaged one: {error}") from error
     return {key: metadata[key] for key in sorted(metadata) if key != "format"}
+
+
+def versions() -> dict[str, str]:
+    """The versions of what converts, and the date, for the provenance."""
+    names = ("equivision-timm", "timm", "torch", "safetensors")
+    return {**{name: version(name) for name in names}, "date": datetime.now(timezone.utc).date().isoformat()}
 
 
 def _check_fit(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], model_name: str) -> None:

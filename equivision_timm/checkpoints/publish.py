@@ -19,8 +19,8 @@ from timm.utils import reparameterize_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from equivision_timm.arguments import one_line
-from equivision_timm.checkpoints.equivision.released import SOURCE, released
 from equivision_timm.checkpoints.folder import CONFIG_FILE
+from equivision_timm.checkpoints.rooms import Released, released
 from equivision_timm.checkpoints.strict_load import load_strictly
 from equivision_timm.files import check_writable
 from equivision_timm.models.pretrained import WEIGHTS_FILE, local_folder
@@ -122,31 +122,32 @@ def model_card(model_name: str, repository: str, provenance: dict[str, str]) -> 
         model = timm.create_model(model_name)
     fields = model.feature_info[-1]["num_fields"]
     metadata = ModelCardData(
-        license="mit",
+        license=model.pretrained_cfg["license"],
         library_name="timm",
         pipeline_tag="image-classification",
         tags=["image-classification", "timm", "equivariance", "group-convolution"],
         datasets=["imagenet-1k"],
         model_name=repository.split("/")[1],
-        eval_results=[
-            _reported("Top-1 accuracy", entry.top1),
-            _reported("Top-5 accuracy", entry.top5),
-        ],
+        eval_results=[_reported(entry, kind) for kind in entry.reported],
     )
     template = Template(Path(__file__).with_name("model_card.md").read_text(encoding="utf-8"))
     return template.substitute(
         metadata=metadata.to_yaml(),
         name=repository.split("/")[1],
+        license=model.pretrained_cfg["license"],
         description=model_entrypoint(model_name).__doc__,
-        source=SOURCE,
+        project=entry.project,
+        source=entry.source,
         repository=repository,
         channels=model.num_features,
         fields=fields,
         order=model.num_features // fields,
         parameters=f"{parameters / 1e6:.2f}",
         gmacs=f"{gmacs:.2f}",
-        top1=f"{100 * entry.top1:.1f}",
-        top5=f"{100 * entry.top5:.1f}",
+        reported="\n".join(
+            f"| Reported {_KINDS[kind]} on ImageNet-1k at 224 x 224 | {100 * value:.1f} % |"
+            for kind, value in entry.reported.items()
+        ),
         provenance="\n".join(f"| {_cell(key)} | {_cell(value)} |" for key, value in provenance.items()),
     )
 
@@ -184,14 +185,22 @@ def _folder(model_name: str) -> Path:
     return local_folder(model_name)
 
 
-def _reported(metric: str, value: float) -> EvalResult:
+_KINDS = {
+    "top1": "top-1 accuracy",
+    "top5": "top-5 accuracy",
+    "linear": "top-1 accuracy of a linear classifier on frozen features",
+    "knn": "top-1 accuracy of nearest neighbours of frozen features",
+}
+
+
+def _reported(entry: Released, kind: str) -> EvalResult:
     return EvalResult(
         task_type="image-classification",
         dataset_type="imagenet-1k",
         dataset_name="ImageNet-1k",
         metric_type="accuracy",
-        metric_name=metric,
-        metric_value=value,
-        source_name="equivision, as reported",
-        source_url=SOURCE,
+        metric_name=_KINDS[kind],
+        metric_value=entry.reported[kind],
+        source_name=f"{entry.project}, as reported",
+        source_url=entry.source,
     )

@@ -19,7 +19,7 @@ from timm.models import get_pretrained_cfg
 
 from equivision_timm.checkpoints.folder import CONFIG_FILE, read_provenance
 from equivision_timm.models import EquivariantBackbone, family_of, model_names
-from equivision_timm.models.pretrained import TAG, WEIGHTS_FILE, find_weights
+from equivision_timm.models.pretrained import WEIGHTS_FILE, find_weights
 
 __all__ = ["Loaded", "load_strictly"]
 
@@ -97,7 +97,7 @@ def _weights_of(name: str) -> Path:
     cfg = get_pretrained_cfg(name)
     if cfg.file:
         return Path(cfg.file)
-    if cfg.tag == TAG:
+    if cfg.hf_hub_filename == WEIGHTS_FILE:
         return find_weights(cfg.architecture)
     raise ValueError(f"{name} has no pretrained weights: name a model folder or a safetensors file")
 

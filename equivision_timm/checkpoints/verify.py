@@ -10,13 +10,13 @@ from pathlib import Path
 
 import timm
 import torch
+import torch.nn as nn
 from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.models import get_pretrained_cfg
 from timm.utils import AverageMeter, accuracy
 from tqdm import tqdm
 
 from equivision_timm.arguments import one_line
-from equivision_timm.checkpoints.equivision.released import released
 from equivision_timm.checkpoints.equivision.rivals import CLEARLY
 from equivision_timm.checkpoints.equivision.signs import (
     Z_LIMIT,
@@ -25,18 +25,19 @@ from equivision_timm.checkpoints.equivision.signs import (
     fit_as_it_stands,
     statistics_misfit,
 )
+from equivision_timm.checkpoints.rooms import released
 from equivision_timm.checkpoints.strict_load import Loaded, load_strictly
 from equivision_timm.groups import Group
 from equivision_timm.images.photographs import load_crops
-from equivision_timm.kernel_bases import manifest
+from equivision_timm.kernel_bases import are_bases, bases_sha256
 from equivision_timm.layers import ConvNormAct
-from equivision_timm.models import EquivariantResNet, model_names
+from equivision_timm.models import EquivariantBackbone, EquivariantResNet, model_names
 from equivision_timm.models.tensor_hash import TENSORS_SHA256, hash_tensors
 from equivision_timm.testing import equivariance_error
 
 __all__ = ["Check", "as_json", "as_table", "check_files", "verify"]
 
-_EXACT_SIZE = 97  # n = 1 mod 32: quarter turns and mirrors are exact
+_SIZE = 97  # of the images on which equivariance is measured, or the next exact one
 _TOLERANCE = 1e-4
 
 
@@ -106,8 +107,9 @@ def _origin(loaded: Loaded) -> Iterator[Check]:
     if not provenance:
         yield Check("provenance", None, "the file does not say where it comes from")
     for key, value in provenance.items():
-        wrong = key == "basis_sha256" and value != manifest()["sha256"]
-        finding = f"{value}, but the kernel bases of this package are {manifest()['sha256']}" if wrong else value
+        wrong = key == "basis_sha256" and not are_bases(value, loaded.model.kernels())
+        ours = bases_sha256(loaded.model.kernels()) if wrong else ""
+        finding = f"{value}, but the kernel bases of this package are {ours}" if wrong else value
         yield Check(key, not wrong if key == "basis_sha256" else None, finding)
 
 
@@ -132,15 +134,32 @@ def _finite(state: dict[str, torch.Tensor]) -> Iterator[Check]:
     yield Check("finite", not bad, finding)
 
 
-def _equivariance(model: EquivariantResNet) -> Iterator[Check]:
-    group = Group.from_name(model.group)
+class _Maps(nn.Module):
+    """The maps of a model."""
+
+    def __init__(self, model: EquivariantBackbone) -> None:
+        super().__init__()
+        self.model, self.group, self.in_chans = model, model.group, model.in_chans
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model.forward_features(x)
+
+
+def _equivariance(model: EquivariantBackbone) -> Iterator[Check]:
+    """Of the logits; of the maps where the classifier reads the group axis, as a published one may."""
+    group, (_, size) = Group.from_name(model.group), model.exact_sizes(_SIZE)
+    invariant = bool(model.group_pool.pool_type)
     try:
-        errors = equivariance_error(model, _EXACT_SIZE)
+        errors = (
+            equivariance_error(model, size)
+            if invariant
+            else equivariance_error(_Maps(model), size, output_type="regular")
+        )
     except ValueError as error:
         yield Check("equivariance", False, str(error))
         return
     worst = max(errors[g] for g in group.grid_elements)
-    where = f"of the logits at {_EXACT_SIZE} x {_EXACT_SIZE} pixels"
+    where = f"of the {'logits' if invariant else 'maps'} at {size} x {size} pixels"
     finding = f"{worst:.1e} {where}, quarter turns and mirrors in {group.name} (at most {_TOLERANCE:.0e})"
     yield Check("equivariance", worst <= _TOLERANCE, finding)
     others = [errors[g] for g in errors if g not in group.grid_elements]
@@ -149,6 +168,9 @@ def _equivariance(model: EquivariantResNet) -> Iterator[Check]:
 
 
 def _statistics(loaded: Loaded, images: str | Path | None) -> Iterator[Check]:
+    if not isinstance(loaded.model, EquivariantResNet):
+        yield Check("statistics", None, f"not checked: they are known of ResNets, not of {type(loaded.model).__name__}")
+        return
     try:
         crops = load_crops(images)
     except ModuleNotFoundError as error:
@@ -190,7 +212,7 @@ def _rivals(loaded: Loaded, crops: torch.Tensor, rms: float) -> Iterator[Check]:
 
 def _same_shapes(loaded: Loaded) -> list[str]:
     """The other models of ours that the entries fit."""
-    prefix, suffix = re.fullmatch(r"(test_)?[cd]\d+(resnet.*)", loaded.name).groups("")
+    prefix, suffix = re.fullmatch(r"(test_)?[cd]\d+(r.*)", loaded.name).groups("")
     shapes = {name: value.shape for name, value in loaded.state_dict.items()}
     names = []
     for name in fnmatch.filter(model_names(), f"{prefix}[cd]*{suffix}"):
@@ -212,7 +234,7 @@ def _as_in_the_checkpoint(loaded: Loaded) -> dict[str, torch.Tensor]:
     return model.state_dict()
 
 
-def _accuracy(model: EquivariantResNet, data: str | Path) -> Iterator[Check]:
+def _accuracy(model: EquivariantBackbone, data: str | Path) -> Iterator[Check]:
     """Top-1 and top-5; where the original reported a figure, ours must not fall short of it beyond chance."""
     config = resolve_data_config({}, model=model)
     if not Path(data).is_dir():
@@ -234,9 +256,8 @@ def _accuracy(model: EquivariantResNet, data: str | Path) -> Iterator[Check]:
             for meter, value in zip(meters, accuracy(model(batch), labels, topk=(1, 5)), strict=True):
                 meter.update(value.item(), len(labels))
     reported = released().get(model.pretrained_cfg["architecture"])
-    for name, meter, expected in zip(
-        ("top-1", "top-5"), meters, (reported.top1, reported.top5) if reported else (None, None), strict=True
-    ):
+    for name, meter in zip(("top-1", "top-5"), meters, strict=True):
+        expected = reported.reported.get(name.replace("-", "")) if reported else None
         finding, ok = f"{meter.avg:.2f} % of {meter.count} images", None
         if expected is not None:
             slack = 1 + 4 * (expected * (1 - expected) / meter.count) ** 0.5 * 100  # a point, and four standard errors

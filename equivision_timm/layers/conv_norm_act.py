@@ -33,6 +33,8 @@ class ConvNormAct(nn.Module):
         norm_layer: normalisation wrapped by `FieldNorm`.
         act_layer: pointwise activation; None for none.
         drop_path: probability of dropping the branch of a sample in training, in front of the shortcut.
+        cutoff: of the kernels, see `SteerableConv2d`.
+        low_pass: whether the kernels are smooth, see `SteerableConv2d`.
         device: where to create the parameters.
         dtype: their type.
     """
@@ -49,12 +51,17 @@ class ConvNormAct(nn.Module):
         norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
         act_layer: Callable[..., nn.Module] | None = nn.ReLU,
         drop_path: float = 0.0,
+        cutoff: int | None = None,
+        low_pass: bool = False,
         device=None,
         dtype=None,
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.conv = SteerableConv2d(in_fields, out_fields, kernel_size, group, input_type, stride, dilation, **dd)
+        kernel = {"input_type": input_type, "cutoff": cutoff, "low_pass": low_pass}
+        self.conv = SteerableConv2d(
+            in_fields, out_fields, kernel_size, group, stride=stride, dilation=dilation, **kernel, **dd
+        )
         self.norm = FieldNorm(out_fields, self.conv.order, norm_layer, **dd)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.act = nn.Identity() if act_layer is None else act_layer()

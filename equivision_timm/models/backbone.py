@@ -12,6 +12,7 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 
 from equivision_timm.groups import Group
+from equivision_timm.kernel_bases import Kernel
 from equivision_timm.layers import CheckImage, GroupPool, InvariantPool, SteerableConv2d
 
 __all__ = ["EquivariantBackbone"]
@@ -283,6 +284,11 @@ class EquivariantBackbone(nn.Module):
 
     def _reduction(self) -> int:
         return max(level["reduction"] for level in self.feature_info)
+
+    @torch.jit.ignore
+    def kernels(self) -> set[Kernel]:
+        """The kernels that its coefficients are of."""
+        return {module.kernel for module in self.modules() if isinstance(module, SteerableConv2d)}
 
     @torch.jit.ignore
     def set_conv_strategy(self, strategy: str | dict[str, str]) -> None:

@@ -22,7 +22,7 @@ from timm.models import build_model_with_cfg
 from equivision_timm.groups import Group
 from equivision_timm.layers import ConvNormAct, MaxPool2d, check_pointwise, check_positionwise
 from equivision_timm.models.backbone import EquivariantBackbone
-from equivision_timm.models.pretrained import TAG, WEIGHTS_FILE, build_pretrained, hub_id
+from equivision_timm.models.pretrained import WEIGHTS_FILE, build_pretrained, hub_id
 from equivision_timm.models.variants import Variant, register_family
 
 __all__ = ["BasicBlock", "Bottleneck", "EquivariantResNet"]  # register_model adds every entrypoint
@@ -34,15 +34,12 @@ class BasicBlock(nn.Module):
     Args:
         in_fields: number of input fields.
         fields: number of output fields.
-        group: name of the group.
+        unit: makes the `ConvNormAct`s of the network, all but fields, size, stride, dilation and activation given.
         stride: stride of the first convolution and of the shortcut.
         dilation: dilation of the second convolution.
         first_dilation: dilation of the first convolution.
         act_layer: pointwise activation.
-        norm_layer: normalisation wrapped by `FieldNorm`.
         drop_path: probability of dropping the residual branch of a sample in training.
-        device: where to create the parameters.
-        dtype: their type.
     """
 
     expansion = 1
@@ -51,18 +48,14 @@ class BasicBlock(nn.Module):
         self,
         in_fields: int,
         fields: int,
-        group: str,
+        unit: Callable[..., ConvNormAct],
         stride: int = 1,
         dilation: int = 1,
         first_dilation: int = 1,
         act_layer: Callable[..., nn.Module] = nn.ReLU,
-        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
         drop_path: float = 0.0,
-        device=None,
-        dtype=None,
     ) -> None:
         super().__init__()
-        unit = partial(ConvNormAct, group=group, norm_layer=norm_layer, device=device, dtype=dtype)
         last_act = partial(act_layer, inplace=True)
         self.conv1 = unit(in_fields, fields, 3, stride=stride, dilation=first_dilation, act_layer=act_layer)
         self.conv2 = unit(fields, fields, 3, dilation=dilation, act_layer=last_act, drop_path=drop_path)
@@ -88,18 +81,14 @@ class Bottleneck(nn.Module):
         self,
         in_fields: int,
         fields: int,
-        group: str,
+        unit: Callable[..., ConvNormAct],
         stride: int = 1,
         dilation: int = 1,
         first_dilation: int = 1,
         act_layer: Callable[..., nn.Module] = nn.ReLU,
-        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
         drop_path: float = 0.0,
-        device=None,
-        dtype=None,
     ) -> None:
         super().__init__()
-        unit = partial(ConvNormAct, group=group, norm_layer=norm_layer, device=device, dtype=dtype)
         last_act = partial(act_layer, inplace=True)
         out_fields = fields * self.expansion
         self.conv1 = unit(in_fields, fields, 1, act_layer=act_layer)
@@ -143,6 +132,8 @@ class EquivariantResNet(EquivariantBackbone):
         drop_rate: dropout in front of the classifier.
         drop_path_rate: stochastic depth, rising linearly from 0 to this rate at the last block.
         zero_init_last: start every residual branch at zero (last norm weight 0); the original network does not.
+        cutoff: the kernels' functions at distance r from the centre have angular frequencies up to cutoff * r; None for
+            the original's rule, see `Kernel`.
         conv_strategy: how to compute the convolutions, see `set_conv_strategy`; the output does not depend on it.
         device: where to create parameters and buffers.
         dtype: their type.
@@ -171,6 +162,7 @@ class EquivariantResNet(EquivariantBackbone):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         zero_init_last: bool = False,
+        cutoff: int | None = None,
         conv_strategy: str | dict[str, str] = "auto",
         device=None,
         dtype=None,
@@ -184,9 +176,8 @@ class EquivariantResNet(EquivariantBackbone):
         check_positionwise(norm_layer, width)
 
         # Stem: trivial fields (the image) -> regular fields
-        stem = ConvNormAct(
-            in_chans, width, 7, group, "trivial", stride=2, norm_layer=norm_layer, act_layer=act_layer, **dd
-        )
+        unit = partial(ConvNormAct, group=group, cutoff=cutoff, norm_layer=norm_layer, **dd)
+        stem = unit(in_chans, width, 7, input_type="trivial", stride=2, act_layer=act_layer)
         self.add_module("conv1", stem)
         self.add_level("act1", nn.Identity(), width, reduction=2)  # in conv1; as many children as timm's, for cuts [:n]
         self.maxpool = MaxPool2d(kernel_size=3, stride=2, padding=1)
@@ -206,14 +197,12 @@ class EquivariantResNet(EquivariantBackbone):
                     block(
                         in_fields,
                         width * 2**stage,
-                        group,
+                        unit,
                         stride=stride if index == 0 else 1,
                         dilation=dilation,
                         first_dilation=first_dilation if index == 0 else dilation,
                         act_layer=act_layer,
-                        norm_layer=norm_layer,
                         drop_path=drop_rates.pop(0),
-                        **dd,
                     )
                 )
                 in_fields = width * 2**stage * block.expansion
@@ -275,8 +264,24 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
             raise ValueError(f"feature level {level} of out_indices={levels} does not exist: use 0 to 4, or -5 to -1")
     if kwargs.get("features_only"):
         kwargs = _features_only(**kwargs)
-    build = partial(build_model_with_cfg, EquivariantResNet)
+    elif "reresnet" in variant and kwargs.get("num_classes", 1000) == 1000:
+        kwargs = {"group_pool": "", **kwargs}  # what the published classifier reads
+    build = partial(build_model_with_cfg, EquivariantResNet, pretrained_filter_fn=_averaged_classifier)
     return build_pretrained(build, variant, **kwargs) if pretrained else build(variant, pretrained, **kwargs)
+
+
+def _averaged_classifier(state_dict: dict[str, torch.Tensor], model: EquivariantResNet) -> dict[str, torch.Tensor]:
+    """A classifier of all channels, for a model that pools the group by its mean, so that the logits are invariant.
+
+    The mean over the group of the logits sum_fg w[c, f, g] x[f, g] under its cyclic shifts of the axis g is
+    sum_f (sum_g w[c, f, g]) mean_g x[f, g].
+    """
+    weight, order = state_dict.get("fc.weight"), model.group_pool.order
+    averages = model.group_pool.pool_type == "avg" and isinstance(model.fc, nn.Linear)
+    if weight is None or not averages or weight.shape[1] != order * model.fc.in_features:
+        return state_dict
+    summed = weight.unflatten(1, (-1, order)).sum(2)  # [classes, fields * |G|] -> [classes, fields]
+    return {**state_dict, "fc.weight": summed}
 
 
 def _features_only(**kwargs: Any) -> dict[str, Any]:
@@ -333,10 +338,25 @@ def _resnet(depth: int, group: str, width: int, released: str = "") -> Variant:
     """
     channels = width * Group.from_name(group).order
     summary = f"{group.upper()} ResNet-{depth}: {_symmetry(group)}; {width} fields, {channels} channels"
-    weights = dict(hf_hub_id=hub_id(released), hf_hub_filename=WEIGHTS_FILE) if released else {}
-    return Variant(
-        summary, {**_LAYERS[depth], "group": group, "width": width}, _cfg(**weights), TAG if released else ""
+    arguments = {**_LAYERS[depth], "group": group, "width": width}
+    tag = "equivision_in1k" if released else ""
+    return Variant(summary, arguments, _cfg(**_converted(released, tag)), tag)
+
+
+def _reresnet(depth: int, name: str) -> Variant:
+    """ReDet's C8 network: more functions of the plane in each kernel, and a classifier that reads the group axis."""
+    summary = (
+        f"ReDet's C8 ResNet-{depth}, a backbone for oriented detection: {_symmetry('c8')}; 8 fields, 64 channels. With "
+        "1000 classes the logits are NOT invariant, as published (group_pool='avg' makes them); maps are equivariant"
     )
+    arguments = {**_LAYERS[depth], "group": "c8", "width": 8, "cutoff": 3, "zero_init_last": True}
+    cfg = _cfg(**_converted(name, "redet_in1k"), license="apache-2.0", origin_url="https://github.com/csuhan/ReDet")
+    return Variant(summary, arguments, cfg, "redet_in1k")
+
+
+def _converted(name: str, tag: str) -> dict[str, Any]:
+    """Where timm finds converted weights of the model called `name`, '' for none."""
+    return dict(hf_hub_id=hub_id(name, tag), hf_hub_filename=WEIGHTS_FILE) if name else {}
 
 
 def _test_resnet(group: str, width: int, name: str) -> Variant:
@@ -394,6 +414,8 @@ VARIANTS = {
     "d4resnet101_fast": _resnet(101, "d4", 8),
     "c8resnet101_fast": _resnet(101, "c8", 8),
     "d8resnet101_fast": _resnet(101, "d8", 4),
+    "c8reresnet50": _reresnet(50, "c8reresnet50"),
+    "c8reresnet101": _reresnet(101, "c8reresnet101"),
     "test_c1resnet": _test_resnet("c1", 11, "test_c1resnet"),
     "test_d4resnet": _test_resnet("d4", 4, "test_d4resnet"),
     "test_c8resnet": _test_resnet("c8", 4, "test_c8resnet"),

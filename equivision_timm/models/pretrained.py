@@ -1,4 +1,4 @@
-"""Where the original's weights come from: the local weights folder first, else the Hub, else an error that says how.
+"""Where converted weights come from: the local weights folder first, else the Hub, else an error that says how.
 
 The local weights folder holds a folder for each model: `<weights folder>/c8resnet50.equivision_in1k/model.safetensors`
 next to its `config.json`. On the Hub are those of `PUBLISHED`, each at one commit and with one hash: no host is asked
@@ -17,14 +17,13 @@ import torch.nn as nn
 from huggingface_hub import constants, hf_hub_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from timm.models import PretrainedCfg, resolve_pretrained_cfg
+from timm.models import PretrainedCfg, get_pretrained_cfg, resolve_pretrained_cfg
 
 from equivision_timm.models.tensor_hash import TENSORS_SHA256, hash_tensors
 
 __all__ = [
     "HUB_ORG",
     "PUBLISHED",
-    "TAG",
     "WEIGHTS_FILE",
     "Published",
     "WeightsError",
@@ -36,7 +35,6 @@ __all__ = [
 ]
 
 HUB_ORG = "equivision-timm"  # the organisation on the Hub
-TAG = "equivision_in1k"  # the original's weights, trained on ImageNet-1k
 WEIGHTS_FILE = "model.safetensors"
 
 
@@ -60,10 +58,15 @@ class WeightsError(RuntimeError):
 PUBLISHED: dict[str, Published] = {}  # by name, e.g. "c8resnet50"; nothing has been published yet
 
 
-def hub_id(model_name: str) -> str | None:
+def hub_id(model_name: str, tag: str) -> str | None:
     """`organisation/repository@commit` of a model on the Hub, None where it has not been published."""
     published = PUBLISHED.get(model_name)
-    return f"{HUB_ORG}/{model_name}.{TAG}@{published.revision}" if published else None
+    return f"{HUB_ORG}/{model_name}.{tag}@{published.revision}" if published else None
+
+
+def _with_tag(model_name: str) -> str:
+    """'c8resnet50.equivision_in1k'."""
+    return f"{model_name}.{get_pretrained_cfg(model_name).tag}"
 
 
 def weights_folder() -> Path:
@@ -74,7 +77,7 @@ def weights_folder() -> Path:
 
 def local_folder(model_name: str) -> Path:
     """Folder of the weights folder for a model, e.g. 'c8resnet50', whether it exists or not."""
-    return weights_folder() / f"{model_name}.{TAG}"
+    return weights_folder() / _with_tag(model_name)
 
 
 def build_pretrained(
@@ -144,7 +147,7 @@ def _check(file: Path, model_name: str, tensors_sha256: str | None, remedy: str)
 
 def _download(model_name: str, local_file: Path, cache_dir: str | Path | None) -> Path:
     """The file in the Hub's cache, downloaded if need be."""
-    repository, revision = f"{HUB_ORG}/{model_name}.{TAG}", PUBLISHED[model_name].revision
+    repository, revision = f"{HUB_ORG}/{_with_tag(model_name)}", PUBLISHED[model_name].revision
     try:
         return Path(hf_hub_download(repository, WEIGHTS_FILE, revision=revision, cache_dir=cache_dir))
     except Exception as error:  # errors of huggingface_hub, of its HTTP library, of the system
@@ -157,6 +160,7 @@ def _download(model_name: str, local_file: Path, cache_dir: str | Path | None) -
 
 
 def _is_ours(variant: str, cfg: PretrainedCfg) -> bool:
-    """Whether the weights are the original's, and no other source was named."""
+    """Whether they are the converted weights of `variant`, and no other source was named."""
     other = cfg.source or cfg.state_dict or cfg.file or cfg.url
-    return not other and cfg.tag == TAG and cfg.hf_hub_id == hub_id(variant) and cfg.hf_hub_filename == WEIGHTS_FILE
+    tag = get_pretrained_cfg(variant).tag
+    return not other and (cfg.tag, cfg.hf_hub_id, cfg.hf_hub_filename) == (tag, hub_id(variant, tag), WEIGHTS_FILE)

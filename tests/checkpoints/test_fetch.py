@@ -15,12 +15,12 @@ import timm
 import torch
 from reference_data import checkpoint
 
+from equivision_timm.checkpoints import fetch as fetch_module
 from equivision_timm.checkpoints.equivision import convert_file
-from equivision_timm.checkpoints.equivision import fetch as fetch_module
 from equivision_timm.checkpoints.equivision.convert import convert_original
-from equivision_timm.checkpoints.equivision.fetch import fetch
-from equivision_timm.checkpoints.equivision.released import released
 from equivision_timm.checkpoints.equivision.sign_groups import known_patterns
+from equivision_timm.checkpoints.fetch import fetch
+from equivision_timm.checkpoints.rooms import released
 from equivision_timm.cli import main
 
 pytest.importorskip("gdown", reason="fetching needs the extra `fetch`")

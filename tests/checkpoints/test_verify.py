@@ -14,11 +14,11 @@ import equivision_timm  # noqa: F401  registers the models
 from equivision_timm.checkpoints import verify as verify_module
 from equivision_timm.checkpoints.equivision import convert_file as convert_file_module
 from equivision_timm.checkpoints.equivision.convert import convert_original
-from equivision_timm.checkpoints.equivision.released import Released
 from equivision_timm.checkpoints.equivision.rivals import Statistics
 from equivision_timm.checkpoints.equivision.sign_groups import known_patterns
 from equivision_timm.checkpoints.equivision.signs import AmbiguousSigns, SignSearch
 from equivision_timm.checkpoints.folder import read_provenance, write_model_folder
+from equivision_timm.checkpoints.rooms import Released
 from equivision_timm.checkpoints.verify import verify
 from equivision_timm.cli import main
 from equivision_timm.images.photographs import load_crops
@@ -119,7 +119,7 @@ def test_convert_writes_a_model_that_verify_accepts(ckpt, tmp_path, photographs,
 def test_convert_says_what_is_wrong_and_writes_nothing(ckpt, tmp_path, monkeypatch, capsys, arguments, status, message):
     monkeypatch.chdir(tmp_path)
     if status == 2:  # known before the work
-        monkeypatch.setattr(convert_file_module, "read_original", lambda _: pytest.fail("work was done in vain"))
+        monkeypatch.setattr(convert_file_module, "read_checkpoint", lambda _: pytest.fail("work was done in vain"))
     assert main(["convert", *arguments]) == status
     assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
@@ -300,7 +300,7 @@ def test_accuracy(tmp_path, photographs, monkeypatch):
     assert found["top-1"].ok is None
     assert float(found["top-5"].finding.split()[0]) >= float(found["top-1"].finding.split()[0])
 
-    monkeypatch.setattr(verify_module, "released", lambda: {"test_d4resnet": Released("id", 1.0, 1.0)})
+    monkeypatch.setattr(verify_module, "released", lambda: {"test_d4resnet": Released("nobody", "nowhere", "id", {"top1": 1.0, "top5": 1.0})})
     found = rows(verify(str(folder), photographs, tmp_path / "data"))
     assert found["top-1"].ok is False
     assert "reported 100.0 %" in found["top-1"].finding

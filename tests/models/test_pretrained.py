@@ -73,7 +73,7 @@ def test_only_published_weights_are_listed():
     assert listed == set(PUBLISHED)
     for name in released():
         cfg = get_pretrained_cfg(name)
-        assert (cfg.hf_hub_id, cfg.hf_hub_filename) == (hub_id(name), "model.safetensors")
+        assert (cfg.hf_hub_id, cfg.hf_hub_filename) == (hub_id(name, cfg.tag), "model.safetensors")
     for published in PUBLISHED.values():
         assert (len(published.revision), len(published.tensors_sha256)) == (40, 64)
 

@@ -22,15 +22,15 @@ from functools import cache
 import timm
 import torch
 
+from equivision_timm.checkpoints.change_of_basis import solve, translate_basis
 from equivision_timm.checkpoints.equivision.sign_groups import element_signs, sign_groups
 from equivision_timm.groups import Group
 from equivision_timm.kernel_bases import Kernel, load_kernel_basis
 from equivision_timm.layers import ConvNormAct
 from equivision_timm.models import EquivariantResNet, model_names
 
-__all__ = ["Conversion", "convert_original", "convert_with_details", "fitting_models", "translate_basis"]
+__all__ = ["Conversion", "convert_original", "convert_with_details", "fitting_models"]
 
-_TOLERANCE = 1e-4  # of least-squares residuals, relative to the largest value; float32 leaves 1e-6
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -296,44 +296,8 @@ def _signs_by_filters(state_dict: dict[str, torch.Tensor], convs: dict[str, torc
 def _coefficients_of(filters: torch.Tensor, basis: torch.Tensor, name: str) -> tuple[torch.Tensor, float]:
     """Coefficients [out_fields, in_fields, n_basis] in `basis` of an expanded filter, and the relative residual."""
     blocks = _blocks(filters, basis)  # [out_fields, in_fields, |G| * H * k^2]
-    solved, residual = _solve(blocks.flatten(0, 1).double(), basis.flatten(1), name, filters.dtype)
+    solved, residual = solve(blocks.flatten(0, 1).double(), basis.flatten(1), name, filters.dtype)
     return solved.float().unflatten(0, blocks.shape[:2]), residual
-
-
-def translate_basis(source: torch.Tensor, target: torch.Tensor, name: str) -> tuple[torch.Tensor, float]:
-    """T [n_basis, n_basis] with T target = source, so that w T are coefficients in `target`; and the relative residual.
-
-    Args:
-        source: kernels [n_basis, |G|, H, ...].
-        target: the same kernels in another basis.
-        name: of the convolution, for the error.
-
-    Raises:
-        ValueError: the two do not span the same kernels.
-    """
-    translation, residual = _solve(source.double().flatten(1), target.double().flatten(1), name, source.dtype)
-    rank = torch.linalg.matrix_rank(translation, rtol=1e-3).item()
-    if rank < len(source):
-        raise ValueError(
-            f"the sampled_basis of {name} has {len(source)} kernels, but only {rank} independent ones: it is damaged"
-        )
-    signs = translation.round()  # bases of escnn differ in signs: no rounding errors then
-    return (signs if torch.allclose(translation, signs, rtol=0, atol=1e-5) else translation), residual
-
-
-def _solve(rows: torch.Tensor, basis: torch.Tensor, name: str, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
-    """X [n, n_basis] with X basis = rows [n, values] in the least-squares sense, and the relative residual.
-
-    `dtype` is the one in which the rows were stored: as large as its rounding errors the residual may be.
-    """
-    solution = rows @ torch.linalg.pinv(basis)
-    residual = ((solution @ basis - rows).abs().max() / rows.abs().max().clamp_min(1e-30)).item()
-    if not residual <= _TOLERANCE + torch.finfo(dtype).eps:
-        raise ValueError(
-            f"the kernels of {name} lie outside the basis of this model's group (relative residual {residual:.1e}): "
-            "the checkpoint belongs to another group"
-        )
-    return solution, residual
 
 
 def _blocks(filters: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:

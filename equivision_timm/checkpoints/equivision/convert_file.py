@@ -2,8 +2,6 @@
 
 import hashlib
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +9,13 @@ import timm
 import torch
 
 from equivision_timm.checkpoints.equivision.convert import convert_original, convert_with_details, fitting_models
-from equivision_timm.checkpoints.equivision.original import read_original
 from equivision_timm.checkpoints.equivision.rivals import Statistics, check_before_search, check_statistics
 from equivision_timm.checkpoints.equivision.sign_groups import known_patterns, parse_signs, sign_groups
 from equivision_timm.checkpoints.equivision.signs import MOST_BATCHES, SignSearch, find_signs
-from equivision_timm.checkpoints.folder import check_model_folder, write_model_folder
+from equivision_timm.checkpoints.folder import check_model_folder, versions, write_model_folder
+from equivision_timm.checkpoints.read_file import read_checkpoint
 from equivision_timm.images.photographs import draw_crops, find_photographs, load_photographs
-from equivision_timm.kernel_bases import manifest
+from equivision_timm.kernel_bases import bases_sha256
 from equivision_timm.models.tensor_hash import TENSORS_SHA256, hash_tensors
 
 __all__ = ["Report", "convert_file"]
@@ -68,7 +66,7 @@ def convert_file(
     """Convert a checkpoint file into `model.safetensors` and `config.json`; nothing is written unless all went well.
 
     Args:
-        checkpoint_path: file of the original network, see `read_original`.
+        checkpoint_path: file of the original network, see `read_checkpoint`.
         model_name: the model, e.g. 'c8resnet50'.
         out_folder: the folder to write.
         images: folder of photographs, on which the batch-norm statistics are compared and the signs of a D_4 or D_8
@@ -86,7 +84,7 @@ def convert_file(
     if images is not None:
         find_photographs(images)
     checkpoint_path = Path(checkpoint_path)
-    original = read_original(checkpoint_path)
+    original = read_checkpoint(checkpoint_path)
     conversion = convert_with_details(original, model_name, signs)
     with torch.device("meta"):
         model = timm.create_model(model_name)
@@ -110,7 +108,7 @@ def convert_file(
         model_name=model_name,
         source_sha256=_sha256(checkpoint_path),
         tensors_sha256=hash_tensors(conversion.state_dict),
-        basis_sha256=manifest()["sha256"],
+        basis_sha256=bases_sha256(model.kernels()),
         basis=conversion.basis,
         residual=conversion.residual,
         dtypes=conversion.dtypes,
@@ -118,7 +116,7 @@ def convert_file(
         search=search,
         statistics=statistics,
     )
-    provenance = {"source_file": checkpoint_path.name, **_provenance(report), **_versions()}
+    provenance = {"source_file": checkpoint_path.name, **_provenance(report), **versions()}
     write_model_folder(report.folder, model_name, conversion.state_dict, provenance)
     return report
 
@@ -180,8 +178,3 @@ def _provenance(report: Report) -> dict[str, str]:
     elif report.signs:
         rows["signs_given"] = "by the user"
     return rows
-
-
-def _versions() -> dict[str, str]:
-    names = ("equivision-timm", "timm", "torch", "safetensors")
-    return {**{name: version(name) for name in names}, "date": datetime.now(timezone.utc).date().isoformat()}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn as nn
 
-from equivision_timm.checkpoints.equivision.convert import translate_basis
+from equivision_timm.checkpoints.change_of_basis import translate_basis
 from equivision_timm.kernel_bases import Kernel, load_kernel_basis
 from equivision_timm.kernel_bases.from_escnn import field_type, gspace, import_escnn
 from equivision_timm.layers import ConvNormAct

@@ -14,7 +14,7 @@ from safetensors.torch import save, save_file
 
 import equivision_timm  # noqa: F401  registers the models
 from equivision_timm.checkpoints.equivision.convert import convert_original
-from equivision_timm.checkpoints.equivision.original import read_original
+from equivision_timm.checkpoints.read_file import read_checkpoint
 
 NAME = "d8resnet18_fast"  # the smallest
 
@@ -61,7 +61,7 @@ ENDLESS = {
 def test_objects_without_end_are_refused(tmp_path, content, legacy):
     path = write_pickle(tmp_path / "x.ckpt", b"\x80\2" + content, legacy)
     with pytest.raises(ValueError, match=r"is no checkpoint: .*(more than 1000000|part of itself)") as raised:
-        read_original(path)
+        read_checkpoint(path)
     assert len(str(raised.value)) < 300
 
 
@@ -70,7 +70,7 @@ def test_objects_in_two_places_are_read(tmp_path, legacy):
     """Control: sixteen levels of the same, which is less than a million objects."""
     path = write_pickle(tmp_path / "x.ckpt", b"\x80\2}" + nested(16, 2) + b"K\1s.", legacy)
     with pytest.raises(ValueError, match="name is a tuple"):
-        read_original(path)
+        read_checkpoint(path)
 
 
 def write_pickle(path, content, legacy):
@@ -111,14 +111,14 @@ LIGHTNING = {"epoch": 3, "pytorch-lightning_version": "2.0.9", "optimizer_states
 def test_forms_that_occur(tmp_path, wrap, legacy):
     path = tmp_path / "x.ckpt"
     torch.save(wrap(small_state()), path, _use_new_zipfile_serialization=not legacy)
-    assert same(read_original(path), small_state())
+    assert same(read_checkpoint(path), small_state())
 
 
 def test_safetensors_symlinks_and_dtypes(tmp_path):
     tensors = {key: value.half() if value.is_floating_point() else value for key, value in small_state().items()}
     save_file(tensors, tmp_path / "x.bin")
     (tmp_path / "link").symlink_to(tmp_path / "x.bin")
-    found = read_original(tmp_path / "link")
+    found = read_checkpoint(tmp_path / "link")
     assert found["conv1.weights"].dtype == torch.float16
     assert all(torch.equal(found[key], value) for key, value in tensors.items())
 
@@ -138,7 +138,7 @@ def test_code_is_refused_and_not_run(tmp_path, legacy):
     path, proof = tmp_path / "x.ckpt", tmp_path / "proof"
     torch.save({**small_state(), "hyper_parameters": Harmful(proof)}, path, _use_new_zipfile_serialization=not legacy)
     with pytest.raises(ValueError, match="can run code"):
-        read_original(path)
+        read_checkpoint(path)
     assert not proof.exists()
     torch.load(path, weights_only=False)  # negative control: it would have been run
     assert proof.exists()
@@ -160,7 +160,7 @@ def test_other_files(tmp_path, content, message):
     path = tmp_path / "x.ckpt"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        read_original(path)
+        read_checkpoint(path)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_other_files(tmp_path, content, message):
 def test_other_contents(tmp_path, content, message):
     torch.save(content, tmp_path / "x.ckpt")
     with pytest.raises(ValueError, match=message):
-        read_original(tmp_path / "x.ckpt")
+        read_checkpoint(tmp_path / "x.ckpt")
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
@@ -202,13 +202,13 @@ def test_nested_tensors(tmp_path, monkeypatch):
     torch.save({"a": torch.ones(2)}, tmp_path / "x.ckpt")
     monkeypatch.setattr(torch, "load", lambda *_, **__: {"a": nested})  # such files are refused by torch.load itself
     with pytest.raises(ValueError, match=r"'a' is a nested Tensor, not a dense tensor"):
-        read_original(tmp_path / "x.ckpt")
+        read_checkpoint(tmp_path / "x.ckpt")
 
 
 @pytest.mark.parametrize("bomb", ["deflated", "overlapping"])
 def test_archives_that_unpack_to_more_than_they_are(tmp_path, bomb):
     torch.save({"conv1.weights": torch.zeros(10**7)}, tmp_path / "plain.ckpt")
-    assert len(read_original(tmp_path / "plain.ckpt")) == 1
+    assert len(read_checkpoint(tmp_path / "plain.ckpt")) == 1
     path = tmp_path / "x.ckpt"
     with zipfile.ZipFile(tmp_path / "plain.ckpt") as plain, zipfile.ZipFile(path, "w") as archive:
         for entry in plain.infolist():
@@ -220,24 +220,24 @@ def test_archives_that_unpack_to_more_than_they_are(tmp_path, bomb):
             archive.filelist += [largest] * 3
     assert path.stat().st_size < (10**5 if bomb == "deflated" else 5 * 10**7)
     with pytest.raises(ValueError, match=r"compressed archive.* unpacks to \d+ bytes: save"):
-        read_original(path)
+        read_checkpoint(path)
 
 
 def test_no_file_folder_and_pipe(tmp_path):
     with pytest.raises(FileNotFoundError, match="missing"):
-        read_original(tmp_path / "missing.ckpt")
+        read_checkpoint(tmp_path / "missing.ckpt")
     (tmp_path / "broken").symlink_to(tmp_path / "missing.ckpt")
     with pytest.raises(FileNotFoundError, match="broken"):
-        read_original(tmp_path / "broken")
+        read_checkpoint(tmp_path / "broken")
     with pytest.raises(ValueError, match="is a folder"):
-        read_original(tmp_path)
+        read_checkpoint(tmp_path)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="device or pipe"):  # and does not wait for it
-        read_original(tmp_path / "pipe")
+        read_checkpoint(tmp_path / "pipe")
     with (tmp_path / "huge.ckpt").open("wb") as file:
         file.truncate(5 << 30)  # sparse
     with pytest.raises(ValueError, match=f"{5 << 30} bytes"):
-        read_original(tmp_path / "huge.ckpt")
+        read_checkpoint(tmp_path / "huge.ckpt")
 
 
 def mutations(content, count, seed):
@@ -275,7 +275,7 @@ def test_damaged_files(tmp_path, form):
     for copy in mutations(content, 1000, seed=0):
         path.write_bytes(copy)
         try:
-            found = read_original(path)
+            found = read_checkpoint(path)
         except ValueError:  # anything else is a failure
             refused += 1
         else:

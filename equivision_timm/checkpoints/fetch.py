@@ -1,4 +1,4 @@
-"""Download a checkpoint of the original from Google Drive, convert it and put it into the local weights folder.
+"""Download a released checkpoint from Google Drive, convert it and put it into the local weights folder.
 
 The download lies in `<weights folder>/downloads`, where a broken one waits to be continued and a whole one to be
 converted; the model's own folder appears only once everything is in it. A file lock makes a second process wait for
@@ -10,13 +10,10 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from equivision_timm.checkpoints.equivision.convert_file import convert_file
-from equivision_timm.checkpoints.equivision.original import read_original
-from equivision_timm.checkpoints.equivision.released import released
-from equivision_timm.checkpoints.equivision.sign_groups import parse_signs
 from equivision_timm.checkpoints.folder import check_model_folder
+from equivision_timm.checkpoints.read_file import read_checkpoint
+from equivision_timm.checkpoints.rooms import check_options, convert_file, released
 from equivision_timm.files import check_writable
-from equivision_timm.images.photographs import find_photographs
 from equivision_timm.models.pretrained import WEIGHTS_FILE, local_folder, weights_folder
 
 __all__ = ["fetch"]
@@ -36,16 +33,13 @@ def fetch(model_name: str, images: Path | None = None, signs: str | None = None)
     Raises:
         InputError: the weights folder cannot be written, there are no photographs in `images`.
         ValueError: no checkpoint of this model was released, or it has no such signs; the file is no such checkpoint,
-            or another one than in September 2023.
+            or another one than was released.
         ConnectionError: Google Drive did not give the file.
         ModuleNotFoundError: gdown is not installed.
     """
     if model_name not in released():
         raise ValueError(f"no weights of {model_name} were ever released; there are: {', '.join(released())}")
-    if signs is not None:
-        parse_signs(model_name.partition("resnet")[0], signs)
-    if images is not None:
-        find_photographs(images)
+    check_options(model_name, images, signs)
     folder = local_folder(model_name)
     checkpoint = weights_folder() / "downloads" / f"{model_name}.ckpt"
     check_writable(checkpoint, make_folders=True)
@@ -91,19 +85,19 @@ def _download(model_name: str, checkpoint: Path) -> None:
 def _check_kind(checkpoint: Path) -> None:
     """Delete what is no sound checkpoint, such as a download continued after the file on Drive had changed."""
     try:
-        read_original(checkpoint)
+        read_checkpoint(checkpoint)
     except ValueError as error:
         checkpoint.unlink()
         raise ValueError(f"Google Drive gave something else than a sound checkpoint, deleted again: {error}") from error
 
 
 def _check_hash(model_name: str, checkpoint: Path, folder: Path) -> None:
-    """Print the hash; delete a file that is another one than in September 2023."""
+    """Print the hash; delete a file that is another one than was released."""
     sha256, entry = hashlib.sha256(checkpoint.read_bytes()).hexdigest(), released()[model_name]
-    if entry.sha256 not in (None, sha256):
+    if not sha256.startswith(entry.sha256 or ""):
         checkpoint.unlink()
         raise ValueError(
-            f"Google Drive gave another checkpoint of {model_name} than in September 2023, deleted again: its sha256 "
+            f"Google Drive gave another checkpoint of {model_name} than was released, deleted again: its sha256 "
             f"is {sha256}, not {entry.sha256}. If you trust it, download "
             f"https://drive.google.com/uc?id={entry.drive_id} in a browser and run "
             f"`python -m equivision_timm convert FILE --model {model_name} --out {folder}`"

@@ -1,6 +1,6 @@
-"""Read a checkpoint file of the original without running anything in it: a file -> {name: tensor}, names bare.
+"""Read a foreign checkpoint file without running anything in it: a file -> {name: tensor}, names bare.
 
-Both formats in use are taken: what `torch.save` wrote (a bare state dict, or a Lightning checkpoint with a
+Both formats in use are taken: what `torch.save` wrote (a bare state dict, or a checkpoint of Lightning or mmcv with a
 `state_dict`) and safetensors. Files from strangers are read with `weights_only=True`, which refuses every object that
 could run code, and nothing that is not plainly a set of finite tensors comes out.
 """
@@ -15,9 +15,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
-from equivision_timm.checkpoints.equivision.pickle_size import check_pickle
+from equivision_timm.checkpoints.pickle_size import check_pickle
 
-__all__ = ["read_original"]
+__all__ = ["read_checkpoint"]
 
 _MAX_BYTES = 4 << 30  # the largest published checkpoint has 0.2 GB
 _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
@@ -26,7 +26,7 @@ _LEGACY_PICKLES = 5  # magic number, version, system, the object, the names of i
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80\x02"  # how torch.save has begun since version 1.6, and before
 
 
-def read_original(path: str | Path) -> dict[str, torch.Tensor]:
+def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint file, on the CPU, in the file's own types, `model.` and `module.` stripped.
 
     Args:

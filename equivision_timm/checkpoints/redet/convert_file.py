@@ -1,0 +1,71 @@
+"""A checkpoint file of ReDet or mmrotate -> a model folder of ours, and a report."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from equivision_timm.checkpoints.folder import check_model_folder, versions, write_model_folder
+from equivision_timm.checkpoints.read_file import read_checkpoint
+from equivision_timm.checkpoints.redet.translate import translate
+from equivision_timm.kernel_bases import bases_sha256
+from equivision_timm.models.tensor_hash import TENSORS_SHA256, hash_tensors
+
+__all__ = ["SOURCE", "Report", "convert_file", "released"]
+
+_TABLE = json.loads(Path(__file__).with_name("released.json").read_text(encoding="utf-8"))
+SOURCE: str = _TABLE["source"]
+
+
+def released() -> dict[str, dict]:
+    """The released checkpoints by the name of the model: 'drive_id', 'sha256' (its start), 'top1', 'top5'."""
+    return _TABLE["checkpoints"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was converted: the model folder that was written, and the provenance in its file."""
+
+    folder: Path
+    provenance: dict[str, str]
+
+    def __str__(self) -> str:
+        rows = {"written": str(self.folder), **self.provenance}
+        return "\n".join(f"{name:18} {value}" for name, value in rows.items())
+
+
+def convert_file(checkpoint_path: str | Path, model_name: str, out_folder: str | Path) -> Report:
+    """Convert a checkpoint file into `model.safetensors` and `config.json`; nothing is written unless all went well.
+
+    The backbone of a detector has no classifier: the model folder then holds a model with `num_classes=0`.
+
+    Args:
+        checkpoint_path: a file of ReDet or mmrotate.
+        model_name: 'c8reresnet50' or 'c8reresnet101'.
+        out_folder: the folder to write.
+
+    Raises:
+        InputError: `out_folder` cannot be written or holds something else.
+        ValueError: no checkpoint, or one of another model.
+        OSError: a file cannot be read or written.
+    """
+    check_model_folder(out_folder, model_name)
+    checkpoint_path = Path(checkpoint_path)
+    tensors = read_checkpoint(checkpoint_path)
+    found = translate(tensors, model_name)
+    provenance = {
+        "model": model_name,
+        "source": SOURCE,
+        "source_file": checkpoint_path.name,
+        "source_sha256": hashlib.sha256(checkpoint_path.read_bytes()).hexdigest(),
+        TENSORS_SHA256: hash_tensors(found.state_dict),
+        "basis_sha256": bases_sha256(found.kernels),
+        "basis_from": "sampled_basis",
+        "basis_residual": f"{found.residual:.1e}",
+        "classifier": "of all channels: NOT invariant" if found.has_classifier else "none: the backbone of a detector",
+        **({"dropped": f"{len(found.dropped)} entries of the detector"} if found.dropped else {}),
+        **versions(),
+    }
+    arguments = None if found.has_classifier else {"num_classes": 0}
+    folder = write_model_folder(out_folder, model_name, found.state_dict, provenance, arguments)
+    return Report(folder, provenance)

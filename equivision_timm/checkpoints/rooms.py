@@ -1,0 +1,97 @@
+"""The foreign checkpoints that models of ours are made from: where they lie, what is reported, which room reads them.
+
+Nothing but this file knows more than one room; a new format is a folder beside it and a line in `released`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from equivision_timm.arguments import InputError
+from equivision_timm.checkpoints.equivision import convert_file as equivision
+from equivision_timm.checkpoints.equivision.released import SOURCE as EQUIVISION
+from equivision_timm.checkpoints.equivision.released import released as equivision_released
+from equivision_timm.checkpoints.equivision.sign_groups import parse_signs
+from equivision_timm.checkpoints.redet import convert_file as redet
+from equivision_timm.images.photographs import find_photographs
+from equivision_timm.models import EquivariantResNet, family_of, model_names
+
+__all__ = ["Released", "check_options", "convert_file", "released"]
+
+
+@dataclass(frozen=True)
+class Released:
+    """A checkpoint that somebody released.
+
+    Attributes:
+        project: its name.
+        source: the project's address.
+        drive_id: of the file on Google Drive.
+        reported: accuracies on ImageNet-1k at 224 x 224, between 0 and 1, by what they are of: 'top1', 'top5', ...
+        sha256: of the file, or its first digits; None where unknown.
+    """
+
+    project: str
+    source: str
+    drive_id: str
+    reported: dict[str, float]
+    sha256: str | None = None
+
+
+def released() -> dict[str, Released]:
+    """All released checkpoints by the name of the model."""
+    found = {
+        name: Released("equivision", EQUIVISION, entry.drive_id, {"top1": entry.top1, "top5": entry.top5}, entry.sha256)
+        for name, entry in equivision_released().items()
+    }
+    for name, entry in redet.released().items():
+        reported = {"top1": entry["top1"], "top5": entry["top5"]}
+        found[name] = Released("ReDet", redet.SOURCE, entry["drive_id"], reported, entry["sha256"])
+    return found
+
+
+def convert_file(
+    checkpoint: Path, model_name: str, folder: Path, images: Path | None = None, signs: str | None = None
+) -> Any:
+    """Convert a foreign checkpoint into a model folder; returns a report to print. See the rooms' own functions.
+
+    Args:
+        checkpoint: the file.
+        model_name: the model that it is for.
+        folder: the model folder to write.
+        images: photographs, for statistics and signs of equivision's checkpoints.
+        signs: the sign pattern of equivision's D4 and D8 checkpoints, where it is known.
+
+    Raises:
+        InputError: there is no room for checkpoints of this model, or it takes neither photographs nor signs.
+    """
+    return _converter(model_name, images, signs)(checkpoint, model_name, folder)
+
+
+def check_options(model_name: str, images: Path | None, signs: str | None) -> None:
+    """Find out before a download whether `convert_file` can take these.
+
+    Raises:
+        InputError: see `convert_file`; there are no photographs in `images`.
+        ValueError: no such signs.
+    """
+    _converter(model_name, images, signs)
+    if signs is not None:
+        parse_signs(model_name.partition("resnet")[0], signs)
+    if images is not None:
+        find_photographs(images)
+
+
+def _converter(model_name: str, images: Path | None, signs: str | None) -> Callable[[Path, str, Path], Any]:
+    if model_name not in model_names():
+        raise InputError(f"{model_name!r} is no model of this package, e.g. c8resnet50")
+    if "reresnet" not in model_name and issubclass(family_of(model_name), EquivariantResNet):
+        return partial(equivision.convert_file, images=images, signs=signs)
+    if images is not None or signs is not None:
+        option = "--images" if images is not None else "--signs"
+        raise InputError(f"{option} is for checkpoints of equivision, and {model_name} has none: leave it out")
+    if model_name in redet.released():
+        return redet.convert_file
+    raise InputError(f"there are no checkpoints of {model_name} to convert")
