@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from timm.models import get_pretrained_cfg
 
-from equivision_timm.checkpoints.equivision.released import released
+from equivision_timm.checkpoints.rooms import released
 from equivision_timm.checkpoints.folder import write_model_folder
 from equivision_timm.models.pretrained import HUB_ORG, PUBLISHED, hub_id, local_folder, weights_folder
 from equivision_timm.models.tensor_hash import TENSORS_SHA256, hash_tensors
@@ -66,10 +66,10 @@ def test_where_the_weights_folder_is(monkeypatch, tmp_path):
 
 
 def test_only_published_weights_are_listed():
-    """The twelve released models have a tag, and a place on the Hub, in the list of timm, as soon as it holds them."""
-    tags = {name for name in timm.list_models("[cd]?resnet*", include_tags=True) if "." in name}
-    assert tags == {f"{name}.equivision_in1k" for name in released()}
-    listed = {name.partition(".")[0] for name in timm.list_pretrained("[cd]?resnet*")}
+    """The released models have a tag, and a place on the Hub, in the list of timm, as soon as it holds them."""
+    tags = {name for name in timm.list_models("[cd]?*resnet*", include_tags=True) if "." in name}
+    assert tags == {f"{name}.{get_pretrained_cfg(name).tag}" for name in released()}
+    listed = {name.partition(".")[0] for name in timm.list_pretrained("[cd]?*resnet*")}
     assert listed == set(PUBLISHED)
     for name in released():
         cfg = get_pretrained_cfg(name)
@@ -78,7 +78,7 @@ def test_only_published_weights_are_listed():
         assert (len(published.revision), len(published.tensors_sha256)) == (40, 64)
 
 
-@pytest.mark.parametrize("name", [n for n in timm.list_models("[cd]?resnet*") if n not in released()])
+@pytest.mark.parametrize("name", [n for n in timm.list_models("[cd]?*resnet*") if n not in released()])
 def test_a_model_without_weights_says_so(name):
     assert not get_pretrained_cfg(name).has_weights
     with torch.device("meta"), pytest.raises(RuntimeError, match=f"No pretrained weights exist for {name}"):
@@ -211,7 +211,7 @@ def test_no_weights_anywhere(name, monkeypatch, tmp_path):
             timm.create_model(name, pretrained=True, **keywords)
         message = str(raised.value)
         assert message.startswith(f"no weights for {name}: there is no ")
-        assert str(tmp_path / f"{name}.equivision_in1k" / "model.safetensors") in message
+        assert str(tmp_path / f"{name}.{get_pretrained_cfg(name).tag}" / "model.safetensors") in message
         assert f"`python -m equivision_timm fetch {name}`" in message
 
 
