@@ -6,7 +6,13 @@ For an element g of the group and an input x, f is equivariant when f(g x) = g f
 
 over a batch of smooth random images. Elements that map the pixel grid onto itself (quarter turns, mirrors) should
 reach float accuracy at exact sizes (n = 1 mod 32 for the ResNets); other elements only up to resampling.
+
+How far they are from it between the quarter turns, at any angle and stage by stage, says `angle_error`, for any model
+of timm.
 """
+
+import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
@@ -14,7 +20,7 @@ import torch.nn.functional as F
 
 from equivision_timm.groups import Group
 
-__all__ = ["assert_equivariant", "equivariance_error"]
+__all__ = ["angle_error", "assert_equivariant", "calibrate_norms", "equivariance_error"]
 
 
 def equivariance_error(
@@ -101,6 +107,150 @@ def assert_equivariant(module: nn.Module, size: int = 225, tolerance: float = 1e
         )
 
 
+@torch.no_grad()
+def angle_error(model: nn.Module, images: torch.Tensor, angles: Sequence[float]) -> dict[str, dict[float, float]]:
+    """How far every stage of `model` is from turning with the image, at any angle.
+
+    The error of a map f of the network at an angle is |f(g x) - g f(x)| / |g f(x)|, g the rotation by that angle, over
+    the pixels in a disc of 0.8 times the inscribed radius; the mean over the images. g moves pixels (bicubic between
+    the quarter turns) and permutes the channels of regular fields; between the rotations of the group the channels of a
+    field, a function on the group, are interpolated by its Fourier series. A model of timm without a group has channels
+    that nothing permutes. The images are faded to zero towards the border by a smooth circular mask, so that a rotation
+    brings nothing new into view.
+
+    Use photographs. What breaks equivariance between the quarter turns is aliasing of fine detail, of which random
+    smooth images have next to none, so that the first stages seem sound: `c8resnet18_fast` with random weights has
+    errors of .11 and .31 at act1 and layer1 and 45 degrees on photographs, .01 and .11 on images that vary over 28
+    pixels. Noise, which is all fine detail, seems worse than any picture.
+
+    Args:
+        model: of timm, or any that has its `forward_intermediates` and `feature_info`. It is measured in eval mode;
+            where its weights are random, `calibrate_norms` first.
+        images: [B, C, n, n], normalised as the model wants them, of its type and on its device.
+        angles: in degrees, counter-clockwise.
+
+    Returns:
+        {stage: {angle: error}}, the stages named as in `feature_info`. 0 is perfect; 1 and more mean that the features
+        of the turned image have next to nothing in common with the turned features.
+
+    Raises:
+        TypeError: the model shows no maps.
+        ValueError: images that are not square, an angle that is not finite, or a map of which the disc holds nothing.
+    """
+    if images.ndim != 4 or images.shape[2] != images.shape[3] or not len(images):
+        raise ValueError(f"angle_error takes square images [B, C, n, n], but got {list(images.shape)}: crop them")
+    if not all(map(math.isfinite, angles)):
+        raise ValueError(f"angles {list(angles)} are not all finite: give degrees, such as [45]")
+    images = images * _fade(images.shape[-1], 0.85, 1.0).to(images)
+    was_training = model.training
+    model.eval()
+    try:
+        levels = _maps(model, images)
+        errors: dict[str, dict[float, float]] = {name: {} for name, _, _ in levels}
+        for angle in angles:
+            for (name, rotations, before), (_, _, after) in zip(
+                levels, _maps(model, _rotate(images, angle)), strict=True
+            ):
+                expected = _rotate(_shift_fields(before, rotations, angle), angle)
+                errors[name][angle] = _relative_error(name, after, expected)
+    finally:
+        model.train(was_training)
+    return errors
+
+
+@torch.no_grad()
+def calibrate_norms(model: nn.Module, images: torch.Tensor) -> None:
+    """Set the running statistics of all batch norms to those of `images` [B, C, H, W], layer by layer.
+
+    A network with random weights has statistics 0 and 1, which are far from those of its maps: it would be measured
+    where no trained network works.
+
+    Raises:
+        ValueError: the model has no batch norm with running statistics.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    if not norms:
+        raise ValueError(f"{type(model).__name__} has no batch norms to calibrate: leave it out")
+    modes, momenta = {m: m.training for m in model.modules()}, [norm.momentum for norm in norms]
+    model.eval()
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean over all calls: of one
+            norm.train()
+        model(images)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _maps(model: nn.Module, images: torch.Tensor) -> list[tuple[str, int, torch.Tensor]]:
+    """Of every stage its name, N of its group, and its map [B, C, H, W] as the model computes it."""
+    if not hasattr(model, "forward_intermediates") or not hasattr(model, "feature_info"):
+        raise TypeError(
+            f"{type(model).__name__} shows no maps of its stages: use a model of timm with forward_intermediates "
+            "(not features_only, which hides what its channels are)"
+        )
+    maps = model.forward_intermediates(images, intermediates_only=True)
+    return [
+        (info["module"], Group.from_name(info.get("group", "c1")).rotations, x.float())
+        for info, x in zip(model.feature_info, maps, strict=True)
+    ]
+
+
+def _relative_error(name: str, actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """The mean over the images of |actual - expected| / |expected| in the disc."""
+    disc = _radius(expected.shape[-1]).to(expected.device) <= 0.8
+    norms = [(x * disc).flatten(1).norm(dim=1) for x in (actual - expected, expected)]  # [B] each
+    if not norms[1].min() > 0:
+        raise ValueError(
+            f"the map of {name}, {list(expected.shape)}, is zero or not finite in the disc of radius 0.8: use images "
+            "that are larger, and not grey all over"
+        )
+    return (norms[0] / norms[1]).mean().item()
+
+
+def _radius(n: int) -> torch.Tensor:
+    """[n, n]: the distance of each pixel from the centre; 1 at the middle of the border."""
+    axis = torch.linspace(-1, 1, n) if n > 1 else torch.zeros(1)
+    return torch.hypot(axis[:, None], axis[None, :])
+
+
+def _fade(n: int, inner: float, outer: float) -> torch.Tensor:
+    """[n, n]: 1 up to radius `inner`, 0 from `outer` on, smooth in between (3 t^2 - 2 t^3)."""
+    t = ((outer - _radius(n)) / (outer - inner)).clamp(0, 1)
+    return t * t * (3 - 2 * t)
+
+
+def _rotate(x: torch.Tensor, degrees: float) -> torch.Tensor:
+    """Turn the pixels of x [B, C, n, n] counter-clockwise; multiples of 90 degrees move whole pixels."""
+    quarters, rest = divmod(degrees, 90)
+    if rest == 0:
+        return x.rot90(int(quarters), dims=(-2, -1))
+    axis = torch.linspace(-1, 1, x.shape[-1], dtype=x.dtype, device=x.device)
+    y, x_axis = torch.meshgrid(-axis, axis, indexing="ij")  # y points up
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return _sample(x, cos * x_axis + sin * y, cos * y - sin * x_axis)
+
+
+def _shift_fields(x: torch.Tensor, rotations: int, degrees: float) -> torch.Tensor:
+    """The channels of x [B, m * |G|, H, W] under the rotation: f(k) -> f(k - s), s = degrees N / 360.
+
+    k counts the rotations of C_N; D_N has them twice, without and with the reflection. Where s is no integer, f is its
+    Fourier series, f(k) = sum_j c_j exp(2 pi i j k / N), j = -N / 2 ... N / 2.
+    """
+    functions = x.unflatten(1, (-1, rotations))  # [B, m * |G| / N, N, H, W]
+    shift = degrees * rotations / 360
+    if shift == round(shift):
+        return functions.roll(round(shift), dims=2).flatten(1, 2)
+    frequency = torch.arange(rotations // 2 + 1, device=x.device)
+    phase = torch.exp(-2j * math.pi * frequency * shift / rotations)
+    spectrum = torch.fft.rfft(functions, dim=2) * phase[:, None, None]
+    return torch.fft.irfft(spectrum, n=rotations, dim=2).flatten(1, 2)
+
+
 def _transform(x: torch.Tensor, group: Group, g: int, kind: str) -> torch.Tensor:
     """g x for a float64 batch of kind 'invariant', 'trivial' or 'regular'."""
     if kind == "invariant":
@@ -118,5 +268,10 @@ def _resample(x: torch.Tensor, group: Group, g: int) -> torch.Tensor:
     axis = torch.linspace(-1, 1, x.shape[-1], dtype=x.dtype)
     y, x_axis = torch.meshgrid(-axis, axis, indexing="ij")  # y points up
     radius, angle = torch.hypot(x_axis, y), group.inverse_angle(g, torch.atan2(y, x_axis))
-    source = torch.stack([radius * torch.cos(angle), -radius * torch.sin(angle)], dim=-1)  # g^-1 x: [H, W, 2]
+    return _sample(x, radius * torch.cos(angle), radius * torch.sin(angle))  # g^-1 x
+
+
+def _sample(x: torch.Tensor, right: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """x [B, C, H, W] at the points (right, up), [H, W] each, from -1 to 1: bicubic, zero outside."""
+    source = torch.stack([right, -up], dim=-1)  # [H, W, 2]
     return F.grid_sample(x, source.expand(x.shape[0], -1, -1, -1), mode="bicubic", align_corners=True)
