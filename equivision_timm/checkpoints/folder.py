@@ -24,7 +24,11 @@ CONFIG_FILE = "config.json"
 
 
 def write_model_folder(
-    folder: str | Path, model_name: str, state_dict: dict[str, torch.Tensor], provenance: dict[str, str]
+    folder: str | Path,
+    model_name: str,
+    state_dict: dict[str, torch.Tensor],
+    provenance: dict[str, str],
+    model_args: dict[str, str] | None = None,
 ) -> Path:
     """Write `model.safetensors` and `config.json` to `folder`, or leave it as it is.
 
@@ -33,6 +37,7 @@ def write_model_folder(
         model_name: e.g. 'c8resnet50'.
         state_dict: exactly the entries of this model.
         provenance: where the weights come from; goes into the metadata of the safetensors file.
+        model_args: keywords of the model, where the weights are for others than its own; go into the config.
 
     Returns:
         The folder.
@@ -43,14 +48,14 @@ def write_model_folder(
     """
     folder = Path(folder).absolute()
     with torch.device("meta"):
-        model = timm.create_model(model_name)
+        model = timm.create_model(model_name, **(model_args or {}))
     _check_fit(model.state_dict(), state_dict, model_name)
     _check_target(folder, model_name)
     tensors = {name: value.contiguous() for name, value in state_dict.items()}
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
     try:
-        save_config_for_hf(model, staging / CONFIG_FILE)
+        save_config_for_hf(model, staging / CONFIG_FILE, model_args=model_args)
         _write(staging / CONFIG_FILE, (staging / CONFIG_FILE).read_bytes())
         _write(staging / WEIGHTS_FILE, save(tensors, metadata={"format": "pt", **provenance}))
         _sync_folder(staging)

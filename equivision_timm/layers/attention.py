@@ -45,22 +45,20 @@ class IrrepAttention(nn.Module):
         if num_heads < 1 or fields % num_heads:
             dim = self.order * fields
             raise ValueError(
-                f"num_heads {num_heads} makes heads of width {dim}/{num_heads}, which {self.order}, the order of {group}, "
-                f"does not divide: embed_dim must be a multiple of {self.order} * num_heads"
+                f"num_heads {num_heads} makes heads of width {dim}/{num_heads}, which {self.order}, the order of "
+                f"{group}, does not divide: embed_dim must be a multiple of {self.order} * num_heads"
             )
         self.num_heads = num_heads
         self.head_fields = fields // num_heads
-        self.qkv = IrrepLinear(fields, 3 * fields, group, device=device, dtype=dtype)
+        self.qkv = IrrepLinear(fields, 3 * fields, group, "blocks", device=device, dtype=dtype)
         self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = IrrepLinear(fields, fields, group, device=device, dtype=dtype)
+        self.proj = IrrepLinear(fields, fields, group, "tokens", device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        B, N, C = x.shape
-        qkv = self.qkv(x).reshape(B, N, self.order, 3, self.num_heads, self.head_fields)
-        qkv = qkv.permute(3, 0, 4, 1, 2, 5).flatten(4)  # [3, B, heads, N, |G| * head_fields]
+        qkv = self.qkv(x).unflatten(3, (3, self.num_heads, self.head_fields))  # [|G|, B, N, 3, heads, head_fields]
+        qkv = qkv.permute(3, 1, 4, 2, 0, 5).flatten(4)  # [3, B, heads, N, |G| * head_fields]
         q, k, v = qkv.unbind(0)
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
-        x = x.transpose(1, 2).unflatten(3, (self.order, self.head_fields))  # [B, N, heads, |G|, head_fields]
-        x = x.transpose(2, 3).reshape(B, N, C)  # [B, N, |G| * fields]
-        return self.proj_drop(self.proj(x))
+        x = x.unflatten(3, (self.order, self.head_fields)).permute(3, 0, 2, 1, 4)  # [|G|, B, N, heads, head_fields]
+        return self.proj_drop(self.proj(x.flatten(3)))

@@ -81,7 +81,7 @@ def plane_matrices(group: Group) -> torch.Tensor:
 
 
 def signs(group: Group) -> torch.Tensor:
-    """[ones, |G|] float64: the one-dimensional irreps, in D4 the signs of A1 (r +, f +), A2 (+ -), B1 (- +), B2 (- -)."""
+    """[ones, |G|] float64: the one-dimensional irreps, in D4 A1 (r +, f +), A2 (+ -), B1 (- +), B2 (- -)."""
     elements = torch.arange(group.order, dtype=torch.float64, device="cpu")
     reflection = 1 - 2 * (elements >= group.rotations).double()
     rotation = 1 - 2 * (elements % 2)  # the number of rotations is even where this is used
@@ -118,7 +118,7 @@ def each_channel(scales: torch.Tensor, plane: int) -> torch.Tensor:
 
 
 class ChangeBasis(nn.Module):
-    """From the irreps basis to the regular one or back: [..., |G|, fields] -> the same shape, along the group's axis.
+    """From the irreps basis to the regular one or back: [|G|, ..., fields] -> the same shape, along the first axis.
 
     f = Q^T f^ and f^ = Q f. In the regular basis the group permutes the |G| values of a field.
 
@@ -132,14 +132,12 @@ class ChangeBasis(nn.Module):
         self.group = group
         self.to_basis = to
         self.transposed = to == "regular"
-        self._matrix = irreps_matrix(
-            group, torch.float64, torch.device("cpu")
-        )  # no state: what TorchScript takes along
+        self._matrix = irreps_matrix(group, torch.float64, torch.device("cpu"))  # no state: for TorchScript
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.jit.is_scripting():
             matrix = self._matrix.to(x)
-            return torch.matmul(matrix.t() if self.transposed else matrix, x)
+            return torch.mm(matrix.t() if self.transposed else matrix, x.flatten(1)).unflatten(1, x.shape[1:])
         else:
             return _change_basis(x, self.group, self.transposed)
 
@@ -150,4 +148,4 @@ class ChangeBasis(nn.Module):
 @torch.fx.wrap  # asks for type and device: one node in a graph of torch.fx
 def _change_basis(x: torch.Tensor, group: str, transposed: bool) -> torch.Tensor:
     matrix = fitting(irreps_matrix(group, x.dtype, x.device), x)
-    return torch.matmul(matrix.t() if transposed else matrix, x)
+    return torch.mm(matrix.t() if transposed else matrix, x.flatten(1)).unflatten(1, x.shape[1:])

@@ -11,19 +11,23 @@ __all__ = ["IrrepLinear"]
 
 
 class IrrepLinear(nn.Module):
-    """Linear layer of tokens in the irreps basis: [..., |G| * in_fields] -> [..., |G| * out_fields].
+    """Linear layer of tokens in the irreps basis, from tokens to blocks or back.
+
+    Tokens are [..., |G| * fields], the form of the residual stream; blocks [|G|, ..., fields], the form in which what
+    lies between two linear layers is computed: whole matrices for the change of basis and for each irrep, no copies.
 
     By Schur's lemma one matrix for each one-dimensional irrep, and for E one on the multiplicity, the same for both
     rows; where E is of complex type (C4) two, W x + V J x with J the rotation by 90 degrees. The bias is on the trivial
     irrep alone. A D4 layer has 1/8 of the weights of a dense one and 3/16 of its multiply-accumulates.
 
-    Parameters: `weight` [ones, out_fields, in_fields]; `weight_plane` [multiplicity * out_fields,
-    multiplicity * in_fields], in C4 [2, out_fields, in_fields], None where there is no E; `bias` [out_fields].
+    Parameters: `weight` [ones, out_fields, in_fields]; `weight_plane` [2 * out_fields, 2 * in_fields], in C4
+    [2, out_fields, in_fields], None where there is no E; `bias` [out_fields].
 
     Args:
         in_fields: number of input fields.
         out_fields: number of output fields.
         group: name of the group, such as 'd4'.
+        to: 'blocks', of tokens, or 'tokens', of blocks.
         device: where to create the parameters.
         dtype: their type.
 
@@ -33,15 +37,16 @@ class IrrepLinear(nn.Module):
     Source of the maths: Serre, Linear Representations of Finite Groups (1977), chapter 2.
     """
 
-    def __init__(self, in_fields: int, out_fields: int, group: str, device=None, dtype=None) -> None:
+    def __init__(self, in_fields: int, out_fields: int, group: str, to: str, device=None, dtype=None) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         irreps = irreps_of(group)
         self.in_fields = in_fields
         self.out_fields = out_fields
         self.group = group
+        self.to_form = to
+        self.to_blocks = to == "blocks"
         self.ones = irreps.ones
-        self.rows = irreps.rows
         self.multiplicity = irreps.multiplicity
         self.weight = nn.Parameter(torch.empty(irreps.ones, out_fields, in_fields, **dd))
         self.weight_plane = None
@@ -60,24 +65,39 @@ class IrrepLinear(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        tokens = x.flatten(0, -2)  # [..., |G| * in] -> [T, |G| * in]
-        ones = tokens[:, : self.ones * self.in_fields].unflatten(1, (self.ones, self.in_fields))  # [T, ones, in]
-        y = torch.bmm(ones.transpose(0, 1), self.weight.transpose(1, 2))  # [ones, T, out]
-        blocks = [y[0] + self.bias]
+        return self._to_blocks(x) if self.to_blocks else self._to_tokens(x)
+
+    def _to_blocks(self, x: torch.Tensor) -> torch.Tensor:
+        widths = [self.in_fields] * self.ones + [2 * self.in_fields] * self.multiplicity
+        parts = x.flatten(0, -2).split(widths, 1)  # of [T, |G| * in]; D4: each row of E at once, C4: both
+        blocks = [F.linear(parts[0], self.weight[0], self.bias)]  # [T, out]
         for i in range(1, self.ones):
-            blocks.append(y[i])  # noqa: PERF401  (TorchScript)
-        weight = self.weight_plane
-        if weight is not None:
-            plane = tokens[:, self.ones * self.in_fields :]  # [T, 2 * multiplicity * in]
-            if self.multiplicity == 1:
-                w, v = weight[0], weight[1]
-                both = torch.cat([torch.cat([w, -v], 1), torch.cat([v, w], 1)])  # W + V J, [2 * out, 2 * in]
-                blocks.append(F.linear(plane, both))
-            else:
-                first, second = plane.chunk(2, 1)  # the rows, [T, 2 * in] each
-                blocks.append(F.linear(first, weight))
-                blocks.append(F.linear(second, weight))
-        return torch.cat(blocks, 1).unflatten(0, x.shape[:-1])
+            blocks.append(F.linear(parts[i], self.weight[i]))  # noqa: PERF401  (TorchScript)
+        if self.weight_plane is not None:
+            first, second = self._plane_matrix(self.weight_plane).chunk(2)  # [out, 2 * in]
+            for i in range(self.ones, self.ones + self.multiplicity):
+                blocks.append(F.linear(parts[i], first))
+                blocks.append(F.linear(parts[i], second))
+        return torch.stack(blocks).unflatten(1, x.shape[:-1])  # [|G|, T, out] -> [|G|, ..., out]
+
+    def _to_tokens(self, x: torch.Tensor) -> torch.Tensor:
+        blocks = x.flatten(1, -2).unbind(0)  # |G| times [T, in]
+        tokens = [F.linear(blocks[0], self.weight[0], self.bias)]  # [T, out]
+        for i in range(1, self.ones):
+            tokens.append(F.linear(blocks[i], self.weight[i]))  # noqa: PERF401  (TorchScript)
+        if self.weight_plane is not None:
+            first, second = self._plane_matrix(self.weight_plane).chunk(2, 1)  # [2 * out, in]
+            for i in range(self.ones, self.ones + 2 * self.multiplicity, 2):
+                row = torch.addmm(F.linear(blocks[i], first), blocks[i + 1], second.t())  # [T, 2 * out]
+                tokens.append(row)  # noqa: PERF401  (TorchScript)
+        return torch.cat(tokens, 1).unflatten(0, x.shape[1:-1])  # [T, |G| * out] -> [..., |G| * out]
+
+    def _plane_matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        """The matrix on pairs of blocks of E, [2 * out, 2 * in]: D4's as it is, C4's W + V J."""
+        if self.multiplicity == 2:
+            return weight
+        w, v = weight[0], weight[1]
+        return torch.cat([torch.cat([w, -v], 1), torch.cat([v, w], 1)])
 
     def extra_repr(self) -> str:
-        return f"{self.in_fields}, {self.out_fields}, group={self.group!r}"
+        return f"{self.in_fields}, {self.out_fields}, group={self.group!r}, to={self.to_form!r}"

@@ -5,14 +5,14 @@ from collections.abc import Callable
 import torch
 import torch.nn as nn
 
-from equivision_timm.layers.irreps import ChangeBasis, irreps_of
+from equivision_timm.layers.irreps import ChangeBasis
 from equivision_timm.layers.linear import IrrepLinear
 
 __all__ = ["IrrepMlp", "RegularAct"]
 
 
 class RegularAct(nn.Module):
-    """A pointwise activation in the regular basis, of tokens in the irreps basis: [..., |G| * fields] -> the same.
+    """A pointwise activation in the regular basis, of blocks in the irreps basis: [|G|, ..., fields] -> the same.
 
     In the regular basis the group permutes the channels of a field, which commutes with a function of every value.
 
@@ -23,14 +23,12 @@ class RegularAct(nn.Module):
 
     def __init__(self, act: nn.Module, group: str) -> None:
         super().__init__()
-        self.order = irreps_of(group).order
         self.to_regular = ChangeBasis(group, "regular")
         self.act = act
         self.to_irreps = ChangeBasis(group, "irreps")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.unflatten(-1, (self.order, -1))  # [..., |G|, fields]
-        return self.to_irreps(self.act(self.to_regular(x))).flatten(-2)
+        return self.to_irreps(self.act(self.to_regular(x)))
 
 
 class IrrepMlp(nn.Module):
@@ -57,12 +55,12 @@ class IrrepMlp(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        self.fc1 = IrrepLinear(fields, hidden_fields, group, device=device, dtype=dtype)
+        self.fc1 = IrrepLinear(fields, hidden_fields, group, "blocks", device=device, dtype=dtype)
         self.act = RegularAct(act_layer(), group)
         self.drop1 = nn.Dropout(drop)
-        self.fc2 = IrrepLinear(hidden_fields, fields, group, device=device, dtype=dtype)
+        self.fc2 = IrrepLinear(hidden_fields, fields, group, "tokens", device=device, dtype=dtype)
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.drop1(self.act(self.fc1(x)))
+        x = self.drop1(self.act(self.fc1(x)))  # [|G|, ..., hidden_fields]
         return self.drop2(self.fc2(x))

@@ -110,10 +110,10 @@ def _couple(values: torch.Tensor, group: str) -> torch.Tensor:
 
 
 class TileConv2d(nn.Module):
-    """Convolution of patches into tokens in the irreps basis: [B, in_chans, H, W] -> [B, |G| * fields, H / p, W / p].
+    """Convolution of patches into the irreps basis: [B, in_chans, H, W] -> [B, |G| * fields, H / p, W / p].
 
-    Kernel and stride are p; the p x p kernel of a block is sqrt(d / |G|) times its unfolded tile, d the dimension of the
-    irrep, so that a moved image gives moved patches, with the group acting on their blocks. The bias is on the trivial
+    Kernel and stride are p; the p x p kernel of a block is sqrt(d / |G|) times its unfolded tile, d the dimension of
+    the irrep, so that a moved image gives moved patches, with the group acting on their blocks. The bias is on the trivial
     irrep.
 
     Parameters: `weight` [tile_count * fields, in_chans, h, w], four axes, the input second, as timm expects of a first

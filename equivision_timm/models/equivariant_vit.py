@@ -1,8 +1,8 @@
 """Vision transformers whose tokens rotate and reflect with the image, and whose class token can be invariant.
 
 The networks are those of octic-vits (Nordström et al., arXiv 2505.15441, https://github.com/davnords/octic-vits; their
-"D8" is the D4 of this package) and, for D1, of flopping-for-flops (arXiv 2502.05169). Tokens are one tensor [B, N, d] in
-the irreps basis (layers/irreps.py); the blocks commute with the group. What follows them makes the kind of network:
+"D8" is the D4 of this package) and, for D1, of flopping-for-flops (arXiv 2502.05169). Tokens are one tensor [B, N, d]
+in the irreps basis (layers/irreps.py); the blocks commute with the group. What follows them makes the kind of network:
 
 - `d4vit_*`: in the middle, invariants of every token are handed to ordinary blocks of timm. The class token, the
   logits and the means over patches do not change under the group; maps of the later blocks move with the image.
@@ -152,7 +152,7 @@ class EquivariantViT(nn.Module):
 
     The first `equivariant_depth` blocks are equivariant, the others timm's. With `invariants` the logits do not change
     under the group; without (the hybrids) they do. `forward_features` returns tokens [B, prefix + N, d]: ordinary ones,
-    invariant but for their place, where ordinary blocks come last; else regular fields, channel = field * |G| + element.
+    invariant but for their place, where ordinary blocks come last; else regular fields, field-major.
 
     Args:
         group: name of the group: 'd4', 'd1', 'c4', or another one that maps a square grid onto itself.
@@ -309,19 +309,19 @@ class EquivariantViT(nn.Module):
         if embed_dim % self.order:
             nearest = max(1, round(embed_dim / self.order)) * self.order
             raise ValueError(
-                f"embed_dim {embed_dim} does not consist of fields of {self.group}, {self.order} channels each: use, for "
-                f"example, {nearest}"
+                f"embed_dim {embed_dim} does not consist of fields of {self.group}, {self.order} channels each: use, "
+                f"for example, {nearest}"
             )
         if not 0 < equivariant_depth <= depth:
             raise ValueError(
-                f"equivariant_depth {equivariant_depth} is none of the {depth} blocks: use 1 to {depth}, or None for the "
-                "first half"
+                f"equivariant_depth {equivariant_depth} is none of the {depth} blocks: use 1 to {depth}, or None for "
+                "the first half"
             )
         ordinary = equivariant_depth < depth
         if invariants == "trivial" and ordinary:
             raise ValueError(
-                f"invariants 'trivial' are for networks whose {depth} blocks are all equivariant, but equivariant_depth "
-                f"is {equivariant_depth}: use 'power'"
+                f"invariants 'trivial' are for networks whose {depth} blocks are all equivariant, but "
+                f"equivariant_depth is {equivariant_depth}: use 'power'"
             )
         if not invariants and not ordinary:
             raise ValueError(
@@ -344,8 +344,8 @@ class EquivariantViT(nn.Module):
             side = self.patch_embed.patch_size[0] * 2
             fitting = max(1, round(max(height, width) / side)) * side
             raise ValueError(
-                f"img_size {height} x {width} gives the position map a grid that {self.group} does not fit ({error}). Use "
-                f"img_size={fitting}, with dynamic_img_size=True to take {height} x {width} as well"
+                f"img_size {height} x {width} gives the position map a grid that {self.group} does not fit ({error}). "
+                f"Use img_size={fitting}, with dynamic_img_size=True to take {height} x {width} as well"
             ) from error
 
     @torch.jit.ignore
@@ -454,9 +454,9 @@ class EquivariantViT(nn.Module):
         return self.patch_drop(self.pos_drop(torch.cat(tokens, 1)))
 
     def _fields(self, x: torch.Tensor) -> torch.Tensor:
-        """Irreps basis -> regular fields, field-major: [..., |G| * fields] -> channel = field * |G| + element."""
-        x = self.to_regular(x.unflatten(-1, (self.order, -1)))  # [..., |G|, fields]
-        return x.transpose(-2, -1).flatten(-2)
+        """Irreps basis -> regular fields, field-major: [B, N, |G| * fields] -> channel = field * |G| + element."""
+        blocks = x.unflatten(2, (self.order, -1)).permute(2, 0, 1, 3)  # [|G|, B, N, fields]
+        return self.to_regular(blocks).permute(1, 2, 3, 0).flatten(2)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens [B, prefix + N, d] behind the last norm: regular fields where the last block is equivariant."""
@@ -464,7 +464,7 @@ class EquivariantViT(nn.Module):
         for index, block in enumerate(self.blocks):
             if index == self.equivariant_depth:
                 x = self.hand_over(x)
-            if self.grad_checkpointing and not torch.jit.is_scripting():
+            if self.grad_checkpointing and not torch.jit.is_scripting():  # noqa: SIM108  (TorchScript)
                 x = checkpoint(block, x)
             else:
                 x = block(x)
@@ -476,8 +476,8 @@ class EquivariantViT(nn.Module):
         pool = self.global_pool
         if self.reads_fields:
             x = x[:, :1] if pool == "token" else x
-            x = x.unflatten(-1, (-1, self.order)).transpose(-2, -1)  # [B, N, |G|, fields]
-            x = self.hand_over(self.to_irreps(x).flatten(-2))  # [B, N, features]
+            x = x.unflatten(2, (-1, self.order)).permute(3, 0, 1, 2)  # [|G|, B, N, fields]
+            x = self.hand_over(self.to_irreps(x).permute(1, 2, 0, 3).flatten(2))  # [B, N, features]
         x = global_pool_nlc(x, pool_type=pool, num_prefix_tokens=self.num_prefix_tokens)
         x = self.head_drop(self.fc_norm(x))
         return x if pre_logits else self.head(x)
@@ -518,12 +518,13 @@ class EquivariantViT(nn.Module):
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         if norm and not self.ends_equivariant and min(take_indices) < self.equivariant_depth:
             raise ValueError(
-                f"norm=True is for blocks {self.equivariant_depth} to {len(self.blocks) - 1}, whose tokens the last norm "
-                f"is made for, but block {min(take_indices)} is equivariant: use norm=False"
+                f"norm=True is for blocks {self.equivariant_depth} to {len(self.blocks) - 1}, whose tokens the last "
+                f"norm is made for, but block {min(take_indices)} is equivariant: use norm=False"
             )
         if self.training and output_fmt == "NCHW" and isinstance(self.patch_drop, PatchDropout):
             raise ValueError(
-                f"patch_drop_rate {self.patch_drop.prob} leaves no whole map in training: use output_fmt='NLC', or eval()"
+                f"patch_drop_rate {self.patch_drop.prob} leaves no whole map in training: use output_fmt='NLC', or "
+                "eval()"
             )
         size = x.shape[2], x.shape[3]
         x = self._embed(x)
@@ -689,7 +690,7 @@ VARIANTS: dict[str, Variant] = {
     "d1vit_huge_patch14_224": Variant(f"D1 ViT-H/14: {MIRROR}.", _d1("huge", 14)),
     "test_d4vit": Variant(
         f"Tiny D4 ViT for tests: {INVARIANT}.",
-        {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3},
+        {"img_size": 64, "patch_size": 16, "embed_dim": 48, "depth": 4, "num_heads": 3, "init_values": 1.0},
         "digits",
         {
             "file": str(Path(__file__).parents[1] / "digits" / "test_d4vit.safetensors"),

@@ -8,32 +8,31 @@ and their position tiles have the channels last.
 import timm
 import torch
 
-from equivision_timm.models import EquivariantViT
+from equivision_timm.models.equivariant_vit import VARIANTS, EquivariantViT
 
-__all__ = ["fitting_models", "translate"]
+__all__ = ["fitting_models", "invariants_of", "translate", "translate_to"]
 
+TAGS = ("deit3_in1k", "dinov2_in1k")  # of the weights that octic-vits published
 _ONES = ("A1", "A2", "B1", "B2")
 
 
 class _Source:
     """Their entries, each to be taken once."""
 
-    def __init__(self, state_dict: dict[str, torch.Tensor], model_name: str) -> None:
+    def __init__(self, state_dict: dict[str, torch.Tensor]) -> None:
         self.left = dict(state_dict)
-        self.model_name = model_name
 
     def take(self, name: str) -> torch.Tensor:
-        try:
-            return self.left.pop(name)
-        except KeyError:
-            raise ValueError(f"the checkpoint has no entry {name}, which {self.model_name} needs") from None
+        if name not in self.left:
+            raise ValueError(f"there is no entry {name}")
+        return self.left.pop(name)
 
     def take_all(self, pattern: str, names: tuple[str, ...]) -> list[torch.Tensor]:
         return [self.take(pattern.format(name)) for name in names]
 
 
-def translate(state_dict: dict[str, torch.Tensor], model_name: str) -> dict[str, torch.Tensor]:
-    """The entries of `model_name` from those of octic-vits, float32.
+def translate(state_dict: dict[str, torch.Tensor], model_name: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The entries of `model_name`, float32, and the keywords that it must be built with, from those of octic-vits.
 
     Args:
         state_dict: their names, without wrappers, see `read_octic`.
@@ -43,45 +42,56 @@ def translate(state_dict: dict[str, torch.Tensor], model_name: str) -> dict[str,
         ValueError: the checkpoint is one of another model; an entry is missing, of another shape, or left over; a class
             token that is not invariant.
     """
+    keywords = _keywords(state_dict, model_name)
     with torch.device("meta"):
-        model = timm.create_model(model_name)
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        model = timm.create_model(model_name, **keywords)
     try:
-        ours = _translate(state_dict, model, model_name)
-        _check(expected, {name: tuple(value.shape) for name, value in ours.items()}, model_name)
+        return translate_to(model, state_dict), keywords
     except ValueError as error:
         others = [name for name in fitting_models(state_dict) if name != model_name]
-        hint = f": it is one of {' or '.join(others)}" if others else ""
-        raise ValueError(f"this is no checkpoint of {model_name}{hint} ({error})") from error
-    return ours
+        hint = f", but of {' or '.join(others)}" if others else ""
+        raise ValueError(f"this is no checkpoint of {model_name}{hint}: {error}") from error
+
+
+def invariants_of(state_dict: dict[str, torch.Tensor]) -> str:
+    """Which invariants the ordinary half reads, from the shape of what reads them: of fields, 6 or 32; '' for a hybrid.
+
+    Raises:
+        ValueError: any other shape.
+    """
+    weight = state_dict.get("invariant_proj.weight")
+    if weight is None:
+        return ""
+    kinds = {(8, 6): "power", (8, 32): "polynomial"}  # of the width d = 8 * fields
+    fields = weight.shape[0] // 8 if weight.ndim == 2 else 0
+    for (width, count), kind in kinds.items():
+        if fields and tuple(weight.shape) == (width * fields, count * fields):
+            return kind
+    raise ValueError(
+        f"invariant_proj.weight of shape {tuple(weight.shape)} reads invariants that we do not know: power invariants "
+        "are 3/4 of the width, polynomial ones 4 times"
+    )
 
 
 def fitting_models(state_dict: dict[str, torch.Tensor]) -> list[str]:
     """The models that `state_dict` fits by names and shapes, of those with weights of octic-vits."""
-    fitting = []
-    for tagged in timm.list_models("d4*", module="equivariant_vit"):
+    meta = {name: value.detach().to("meta") for name, value in state_dict.items()}
+    return [name for name, variant in VARIANTS.items() if variant.tag in TAGS and _fits(meta, name)]
+
+
+def _fits(meta: dict[str, torch.Tensor], model_name: str) -> bool:
+    try:
         with torch.device("meta"):
-            model = timm.create_model(tagged)
-        shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-        meta = {name: value.detach().to("meta") for name, value in state_dict.items()}
-        try:
-            _check(shapes, {k: tuple(v.shape) for k, v in _translate(meta, model, tagged).items()}, tagged)
-        except (ValueError, RuntimeError):
-            continue
-        fitting.append(tagged)
-    return fitting
+            model = timm.create_model(model_name, **_keywords(meta, model_name))
+        translate_to(model, meta)
+    except (ValueError, RuntimeError):  # RuntimeError: shapes that do not even divide
+        return False
+    return True
 
 
-def _check(expected: dict[str, tuple], found: dict[str, tuple], model_name: str) -> None:
-    for name in {**expected, **found}:
-        if expected.get(name) != found.get(name):
-            raise ValueError(
-                f"{name} would have shape {found.get(name)}, in {model_name} it has {expected.get(name)} (None: no entry)"
-            )
-
-
-def _translate(state_dict: dict[str, torch.Tensor], model: EquivariantViT, model_name: str) -> dict[str, torch.Tensor]:
-    source = _Source(state_dict, model_name)
+def translate_to(model: EquivariantViT, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The entries of `model`; raises ValueError as `translate`. Mask tokens of DINOv2's training are left out."""
+    source = _Source(state_dict)
     ours: dict[str, torch.Tensor] = {}
     names = (*_ONES, "E_left", "E_right")
     ours["patch_embed.proj.weight"] = torch.cat(source.take_all("patch_embed.lift8.conv_{}.weight", names))
@@ -91,28 +101,39 @@ def _translate(state_dict: dict[str, torch.Tensor], model: EquivariantViT, model
     ours["cls_token"] = source.take("cls_token.0")
     for name in [name for name in source.left if name.startswith("cls_token.")]:  # 4 (DeiT III) or 7 (DINOv2)
         value = source.take(name)
-        if value.device.type != "meta" and value.any():
+        if not value.is_meta and value.any():
             raise ValueError(f"{name} is not zero: this class token is not invariant")
+    for name in [name for name in source.left if name.startswith("mask_token.")]:
+        source.take(name)
     heads = model.blocks[0].attn.num_heads
     for index in range(len(model.blocks)):
-        block = f"blocks.{index}"
         if index < model.equivariant_depth:
-            _equivariant_block(source, ours, block, heads)
+            _equivariant_block(source, ours, f"blocks.{index}", heads)
         else:
-            _ordinary_block(source, ours, block)
-    for name in ("weight", "bias"):
-        if any(key.startswith("hand_over.proj") for key, _ in model.named_parameters()):
-            ours[f"hand_over.proj.{name}"] = source.take(f"invariant_proj.{name}")
-        ours[f"norm.{name}"] = source.take(f"norm.{name}")
-        if model.num_classes:
-            ours[f"head.{name}"] = source.take(f"head.{name}")
-    for name in [name for name in source.left if name.startswith("mask_token.")]:
-        source.take(name)  # of DINOv2's training: stands for hidden patches
+            _ordinary_block(source, ours, f"blocks.{index}")
+    theirs = {"hand_over.proj": "invariant_proj", "norm": "norm", "head": "head"}
+    for name in model.state_dict():
+        module, _, leaf = name.rpartition(".")
+        if module in theirs:
+            ours[name] = source.take(f"{theirs[module]}.{leaf}")
     if source.left:
-        raise ValueError(
-            f"{len(source.left)} entries of the checkpoint are left over, such as {next(iter(source.left))}"
-        )
+        raise ValueError(f"{len(source.left)} entries are left over, such as {next(iter(source.left))}")
+    _check_shapes(model, ours)
     return {name: value.float().contiguous() for name, value in ours.items()}
+
+
+def _keywords(state_dict: dict[str, torch.Tensor], model_name: str) -> dict[str, str]:
+    """The keyword for other invariants than the model's own; a hybrid and an invariant network are no such pair."""
+    found, own = invariants_of(state_dict), VARIANTS[model_name].keywords.get("invariants", "power")
+    return {"invariants": found} if found and own and found != own else {}
+
+
+def _check_shapes(model: EquivariantViT, ours: dict[str, torch.Tensor]) -> None:
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    for name in {**expected, **ours}:
+        found = tuple(ours[name].shape) if name in ours else None
+        if found != expected.get(name):
+            raise ValueError(f"{name} would have shape {found}, but must have {expected.get(name)} (None: no entry)")
 
 
 def _equivariant_block(source: _Source, ours: dict[str, torch.Tensor], block: str, heads: int) -> None:
