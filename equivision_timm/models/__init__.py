@@ -2,6 +2,7 @@
 
 from equivision_timm.models.backbone import EquivariantBackbone
 from equivision_timm.models.equivariant_resnet import EquivariantResNet
+from equivision_timm.models.equivariant_vit import EquivariantViT
 from equivision_timm.models.variants import family_of, is_ours, model_names
 
-__all__ = ["EquivariantBackbone", "EquivariantResNet", "family_of", "is_ours", "model_names"]
+__all__ = ["EquivariantBackbone", "EquivariantResNet", "EquivariantViT", "family_of", "is_ours", "model_names"]

@@ -300,7 +300,11 @@ def test_accuracy(tmp_path, photographs, monkeypatch):
     assert found["top-1"].ok is None
     assert float(found["top-5"].finding.split()[0]) >= float(found["top-1"].finding.split()[0])
 
-    monkeypatch.setattr(verify_module, "released", lambda: {"test_d4resnet": Released("nobody", "nowhere", "id", {"top1": 1.0, "top5": 1.0})})
+    monkeypatch.setattr(
+        verify_module,
+        "released",
+        lambda: {"test_d4resnet": Released("nobody", "nowhere", "id", {"top1": 1.0, "top5": 1.0})},
+    )
     found = rows(verify(str(folder), photographs, tmp_path / "data"))
     assert found["top-1"].ok is False
     assert "reported 100.0 %" in found["top-1"].finding

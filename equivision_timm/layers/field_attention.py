@@ -1,0 +1,65 @@
+"""Channel attention of timm, applied to fields: one scale for each field, squeezed over the group and over space."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn as nn
+from timm.layers import get_attn
+
+from equivision_timm.layers.checks import check_positionwise
+
+__all__ = ["FieldAttention"]
+
+
+class FieldAttention(nn.Module):
+    """A stock attention layer applied to fields: [B, m * |G|, H, W] -> the same, one scale for each field.
+
+    The group axis counts as space, [B, m, |G| * H, W], as in `FieldNorm`: a rotation only permutes positions, which a
+    layer that squeezes over all of them does not see. It is timm's own layer (`per_field`).
+
+    Args:
+        fields: m, the number of fields.
+        order: |G|.
+        attn_layer: a name timm knows, such as 'se', 'ese' or 'eca', or a class; must treat all positions alike.
+        device: where to create the parameters.
+        dtype: their type.
+
+    Raises:
+        ValueError: an unknown name, or a layer that depends on the position (CBAM, coordinate attention, ...).
+    """
+
+    def __init__(
+        self,
+        fields: int,
+        order: int,
+        attn_layer: str | Callable[..., nn.Module] = "se",
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        make = _attention(attn_layer)
+        try:
+            check_positionwise(make, fields)
+        except (ValueError, TypeError, AssertionError) as error:  # the latter two where timm cannot make it
+            raise ValueError(
+                f"attn_layer {attn_layer!r} does not treat all positions of {fields} channels alike, so the network "
+                "would not be equivariant: use 'se', 'ese' or 'eca'"
+            ) from error
+        self.fields = fields
+        self.order = order
+        self.per_field = make(fields, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        B, C, H, W = x.shape
+        x = x.reshape(B, self.fields, self.order * H, W)  # [B, m * |G|, H, W] -> [B, m, |G| * H, W]
+        return self.per_field(x).reshape(B, C, H, W)
+
+
+def _attention(attn_layer: str | Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    try:
+        layer = get_attn(attn_layer)
+    except AssertionError as error:
+        raise ValueError(f"unknown attn_layer {attn_layer!r}: use 'se', 'ese' or 'eca'") from error
+    if layer is None:
+        raise ValueError(f"unknown attn_layer {attn_layer!r}: use 'se', 'ese' or 'eca'")
+    return layer

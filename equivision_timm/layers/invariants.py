@@ -1,0 +1,96 @@
+"""Functions of tokens that the group leaves unchanged."""
+
+import torch
+import torch.nn as nn
+
+from equivision_timm.layers.irreps import irreps_of
+
+__all__ = ["INVARIANTS", "Invariants"]
+
+INVARIANTS = ("power", "polynomial", "trivial")
+
+
+class Invariants(nn.Module):
+    """Invariants of each channel of tokens in the irreps basis: [..., |G| * fields] -> [..., out_features].
+
+    - 'power': the trivial irrep, the absolute values of the other one-dimensional ones, the length of E for each of its
+      multiplicity; scales * fields numbers. Their gradient at zero is zero.
+    - 'polynomial': 32 polynomials of degree 1 to 4 for each field of D4, those that generate all its invariant ones;
+      in the order of octic-vits (https://github.com/davnords/octic-vits), whose DeiT III models read them.
+    - 'trivial': the trivial irrep alone; fields numbers.
+
+    Args:
+        kind: 'power', 'polynomial' or 'trivial'.
+        fields: number of fields.
+        group: name of the group.
+
+    Raises:
+        ValueError: an unknown kind, or polynomials of another group than D4.
+    """
+
+    def __init__(self, kind: str, fields: int, group: str) -> None:
+        super().__init__()
+        irreps = irreps_of(group)
+        if kind not in INVARIANTS:
+            raise ValueError(f"unknown invariants {kind!r}: use one of {INVARIANTS}")
+        if kind == "polynomial" and group != "d4":
+            raise ValueError(f"invariants 'polynomial' are those of 'd4', but the group is {group!r}: use 'power'")
+        self.kind = kind
+        self.fields = fields
+        self.order = irreps.order
+        self.ones = irreps.ones
+        self.rows = irreps.rows
+        self.out_features = {"power": irreps.scales, "polynomial": 32, "trivial": 1}[kind] * fields
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kind == "trivial":
+            return x[..., : self.fields]
+        if self.kind == "polynomial":
+            return torch.cat(_polynomials(x.unflatten(-1, (self.order, self.fields))), -1)
+        ones = x[..., self.fields : self.ones * self.fields].abs()
+        parts = [x[..., : self.fields], ones]
+        if self.rows > 0:
+            plane = x[..., self.ones * self.fields :].unflatten(-1, (self.rows, -1))  # [..., 2, multiplicity * fields]
+            parts.append(torch.linalg.vector_norm(plane, dim=-2))
+        return torch.cat(parts, -1)
+
+    def extra_repr(self) -> str:
+        return f"{self.kind!r}, out_features={self.out_features}"
+
+
+def _polynomials(x: torch.Tensor) -> list[torch.Tensor]:
+    """32 invariants [..., fields] of x [..., 8, fields].
+
+    With u = (u0, u1) and v = (v0, v1) for the two copies of E, g acts on both as on the plane; so u.u, u.v, v.v are
+    invariant, u x v changes as A2, u0^2 - u1^2 and its like as B1, u0 u1 as B2. Products of irreps that end in A1.
+    """
+    a1, a2, b1, b2, u0, v0, u1, v1 = x.unbind(-2)
+    uu, uv, vv = (u0 * u0, u1 * u1), (u0 * v0, u1 * v1), (v0 * v0, v1 * v1)
+    as_a1 = [vv[0] + vv[1], uv[0] + uv[1], uu[0] + uu[1]]
+    as_b1 = [vv[0] - vv[1], uv[0] - uv[1], uu[0] - uu[1]]
+    as_b2 = [v0 * v1, u1 * v0 + u0 * v1, u0 * u1]
+    as_a2 = u1 * v0 - u0 * v1
+    quartic = [p[0] * q[0] + p[1] * q[1] for p, q in ((vv, vv), (uv, vv), (uu, vv), (uu, uv), (uu, uu))]
+    quartic_as_a2 = [
+        as_b2[0] * as_b1[0],
+        u1 * v0 * vv[0] - u0 * v1 * vv[1],
+        as_b2[2] * as_b1[0],
+        u1 * v0 * uu[0] - u0 * v1 * uu[1],
+        as_b2[2] * as_b1[2],
+    ]
+    return [
+        a1,
+        *as_a1,
+        b2 * b2,
+        b1 * b1,
+        a2 * a2,
+        *[b2 * p for p in as_b2],
+        *[b1 * p for p in as_b1],
+        a2 * as_a2,
+        a2 * b1 * b2,
+        *quartic,
+        b1 * b2 * as_a2,
+        *[a2 * b2 * p for p in as_b1],
+        *[a2 * b1 * p for p in as_b2],
+        *[a2 * p for p in quartic_as_a2],
+    ]

@@ -1,0 +1,86 @@
+"""Images -> tokens in the irreps basis, with the interface of timm's PatchEmbed."""
+
+import torch
+import torch.nn as nn
+from timm.layers import to_2tuple
+from torch import _assert
+
+from equivision_timm.layers.tiles import TileConv2d
+
+__all__ = ["EquivariantPatchEmbed"]
+
+
+class EquivariantPatchEmbed(nn.Module):
+    """Non-overlapping patches as tokens: [B, in_chans, H, W] -> [B, H / p * W / p, |G| * fields].
+
+    Args:
+        img_size: height and width in pixels, or both.
+        patch_size: p, the side of the patches in pixels.
+        in_chans: number of image channels.
+        fields: number of fields.
+        group: name of the group.
+        strict_img_size: take images of `img_size` alone; otherwise of every size that the patch divides.
+        device: where to create the parameters.
+        dtype: their type.
+
+    Raises:
+        ValueError: a size that the patch does not divide, or a patch that has no tiles.
+        AssertionError: at the forward pass, for an image of another size.
+    """
+
+    strict_img_size: torch.jit.Final[bool]
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int],
+        patch_size: int,
+        in_chans: int,
+        fields: int,
+        group: str,
+        strict_img_size: bool = True,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        self.patch_size = to_2tuple(patch_size)
+        self.strict_img_size = strict_img_size
+        self.proj = TileConv2d(in_chans, fields, patch_size, group, device=device, dtype=dtype)
+        self.set_input_size(img_size)
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Take images of this size; raises ValueError where the patch does not divide it."""
+        height, width = to_2tuple(img_size)
+        p = self.patch_size[0]
+        if height < p or width < p or height % p or width % p:
+            raise ValueError(
+                f"img_size {height} x {width} is no multiple of the patch of {p} x {p} pixels: use, for example, "
+                f"{max(1, round(height / p)) * p} x {max(1, round(width / p)) * p}"
+            )
+        self.img_size = (height, width)
+        self.grid_size = (height // p, width // p)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+
+    @torch.jit.ignore
+    def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
+        """Pixels of the image for one token, per side."""
+        return self.patch_size[0] if as_scalar else self.patch_size
+
+    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """The grid of tokens of an image of this size."""
+        return img_size[0] // self.patch_size[0], img_size[1] // self.patch_size[1]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        height, width, p = x.shape[2], x.shape[3], self.patch_size[0]
+        if self.strict_img_size:
+            _assert(
+                height == self.img_size[0] and width == self.img_size[1],
+                f"the image has {height} x {width} pixels, the model is made for {self.img_size[0]} x "
+                f"{self.img_size[1]}: resize it, or create the model with dynamic_img_size=True",
+            )
+        else:
+            _assert(
+                height % p == 0 and width % p == 0,
+                f"the patch of {p} x {p} pixels does not divide the image of {height} x {width}: resize or crop it",
+            )
+        return self.proj(x).flatten(2).transpose(1, 2)  # [B, C, H / p, W / p] -> [B, N, C]
