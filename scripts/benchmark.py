@@ -46,7 +46,7 @@ import torch.nn.functional as F
 from timm.utils.model import reparameterize_model
 from tqdm import tqdm
 
-from equivision_timm.kernel_bases import Kernel, block_products
+from equivision_timm.kernel_bases import block_products
 from equivision_timm.layers import ConvNormAct, MaxPool2d, SteerableConv2d
 from equivision_timm.layers.conv_strategies import STRATEGIES
 from equivision_timm.models import model_names
@@ -264,8 +264,10 @@ def measure_layers(name: str, batch_size: int, size: int, repeats: int, threads:
     rows = []
     for (i, o, k, stride, input_type, channels, height, width), names in tqdm(kinds.items(), desc=name, leave=False):
         x = torch.randn(batch_size, channels, height, width)
-        strategies = [s for s in STRATEGIES if s != "auto"] if input_type == "regular" else ["expand"]
         group = model.group
+        layer = SteerableConv2d(i, o, k, group, input_type, stride)
+        described = layer.describe(x.device, x.dtype)
+        strategies = [name for name, strategy in STRATEGIES.items() if strategy.supports(described) is None]
         made = {s: SteerableConv2d(i, o, k, group, input_type, stride, strategy=s).eval() for s in strategies}
         for layer in made.values():
             layer.load_state_dict(made["expand"].state_dict())
@@ -282,9 +284,9 @@ def measure_layers(name: str, batch_size: int, size: int, repeats: int, threads:
                     seconds.setdefault((s, "train"), []).append(time.perf_counter() - middle)
         pixels = batch_size * y.shape[2] * y.shape[3]
         dense = pixels * y.shape[1] * channels * k * k
-        blocks = pixels * i * o * block_products(Kernel(group, k)) if input_type == "regular" else 0
+        blocks = pixels * i * o * block_products(layer.kernel) if input_type == "regular" else 0
         products = {s: dense if s == "expand" else blocks for s in strategies}
-        auto = SteerableConv2d(i, o, k, group, input_type, stride).strategy_for(x.shape, x.device)
+        auto = layer.strategy_for(x.shape, x.device)
         row = {"layer": names[0], "count": len(names), "fields": f"{i} -> {o}", "kernel": k, "stride": stride}
         row |= {"size": height, "auto": auto}
         for (s, mode), values in seconds.items():
@@ -307,7 +309,7 @@ def markdown(columns: list[str], rows: list[list]) -> str:
 
 def layer_table(layers: list[dict]) -> str:
     """For each layer and each strategy the time and the rate of its products, and which one `auto` takes."""
-    fast = [s for s in STRATEGIES if s not in ("auto", "expand")]
+    fast = [s for s in STRATEGIES if s != "expand"]
     columns = ["layer", "times", "fields", "kernel", "input", "eval: expand, ms (GFLOP/s)"]
     columns += [f"{s.replace('_', ' ')}" for s in fast] + ["train: expand, ms"] + [s.replace("_", " ") for s in fast]
     columns += ["auto", "share of eval", "of train"]
