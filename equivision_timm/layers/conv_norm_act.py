@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn as nn
-from timm.layers import DropPath, register_notrace_module
+from timm.layers import DropBlock2d, DropPath, register_notrace_module
 
 from equivision_timm.layers.conv import SteerableConv2d
 from equivision_timm.layers.conv_strategies.context import inference_only
@@ -16,7 +16,7 @@ __all__ = ["ConvNormAct"]
 
 @register_notrace_module  # as SteerableConv2d
 class ConvNormAct(nn.Module):
-    """Steerable convolution, field norm, shortcut, activation: act(drop_path(norm(conv(x))) + shortcut).
+    """Steerable convolution, field norm, attention, drop, shortcut, activation: act(drop(attn(norm(conv(x)))) + shortcut).
 
     Input [B, in_fields * H, height, width], output [B, out_fields * |G|, height', width'], as `SteerableConv2d`; the
     shortcut has the shape of the output. In inference a batch norm is fused into the coefficients, and shortcut and
@@ -32,7 +32,8 @@ class ConvNormAct(nn.Module):
         dilation: of the convolution.
         norm_layer: normalisation wrapped by `FieldNorm`.
         act_layer: pointwise activation; None for none.
-        drop_path: probability of dropping the branch of a sample in training, in front of the shortcut.
+        attn: attention of the output fields, in front of the shortcut, such as `FieldAttention`; None for none.
+        drop: what drops parts of the branch in training, such as timm's `DropPath`; None for nothing.
         cutoff: of the kernels, see `SteerableConv2d`.
         low_pass: whether the kernels are smooth, see `SteerableConv2d`.
         device: where to create the parameters.
@@ -50,7 +51,8 @@ class ConvNormAct(nn.Module):
         dilation: int = 1,
         norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
         act_layer: Callable[..., nn.Module] | None = nn.ReLU,
-        drop_path: float = 0.0,
+        attn: nn.Module | None = None,
+        drop: nn.Module | None = None,
         cutoff: int | None = None,
         low_pass: bool = False,
         device=None,
@@ -63,7 +65,8 @@ class ConvNormAct(nn.Module):
             in_fields, out_fields, kernel_size, group, stride=stride, dilation=dilation, **kernel, **dd
         )
         self.norm = FieldNorm(out_fields, self.conv.order, norm_layer, **dd)
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.attn = nn.Identity() if attn is None else attn
+        self.drop = nn.Identity() if drop is None else drop
         self.act = nn.Identity() if act_layer is None else act_layer()
 
     def forward(self, x: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
@@ -72,7 +75,7 @@ class ConvNormAct(nn.Module):
         return self._end(self.norm(self.conv(x)), shortcut)
 
     def _end(self, y: torch.Tensor, shortcut: torch.Tensor | None) -> torch.Tensor:
-        y = self.drop_path(y)
+        y = self.drop(self.attn(y))
         return self.act(y if shortcut is None else y + shortcut)
 
     @torch.jit.unused
@@ -89,14 +92,16 @@ class ConvNormAct(nn.Module):
     @torch.jit.unused
     def _fused(self, x: torch.Tensor, shortcut: torch.Tensor | None) -> torch.Tensor:
         """`forward` where the norm fuses; in one pass where what follows may, too."""
-        if self._drops_nothing() and is_stock(self.act, nn.ReLU, nn.Identity):
+        if self._adds_nothing() and is_stock(self.act, nn.ReLU, nn.Identity):
             relu = isinstance(self.act, nn.ReLU)
             return self.conv.infer(x, self._with_norm, self._statistics(), shortcut, relu)
         return self._end(self.conv.infer(x, self._with_norm, self._statistics()), shortcut)
 
-    def _drops_nothing(self) -> bool:
-        drop_path = self.drop_path
-        return is_stock(drop_path, nn.Identity) or (is_stock(drop_path, DropPath) and not drop_path.training)
+    def _adds_nothing(self) -> bool:
+        """Whether attention and drop return their input."""
+        drop = self.drop
+        passes = is_stock(drop, nn.Identity) or (is_stock(drop, DropPath, DropBlock2d) and not drop.training)
+        return passes and is_stock(self.attn, nn.Identity)
 
     def _is_batch_norm(self) -> bool:
         """Whether the norm is a batch norm with running statistics, as it was made."""

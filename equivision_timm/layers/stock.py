@@ -1,7 +1,7 @@
 """Whether a module is just what its class says, so that its `forward` may be computed in another way."""
 
 import torch.nn as nn
-from timm.layers import DropPath
+from timm.layers import DropBlock2d, DropPath
 from torch.nn.modules import module as torch_module
 
 __all__ = ["is_stock", "no_global_hooks", "remember"]
@@ -40,4 +40,4 @@ def remember(*classes: type[nn.Module]) -> None:
     _METHODS.update({cls: _methods(cls) for cls in classes})
 
 
-remember(nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.Identity, DropPath)
+remember(nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.Identity, DropPath, DropBlock2d)

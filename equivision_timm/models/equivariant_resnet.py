@@ -16,14 +16,24 @@ from typing import Any
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import get_norm_layer
+from timm.layers import DropBlock2d, DropPath, get_norm_layer
 from timm.models import build_model_with_cfg
 
 from equivision_timm.groups import Group
-from equivision_timm.layers import ConvNormAct, MaxPool2d, check_pointwise, check_positionwise
+from equivision_timm.layers import (
+    Blur2d,
+    ConvNormAct,
+    FieldAttention,
+    MaxPool2d,
+    check_pointwise,
+    check_positionwise,
+    get_aa_layer,
+)
 from equivision_timm.models.backbone import EquivariantBackbone
 from equivision_timm.models.pretrained import WEIGHTS_FILE, build_pretrained, hub_id
 from equivision_timm.models.variants import Variant, register_family
+
+Layer = Callable[..., nn.Module]
 
 __all__ = ["BasicBlock", "Bottleneck", "EquivariantResNet"]  # register_model adds every entrypoint
 
@@ -34,11 +44,15 @@ class BasicBlock(nn.Module):
     Args:
         in_fields: number of input fields.
         fields: number of output fields.
-        unit: makes the `ConvNormAct`s of the network, all but fields, size, stride, dilation and activation given.
+        unit: makes the `ConvNormAct`s of the network; group, norm and kind of kernels are given.
         stride: stride of the first convolution and of the shortcut.
         dilation: dilation of the second convolution.
         first_dilation: dilation of the first convolution.
         act_layer: pointwise activation.
+        aa_layer: makes the low pass that strides in place of the convolution, behind its activation; None for none.
+        avg_down: makes the low pass that strides in the shortcut, in front of its convolution; None for none.
+        attn_layer: makes the attention of (fields, |G|) in front of the sum; None for none.
+        drop_block: makes the layer that drops blocks of pixels behind the first norm; None for none.
         drop_path: probability of dropping the residual branch of a sample in training.
     """
 
@@ -53,22 +67,40 @@ class BasicBlock(nn.Module):
         dilation: int = 1,
         first_dilation: int = 1,
         act_layer: Callable[..., nn.Module] = nn.ReLU,
+        aa_layer: Layer | None = None,
+        avg_down: Layer | None = None,
+        attn_layer: Layer | None = None,
+        drop_block: Layer | None = None,
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
-        last_act = partial(act_layer, inplace=True)
-        self.conv1 = unit(in_fields, fields, 3, stride=stride, dilation=first_dilation, act_layer=act_layer)
-        self.conv2 = unit(fields, fields, 3, dilation=dilation, act_layer=last_act, drop_path=drop_path)
-        self.downsample = nn.Identity()
-        if stride != 1 or in_fields != fields:
-            self.downsample = unit(in_fields, fields, 1, stride=stride, act_layer=None)
+        conv_stride, self.aa = _split_stride(stride, aa_layer)
+        self.conv1 = unit(
+            in_fields,
+            fields,
+            3,
+            stride=conv_stride,
+            dilation=first_dilation,
+            act_layer=act_layer,
+            drop=drop_block and drop_block(),
+        )
+        self.conv2 = unit(
+            fields,
+            fields,
+            3,
+            dilation=dilation,
+            act_layer=partial(act_layer, inplace=True),
+            attn=attn_layer and attn_layer(fields),
+            drop=DropPath(drop_path) if drop_path else None,
+        )
+        self.downsample = _shortcut(unit, in_fields, fields, stride, avg_down)
 
     def zero_init_last(self) -> None:
         nn.init.zeros_(self.conv2.norm.per_field.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = self.downsample(x)
-        x = self.conv1(x)
+        x = self.aa(self.conv1(x))
         return self.conv2(x, shortcut)
 
 
@@ -86,17 +118,34 @@ class Bottleneck(nn.Module):
         dilation: int = 1,
         first_dilation: int = 1,
         act_layer: Callable[..., nn.Module] = nn.ReLU,
+        aa_layer: Layer | None = None,
+        avg_down: Layer | None = None,
+        attn_layer: Layer | None = None,
+        drop_block: Layer | None = None,
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
-        last_act = partial(act_layer, inplace=True)
         out_fields = fields * self.expansion
+        conv_stride, self.aa = _split_stride(stride, aa_layer)
         self.conv1 = unit(in_fields, fields, 1, act_layer=act_layer)
-        self.conv2 = unit(fields, fields, 3, stride=stride, dilation=first_dilation, act_layer=act_layer)
-        self.conv3 = unit(fields, out_fields, 1, act_layer=last_act, drop_path=drop_path)
-        self.downsample = nn.Identity()
-        if stride != 1 or in_fields != out_fields:
-            self.downsample = unit(in_fields, out_fields, 1, stride=stride, act_layer=None)
+        self.conv2 = unit(
+            fields,
+            fields,
+            3,
+            stride=conv_stride,
+            dilation=first_dilation,
+            act_layer=act_layer,
+            drop=drop_block and drop_block(),
+        )
+        self.conv3 = unit(
+            fields,
+            out_fields,
+            1,
+            act_layer=partial(act_layer, inplace=True),
+            attn=attn_layer and attn_layer(out_fields),
+            drop=DropPath(drop_path) if drop_path else None,
+        )
+        self.downsample = _shortcut(unit, in_fields, out_fields, stride, avg_down)
 
     def zero_init_last(self) -> None:
         nn.init.zeros_(self.conv3.norm.per_field.weight)
@@ -104,8 +153,26 @@ class Bottleneck(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = self.downsample(x)
         x = self.conv1(x)
-        x = self.conv2(x)
+        x = self.aa(self.conv2(x))
         return self.conv3(x, shortcut)
+
+
+def _split_stride(stride: int, aa_layer: Layer | None) -> tuple[int, nn.Module]:
+    """The stride of the convolution, and what strides behind it: the low pass, if there is one."""
+    if stride == 1 or aa_layer is None:
+        return stride, nn.Identity()
+    return 1, aa_layer(stride=stride)
+
+
+def _shortcut(
+    unit: Callable[..., ConvNormAct], in_fields: int, out_fields: int, stride: int, avg_down: Layer | None
+) -> nn.Module:
+    """From the input of a block to its output."""
+    if stride == 1 and in_fields == out_fields:
+        return nn.Identity()
+    if stride == 1 or avg_down is None:
+        return unit(in_fields, out_fields, 1, stride=stride, act_layer=None)
+    return nn.Sequential(avg_down(stride=stride), unit(in_fields, out_fields, 1, act_layer=None))
 
 
 class EquivariantResNet(EquivariantBackbone):
@@ -121,6 +188,17 @@ class EquivariantResNet(EquivariantBackbone):
         num_classes: number of classes; 0 removes the classifier.
         in_chans: number of image channels.
         output_stride: 32, 16 or 8; below 32 the last stages dilate instead of striding.
+        stem_type: '' for one 7x7 convolution; 'deep' for three of 3x3, 'deep_tiered' with three quarters of the fields
+            in the first.
+        stem_width: fields inside a deep stem; None takes half of `width`.
+        replace_stem_pool: whether a 3x3 convolution strides in place of the max-pooling.
+        stem_pool: pooling behind the stem, 'max' or 'blur' (a low pass alone: a maximum makes high frequencies).
+        avg_down: whether the shortcuts average in front of a 1x1 convolution instead of striding it. timm averages
+            2 x 2 pixels, which no size keeps equivariant; here it is the low pass of `aa_layer`, or of 3 x 3 pixels.
+        aa_layer: low pass in front of each stride but the stem's: 'blur' (timm's BlurPool2d) or 'blur5'; '' for none.
+        low_pass: whether the 3x3 convolutions have smooth kernels of 5x5 pixels with as many coefficients, see
+            `SteerableConv2d`, and the image is blurred: what rotates between the quarter turns, too.
+        block_args: of the blocks, as in timm: {'attn_layer': 'se'} or 'eca', one scale for each field.
         global_pool: timm's pooling over space: 'avg', 'max', 'avgmax', 'catavgmax', or '' to keep the map.
         group_pool: pooling over the group, after the pooling over space: 'max', 'avg', or '' to keep the group axis
             (the logits then depend on the orientation).
@@ -130,6 +208,7 @@ class EquivariantResNet(EquivariantBackbone):
         bn_momentum: momentum of the batch norms, PyTorch's 0.1 where None.
         bn_eps: epsilon of the batch norms, PyTorch's 1e-5 where None.
         drop_rate: dropout in front of the classifier.
+        drop_block_rate: rate of DropBlock in the last two stages.
         drop_path_rate: stochastic depth, rising linearly from 0 to this rate at the last block.
         zero_init_last: start every residual branch at zero (last norm weight 0); the original network does not.
         cutoff: the kernels' functions at distance r from the centre have angular frequencies up to cutoff * r; None for
@@ -139,8 +218,8 @@ class EquivariantResNet(EquivariantBackbone):
         dtype: their type.
 
     Raises:
-        ValueError: an unknown group; an `output_stride`, `group_pool`, `act_layer` or `norm_layer` that does not exist
-            or would break equivariance; a classifier without global pooling, or with `map_pool`.
+        ValueError: an unknown group; an argument that does not exist or would break equivariance; a classifier without
+            global pooling, or with `map_pool`.
     """
 
     def __init__(
@@ -152,6 +231,14 @@ class EquivariantResNet(EquivariantBackbone):
         num_classes: int = 1000,
         in_chans: int = 3,
         output_stride: int = 32,
+        stem_type: str = "",
+        stem_width: int | None = None,
+        replace_stem_pool: bool = False,
+        stem_pool: str = "max",
+        avg_down: bool = False,
+        aa_layer: str = "",
+        low_pass: bool = False,
+        block_args: dict[str, Any] | None = None,
         global_pool: str = "avg",
         group_pool: str = "max",
         map_pool: str = "",
@@ -160,6 +247,7 @@ class EquivariantResNet(EquivariantBackbone):
         bn_momentum: float | None = None,
         bn_eps: float | None = None,
         drop_rate: float = 0.0,
+        drop_block_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         zero_init_last: bool = False,
         cutoff: int | None = None,
@@ -175,12 +263,16 @@ class EquivariantResNet(EquivariantBackbone):
         norm_layer = _batch_norm_options(get_norm_layer(norm_layer), momentum=bn_momentum, eps=bn_eps)
         check_positionwise(norm_layer, width)
 
+        aa = get_aa_layer(aa_layer) if aa_layer else None
+        blur = aa or partial(Blur2d, taps=3)
+        attn_layer = _attention(block_args or {}, Group.from_name(group).order, dd)
+
         # Stem: trivial fields (the image) -> regular fields
         unit = partial(ConvNormAct, group=group, cutoff=cutoff, norm_layer=norm_layer, **dd)
-        stem = unit(in_chans, width, 7, input_type="trivial", stride=2, act_layer=act_layer)
-        self.add_module("conv1", stem)
+        self.add_module("conv1", _stem(unit, in_chans, width, act_layer, stem_type, stem_width, low_pass))
         self.add_level("act1", nn.Identity(), width, reduction=2)  # in conv1; as many children as timm's, for cuts [:n]
-        self.maxpool = MaxPool2d(kernel_size=3, stride=2, padding=1)
+        spatial = partial(_spatial, unit, low_pass=low_pass)
+        self.maxpool = _stem_pool(spatial, width, act_layer, aa, blur, stem_pool, replace_stem_pool)
 
         # Stages
         drop_rates = [drop_path_rate * index / max(1, sum(layers) - 1) for index in range(sum(layers))]
@@ -191,17 +283,22 @@ class EquivariantResNet(EquivariantBackbone):
             if reduction * stride > output_stride:  # dilate instead of striding, from this stage's second 3x3 on
                 stride, dilation = 1, dilation * stride
             reduction *= stride
+            drop_block = _drop_block(stage, drop_block_rate)
             blocks = []
             for index in range(depth):
                 blocks.append(
                     block(
                         in_fields,
                         width * 2**stage,
-                        unit,
+                        spatial,
                         stride=stride if index == 0 else 1,
                         dilation=dilation,
                         first_dilation=first_dilation if index == 0 else dilation,
                         act_layer=act_layer,
+                        aa_layer=aa,
+                        avg_down=blur if avg_down else None,
+                        attn_layer=attn_layer,
+                        drop_block=drop_block,
                         drop_path=drop_rates.pop(0),
                     )
                 )
@@ -246,6 +343,81 @@ class EquivariantResNet(EquivariantBackbone):
         for module in self.modules():
             if isinstance(module, (BasicBlock, Bottleneck)):
                 module.zero_init_last()
+
+
+def _spatial(
+    unit: Callable[..., ConvNormAct], in_fields: int, out_fields: int, kernel_size: int, low_pass: bool, **kwargs: Any
+) -> ConvNormAct:
+    """A unit whose 3x3 kernels are smooth ones of 5x5 pixels, if `low_pass`."""
+    smooth = low_pass and kernel_size == 3
+    return unit(in_fields, out_fields, 5 if smooth else kernel_size, low_pass=smooth, **kwargs)
+
+
+def _stem(
+    unit: Callable[..., ConvNormAct],
+    in_chans: int,
+    width: int,
+    act_layer: Callable[..., nn.Module],
+    stem_type: str,
+    stem_width: int | None,
+    low_pass: bool,
+) -> nn.Module:
+    """[B, in_chans, H, W] -> [B, width * |G|, H / 2, W / 2]."""
+    if stem_type not in ("", "deep", "deep_tiered"):
+        raise ValueError(f"unknown stem_type {stem_type!r}: use '', 'deep' or 'deep_tiered'")
+    if stem_type == "":
+        if stem_width is not None:
+            raise ValueError(f"stem_width {stem_width!r} is for stem_type 'deep' or 'deep_tiered': leave it out")
+        stem = unit(in_chans, width, 7, input_type="trivial", stride=2, act_layer=act_layer)
+        return nn.Sequential(Blur2d(taps=3, stride=1), stem) if low_pass else stem
+    inner = max(1, width // 2) if stem_width is None else stem_width
+    first = max(1, 3 * inner // 4) if stem_type == "deep_tiered" else inner
+    spatial = partial(_spatial, unit, low_pass=low_pass, act_layer=act_layer)
+    return nn.Sequential(
+        spatial(in_chans, first, 3, input_type="trivial", stride=2),
+        spatial(first, inner, 3),
+        spatial(inner, width, 3),
+    )
+
+
+def _stem_pool(
+    spatial: Callable[..., ConvNormAct],
+    width: int,
+    act_layer: Callable[..., nn.Module],
+    aa: Layer | None,
+    blur: Layer,
+    stem_pool: str,
+    replace_stem_pool: bool,
+) -> nn.Module:
+    """[B, width * |G|, H / 2, W / 2] -> [B, width * |G|, H / 4, W / 4]."""
+    if stem_pool not in ("max", "blur"):
+        raise ValueError(f"unknown stem_pool {stem_pool!r}: use 'max' or 'blur'")
+    if replace_stem_pool:
+        stride, low_pass = _split_stride(2, aa)
+        conv = spatial(width, width, 3, stride=stride, act_layer=act_layer)
+        return conv if aa is None else nn.Sequential(conv, low_pass)
+    if stem_pool == "blur":
+        return blur(stride=2)
+    if aa is None:
+        return MaxPool2d(kernel_size=3, stride=2, padding=1)
+    return nn.Sequential(MaxPool2d(kernel_size=3, stride=1, padding=1), aa(stride=2))
+
+
+def _attention(block_args: dict[str, Any], order: int, dd: dict[str, Any]) -> Layer | None:
+    """What makes the attention that `block_args` ask for: fields -> layer."""
+    unknown = set(block_args) - {"attn_layer"}
+    if unknown:
+        raise ValueError(f"block_args {sorted(unknown)} do not exist: 'attn_layer' alone does")
+    attn_layer = block_args.get("attn_layer")
+    return None if attn_layer is None else partial(FieldAttention, order=order, attn_layer=attn_layer, **dd)
+
+
+def _drop_block(stage: int, rate: float) -> Layer | None:
+    """timm's: blocks of 5 pixels in the third stage, of 3 in the fourth."""
+    if not rate or stage < 2:
+        return None
+    block_size, gamma_scale = ((5, 0.25), (3, 1.0))[stage - 2]
+    return partial(DropBlock2d, drop_prob=rate, block_size=block_size, gamma_scale=gamma_scale)
 
 
 def _batch_norm_options(norm_layer: Callable[..., nn.Module], **options: float | None) -> Callable[..., nn.Module]:

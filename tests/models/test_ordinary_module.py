@@ -189,7 +189,7 @@ class Doubling(nn.Module):
 
 
 def replace_drop_path(model):
-    model.layer1[0].conv2.drop_path = Doubling()
+    model.layer1[0].conv2.drop = Doubling()
 
 
 def subclassed_norm(model):
@@ -240,7 +240,7 @@ CHANGES = {
             "layer2.0.conv1.norm",
             "layer2.0.conv2.norm.per_field",
             "layer2.0.downsample",
-            "layer2.0.conv2.drop_path",
+            "layer2.0.conv2.drop",
             "layer1.0.conv2.act",
             "maxpool",
         )
