@@ -330,7 +330,7 @@ class EquivariantResNet(EquivariantBackbone):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Patterns that group parameters by depth: the stem, then stages (coarse) or blocks."""
-        return dict(stem=r"^conv1", blocks=r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)")
+        return dict(stem=r"^conv1|^maxpool", blocks=r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)")
 
     @torch.jit.ignore
     def init_weights(self, zero_init_last: bool = False) -> None:
@@ -503,16 +503,19 @@ def _symmetry(group: str) -> str:
     return " and ".join(filter(None, (rotations, reflections))) or "no symmetry (the plain twin)"
 
 
-def _resnet(depth: int, group: str, width: int, released: str = "") -> Variant:
+def _resnet(depth: int, group: str, width: int, released: str = "", **keywords: Any) -> Variant:
     """A row of the table: the depth, the group, the fields of the first stage; the model's own name if it has weights.
 
-    Without `_fast` in their names, models have as many parameters as the plain ResNet of this depth.
+    Further keywords are those of the network. Without `_fast` in their names, models have as many parameters as the plain ResNet of this depth.
     """
     channels = width * Group.from_name(group).order
     summary = f"{group.upper()} ResNet-{depth}: {_symmetry(group)}; {width} fields, {channels} channels"
-    arguments = {**_LAYERS[depth], "group": group, "width": width}
+    arguments = {**_LAYERS[depth], "group": group, "width": width, **keywords}
+    if keywords:
+        summary += f"; {', '.join(f'{name}={value!r}' for name, value in keywords.items())}"
     tag = "equivision_in1k" if released else ""
-    return Variant(summary, arguments, _cfg(**_converted(released, tag)), tag)
+    first_conv = {"first_conv": "conv1.0.conv"} if "stem_type" in keywords or "low_pass" in keywords else {}
+    return Variant(summary, arguments, _cfg(**first_conv, **_converted(released, tag)), tag)
 
 
 def _reresnet(depth: int, name: str) -> Variant:
@@ -586,6 +589,12 @@ VARIANTS = {
     "d4resnet101_fast": _resnet(101, "d4", 8),
     "c8resnet101_fast": _resnet(101, "c8", 8),
     "d8resnet101_fast": _resnet(101, "d8", 4),
+    "c16resnet18": _resnet(18, "c16", 20),
+    "c16resnet50": _resnet(50, "c16", 18),
+    "c6resnet18_fast": _resnet(18, "c6", 11),
+    "c8resnet50d": _resnet(50, "c8", 25, stem_type="deep", avg_down=True),
+    "c8resnetaa50d": _resnet(50, "c8", 25, stem_type="deep", avg_down=True, aa_layer="blur"),
+    "c8resnetblur50": _resnet(50, "c8", 25, aa_layer="blur"),
     "c8reresnet50": _reresnet(50, "c8reresnet50"),
     "c8reresnet101": _reresnet(101, "c8reresnet101"),
     "test_c1resnet": _test_resnet("c1", 11, "test_c1resnet"),

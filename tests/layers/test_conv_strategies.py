@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import equivision_timm  # noqa: F401  registers the models
 from equivision_timm.kernel_bases import Kernel, load_irreps_basis, load_kernel_basis
 from equivision_timm.layers import ConvNormAct, SteerableConv2d
-from equivision_timm.layers.conv_strategies import STRATEGIES, Layer, Strategy, native_library, register
+from equivision_timm.layers.conv_strategies import STRATEGIES, Layer, native_library, register
 from equivision_timm.layers.conv_strategies.block_diagonal import block_weights
 from equivision_timm.layers.conv_strategies.expand import Expand
 from equivision_timm.layers.weight_cache import WeightCache

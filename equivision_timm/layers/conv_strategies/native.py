@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from equivision_timm.constants import constant
-from equivision_timm.layers.conv_strategies import native_library
 from equivision_timm.kernel_bases import IrrepsBasis, Kernel, load_irreps_basis
 from equivision_timm.kernel_bases.irreps_basis import sums_and_differences
+from equivision_timm.layers.conv_strategies import native_library
 from equivision_timm.layers.conv_strategies.basis import block_counts, named_kernel
 from equivision_timm.layers.conv_strategies.block_diagonal import block_weights
 from equivision_timm.layers.conv_strategies.context import check_input

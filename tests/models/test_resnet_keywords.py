@@ -1,0 +1,89 @@
+"""timm's keywords for ResNets in ours: equivariant, the same in inference, and refused where they cannot be."""
+
+import pytest
+import timm
+import torch
+from timm.layers import DropBlock2d
+from timm.utils import reparameterize_model
+
+import equivision_timm  # noqa: F401  registers the models
+from equivision_timm.testing import assert_equivariant, equivariance_error
+
+KEYWORDS = [
+    {"aa_layer": "blur"},
+    {"aa_layer": "blur5", "avg_down": True},
+    {"stem_type": "deep", "avg_down": True},
+    {"stem_type": "deep_tiered", "stem_width": 3, "replace_stem_pool": True},
+    {"replace_stem_pool": True, "aa_layer": "blurpc"},
+    {"stem_pool": "blur"},
+    {"low_pass": True, "stem_pool": "blur", "avg_down": True, "act_layer": "silu"},
+    {"block_args": {"attn_layer": "se"}},
+    {"block_args": {"attn_layer": "eca"}},
+    {"drop_block_rate": 0.1},
+]
+
+
+@pytest.mark.parametrize("keywords", KEYWORDS, ids=str)
+@pytest.mark.parametrize("name", ["test_c8resnet", "test_d4resnet"])
+def test_keywords(name, keywords):
+    model = timm.create_model(name, pretrained=False, num_classes=5, **keywords)
+    with torch.no_grad():
+        model.train()(torch.rand(4, 3, 65, 65))  # batch norms that are not the identity
+    assert_equivariant(model.eval(), 65)
+    x = torch.rand(2, 3, 65, 65)
+    with_gradients = model(x).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), with_gradients, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(reparameterize_model(model)(x), with_gradients, rtol=1e-4, atol=1e-5)
+    for size, expected in ((65, 3), (64, 2)):
+        assert model.forward_features(torch.rand(1, 3, size, size)).shape[-2:] == (expected, expected)
+    model.train()(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_positions_break_what_they_should():
+    """The control: a pooling of 2 x 2 pixels, as timm averages, is seen by the measurement."""
+    model = timm.create_model("test_c8resnet", pretrained=False, num_classes=5)
+    model.maxpool = torch.nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False)
+    assert max(equivariance_error(model, 65)[g] for g in (2, 4, 6)) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("keywords", "says"),
+    [
+        ({"aa_layer": "avg"}, "aa_layer 'avg' is not equivariant"),
+        ({"aa_layer": "sharp"}, "unknown aa_layer 'sharp': use 'blur'"),
+        ({"stem_type": "shallow"}, "unknown stem_type 'shallow'"),
+        ({"stem_width": 3}, "stem_width 3 is for stem_type 'deep'"),
+        ({"stem_pool": "avg"}, "unknown stem_pool 'avg': use 'max' or 'blur'"),
+        ({"block_args": {"attn_layer": "cbam"}}, "attn_layer 'cbam' does not treat all positions"),
+        ({"block_args": {"attn_layer": "none such"}}, "unknown attn_layer"),
+        ({"block_args": {"gamma": 1}}, r"block_args \['gamma'\] do not exist"),
+    ],
+    ids=str,
+)
+def test_refused(keywords, says):
+    with pytest.raises(ValueError, match=says):
+        timm.create_model("test_c8resnet", pretrained=False, **keywords)
+
+
+def test_drop_block_drops_in_training_alone():
+    model = timm.create_model("test_c8resnet", pretrained=False, drop_block_rate=0.5)
+    blocks = [module for module in model.modules() if isinstance(module, DropBlock2d)]
+    assert [block.block_size for block in blocks] == [5, 3]  # one block in each of the last two stages
+    x = torch.rand(2, 3, 129, 129)
+    torch.manual_seed(0)
+    first = model.train()(x)
+    assert not torch.allclose(model(x), first)
+    assert torch.equal(model.eval()(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["c16resnet18", "c6resnet18_fast"])
+def test_new_groups(name):
+    """Exact for the rotations of the grid; the others are resampled, and reported."""
+    model = timm.create_model(name, num_classes=3).eval()
+    with torch.no_grad():
+        model.train()(torch.rand(2, 3, 65, 65))
+    assert_equivariant(model.eval(), 65)
+    errors = equivariance_error(model, 65)
+    assert max(errors.values()) < 1
