@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import equivision_timm  # noqa: F401  registers the models
 from equivision_timm.kernel_bases import Kernel, load_irreps_basis, load_kernel_basis
 from equivision_timm.layers import ConvNormAct, SteerableConv2d
-from equivision_timm.layers.conv_strategies import STRATEGIES, Layer, Strategy, native_library, register
+from equivision_timm.layers.conv_strategies import STRATEGIES, Layer, native_library, register
 from equivision_timm.layers.conv_strategies.block_diagonal import block_weights
 from equivision_timm.layers.conv_strategies.expand import Expand
 from equivision_timm.layers.weight_cache import WeightCache
@@ -460,7 +460,12 @@ def test_no_old_filter_after(change, strategy):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("numbers", [1 << 14, (1 << 14) + 1])  # whole words of 64 bits, or not
 @pytest.mark.parametrize("start", [0, 1])
-def test_one_number_among_many_is_noticed(dtype, numbers, start):
+@pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_native), False])
+def test_one_number_among_many_is_noticed(dtype, numbers, start, compiled, monkeypatch):
+    if compiled:
+        native_library.library(torch.float32)
+    else:
+        monkeypatch.setattr(native_library, "_loaded", {})
     tensor, cache = torch.randn(numbers + start).to(dtype)[start:], WeightCache()
 
     def made(tensor):

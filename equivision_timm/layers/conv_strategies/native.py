@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from equivision_timm.constants import constant
-from equivision_timm.layers.conv_strategies import native_library
 from equivision_timm.kernel_bases import IrrepsBasis, Kernel, load_irreps_basis
 from equivision_timm.kernel_bases.irreps_basis import sums_and_differences
+from equivision_timm.layers.conv_strategies import native_library
 from equivision_timm.layers.conv_strategies.basis import block_counts, named_kernel
 from equivision_timm.layers.conv_strategies.block_diagonal import block_weights
 from equivision_timm.layers.conv_strategies.context import check_input
@@ -47,7 +47,8 @@ class Native(Strategy):
         if layer.kernel.input_type != "regular":
             return f"it needs regular fields, but the input of this layer is {layer.kernel.input_type}"
         if layer.kernel.size not in _SIZES:
-            return f"native.c knows kernels of {', '.join(f'{k} x {k}' for k in _SIZES)}, not {layer.kernel.size} x {layer.kernel.size}"
+            known, size = ", ".join(f"{k} x {k}" for k in _SIZES), layer.kernel.size
+            return f"native.c knows kernels of {known}, not {size} x {size}"
         if layer.device.type not in ("cpu", "meta"):
             return f"it runs on the CPU, but this layer is on {layer.device}"
         return native_library.why_not()
