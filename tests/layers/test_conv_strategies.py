@@ -460,7 +460,12 @@ def test_no_old_filter_after(change, strategy):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("numbers", [1 << 14, (1 << 14) + 1])  # whole words of 64 bits, or not
 @pytest.mark.parametrize("start", [0, 1])
-def test_one_number_among_many_is_noticed(dtype, numbers, start):
+@pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_native), False])
+def test_one_number_among_many_is_noticed(dtype, numbers, start, compiled, monkeypatch):
+    if compiled:
+        native_library.library(torch.float32)
+    else:
+        monkeypatch.setattr(native_library, "_loaded", {})
     tensor, cache = torch.randn(numbers + start).to(dtype)[start:], WeightCache()
 
     def made(tensor):

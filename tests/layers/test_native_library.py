@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -385,3 +386,58 @@ def test_another_kind_of_threads(new_machine, monkeypatch):
     monkeypatch.setattr(native_library.ctypes, "CDLL", lambda path: object())
     with pytest.raises(ValueError, match="PyTorch's threads here are not those of GNU OpenMP"):
         SteerableConv2d(1, 1, 1, "c8", strategy="native")
+
+
+def test_systems_without_gnu_openmp(new_machine, monkeypatch):
+    """Windows has no such threads, nor some of `os`: the package is imported and computes all the same."""
+    gone = ("register_at_fork", "geteuid", "killpg", "memfd_create", "O_NOFOLLOW", "O_NONBLOCK")
+    code = f"import os, timm\nfor name in {gone}: delattr(os, name)\nimport equivision_timm"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    monkeypatch.setattr(native_library, "os", SimpleNamespace(name="nt", environ={}))
+    with pytest.raises(ValueError, match="not those of GNU OpenMP"):
+        works()
+    model = timm.create_model("test_c8resnet").eval()
+    assert "native" not in model.conv_strategies(65).values()
+    with torch.no_grad():
+        assert model(torch.rand(1, 3, 65, 65)).isfinite().all()
+
+
+def test_a_compiler_from_a_package(tmp_path):
+    """Found by itself where the system has none."""
+    pytest.importorskip("ziglang", reason="extra `native`: a C compiler as a package")
+    code = (
+        "from equivision_timm.layers.conv_strategies import native_library as n; import torch; "
+        "print(n._compiler()[1:]); n.library(torch.float32)"
+    )
+    (tmp_path / "bin").mkdir()
+    environment = {**os.environ, "PATH": str(tmp_path / "bin"), "XDG_CACHE_HOME": str(tmp_path)}
+    environment |= {"ZIG_GLOBAL_CACHE_DIR": str(tmp_path / "zig"), "CC": ""}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "['-m', 'ziglang', 'cc']\n"
+    assert len(list((tmp_path / "equivision_timm" / "native").iterdir())) == 1
+
+
+def test_fingerprints_tell_what_changed():
+    native_library.library(torch.float32)
+    threads = torch.get_num_threads()
+    values = torch.randn((1 << 18) + 7)
+    changed = [values, -values, values.roll(1), values.flip(0), values[:-1], values[None], values.double()]
+    for step in (2, 32, 64, len(values) - 1):  # negated in pairs, a word of one lane and one of the same lane
+        changed.append(torch.where(torch.arange(len(values)) % step == 0, -values, values))
+    for place in (0, 1 << 17, len(values) - 1):
+        changed.append(values.clone())
+        changed[-1][place] += 1
+    try:
+        found = []
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            found.append([native_library.fingerprint([one, values[:3]]) for one in changed])
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0] == found[1] == found[2]
+    assert len(set(found[0])) == len(changed)
+    assert native_library.fingerprint([values.clone(), values[:3]]) == found[0][0]
+    assert native_library.fingerprint([torch.zeros(4, 4).t()]) is None
+    assert native_library.fingerprint([torch.zeros(0)]) != native_library.fingerprint([torch.zeros(1)])

@@ -18,7 +18,7 @@ import torch
 from equivision_timm.layers import SteerableConv2d
 from equivision_timm.layers.conv_strategies import STRATEGIES, native, native_library
 
-LAYERS = 60
+LAYERS = 50
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-11}
 
 
@@ -67,10 +67,10 @@ def random_layers():
     for index in range(LAYERS):
         dtype = draw.choice([torch.float32, torch.float64])
         group = draw.choice(["c1", "d1", "c3", "c4", "d4", "c6", "c8", "d8", "c16", "d10"])
-        fields = [draw.choice([1, 2, 3, 5, 9]) for _ in range(2)]
+        fields = [draw.choice([1, 2, 3, 5]) for _ in range(2)]
         kernel_size, low_pass = draw.choice([(1, False), (3, False), (5, False), (5, True)])
         steps = {"stride": draw.randint(1, 3), "dilation": draw.randint(1, 3)}
-        batch, sizes = draw.randint(1, 4), [draw.choice([1, 2, 5, 8, 13, 17, 33]) for _ in range(2)]
+        batch, sizes = draw.randint(1, 3), [draw.choice([1, 2, 5, 8, 13, 17]) for _ in range(2)]
         torch.set_num_threads(draw.randint(1, 4))
         layer = SteerableConv2d(*fields, kernel_size, group, strategy="native", dtype=dtype, low_pass=low_pass, **steps)
         x = torch.randn(batch, fields[0] * layer.order, *sizes, dtype=dtype, requires_grad=True)
@@ -92,18 +92,7 @@ def random_layers():
         expected = [y, y, joined, *torch.autograd.grad((y * grad.double()).sum(), (inputs, exact.weight))]
         for a, b in zip(found, expected, strict=True):
             error = (a - b).abs().max() / b.abs().max().clamp_min(1e-3)
-            assert error < TOLERANCE[dtype], (
-                index,
-                dtype,
-                group,
-                fields,
-                kernel_size,
-                low_pass,
-                steps,
-                batch,
-                sizes,
-                error,
-            )
+            assert error < TOLERANCE[dtype], (index, dtype, layer, batch, sizes, error)
         print("right:", index)
 
 

@@ -84,7 +84,7 @@ def test_forward_mode_and_transforms(name):
 def test_a_named_strategy_says_what_it_cannot():
     layer, x = SteerableConv2d(1, 2, 3, "c8", strategy="native"), torch.rand(1, 8, 5, 5)
     for call in (lambda: torch.func.vmap(layer)(x[None]), lambda: torch.func.jvp(layer, (x,), (x,))):
-        with pytest.raises(RuntimeError, match="'native' knows neither transforms.*use 'auto', 'block_diagonal' or"):
+        with pytest.raises(RuntimeError, match=r"'native' knows neither transforms.*use 'auto', 'block_diagonal' or"):
             call()
 
 

@@ -1,9 +1,9 @@
 """Which strategy is fastest for a layer: the one with the least estimate, of those that can compute it.
 
 The estimates are made of products and of the values that pass through memory: those of the maps, of T and of the
-weights. Their constants fit 170 layers of all groups, each measured alone, as `scripts/benchmark.py --layers` does; they
-hold for one core of an AMD EPYC with AVX2, and their ratios, which decide, roughly for others. On other devices the
-definition alone has an estimate: many small matrices are no fast path on a GPU, and nothing has been measured there.
+weights. Their constants fit 170 layers of all groups, each measured alone, as `scripts/benchmark.py --layers` does.
+They hold for one core of an AMD EPYC with AVX2, and their ratios, which decide, roughly for others. On other devices
+the definition alone has an estimate: many small matrices are no fast path on a GPU, and nothing was measured there.
 """
 
 from equivision_timm.layers.conv_strategies.contract import STRATEGIES, Layer

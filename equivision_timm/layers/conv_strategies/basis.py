@@ -1,4 +1,4 @@
-"""The constants that a strategy multiplies the coefficients or the maps with, of the type and on the device it needs."""
+"""The constants that a strategy multiplies coefficients or maps with, of the type and on the device it needs."""
 
 import torch
 

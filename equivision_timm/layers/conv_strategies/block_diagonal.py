@@ -35,7 +35,7 @@ def block_weights(weight: torch.Tensor, kernel: str) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _Packed:
-    """What `infer` takes, beside the bias [O] or None: of each block W [size (row), n, size (column), O, I]; P and Q."""
+    """What `infer` takes: of each block W [size (row), n, size (column), O, I]; the bias [O] or None; P and Q."""
 
     blocks: list[torch.Tensor]
     bias: torch.Tensor | None
@@ -84,11 +84,9 @@ class BlockDiagonal(Strategy):
         t = F.conv2d(fields, packed.lifting, None, layer.stride, layer.padding, layer.dilation)  # T = P * f
         t = t.unflatten(0, (batch, layer.in_fields))  # [B, I, rows, H', W']
         shapes = block_shapes(layer.kernel.name)
-        y = []
-        for w, shape, own in zip(
-            packed.blocks, shapes, t.split([math.prod(shape) for shape in shapes], 2), strict=True
-        ):
-            own = own.unflatten(2, shape)  # T[k]: [B, I, copies, n, size, H', W']
+        parts, y = t.split([math.prod(shape) for shape in shapes], 2), []
+        for w, shape, part in zip(packed.blocks, shapes, parts, strict=True):
+            own = part.unflatten(2, shape)  # T[k]: [B, I, copies, n, size, H', W']
             y.append(torch.einsum("rnsoi,bicnshw->crobhw", w, own).flatten(0, 1))  # y^[k] = W[k] T[k]
         y = torch.einsum("rg,robhw->boghw", packed.fourier, torch.cat(y))  # y = Q^T y^: [B, O, |G|, H', W']
         if packed.bias is not None:

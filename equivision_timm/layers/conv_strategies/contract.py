@@ -81,7 +81,7 @@ class Strategy(ABC):
     def estimate(self, layer: Layer, shape: tuple[int, int, int, int]) -> float:
         """Seconds of one thread for an input of `shape`, by which 'auto' compares; infinite where nothing is known."""
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027  most need nothing
         """Do what is needed once before the first use, such as to compile.
 
         Raises:

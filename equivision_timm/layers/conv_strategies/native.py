@@ -47,7 +47,8 @@ class Native(Strategy):
         if layer.kernel.input_type != "regular":
             return f"it needs regular fields, but the input of this layer is {layer.kernel.input_type}"
         if layer.kernel.size not in _SIZES:
-            return f"native.c knows kernels of {', '.join(f'{k} x {k}' for k in _SIZES)}, not {layer.kernel.size} x {layer.kernel.size}"
+            known, size = ", ".join(f"{k} x {k}" for k in _SIZES), layer.kernel.size
+            return f"native.c knows kernels of {known}, not {size} x {size}"
         if layer.device.type not in ("cpu", "meta"):
             return f"it runs on the CPU, but this layer is on {layer.device}"
         return native_library.why_not()

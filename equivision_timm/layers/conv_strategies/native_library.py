@@ -1,14 +1,15 @@
 """The compiled form of `native.c`: built once on each machine by the system's C compiler, and kept.
 
-The compiler is `cc`, or what the environment variable CC names; it compiles for this processor, in seconds. The library
-lies in the user's cache folder, with its hash in its name. It is loaded only if it is whole, and if nobody else can
-have written it.
+The compiler is what the environment variable CC names, or `cc`, or else the one of the package ziglang; it compiles for
+this processor, in seconds. The library lies in the user's cache folder, with its hash in its name. It is loaded only if
+it is whole, and if nobody else can have written it.
 """
 
 import contextlib
 import ctypes
 import errno
 import hashlib
+import importlib.util
 import os
 import platform
 import shlex
@@ -16,17 +17,19 @@ import shutil
 import signal
 import stat
 import subprocess
+import sys
 import tempfile
 import threading
 import time
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
 import torch
 
-__all__ = ["CLayer", "CSparse", "available", "library", "why_not"]
+__all__ = ["CLayer", "CSparse", "available", "fingerprint", "library", "why_not"]
 
 _SOURCE = Path(__file__).with_name("native.c")
 _FLAGS = ("-O3", "-march=native", "-fPIC", "-shared", "-pthread")
@@ -84,19 +87,23 @@ def _why_not() -> str | None:
     try:
         name = _compiler()[0]
     except ValueError as error:
-        return f"CC={os.environ['CC']!r} cannot be read ({error}): name a C compiler, or use conv_strategy='auto'"
+        return f"CC={os.environ['CC']!r} cannot be read ({error}): name a C compiler"
     if os.name != "posix" or not hasattr(ctypes.CDLL(None), "GOMP_parallel"):
-        return "PyTorch's threads here are not those of GNU OpenMP (on Linux they are): use conv_strategy='auto'"
+        return "PyTorch's threads here are not those of GNU OpenMP (on Linux they are)"
     if shutil.which(name) is None:
         return (
-            f"there is no C compiler {name!r}: install one (Debian: apt install gcc), name yours in the "
-            "environment variable CC, or use conv_strategy='auto'"
+            f"there is no C compiler {name!r}: install one (Debian: apt install gcc; or pip install ziglang, the extra "
+            "`native`), or name yours in the environment variable CC"
         )
     return None
 
 
 def _compiler() -> list[str]:
-    return shlex.split(os.environ.get("CC", "")) or ["cc"]
+    """The environment variable CC; or `cc`; or, where there is none, that of the package ziglang, if it is there."""
+    named = shlex.split(os.environ.get("CC", ""))
+    if named or shutil.which("cc") or not importlib.util.find_spec("ziglang"):
+        return named or ["cc"]
+    return [sys.executable, "-m", "ziglang", "cc"]
 
 
 @cache
@@ -111,7 +118,8 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
         raise RuntimeError(f"conv_strategy 'native' cannot run: {lacks}")
     name, *options = _compiler()
     command = [shutil.which(name), *options, *_FLAGS, f"-DREAL={_REALS[dtype]}"]  # gcc without PATH needs all of it
-    made_of = (_SOURCE.read_text(), *command, _run(command[0], "--version"), platform.machine(), _processor())
+    version = _run(command[0], *options, "--version")
+    made_of = (_SOURCE.read_text(), *command, version, platform.machine(), _processor())
     digest = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
     try:
         folder = _folder()
@@ -122,7 +130,30 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
             f"conv_strategy 'native' has no place for its library: {error}. Name a folder that can be written in the "
             "environment variable XDG_CACHE_HOME, or use conv_strategy='block_diagonal'"
         ) from error
+    _loaded[dtype] = loaded
     return loaded
+
+
+_loaded: dict[torch.dtype, ctypes.CDLL] = {}
+
+
+def fingerprint(tensors: Sequence[torch.Tensor]) -> tuple | None:
+    """What tells these values from all others, but for a chance of 2^-64: of tensors on the CPU.
+
+    None where nothing has been compiled so far, or a tensor does not lie in one stretch of memory.
+    """
+    if not _loaded or not all(_is_one_stretch(t) for t in tensors):
+        return None
+    count, compiled = len(tensors), next(iter(_loaded.values()))
+    parts = (ctypes.c_void_p * count)(*[t.data_ptr() for t in tensors])
+    sizes = (ctypes.c_long * count)(*[t.nbytes for t in tensors])
+    bits = compiled.fingerprint(parts, sizes, ctypes.c_long(count), ctypes.c_long(torch.get_num_threads()))
+    return bits, *((t.dtype, t.shape, t.stride()) for t in tensors)
+
+
+def _is_one_stretch(tensor: torch.Tensor) -> bool:
+    dense = tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
+    return dense and not tensor.is_neg()
 
 
 def _folder() -> Path:
@@ -223,11 +254,12 @@ def _load(content: bytes) -> ctypes.CDLL:
             raise RuntimeError(
                 f"conv_strategy 'native': what was compiled cannot be loaded ({error}). {_REMEDY}"
             ) from error
-    missing = [name for name in (*_SIZES, "pack", "forward", "backward") if not hasattr(loaded, name)]
+    missing = [name for name in (*_SIZES, "pack", "forward", "backward", "fingerprint") if not hasattr(loaded, name)]
     if missing:
         raise RuntimeError(f"conv_strategy 'native': what was compiled has no function {missing[0]!r}. {_REMEDY}")
     for name in _SIZES:
         getattr(loaded, name).restype = ctypes.c_long
+    loaded.fingerprint.restype = ctypes.c_uint64
     if loaded.layer_size() != ctypes.sizeof(CLayer):
         raise RuntimeError(
             f"conv_strategy 'native': a layer has {loaded.layer_size()} bytes in native.c and {ctypes.sizeof(CLayer)} "

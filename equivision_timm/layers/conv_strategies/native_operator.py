@@ -20,10 +20,9 @@ __all__ = ["operator"]
 def operator(name: str, forward: Callable, backward: Callable) -> Callable:
     """The operator conv2d(x, weights, kernel, stride, dilation) of a strategy.
 
-    Steerable convolution of x [B, I * |G|, height, width], regular fields, field-major, by `block_weights`, with the padding
-    dilation * (k // 2): [B, O * |G|, height', width'].
-    Differentiable any number of times with respect to x and the weights; not in forward mode, nor by the transforms of
-    `torch.func`.
+    Steerable convolution of x [B, I * |G|, height, width], regular fields, field-major, by `block_weights`, with the
+    padding dilation * (k // 2): [B, O * |G|, height', width']. Differentiable any number of times with respect to x and
+    the weights; not in forward mode, nor by the transforms of `torch.func`.
 
     Args:
         name: of the operator, in the namespace equivision_timm.
