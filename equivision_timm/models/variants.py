@@ -1,14 +1,14 @@
 """The table of a family becomes models that timm knows: entrypoints, configurations, and a list for our own tools."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch.nn as nn
 from timm.models import generate_default_cfgs, register_model
 
-__all__ = ["Variant", "family_of", "is_ours", "model_names", "register_family"]
+__all__ = ["Variant", "family_of", "forget", "is_ours", "model_names", "register_family"]
 
 _FAMILIES: dict[str, type[nn.Module]] = {}  # by model name
 
@@ -50,6 +50,12 @@ def register_family(
     for name, variant in variants.items():
         _FAMILIES[name] = network
         setattr(home, name, register_model(_entrypoint(module, name, variant, create)))
+
+
+def forget(names: Iterable[str]) -> None:
+    """Take models out of our list again; timm has no way back, and may still list them."""
+    for name in names:
+        del _FAMILIES[name]
 
 
 def _entrypoint(module: str, name: str, variant: Variant, create: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
