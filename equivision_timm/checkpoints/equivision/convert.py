@@ -229,12 +229,15 @@ def _suggest(state_dict: dict[str, torch.Tensor], model_name: str) -> str:
 
 
 def fitting_models(state_dict: dict[str, torch.Tensor], model_name: str) -> list[str]:
-    """Which other models of ours the names and shapes fit."""
+    """Which other models the names and shapes fit, of those that the original's network can be."""
     shapes = {_plain(name): tuple(value.shape) for name, value in state_dict.items()}
     fitting = []
     for other in model_names(EquivariantResNet):
-        order = Group.from_name(re.search(r"[cd]\d+(?=resnet)", other)[0]).order
-        if other == model_name or f"bn1.batch_norm_[{order}].weight" not in shapes:
+        original = re.fullmatch(r"(?:test_)?([cd][148])resnet(?:18|50|101)?(?:_fast)?", other)
+        if other == model_name or original is None:
+            continue
+        order = Group.from_name(original[1]).order
+        if f"bn1.batch_norm_[{order}].weight" not in shapes:
             continue
         entries = _entries_of(other)
         needed = {name for name, entry in entries.items() if entry.needed}
