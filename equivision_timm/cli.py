@@ -137,6 +137,8 @@ def _add_rotate_eval(commands: argparse._SubParsersAction) -> None:
     add("--amp-dtype", choices=("float16", "bfloat16"), default="float16", help="its type (default: %(default)s)")
     add("--channels-last", action="store_true", help="memory format")
     add("--reparam", action="store_true", help="fold convolutions and norms first")
+    add("--by-stage", action="store_true", help="also measure how far the maps of each stage turn with the image")
+    add("--test-time-turns", type=int, default=1, metavar="N", help="average the logits over N rotations, 1, 2 or 4")
     parser.set_defaults(
         run=_rotate_eval, interrupted="what was measured is in {out}, the same command goes on from there"
     )

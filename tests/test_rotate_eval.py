@@ -25,9 +25,10 @@ from torchvision.datasets import ImageFolder
 
 from equivision_timm.arguments import InputError
 from equivision_timm.cli import main
+from equivision_timm.testing import angle_error
 from equivision_timm.tools.figures import plain_text
 from equivision_timm.tools.rotate_eval import run
-from equivision_timm.tools.rotate_eval.measure import parse_angles
+from equivision_timm.tools.rotate_eval.measure import Folder, averaged, parse_angles
 from equivision_timm.tools.rotate_eval.report import _curve, draw, write_report
 from equivision_timm.tools.rotate_eval.results import Cell, Results
 from equivision_timm.tools.rotate_eval.run import rotate_eval
@@ -236,7 +237,7 @@ def test_unlabelled_folder(textures: str, c4: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"lie in no class folders.*--unlabelled"):
         rotate_eval([c4], str(flat), [0.0], str(tmp_path / "out"))
     rotate_eval([c4], str(flat), [0.0, 90.0], str(tmp_path / "out"), unlabelled=True, workers=0, device="cpu")
-    assert set(_rows(tmp_path / "out")[c4, 33, 90]) == {"images", "agreement", "drift"}
+    assert set(_rows(tmp_path / "out")[c4, 33, 90]) == {"turns", "images", "agreement", "drift"}
 
 
 def test_too_little_memory_says_what_to_lower(
@@ -419,6 +420,8 @@ def test_other_settings_in_the_meantime_change_nothing(
         ("sums", {}),
         ("sums", {name: [1.0] for name in ("top1", "top5", "agreement", "drift")}),
         ("unreadable", 3),
+        ("stages", {"layer1": [0.1] * 5}),
+        ("turns", "four"),
         ("model", None),
     ],
 )
@@ -436,10 +439,11 @@ def test_damaged_cells_are_refused(key: str, value, measured: Path, textures: st
 
 def _results(tmp_path: Path, models: list[str], angles: list[float], values: list[float], data: str) -> Results:
     settings = {"data": data, "files": 1, "angles": angles, "corners": "reflect", "labelled": True}
+    settings["by_stage"] = False
     results = Results(tmp_path / "results.json", settings)
     for model in models:
         sums = dict.fromkeys(("top1", "top5", "agreement", "drift"), values)
-        results.put(Cell(model, 33, 1, 1, (), sums))
+        results.put(Cell(model, 33, 1, 1, 1, (), sums))
     return results
 
 
@@ -507,3 +511,65 @@ def test_an_odd_angle_is_as_good_as_any(textures: str, c4: str, tmp_path: Path) 
     rows = _rows(tmp_path)
     assert len(rows) == len(angles)
     assert all(math.isfinite(value) for row in rows.values() for value in row.values())
+
+
+def test_quarter_turns_averaged(textures: str, c4: str, c1: str, tmp_path: Path) -> None:
+    """A plain network becomes exact at quarter turns, and nothing else; both ways are in one report."""
+    common = (textures, [0.0, 45.0, 90.0], str(tmp_path), [33])
+    rotate_eval([c1], *common, workers=0, device="cpu")
+    rotate_eval([c1], *common, workers=0, device="cpu", test_time_turns=4)
+    with (tmp_path / "results.csv").open() as file:
+        drift = {(row["turns"], row["angle"]): float(row["drift"]) for row in csv.DictReader(file)}
+    assert len(drift) == 6
+    assert drift["4", "90"] < 1e-5 < 1e-2 < drift["1", "90"]
+    assert drift["4", "45"] > 1e-3
+    assert "33 px, mean of 4 rotations" in (tmp_path / "report.html").read_text()
+    model = timm.create_model(c1, pretrained=True).eval()
+    images = torch.randn(2, 3, 33, 33)
+    mean = torch.stack([model(images.rot90(k, dims=(-2, -1))) for k in range(4)]).mean(0)
+    assert torch.allclose(averaged(model, 4)(images), mean, atol=1e-5)
+    assert not torch.allclose(averaged(model, 2)(images), mean, atol=1e-5)
+
+
+def test_stages(textures: str, c4: str, c1: str, tmp_path: Path) -> None:
+    options = ["--angles", "0,45,90", "--size", "33", "-b", "5", "-j", "0", "--device", "cpu", "--by-stage"]
+    command = ["rotate-eval", "--models", c4, c1, "--data", textures, *options, "--out", str(tmp_path)]
+    assert main(command) == 0
+    with (tmp_path / "stages.csv").open() as file:
+        rows = {(r["model"], r["stage"], float(r["angle"])): float(r["error"]) for r in csv.DictReader(file)}
+    model = timm.create_model(c4, pretrained=True).eval()
+    stages = [level["module"] for level in model.feature_info]
+    assert len(rows) == 2 * len(stages) * 3
+    folder = Folder(textures, "validation", "").prepare_for({**model.pretrained_cfg, "input_size": (3, 33, 33)})
+    images = torch.stack([folder[i][0] for i in range(12)])
+    expected = angle_error(model, images, [0.0, 45.0, 90.0])
+    for stage in stages:
+        assert rows[c4, stage, 90] < 1e-4
+        assert rows[c1, stage, 90] > 1e-2
+        for angle, error in expected[stage].items():
+            assert rows[c4, stage, angle] == pytest.approx(error, rel=1e-3, abs=1e-6)  # batches of five there
+    with Image.open(tmp_path / "stages.png") as picture:
+        assert len(picture.convert("L").getcolors()) > 50
+    page = _Page((tmp_path / "report.html").read_text())
+    assert len(page.loads) == 2
+    assert page.rows == (1 + 2) + 4 * (1 + 3) + (1 + 2 * len(stages))
+    assert main(command) == 0  # everything is there already
+    assert main([*command[:-1], str(tmp_path / "other"), "--test-time-turns", "4"]) == 2
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("turns", ["0", "3", "8"])
+def test_number_of_turns_that_does_not_exist(turns: str, textures: str, c4: str, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    assert main(["rotate-eval", "--models", c4, "--data", textures, "--out", str(out), "--test-time-turns", turns]) == 2
+    assert f"--test-time-turns {turns} does not exist: use one of 1, 2, 4" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_model_without_maps(textures: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Model(torch.nn.Module):
+        num_classes, pretrained_cfg = 3, {"input_size": (3, 33, 33)}
+
+    monkeypatch.setattr(run, "load_model", lambda name, num_classes: Model())
+    with pytest.raises(InputError, match="'resnet18' shows no maps of its stages: leave --by-stage out"):
+        rotate_eval(["resnet18"], textures, [0.0], str(tmp_path), workers=0, device="cpu", by_stage=True)

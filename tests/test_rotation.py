@@ -13,7 +13,7 @@ from small_models import write_textures
 from timm.data import create_dataset, create_loader
 
 from equivision_timm.images.pictures import PictureError
-from equivision_timm.images.rotation import RotatedFolder, rotate, rotate_image
+from equivision_timm.images.rotation import LIMITS, RotatedFolder, rotate, rotate_image
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # timm leaves image files to the garbage collector
 
@@ -103,6 +103,35 @@ def test_validation_angles_are_uniform_and_stay(dots: Path) -> None:
     angles = [_angle(folder[i][0]) for i in range(200)]
     _assert_uniform(angles)
     assert [_angle(folder[i][0]) for i in range(199, -1, -1)] == angles[::-1]
+
+
+@pytest.mark.parametrize("limit", [22.5, 90])
+def test_training_angles_up_to_a_limit(dots: Path, limit: float) -> None:
+    torch.manual_seed(0)
+    folder = create_dataset(f"torch/rotated_folder_{limit}", root=str(dots), split="train", is_training=True)
+    angles = np.array([(_angle(folder[i][0]) + 180) % 360 - 180 for i in range(200)])
+    assert np.abs(angles).max() < limit + 0.5
+    _assert_uniform(list((angles + limit) * 180 / limit))
+    with pytest.raises(AssertionError):  # they are not uniform over all angles
+        _assert_uniform(list(angles % 360))
+
+
+def test_validation_is_under_all_rotations_whatever_the_limit(dots: Path) -> None:
+    (dots / "train").rename(dots / "val")
+    few = create_dataset("torch/rotated_folder_22.5", root=str(dots), split="validation", is_training=False)
+    every = RotatedFolder(str(dots), train=False)
+    assert [_angle(few[i][0]) for i in range(20)] == [_angle(every[i][0]) for i in range(20)]
+
+
+@pytest.mark.parametrize("limit", [0, -5, 181, math.nan])
+def test_limits_that_do_not_exist(dots: Path, limit: float) -> None:
+    with pytest.raises(ValueError, match=f"turned by up to {limit} degrees: use a limit above 0 and up to 180"):
+        RotatedFolder(str(dots), train=True, limit=limit)
+
+
+def test_every_limit_has_a_name(dots: Path) -> None:
+    for limit in LIMITS:
+        assert create_dataset(f"torch/rotated_folder_{limit}", root=str(dots), split="train").limit == limit
 
 
 def test_uniformity_test_notices_unturned_images(dots: Path) -> None:

@@ -6,6 +6,10 @@ that its unmodified scripts train and evaluate under uniformly random rotation:
     train.py    --device-modules equivision_timm --data-dir DIR --dataset torch/rotated_folder ...
     python -m equivision_timm validate.py --data-dir DIR --dataset torch/rotated_folder ...
 
+A group of N rotations does the rotations by multiples of 360 / N degrees itself, and leaves those up to 180 / N degrees
+to training: `torch/rotated_folder_22.5` for C8 and D8, `torch/rotated_folder_45` for C4 and D4, and so on for the
+`LIMITS`. Validation is under all rotations with each of them.
+
 The whole image turns before timm crops it: where it reaches, the corners of the crop hold pixels of the image, and
 beyond that its reflection, not black triangles that tell the angle.
 """
@@ -13,6 +17,7 @@ beyond that its reflection, not black triangles that tell the angle.
 import math
 import os
 import warnings
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,8 +30,9 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from equivision_timm.images.pictures import PictureError, every_ending, open_rgb
 
-__all__ = ["RotatedFolder", "rotate", "rotate_image"]
+__all__ = ["LIMITS", "RotatedFolder", "rotate", "rotate_image"]
 
+LIMITS = (90, 45, 30, 22.5, 15, 11.25)  # degrees: what groups of 2, 4, 6, 8, 12 and 16 rotations leave over
 _MOST_FAULTS = 50  # timm's own limit
 
 
@@ -69,10 +75,11 @@ def rotate_image(image: Image.Image, degrees: float) -> Image.Image:
 
 
 class RotatedFolder(torch.utils.data.Dataset):
-    """A folder of images, one sub-folder per class, each image turned by an angle uniform in [0, 360) degrees.
+    """A folder of images, one sub-folder per class, each image turned by a random angle.
 
-    For training the angle is drawn anew each time, from PyTorch's generator, which the data-loader workers seed. For
-    evaluation it is a fixed function of the index, so that every model and every epoch meets the same images.
+    For training it is uniform in [-limit, limit] degrees and drawn anew each time, from PyTorch's generator, which the
+    data-loader workers seed. For evaluation it is uniform in [0, 360) degrees whatever the limit, and a fixed function
+    of the index, so that every model and every epoch meets the same images.
 
     The signature is the one timm gives to torchvision's data sets, which knows training and evaluation only: the
     folder `train` or `training` of `root` is used for the one, `validation`, `val`, ... for the other, `root` itself
@@ -82,21 +89,27 @@ class RotatedFolder(torch.utils.data.Dataset):
         root: the folder.
         train: draw random angles, and look for the training split.
         download: must be False: there is nothing to download.
+        limit: the largest angle in training, in degrees, above 0 and up to 180.
         reader_options: passed to `timm.data.create_dataset`, such as `input_key`.
 
     Raises:
-        ValueError: `download` is set, or `root` is no folder. On reading, `PictureError` where fifty pictures one after
-            another, or all, cannot be read.
+        ValueError: `download` is set, `root` is no folder, or there is no such limit. On reading, `PictureError` where
+            fifty pictures one after another, or all, cannot be read.
     """
 
-    def __init__(self, root: str, train: bool, download: bool = False, **reader_options: Any) -> None:
+    def __init__(
+        self, root: str, train: bool, download: bool = False, limit: float = 180, **reader_options: Any
+    ) -> None:
         if download:
             raise ValueError(f"rotated_folder reads {root!r} and downloads nothing: leave --dataset-download out")
         if not os.path.isdir(root):
             raise ValueError(f"there is no folder {str(root)!r} of images: give another --data-dir")
+        if not 0 < limit <= 180:
+            raise ValueError(f"images cannot be turned by up to {limit} degrees: use a limit above 0 and up to 180")
         with every_ending():
             self.images = create_dataset("", root, split="train" if train else "validation", **reader_options)
         self.train = train
+        self.limit = limit
         self.transform = None  # set by timm's loader
         self.target_transform = None
 
@@ -105,8 +118,11 @@ class RotatedFolder(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image, target = self._read(index)
-        fraction = torch.rand(()).item() if self.train else np.random.default_rng(index).random()
-        image = rotate_image(image, 360 * fraction)
+        if self.train:
+            angle = self.limit * (2 * torch.rand(()).item() - 1)
+        else:
+            angle = 360 * np.random.default_rng(index).random()
+        image = rotate_image(image, angle)
         image = image if self.transform is None else self.transform(image)
         return image, target if self.target_transform is None else self.target_transform(target)
 
@@ -135,3 +151,4 @@ class RotatedFolder(torch.utils.data.Dataset):
 
 
 _TORCH_BASIC_DS["rotated_folder"] = RotatedFolder
+_TORCH_BASIC_DS.update({f"rotated_folder_{limit}": partial(RotatedFolder, limit=limit) for limit in LIMITS})

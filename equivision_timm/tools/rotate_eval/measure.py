@@ -6,6 +6,9 @@ image under the same treatment of the corners is the reference:
     top1, top5   the true class is the first, is among the first five
     agreement    the first class is the one of the reference
     drift        |z - z_0| / |z_0|, z the logits less their mean, which the softmax ignores, z_0 of the reference
+
+A model that is not equivariant may predict from several rotations of an image: `averaged`. How far the maps of its
+stages are from turning with the image says `equivision_timm.testing.angle_error`.
 """
 
 import math
@@ -24,11 +27,13 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from equivision_timm.arguments import InputError
 from equivision_timm.images.pictures import PictureError, every_ending, open_rgb
 from equivision_timm.images.rotation import rotate
+from equivision_timm.testing import angle_error
 from equivision_timm.tools.rotate_eval.results import Cell
 
-__all__ = ["CORNERS", "Folder", "measure", "parse_angles"]
+__all__ = ["CORNERS", "TURNS", "Folder", "averaged", "measure", "parse_angles"]
 
 CORNERS = ("reflect", "circle")
+TURNS = (1, 2, 4)  # whose rotations move whole pixels
 MOST_ANGLES = 3600
 
 
@@ -165,13 +170,25 @@ def _collate(samples: list[tuple[torch.Tensor, int] | str]) -> _Batch:
     )
 
 
+def averaged(model: nn.Module, turns: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """images -> the mean of the logits over `turns` rotations of each, one of `TURNS`, 360 / turns degrees apart."""
+    if turns == 1:
+        return model
+
+    def predict(images: torch.Tensor) -> torch.Tensor:
+        return sum(model(rotate(images, 360 / turns * k)) for k in range(turns)) / turns
+
+    return predict
+
+
 def measure(
     cell: Cell,
-    predict: Callable[[torch.Tensor], torch.Tensor],
+    model: nn.Module,
     folder: Folder,
     angles: list[float],
     corners: str,
     labelled: bool,
+    by_stage: bool,
     batch_size: int,
     workers: int,
     device: torch.device,
@@ -179,26 +196,30 @@ def measure(
     """Continue `cell` from its position; yields it anew after every batch.
 
     Args:
-        cell: what has been measured so far.
-        predict: images [B, C, H, W] -> logits [B, classes].
+        cell: what has been measured so far, over how many rotations averaged.
+        model: images [B, C, H, W] -> logits [B, classes], in eval mode.
         folder: the images, prepared for the model.
         angles: in degrees, counter-clockwise.
         corners: 'reflect': the image is reflected at its border; 'circle': at every angle, zero included, only the
             inscribed circle is shown, on the mean colour.
         labelled: whether the folder's classes are those of the model.
+        by_stage: measure the error of every stage, too.
         batch_size: images at a time.
         workers: processes that load images.
         device: where to compute.
     """
+    predict = averaged(model, cell.turns)
     rest = Subset(folder, range(cell.position, len(folder)))
     loader = DataLoader(rest, batch_size=batch_size, num_workers=workers, collate_fn=_collate)
     for batch in loader:
-        sums = {}
+        sums, stages = {}, {}
         if batch.images is not None:
-            targets = batch.targets.to(device) if labelled else None
-            sums = _sums(predict, batch.images.to(device), targets, angles, corners)
-        images = batch.taken - len(batch.unreadable)
-        cell = cell.add(batch.taken, images, batch.unreadable, sums)
+            images, targets = batch.images.to(device), batch.targets.to(device) if labelled else None
+            sums = _sums(predict, images, targets, angles, corners)
+            if by_stage:
+                errors = angle_error(model, images, angles)
+                stages = {stage: [len(images) * e for e in by_angle.values()] for stage, by_angle in errors.items()}
+        cell = cell.add(batch.taken, batch.taken - len(batch.unreadable), batch.unreadable, sums, stages)
         yield cell
 
 

@@ -14,9 +14,10 @@ from equivision_timm.tools.figures import figure_bytes, plain_text
 from equivision_timm.tools.loading import short_name
 from equivision_timm.tools.rotate_eval.results import Cell, Results
 
-__all__ = ["FILES", "write_report"]
+__all__ = ["FILES", "STAGE_FILES", "write_report"]
 
 FILES = ("results.csv", "rotation.png", "report.html")
+STAGE_FILES = ("stages.csv", "stages.png")  # where stages were measured
 
 _TITLES = {
     "top1": "top-1 accuracy (%)",
@@ -31,11 +32,17 @@ _CORNERS = {
 
 
 def write_report(results: Results, folder: Path) -> None:
-    """Write results.csv, rotation.png and report.html into `folder`, each whole or not at all."""
+    """Write `FILES`, and `STAGE_FILES` where stages were measured, into `folder`, each whole or not at all."""
+    contents = {}
+    pictures = [("Accuracy, agreement and drift against the angle", "rotation.png", draw)]
+    if results.settings["by_stage"]:
+        pictures.append(("Error of each stage against the angle", "stages.png", draw_stages))
+        contents["stages.csv"] = results.stages_csv()
     with plain_text():
-        picture = figure_bytes(draw(results), ".png", dpi=110)
-    page = _page(results, picture).encode(errors="backslashreplace")
-    for name, content in zip(FILES, (results.csv(), picture, page), strict=True):
+        contents |= {name: figure_bytes(drawn(results), ".png", dpi=110) for _, name, drawn in pictures}
+    page = _page(results, {title: contents[name] for title, name, _ in pictures})
+    contents |= {"results.csv": results.csv(), "report.html": page.encode(errors="backslashreplace")}
+    for name, content in contents.items():
         write_file(folder / name, content)
 
 
@@ -78,6 +85,32 @@ def draw(results: Results) -> Figure:
     return figure
 
 
+def draw_stages(results: Results) -> Figure:
+    """A panel for each model: the error of each stage against the angle."""
+    cells = results.measured()
+    columns = min(len(cells), 3)
+    figure = Figure(figsize=(1 + 4.5 * columns, 4.2 * -(-len(cells) // columns)), layout="constrained")
+    panels = figure.subplots(-(-len(cells) // columns), columns, squeeze=False, sharey=True).flatten()
+    wide = np.ptp(results.settings["angles"]) > 180
+    for axes, cell in zip(panels, cells, strict=False):
+        colours = matplotlib.colormaps["viridis"](np.linspace(0.9, 0, len(cell.stages)))
+        for stage, colour in zip(cell.stages, colours, strict=True):
+            angles, errors = _curve(results.settings["angles"], cell.stage_errors(stage))
+            (line,) = axes.plot(angles, errors, "o-", color=colour, markersize=3, linewidth=1.6)
+            line.set_label(f"\u200b{one_line(stage)}")  # matplotlib leaves labels out that begin with '_'
+        axes.set_title(shortened(_label(cell), 44), fontsize=10)
+        axes.set_xlabel("angle (degrees, counter-clockwise)")
+        axes.xaxis.set_major_locator(matplotlib.ticker.MultipleLocator(90 if wide else 15))
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    for axes in panels[len(cells) :]:
+        axes.set_axis_off()
+    panels[0].set_ylabel("|f(g x) - g f(x)| / |g f(x)|")
+    figure.suptitle("How far the maps of each stage turn with the image: 0 is perfect")
+    return figure
+
+
 def _curve(angles: list[float], values: list[float]) -> tuple[list[float], list[float]]:
     """Angles and values in order; where they go all the way round, the first point once more, 360 degrees on."""
     angles, values = map(list, zip(*sorted(zip(angles, values, strict=True)), strict=True))
@@ -88,7 +121,8 @@ def _curve(angles: list[float], values: list[float]) -> tuple[list[float], list[
 
 
 def _label(cell: Cell) -> str:
-    return f"{one_line(short_name(cell.model))}, {cell.size} px"
+    averaged = f", mean of {cell.turns} rotations" if cell.turns > 1 else ""
+    return f"{one_line(short_name(cell.model))}, {cell.size} px{averaged}"
 
 
 def _headline(results: Results) -> str:
@@ -107,19 +141,23 @@ th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2
 """
 
 
-def _page(results: Results, picture: bytes) -> str:
+def _page(results: Results, pictures: dict[str, bytes]) -> str:
+    """The page with `pictures`, by what they show."""
     title = html.escape(_headline(results))
-    source = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+    shown = [
+        f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
+        for name, picture in pictures.items()
+    ]
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style></head><body>
 <h1>{title}</h1>
 {_notes(results)}
 <h2>Summary</h2><div class="wide">{_summary(results)}</div>
-<h2>Against the angle</h2><img alt="Accuracy, agreement and drift against the angle" src="{source}">
+<h2>Against the angle</h2>{shown[0]}
 <div class="side">{"".join(_by_angle(results, metric) for metric in results.measured()[0].metrics())}</div>
 <p class="note">Agreement: the predicted class is the one of the unturned image. Drift: |z - z0| / |z0|, z the logits
 less their mean, z0 those of the unturned image. Multiples of 90 degrees move whole pixels, other angles resample.</p>
-</body></html>
+{_stages(results, *shown[1:]) if results.settings["by_stage"] else ""}</body></html>
 """
 
 
@@ -151,6 +189,22 @@ def _summary(results: Results) -> str:
     if main == "top1":
         head.append("agreement, mean (%)")
     return _table([*head, "drift, mean", "drift, worst"], rows)
+
+
+def _stages(results: Results, picture: str) -> str:
+    """The section on the maps of the stages."""
+    rows = []
+    for cell in results.measured():
+        for stage in cell.stages:
+            errors = cell.stage_errors(stage)
+            worst = results.settings["angles"][int(np.argmax(errors))]
+            rows.append([_label(cell), one_line(stage), f"{np.mean(errors):.3f}", f"{max(errors):.3f} (at {worst:g}°)"])
+    return f"""<h2>By stage</h2>{picture}
+<div class="wide">{_table(["model", "stage", "error, mean", "error, worst"], rows)}</div>
+<p class="note">Error: |f(g x) - g f(x)| / |g f(x)| of the maps f of a stage, in a disc of 0.8 times the inscribed
+radius, behind a smooth circular mask on the image; g the rotation. 0: the map turns with the image. 1: it has next to
+nothing in common with the turned map.</p>
+"""
 
 
 def _by_angle(results: Results, metric: str) -> str:

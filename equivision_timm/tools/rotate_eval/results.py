@@ -23,34 +23,48 @@ _PATIENCE = 60  # seconds to wait for another process, which holds the lock whil
 
 @dataclass(frozen=True)
 class Cell:
-    """One model at one image size: sums over the images measured so far, a list entry per angle.
+    """One model at one image size, predicting in one way: sums over the images measured so far, an entry per angle.
 
     Attributes:
         model: as the user named it.
         size: side of the images in pixels.
+        turns: over how many rotations of each image, 360 / turns degrees apart, the logits are averaged.
         position: how many files of the folder have been taken.
         images: how many of them were measured.
         unreadable: names of the others.
         sums: for each of `METRICS` the sum over the images, by angle; top1 and top5 are missing without labels.
+        stages: for each stage the sum of its errors over the images, by angle; empty where they were not asked for.
     """
 
     model: str
     size: int
+    turns: int = 1
     position: int = 0
     images: int = 0
     unreadable: tuple[str, ...] = ()
     sums: dict[str, list[float]] = field(default_factory=dict)
+    stages: dict[str, list[float]] = field(default_factory=dict)
 
-    def add(self, taken: int, images: int, unreadable: list[str], sums: dict[str, list[float]]) -> "Cell":
+    @property
+    def key(self) -> tuple[str, int, int]:
+        return self.model, self.size, self.turns
+
+    def add(
+        self,
+        taken: int,
+        images: int,
+        unreadable: list[str],
+        sums: dict[str, list[float]],
+        stages: dict[str, list[float]],
+    ) -> "Cell":
         """The cell after one more batch."""
-        before = {name: self.sums.get(name, [0.0] * len(values)) for name, values in sums.items()}
         return replace(
             self,
             position=self.position + taken,
             images=self.images + images,
             unreadable=(*self.unreadable, *unreadable),
-            sums={name: [a + b for a, b in zip(before[name], sums[name], strict=True)] for name in sums}
-            or self.sums,  # a batch of unreadable images adds nothing
+            sums=_added(self.sums, sums),
+            stages=_added(self.stages, stages),
         )
 
     def mean(self, metric: str) -> list[float]:
@@ -58,9 +72,20 @@ class Cell:
         scale = 1.0 if metric == "drift" else 100.0
         return [scale * value / self.images for value in self.sums[metric]]
 
+    def stage_errors(self, stage: str) -> list[float]:
+        """The mean error of a stage over the images, by angle."""
+        return [value / self.images for value in self.stages[stage]]
+
     def metrics(self) -> list[str]:
         """The metrics this cell holds, in the order of `METRICS`."""
         return [metric for metric in METRICS if metric in self.sums]
+
+
+def _added(before: dict[str, list[float]], new: dict[str, list[float]]) -> dict[str, list[float]]:
+    """The sums after one more batch; one of unreadable images adds nothing."""
+    if not before or not new:
+        return before or new
+    return {name: [a + b for a, b in zip(before[name], new[name], strict=True)] for name in new}
 
 
 class Results:
@@ -70,7 +95,7 @@ class Results:
 
     Args:
         path: the JSON file; continued where it exists.
-        settings: what all cells share: data, angles, corners.
+        settings: what all cells share: data, angles, corners, whether stages are measured.
 
     Raises:
         InputError: the file holds results of other settings, or is none of ours.
@@ -79,14 +104,14 @@ class Results:
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path = path
         self.settings = settings
-        self.cells: dict[tuple[str, int], Cell] = {}
+        self.cells: dict[tuple[str, int, int], Cell] = {}
         self._lock = FileLock(path.with_name(f".{path.stem}.lock"), timeout=_PATIENCE)
         self.merge()
 
-    def cell(self, model: str, size: int) -> Cell:
+    def cell(self, model: str, size: int, turns: int) -> Cell:
         """What has been measured of a model at a size, by this process or another."""
         self.merge()
-        return self.cells.get((model, size), Cell(model, size))
+        return self.cells.get((model, size, turns), Cell(model, size, turns))
 
     def merge(self) -> None:
         """Take over what other processes have put into the file; of two states of a cell the one that is further.
@@ -99,9 +124,9 @@ class Results:
         except FileNotFoundError:
             return
         for cell in self._read(text):
-            mine = self.cells.get((cell.model, cell.size))
+            mine = self.cells.get(cell.key)
             if mine is None or mine.position < cell.position:
-                self.cells[cell.model, cell.size] = cell
+                self.cells[cell.key] = cell
 
     def _read(self, text: bytes) -> list[Cell]:
         try:
@@ -131,9 +156,9 @@ class Results:
     def put(self, cell: Cell) -> None:
         """Add or continue a cell; the file is replaced as a whole, so that it is never half written."""
         with self.locked():
-            held = self.cells.get((cell.model, cell.size))
+            held = self.cells.get(cell.key)
             if held is None or held.position < cell.position:
-                self.cells[cell.model, cell.size] = cell
+                self.cells[cell.key] = cell
             content = {"settings": self.settings, "cells": [asdict(cell) for cell in self.cells.values()]}
             write_file(self.path, (json.dumps(content, indent=1) + "\n").encode())
 
@@ -142,18 +167,26 @@ class Results:
         return [cell for cell in self.cells.values() if cell.images]
 
     def csv(self) -> bytes:
-        """One row per model, size and angle: per cent for top1, top5 and agreement."""
+        """One row per model, size, rotations averaged and angle: per cent for top1, top5 and agreement."""
         cells = self.measured()
         metrics = cells[0].metrics()
-        file = io.StringIO(newline="")
-        writer = csv.writer(file)
-        writer.writerow(["model", "size", "angle", "images", *metrics])
+        rows = [["model", "size", "turns", "angle", "images", *metrics]]
         for cell in cells:
             means = [cell.mean(metric) for metric in metrics]
             for angle, *values in zip(self.settings["angles"], *means, strict=True):
-                row = [_no_formula(cell.model), cell.size, f"{angle:g}", cell.images]
-                writer.writerow([*row, *(f"{v:.6g}" for v in values)])
-        return file.getvalue().encode(errors="backslashreplace")
+                row = [_no_formula(cell.model), cell.size, cell.turns, f"{angle:g}", cell.images]
+                rows.append([*row, *(f"{v:.6g}" for v in values)])
+        return _csv(rows)
+
+    def stages_csv(self) -> bytes:
+        """One row per model, size, stage and angle."""
+        rows = [["model", "size", "stage", "angle", "images", "error"]]
+        for cell in self.measured():
+            for stage in cell.stages:
+                for angle, error in zip(self.settings["angles"], cell.stage_errors(stage), strict=True):
+                    row = [_no_formula(cell.model), cell.size, _no_formula(stage), f"{angle:g}", cell.images]
+                    rows.append([*row, f"{error:.6g}"])
+        return _csv(rows)
 
 
 def _cell(entry: dict[str, Any], settings: dict[str, Any]) -> Cell:
@@ -164,19 +197,30 @@ def _cell(entry: dict[str, Any], settings: dict[str, Any]) -> Cell:
     """
     metrics = METRICS if settings["labelled"] else METRICS[2:]
     sums = {name: [float(value) for value in entry["sums"][name]] for name in metrics} if entry["images"] else {}
+    stages = {str(name): [float(value) for value in values] for name, values in entry["stages"].items()}
     cell = Cell(
         model=str(entry["model"]),
         size=operator.index(entry["size"]),
+        turns=operator.index(entry["turns"]),
         position=operator.index(entry["position"]),
         images=operator.index(entry["images"]),
         unreadable=tuple(str(name) for name in entry["unreadable"]),
         sums=sums,
+        stages=stages,
     )
+    if bool(stages) != bool(settings["by_stage"] and cell.images):
+        raise ValueError(f"{cell.model!r} has the stages {list(stages)}")
     if not 0 <= cell.position <= settings["files"] or cell.position != cell.images + len(cell.unreadable):
         raise ValueError(f"{cell.model!r} has {cell.images} images of {cell.position} files")
-    if any(len(values) != len(settings["angles"]) for values in cell.sums.values()):
+    if any(len(values) != len(settings["angles"]) for values in (*cell.sums.values(), *stages.values())):
         raise ValueError(f"{cell.model!r} has not as many sums as there are angles")
     return cell
+
+
+def _csv(rows: list[list]) -> bytes:
+    file = io.StringIO(newline="")
+    csv.writer(file).writerows(rows)
+    return file.getvalue().encode(errors="backslashreplace")
 
 
 def _no_formula(text: str) -> str:

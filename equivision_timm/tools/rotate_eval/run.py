@@ -16,8 +16,8 @@ from equivision_timm.arguments import InputError, check_number, one_line
 from equivision_timm.files import check_writable
 from equivision_timm.images.pictures import PictureError
 from equivision_timm.tools.loading import check_model_name, load_model, split_spec
-from equivision_timm.tools.rotate_eval.measure import CORNERS, Folder, measure
-from equivision_timm.tools.rotate_eval.report import FILES, write_report
+from equivision_timm.tools.rotate_eval.measure import CORNERS, TURNS, Folder, measure
+from equivision_timm.tools.rotate_eval.report import FILES, STAGE_FILES, write_report
 from equivision_timm.tools.rotate_eval.results import Cell, Results
 from equivision_timm.tools.trial import MOST_CLASSES, MOST_PIXELS, check_memory, explained, find_device, try_model
 
@@ -46,6 +46,8 @@ def rotate_eval(
     amp_dtype: str = "float16",
     channels_last: bool = False,
     reparam: bool = False,
+    by_stage: bool = False,
+    test_time_turns: int = 1,
 ) -> None:
     """Measure models on images turned by every angle; writes results.json, results.csv, rotation.png, report.html.
 
@@ -70,16 +72,24 @@ def rotate_eval(
         amp_dtype: its type, 'float16' or 'bfloat16'.
         channels_last: memory format.
         reparam: fold convolutions and norms first.
+        by_stage: measure the maps of every stage, too, see `equivision_timm.testing.angle_error`; also writes
+            stages.csv and stages.png.
+        test_time_turns: average the logits over 1, 2 or 4 rotations of each image; one `out` may hold models measured
+            with and without.
 
     Raises:
         InputError: something given cannot be used, or there is too little memory; nothing measured is lost.
         KeyboardInterrupt: after writing the report on what was measured.
     """
     models, sizes = list(dict.fromkeys(models)), list(dict.fromkeys(sizes or []))
+    _check_ways(by_stage, test_time_turns)
     folder = _check_input(models, data, out, sizes, split, class_map, unlabelled, num_classes, batch_size, workers)
     batch_size = min(batch_size, len(folder))
-    precision = amp_dtype if amp else "float32"
-    results = Results(Path(out, "results.json"), _settings(folder, data, angles, corners, unlabelled, precision))
+    if by_stage:
+        for file in STAGE_FILES:
+            check_writable(Path(out, file), make_folders=True)
+    settings = _settings(folder, data, angles, corners, unlabelled, amp_dtype if amp else "float32", by_stage)
+    results = Results(Path(out, "results.json"), settings)
     target = find_device(device)
 
     def load(name: str) -> tuple[nn.Module, list[dict]]:
@@ -87,6 +97,8 @@ def rotate_eval(
         classes = num_classes or (len(folder.classes) if split_spec(name)[1] and not unlabelled else None)
         model = load_model(name, classes)
         _check_classes(name, model, folder, unlabelled, class_map)
+        if by_stage and not (hasattr(model, "forward_intermediates") and hasattr(model, "feature_info")):
+            raise InputError(f"{name!r} shows no maps of its stages: leave --by-stage out, or measure it alone")
         config = resolve_data_config({}, model=model, use_test_size=True)
         channels, own = config["input_size"][0], config["input_size"][-1]
         model = reparameterize_model(model) if reparam else model
@@ -113,10 +125,10 @@ def rotate_eval(
             for config in configs:
                 size = config["input_size"][-1]
                 folder.prepare_for(config)
-                cell = results.cell(name, size)
+                cell = results.cell(name, size, test_time_turns)
                 with computing(name, batch_size, size):
                     progress = measure(
-                        cell, model, folder, angles, corners, not unlabelled, batch_size, workers, target
+                        cell, model, folder, angles, corners, not unlabelled, by_stage, batch_size, workers, target
                     )
                     _follow(progress, results, cell, len(folder))
     finally:
@@ -125,6 +137,15 @@ def rotate_eval(
                 write_report(results, Path(out))
     if not results.measured():
         raise InputError(f"none of the {len(folder)} images in {data!r} can be read, such as {_first_fault(folder)}")
+
+
+def _check_ways(by_stage: bool, test_time_turns: int) -> None:
+    if test_time_turns not in TURNS:
+        raise InputError(f"--test-time-turns {test_time_turns} does not exist: use one of {', '.join(map(str, TURNS))}")
+    if by_stage and test_time_turns > 1:
+        raise InputError(
+            f"--by-stage measures maps, and --test-time-turns {test_time_turns} averages logits: leave one of them out"
+        )
 
 
 def _check_input(
@@ -162,7 +183,9 @@ def _open_folder(data: str, split: str, class_map: str, unlabelled: bool) -> Fol
     return folder
 
 
-def _settings(folder: Folder, data: str, angles: list[float], corners: str, unlabelled: bool, precision: str) -> dict:
+def _settings(
+    folder: Folder, data: str, angles: list[float], corners: str, unlabelled: bool, precision: str, by_stage: bool
+) -> dict:
     """What all cells of a results file share; the images by a hash of their names, so that the folder may move."""
     if corners not in CORNERS:
         raise InputError(f"unknown corners {corners!r}: use one of {', '.join(CORNERS)}")
@@ -175,6 +198,7 @@ def _settings(folder: Folder, data: str, angles: list[float], corners: str, unla
         "corners": corners,
         "labelled": not unlabelled,
         "precision": precision,
+        "by_stage": by_stage,
     }
 
 
