@@ -1,4 +1,6 @@
-"""Ctrl-C while `python -m equivision_timm` or `equivision-timm` still imports PyTorch: one line and exit status 130, as later.
+"""Ctrl-C while one of the two commands still imports PyTorch: one line and exit status 130, as later.
+
+The commands are `python -m equivision_timm` and `equivision-timm`.
 
 A KeyboardInterrupt there ends in a traceback, or aborts the process inside PyTorch's C++ code. Nothing has been written
 yet, so the process can end at once.
@@ -19,7 +21,8 @@ def end_on_ctrl_c() -> None:
     """From now on Ctrl-C ends the process, where it is one of these two and Ctrl-C would raise."""
     first = sys.argv[0] if sys.argv else ""
     is_module = first == "-m" and {"equivision_timm", "-mequivision_timm"} & set(sys.orig_argv)
-    if (is_module or Path(first).stem == CONSOLE_SCRIPT) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    is_command = is_module or Path(first).stem == CONSOLE_SCRIPT
+    if is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
 
 

@@ -149,7 +149,7 @@ def _read_class_map(path: Path) -> list[str]:
         classes = find_images_and_targets(str(path), types=ENDINGS)[1]
         names = sorted(filter(None, classes), key=classes.__getitem__)
         if not names:
-            raise InputError(f"--class-map {path}: the folder holds no sub-folders of images; name a file or another one")
+            raise InputError(f"--class-map {path}: no sub-folders of images in it; name a file, or another folder")
         return names
     try:
         names = path.read_text(encoding="utf-8").splitlines()
@@ -173,7 +173,9 @@ def _load(spec: str) -> tuple[nn.Module, dict[str, Any]]:
     architecture, trained = name.partition(".")[0], content.get("arch")
     if isinstance(trained, str) and trained.partition(".")[0] != architecture:
         raise InputError(f"{checkpoint!r} is a checkpoint of {trained!r}, not of {name!r}: use {trained}={checkpoint}")
-    training = {key: value for key, value in vars(content.get("args", argparse.Namespace())).items() if value is not None}
+    arguments = content.get("args")
+    given = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
+    training = {key: value for key, value in given.items() if value is not None}
     # what train.py hands to create_model, as far as it shapes the entries or what they compute
     options = {**training.get("model_kwargs", {}), **{k: training[k] for k in ("in_chans",) if k in training}}
     if "gp" in training:
@@ -232,7 +234,7 @@ def _read(files: list[str], mode: str) -> Iterator[tuple[str, Image.Image]]:
     for file in files:
         try:
             yield file, open_rgb(file).convert(mode)
-        except PictureError as error:
+        except PictureError as error:  # noqa: PERF203  the other files still count
             tqdm.write(one_line(f"predict: left out: {error}"), file=sys.stderr)
 
 
