@@ -1,10 +1,18 @@
-"""`python -m equivision_timm`."""
+"""`python -m equivision_timm`, and the console script `equivision-timm`."""
 
 import sys
 
 from equivision_timm.cli import main
 from equivision_timm.starting import raise_on_ctrl_c
 
-if __name__ == "__main__":
+__all__ = ["run"]
+
+
+def run() -> int:
+    """Run the command line of this process; returns its exit status."""
     raise_on_ctrl_c()
-    sys.exit(main())
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,9 +1,10 @@
-"""The command line: `python -m equivision_timm COMMAND`, or SCRIPT.py to run one of timm's scripts.
+"""The command line: `equivision-timm COMMAND` or `python -m equivision_timm COMMAND`, or SCRIPT.py for one of timm's.
 
 One function a sub-command; the work is done elsewhere.
 """
 
 import argparse
+import difflib
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from equivision_timm.arguments import InputError, one_line
+from equivision_timm.starting import CONSOLE_SCRIPT
 
 __all__ = ["main"]
 
@@ -34,11 +36,25 @@ def main(arguments: list[str] | None = None) -> int:
             status = args.run(args)
             sys.stdout.flush()  # here, so that a pipe closed early is noticed here
             return status
+        _check_command(first, commands.choices)
         run_script = _script_runner(first)
     except (Exception, KeyboardInterrupt) as error:
         return _report(label, error, args)
     run_script(first, arguments[1:])
     return 0
+
+
+def _check_command(word: str, commands: Iterable[str]) -> None:
+    """Raises InputError where `word` is a command with a slip: no script of timm's, but near the name of a command."""
+    near = difflib.get_close_matches(word.lower().replace("_", "-"), commands, n=1)
+    if near and not word.endswith(".py") and not os.path.exists(word):
+        raise InputError(f"there is no command {word!r}: did you mean {near[0]!r}? (see {_program()} --help)")
+
+
+def _program() -> str:
+    """How the user calls it."""
+    name = Path(sys.argv[0]).stem if sys.argv else ""
+    return name if name == CONSOLE_SCRIPT else "python -m equivision_timm"
 
 
 def _script_runner(script: str) -> Callable[[str, list[str]], None]:
@@ -77,14 +93,30 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see {self.prog} --help)")
 
 
+class _Version(argparse.Action):
+    """Prints the versions, and ends."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_) -> NoReturn:
+        import timm
+        import torch
+
+        import equivision_timm
+
+        print(f"equivision_timm {equivision_timm.__version__}, timm {timm.__version__}, torch {torch.__version__}")
+        parser.exit()
+
+
 def _parser() -> tuple[_Parser, argparse._SubParsersAction]:
     parser = _Parser(
-        prog="python -m equivision_timm",
+        prog=_program(),
         description="Equivariant image models for timm.",
-        epilog="python -m equivision_timm SCRIPT.py ... runs a script of timm with the models registered.",
+        epilog=f"{_program()} SCRIPT.py ... runs a script of timm with the models registered.",
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the versions of this package, timm, PyTorch")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
+    _add_list(commands)
+    _add_predict(commands)
     _add_rotate_eval(commands)
     _add_show(commands)
     _add_fetch(commands)
@@ -110,6 +142,58 @@ def _demo(args: argparse.Namespace) -> int:
 
     run(args.out)
     return 0
+
+
+def _add_list(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "list",
+        help="the models: size, cost, exact image sizes, where their weights are",
+        description="Fields of the stem, parameters, multiply-accumulates (GMACs) of one 224 x 224 image, or of the "
+        "model's own size where it differs, image sizes at which quarter turns and mirrors are exact, and the place "
+        "from which create_model(NAME, pretrained=True) takes weights, or `fetch` where that command gets them.",
+    )
+    parser.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="names such as 'c8*' (default: all)")
+    parser.add_argument("--near", type=int, default=224, metavar="N", help="exact sizes near it (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.set_defaults(run=_list, interrupted="not all was counted")
+
+
+def _list(args: argparse.Namespace) -> int:
+    import json
+    from dataclasses import asdict
+
+    from equivision_timm.tools.list_models import as_table, list_models
+
+    rows = list_models(args.pattern, args.near)
+    print(json.dumps([asdict(row) for row in rows], indent=1) if args.json else as_table(rows, args.near))
+    return 0
+
+
+def _add_predict(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "predict",
+        help="the most probable classes of image files",
+        description="Writes the most probable classes of each image. Files that cannot be read are named and left out; "
+        "the exit status is then 1. Checkpoints of timm's train.py bring their number of classes, image size and "
+        "normalisation along.",
+    )
+    add = parser.add_argument
+    add("images", nargs="+", type=Path, metavar="IMAGE|DIR", help="files, or folders of them at any depth")
+    add("--model", required=True, metavar="NAME[=CHECKPOINT]", help="timm model, maybe with own weights")
+    add("--class-map", type=Path, metavar="FILE|DIR", help="names of the classes, one a line, or the training folder")
+    add("--topk", type=int, metavar="K", help="how many classes of each image (default: 5, or all of fewer)")
+    add("--format", choices=("csv", "json"), default="csv", help="what to write (default: %(default)s)")
+    add("--out", type=Path, metavar="FILE", help="file to write (default: print)")
+    add("--size", type=int, metavar="N", help="image size (default: that of the checkpoint's training, or the model's)")
+    add("-b", "--batch-size", type=int, default=32, metavar="N", help="images at a time (default: %(default)s)")
+    add("--device", help="where to compute (default: cuda if there is one, else cpu)")
+    parser.set_defaults(run=_predict, interrupted="nothing was written")
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from equivision_timm.tools.predict import predict
+
+    return 0 if predict(**_options(args)) else 1
 
 
 def _add_rotate_eval(commands: argparse._SubParsersAction) -> None:
@@ -292,6 +376,13 @@ def _verify(args: argparse.Namespace) -> int:
 
     from equivision_timm.checkpoints.verify import as_json, as_table, verify
 
+    if Path(args.target).suffix in (".pth", ".pt", ".tar", ".ckpt", ".bin"):
+        raise InputError(
+            f"{args.target!r} is a checkpoint of training, and verify checks model folders and safetensors files. For "
+            f"the accuracy run timm's validate.py --model NAME --checkpoint {args.target} --data-dir DIR; under "
+            f"rotation, rotate-eval --models NAME={args.target} --data DIR; for predictions, predict IMAGE --model "
+            f"NAME={args.target}; an original checkpoint: convert {args.target} --model NAME --out DIR, then verify DIR"
+        )
     checks = verify(args.target, args.images, args.data)
     result = as_json(checks)
     print(json.dumps(result, indent=1) if args.json else as_table(checks))

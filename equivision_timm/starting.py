@@ -1,4 +1,6 @@
-"""Ctrl-C while `python -m equivision_timm` still imports PyTorch: one line and exit status 130, as later.
+"""Ctrl-C while one of the two commands still imports PyTorch: one line and exit status 130, as later.
+
+The commands are `python -m equivision_timm` and `equivision-timm`.
 
 A KeyboardInterrupt there ends in a traceback, or aborts the process inside PyTorch's C++ code. Nothing has been written
 yet, so the process can end at once.
@@ -7,14 +9,19 @@ yet, so the process can end at once.
 import os
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
 
-__all__ = ["end_on_ctrl_c", "raise_on_ctrl_c"]
+__all__ = ["CONSOLE_SCRIPT", "end_on_ctrl_c", "raise_on_ctrl_c"]
+
+CONSOLE_SCRIPT = "equivision-timm"  # as pyproject.toml names it
 
 
 def end_on_ctrl_c() -> None:
-    """From now on Ctrl-C ends the process, where it is `python -m equivision_timm` and Ctrl-C would raise."""
-    is_command = sys.argv[:1] == ["-m"] and {"equivision_timm", "-mequivision_timm"} & set(sys.orig_argv)
+    """From now on Ctrl-C ends the process, where it is one of these two and Ctrl-C would raise."""
+    first = sys.argv[0] if sys.argv else ""
+    is_module = first == "-m" and {"equivision_timm", "-mequivision_timm"} & set(sys.orig_argv)
+    is_command = is_module or Path(first).stem == CONSOLE_SCRIPT
     if is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
 

@@ -97,6 +97,10 @@ BAD = [
     (["show", "empty.png", "--model", MODEL], "empty.png"),
     (["demo", "--out", "demo.xyz"], "no ending of a picture"),
     (["demo", "--out", "text/demo.png"], "Not a directory"),
+    (["rotate_eval"], "there is no command 'rotate_eval': did you mean 'rotate-eval'"),
+    (["Lsit"], "did you mean 'list'"),
+    (["verfy", "model"], "did you mean 'verify'"),
+    (["verify", "best.pth.tar"], "validate.py --model NAME --checkpoint best.pth.tar.*convert best.pth.tar"),
     (["convert", "other.pth", "--model", "resnet18", "--out", "out"], "no model of this package"),
 ]
 
@@ -201,6 +205,63 @@ def test_full_disk_leaves_the_old_picture(folder: Path, tmp_path: Path, monkeypa
     assert "File too large" in line
     assert [path.name for path in tmp_path.iterdir()] == ["show.png"]
     assert (tmp_path / "show.png").read_bytes() == b"old"
+
+
+def test_version(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith(f"equivision_timm {equivision_timm.__version__}, timm {timm.__version__}")
+
+
+CONSOLE_SCRIPT = """
+import sys
+from {module} import {function}
+sys.exit({function}())
+"""
+
+
+@pytest.fixture
+def console_script(tmp_path: Path) -> Path:
+    """What an installer makes of `[project.scripts]`."""
+    pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    (name, module, function) = re.search(r'\[project\.scripts\]\n(\S+) = "(\S+):(\S+)"', pyproject).groups()
+    path = tmp_path / name
+    path.write_text(CONSOLE_SCRIPT.format(module=module, function=function))
+    return path
+
+
+def test_console_script(console_script: Path, tmp_path: Path) -> None:
+    """Passes the exit status on, calls itself by its name, and ends on Ctrl-C while PyTorch is imported."""
+
+    def run(*arguments: str, paths: tuple[Path, ...] = ()) -> tuple[int, list[str]]:
+        path = os.pathsep.join(map(str, (*paths, Path(equivision_timm.__file__).parents[1])))
+        done = subprocess.run(
+            [sys.executable, str(console_script), *arguments],
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+        )
+        return done.returncode, done.stderr.splitlines()
+
+    assert run("lst") == (
+        2,
+        ["equivision_timm: there is no command 'lst': did you mean 'list'? (see equivision-timm --help)"],
+    )
+    (tmp_path / "fake").mkdir()
+    (tmp_path / "fake" / "torch.py").write_text(FAKE_TORCH)
+    interrupted = (130, ["equivision_timm: interrupted; nothing was done"])
+    assert run("list", paths=(tmp_path / "fake",)) == interrupted
+
+
+def test_a_file_named_like_a_command_is_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Only where no such file exists a near command is suggested."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    (tmp_path / "lists").write_text("print('the script')")
+    assert main(["lists"]) == 0
+    assert capsys.readouterr().out == "the script\n"
 
 
 def test_a_closed_pipe_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -70,7 +70,7 @@ def test_torchrun(script: Path) -> None:
     [
         ("no_such_train.py", "'no_such_train.py' is neither a sub-command .* nor a file"),
         ("timm", "'timm' is a package, not a script"),
-        ("rotate_eval", "'rotate_eval' is neither a sub-command"),
+        ("training", "'training' is neither a sub-command"),
         (".", r"'.' is a folder, not a script: name a file in it, such as train.py"),
     ],
 )

@@ -3,6 +3,7 @@
 import difflib
 import os
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch.nn as nn
@@ -48,12 +49,13 @@ def check_model_name(spec: str) -> None:
         raise InputError(f"cannot load the weights of {spec!r}: there is no file {checkpoint!r}")
 
 
-def load_model(spec: str, num_classes: int | None = None) -> nn.Module:
+def load_model(spec: str, num_classes: int | None = None, **options: Any) -> nn.Module:
     """The model of `NAME` with its pretrained weights, or of `NAME=CHECKPOINT` with those of a file, in eval mode.
 
     Args:
         spec: a name timm knows (with a tag if need be, or 'hf-hub:...', 'local-dir:...'), and maybe a checkpoint.
         num_classes: classes of the classifier; the model's own where None.
+        **options: other keywords of `timm.create_model`, as a checkpoint was trained with.
 
     Raises:
         InputError: unknown name or tag, no pretrained weights, no way to fetch them, an unfit checkpoint, pretrained
@@ -63,7 +65,7 @@ def load_model(spec: str, num_classes: int | None = None) -> nn.Module:
     name, checkpoint = split_spec(spec)
     try:
         model = timm.create_model(
-            name, pretrained=not checkpoint, num_classes=num_classes, checkpoint_path=checkpoint or None
+            name, pretrained=not checkpoint, num_classes=num_classes, checkpoint_path=checkpoint or None, **options
         )
     except WeightsError as error:
         raise InputError(f"cannot load the weights of {spec!r}: {error}; or {_own_file(name)}") from error

@@ -1,0 +1,172 @@
+"""The models of this package, what they cost, and where their weights are: what `equivision-timm list` calls.
+
+Parameters and multiply-accumulates are those of `checkpoints.publish.complexity`, at the model's own image size: of
+the expanded convolutions and the classifier. That runs the fused network on the meta device, which takes a second for
+a deep one; here every unit of a convolutional family only says the shape of its output, so that all models take a few.
+"""
+
+import difflib
+import fnmatch
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import timm
+import torch
+import torch.nn as nn
+from timm.models import get_pretrained_cfg
+from torch.overrides import TorchFunctionMode
+
+from equivision_timm.arguments import InputError, check_number
+from equivision_timm.checkpoints.publish import complexity
+from equivision_timm.checkpoints.rooms import released
+from equivision_timm.layers import ConvNormAct, SteerableConv2d
+from equivision_timm.models import EquivariantBackbone, model_names
+from equivision_timm.models.pretrained import PUBLISHED, WEIGHTS_FILE, local_folder
+from equivision_timm.tools.trial import MOST_PIXELS
+
+__all__ = ["Row", "as_table", "list_models"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model.
+
+    Attributes:
+        name: what `timm.create_model` takes.
+        group: for example 'c8'.
+        fields: number of regular fields of the stem.
+        parameters: their number.
+        gmacs: 10^9 multiply-accumulates of one image of its own size.
+        size: side of that image in pixels.
+        exact_sizes: the exact sizes next to the one asked for, not above and not below; None where the family has no
+            such question, because it takes images of one size.
+        weights: where `pretrained=True` finds them: 'package', 'local folder' or 'Hub'; else 'fetch' where that
+            command gets them, or 'none'.
+    """
+
+    name: str
+    group: str
+    fields: int
+    parameters: int
+    gmacs: float
+    size: int
+    exact_sizes: tuple[int, int] | None
+    weights: str
+
+
+def list_models(pattern: str = "*", near: int = 224) -> list[Row]:
+    """The models whose names match a shell pattern, sorted by name.
+
+    Raises:
+        InputError: no model matches, or `near` is no size of an image.
+    """
+    check_number("--near", near, 1, MOST_PIXELS)
+    names = fnmatch.filter(model_names(), pattern)
+    if not names:
+        close = difflib.get_close_matches(pattern.strip("*"), model_names(), n=3)
+        raise InputError(f"no model is called {pattern!r}: did you mean {', '.join(close) or 'c8*'}?")
+    return [_row(name, near) for name in names]
+
+
+def as_table(rows: list[Row], near: int) -> str:
+    """The rows as text for people."""
+    head = ("model", "group", "fields", "params (M)", "GMACs", "at", f"exact near {near}", "weights")
+    cells = [
+        (
+            row.name,
+            row.group,
+            str(row.fields),
+            f"{row.parameters / 1e6:.2f}",
+            f"{row.gmacs:.2f}",
+            str(row.size),
+            ", ".join(map(str, dict.fromkeys(row.exact_sizes or ["-"]))),
+            row.weights,
+        )
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
+    left = (0, 1, 7)  # columns of words
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in (head, *cells)
+    )
+
+
+def _row(name: str, near: int) -> Row:
+    with _NoInitialValues():
+        model = timm.create_model(name, device="meta").eval()
+    size = model.pretrained_cfg["input_size"][-1]
+    convolutional = isinstance(model, EquivariantBackbone)
+    try:
+        exact = model.exact_sizes(near) if convolutional else None
+    except ValueError as error:
+        raise InputError(f"--near {near} is not possible for {name}: {error}") from error
+    return Row(
+        name=name,
+        group=model.group,
+        fields=model.feature_info[0]["num_fields"],
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        gmacs=_count(model, size) / 1e9 if convolutional else complexity(name)[1],
+        size=size,
+        exact_sizes=exact,
+        weights=_place(name),
+    )
+
+
+def _place(name: str) -> str:
+    """Where `create_model(name, pretrained=True)` looks, in its order."""
+    if get_pretrained_cfg(name).file:
+        return "package"
+    if (local_folder(name) / WEIGHTS_FILE).is_file():
+        return "local folder"
+    if name in PUBLISHED:
+        return "Hub"
+    return "fetch" if name in released() else "none"
+
+
+def _count(model: nn.Module, size: int) -> int:
+    """Multiply-accumulates of one image of size x size pixels; the model, on the meta device, is used up."""
+    counts: list[int] = []
+    for module in list(model.modules()):
+        if isinstance(module, ConvNormAct):
+            module.forward = _shape_alone(module.conv, counts)
+        elif isinstance(module, nn.Linear):
+            counts.append(module.in_features * module.out_features)
+    with torch.inference_mode():
+        model(torch.empty(1, model.in_chans, size, size, device="meta"))
+    return sum(counts)
+
+
+def _shape_alone(conv: SteerableConv2d, counts: list[int]) -> Callable[..., torch.Tensor]:
+    """A forward that appends the multiply-accumulates of the dense convolution and returns an empty output.
+
+    O |G| H' W' outputs, each of I |G| k^2 products; H' = (H - 1) // stride + 1, as the padding keeps the size.
+    """
+    incoming = conv.in_fields * (conv.order if conv.input_type == "regular" else 1)
+    channels = conv.out_fields * conv.order
+
+    def forward(x: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
+        shape = [channels, *((side - 1) // conv.stride + 1 for side in x.shape[2:])]
+        counts.append(math.prod(shape) * incoming * conv.kernel_size**2)
+        return torch.empty(len(x), *shape, device="meta")
+
+    return forward
+
+
+class _NoInitialValues(TorchFunctionMode):
+    """Within this, parameters are made and not drawn; on the meta device they have no values anyway."""
+
+    _DRAWING = (
+        torch.Tensor.normal_,
+        torch.Tensor.uniform_,
+        torch.Tensor.fill_,
+        torch.Tensor.zero_,
+        torch.Tensor.mul_,
+    )
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return args[0] if function in self._DRAWING else function(*args, **(kwargs or {}))

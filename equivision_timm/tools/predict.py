@@ -1,0 +1,269 @@
+"""The most probable classes of image files: what `equivision-timm predict` calls.
+
+A checkpoint that timm's `train.py` wrote says how the model was made and how its images were prepared: both are done
+as in training. What it cannot say is the names of the classes: they come from a class map, from the model's own
+config, or, for the numbers of classes of ImageNet, from there.
+"""
+
+import argparse
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from PIL import Image
+from safetensors.torch import load_file
+from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
+from timm.data.readers.reader_image_folder import find_images_and_targets
+from timm.models import clean_state_dict, get_pretrained_cfg
+from tqdm import tqdm
+
+from equivision_timm.arguments import InputError, check_number, one_line
+from equivision_timm.files import check_writable, write_file
+from equivision_timm.images.pictures import ENDINGS, PictureError, open_rgb
+from equivision_timm.tools.loading import check_model_name, load_model, split_spec
+from equivision_timm.tools.trial import MOST_PIXELS, check_memory, explained, find_device, try_model
+
+__all__ = ["Prediction", "predict"]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One row of the result: a class of an image.
+
+    Attributes:
+        file: the image.
+        rank: 1 is the most probable class.
+        index: number of the class.
+        name: name of the class; its number where no name is known.
+        probability: between 0 and 1.
+    """
+
+    file: str
+    rank: int
+    index: int
+    name: str
+    probability: float
+
+
+def predict(
+    images: list[Path],
+    model: str,
+    class_map: Path | None = None,
+    topk: int | None = None,
+    format: str = "csv",
+    out: Path | None = None,
+    size: int | None = None,
+    batch_size: int = 32,
+    device: str | None = None,
+) -> bool:
+    """Write the most probable classes of every image, to a file or to stdout, when all are done.
+
+    Args:
+        images: files, or folders whose pictures are taken at any depth.
+        model: `NAME` (pretrained weights) or `NAME=CHECKPOINT`.
+        class_map: names of the classes: a file with one a line, or the folder of the training images.
+        topk: how many classes of each image; five, or all of fewer, where None.
+        format: 'csv' or 'json'.
+        out: the file; None prints.
+        size: side of the images in pixels; that of the checkpoint's training, or the model's own, where None.
+        batch_size: images at a time.
+        device: where to compute; the GPU where None and there is one.
+
+    Returns:
+        Whether every file could be read; the others are named on stderr and left out.
+
+    Raises:
+        InputError: something given cannot be used, no file can be read, or there is too little memory.
+        OSError: the result could not be written after all; an old file is untouched.
+    """
+    check_number("--size", size, 1, MOST_PIXELS)
+    check_number("--batch-size", batch_size, 1, sys.maxsize)
+    check_number("--topk", topk, 1, sys.maxsize)
+    check_model_name(model)
+    if out is not None:
+        check_writable(out, make_folders=True)
+    files = _find(images)
+    names = None if class_map is None else _read_class_map(class_map)
+    target = find_device(device)
+
+    network, training = _load(model)
+    network = network.to(target)
+    config = resolve_data_config({**training, **({} if size is None else {"img_size": size})}, model=network)
+    channels, _, side = config["input_size"]
+    if channels not in (1, 3):
+        raise InputError(f"{model!r} takes images of {channels} channels, and pictures have 1 or 3: use another model")
+    batch_size = min(batch_size, len(files))
+    check_memory("--batch-size or --size", batch_size, side)
+    prepare = create_transform(**config, is_training=False)
+    with explained(model, batch_size, side, target, "lower --batch-size or --size"):
+        grey = torch.zeros(config["input_size"])
+        try_model(model, network, lambda: grey, side, target)
+        names = _class_names(model, network, names)
+        topk = _check_topk(topk, network.num_classes)
+        rows: list[Prediction] = []
+        with tqdm(total=len(files), unit="image", file=sys.stderr) as progress:
+            for start in range(0, len(files), batch_size):
+                chunk = files[start : start + batch_size]
+                pictures = dict(_read(chunk, "L" if channels == 1 else "RGB"))
+                if pictures:
+                    batch = torch.stack([prepare(picture) for picture in pictures.values()])  # [b, C, side, side]
+                    rows += _rows(network, batch.to(target), list(pictures), names, topk)
+                progress.update(len(chunk))
+    done = len({row.file for row in rows})
+    if not done:
+        raise InputError(f"none of the {len(files)} images can be read, such as {str(files[0])!r}")
+    text = _as_text(rows, format)
+    if out is None:
+        sys.stdout.write(text)
+    else:
+        write_file(out, text.encode())
+    return done == len(files)
+
+
+def _find(images: list[Path]) -> list[str]:
+    """The files, and the pictures in the folders, each once, those of a folder in natural order."""
+    found: dict[str, None] = {}
+    for path in images:
+        if path.is_dir():
+            inside = find_images_and_targets(str(path), types=ENDINGS)[0]
+            if not inside:
+                raise InputError(f"there are no pictures ({' '.join(ENDINGS)}) in the folder {str(path)!r}")
+            found |= dict.fromkeys(file for file, _ in inside)
+        elif path.exists():
+            found[str(path)] = None
+        else:
+            raise InputError(f"there is no image or folder {str(path)!r}")
+    return list(found)
+
+
+def _read_class_map(path: Path) -> list[str]:
+    """The names of the classes, in the order of their numbers: that of timm's training for a folder."""
+    if path.is_dir():
+        classes = find_images_and_targets(str(path), types=ENDINGS)[1]
+        names = sorted(filter(None, classes), key=classes.__getitem__)
+        if not names:
+            raise InputError(f"--class-map {path}: no sub-folders of images in it; name a file, or another folder")
+        return names
+    try:
+        names = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text in UTF-8"
+        raise InputError(
+            f"--class-map {path} cannot be read: {reason}; give a text file with the name of one class a line"
+        ) from error
+    names = [name.strip() for name in names]
+    if "" in names:
+        raise InputError(f"--class-map {path}: line {names.index('') + 1} is empty; give one class a line")
+    return names
+
+
+def _load(spec: str) -> tuple[nn.Module, dict[str, Any]]:
+    """The model, and the arguments of the training that wrote its checkpoint; {} where nothing is known of it."""
+    name, checkpoint = split_spec(spec)
+    if not checkpoint:
+        return load_model(spec), {}
+    content = _open_checkpoint(checkpoint)
+    architecture, trained = name.partition(".")[0], content.get("arch")
+    if isinstance(trained, str) and trained.partition(".")[0] != architecture:
+        raise InputError(f"{checkpoint!r} is a checkpoint of {trained!r}, not of {name!r}: use {trained}={checkpoint}")
+    arguments = content.get("args")
+    given = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
+    training = {key: value for key, value in given.items() if value is not None}
+    # what train.py hands to create_model, as far as it shapes the entries or what they compute
+    options = {**training.get("model_kwargs", {}), **{k: training[k] for k in ("in_chans",) if k in training}}
+    if "gp" in training:
+        options["global_pool"] = training["gp"]
+    return load_model(spec, _classes_of(content, name), **options), training
+
+
+def _open_checkpoint(path: str) -> dict[str, Any]:
+    """What a checkpoint file holds; {} for a file that `load_model` will have to explain."""
+    try:
+        if path.endswith(".safetensors"):
+            return dict(load_file(path))
+        with torch.serialization.safe_globals([argparse.Namespace]):  # `args` of timm's train.py
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # of pickle, zip, safetensors, PyTorch: any file can be at fault
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _classes_of(content: dict[str, Any], name: str) -> int | None:
+    """The number of classes that the classifier in a checkpoint tells apart; None where it shows none."""
+    states = (content.get(key) for key in ("state_dict_ema", "model_ema", "state_dict", "model"))
+    state = clean_state_dict(next((state for state in states if isinstance(state, dict)), content))
+    cfg = None if ":" in name else get_pretrained_cfg(name)
+    weight = state.get(f"{cfg.classifier}.weight") if cfg else None
+    return weight.shape[0] if isinstance(weight, torch.Tensor) else None
+
+
+def _class_names(spec: str, model: nn.Module, given: list[str] | None) -> list[str]:
+    """The names of all classes: those given, the model's own, ImageNet's, else their numbers.
+
+    A model's own names are those of its pretrained weights, and say nothing of a checkpoint.
+    """
+    count = model.num_classes
+    if given is not None:
+        if len(given) != count:
+            raise InputError(f"--class-map has {len(given)} names, and {spec!r} tells {count} classes apart: name each")
+        return given
+    own = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+    if not split_spec(spec)[1] and isinstance(own, list | tuple) and len(own) == count:
+        return [str(name) for name in own]
+    subset = infer_imagenet_subset(model)
+    if subset is not None:
+        info = ImageNetInfo(subset)
+        return [info.index_to_description(index) for index in range(count)]
+    return [str(index) for index in range(count)]
+
+
+def _check_topk(topk: int | None, classes: int) -> int:
+    check_number("--topk", topk, 1, classes)
+    return min(5, classes) if topk is None else topk
+
+
+def _read(files: list[str], mode: str) -> Iterator[tuple[str, Image.Image]]:
+    """Those of the files that can be read, with their pictures; the others are named on stderr."""
+    for file in files:
+        try:
+            yield file, open_rgb(file).convert(mode)
+        except PictureError as error:  # noqa: PERF203  the other files still count
+            tqdm.write(one_line(f"predict: left out: {error}"), file=sys.stderr)
+
+
+@torch.inference_mode()
+def _rows(model: nn.Module, batch: torch.Tensor, files: list[str], names: list[str], topk: int) -> list[Prediction]:
+    """The best `topk` classes of images [B, C, H, W]."""
+    probabilities, indices = model(batch).float().softmax(1).cpu().topk(topk)  # [B, topk] each
+    return [
+        Prediction(_text(file), rank, index, names[index], probability)
+        for file, best, values in zip(files, indices.tolist(), probabilities.tolist(), strict=True)
+        for rank, (index, probability) in enumerate(zip(best, values, strict=True), start=1)
+    ]
+
+
+def _text(name: str) -> str:
+    """A file name as text: bytes that are none are written out."""
+    return name.encode(errors="backslashreplace").decode()
+
+
+def _as_text(rows: list[Prediction], format: str) -> str:
+    """The rows as CSV, a row each, or as JSON, an object for each image."""
+    if format == "json":
+        images: dict[str, list[dict]] = {}
+        for row in rows:
+            entry = asdict(row)
+            images.setdefault(entry.pop("file"), []).append(entry)
+        return json.dumps([{"file": file, "classes": classes} for file, classes in images.items()], indent=1) + "\n"
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(Prediction)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**asdict(row), "probability": f"{row.probability:.6f}"} for row in rows)
+    return text.getvalue()
