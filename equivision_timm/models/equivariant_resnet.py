@@ -518,6 +518,10 @@ def _resnet(depth: int, group: str, width: int, released: str = "", **keywords: 
     return Variant(summary, arguments, _cfg(**first_conv, **_converted(released, tag)), tag)
 
 
+# What rotates between the quarter turns, too: see scripts/benchmarks/angle.md for what each step buys
+_ALIAS_FREE: dict[str, Any] = dict(low_pass=True, aa_layer="blur5", avg_down=True, stem_pool="blur", act_layer="silu")
+
+
 def _reresnet(depth: int, name: str) -> Variant:
     """ReDet's C8 network: more functions of the plane in each kernel, and a classifier that reads the group axis."""
     summary = (
@@ -595,6 +599,12 @@ VARIANTS = {
     "c8resnet50d": _resnet(50, "c8", 25, stem_type="deep", avg_down=True),
     "c8resnetaa50d": _resnet(50, "c8", 25, stem_type="deep", avg_down=True, aa_layer="blur"),
     "c8resnetblur50": _resnet(50, "c8", 25, aa_layer="blur"),
+    "c4resnetaf18": _resnet(18, "c4", 39, **_ALIAS_FREE),
+    "c8resnetaf18": _resnet(18, "c8", 28, **_ALIAS_FREE),
+    "d8resnetaf18": _resnet(18, "d8", 20, **_ALIAS_FREE),
+    "c8resnetaf50": _resnet(50, "c8", 25, **_ALIAS_FREE),
+    "c8resnetaf18_fast": _resnet(18, "c8", 8, **_ALIAS_FREE),
+    "d8resnetaf18_fast": _resnet(18, "d8", 3, **_ALIAS_FREE),
     "c8reresnet50": _reresnet(50, "c8reresnet50"),
     "c8reresnet101": _reresnet(101, "c8reresnet101"),
     "test_c1resnet": _test_resnet("c1", 11, "test_c1resnet"),
