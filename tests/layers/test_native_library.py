@@ -424,8 +424,9 @@ def test_fingerprints_tell_what_changed():
     threads = torch.get_num_threads()
     values = torch.randn((1 << 18) + 7)
     changed = [values, -values, values.roll(1), values.flip(0), values[:-1], values[None], values.double()]
-    for step in (2, 32, 64, len(values) - 1):  # negated in pairs, a word of one lane and one of the same lane
-        changed.append(torch.where(torch.arange(len(values)) % step == 0, -values, values))
+    changed += [  # negated in pairs, in words of one lane or of several
+        torch.where(torch.arange(len(values)) % step == 0, -values, values) for step in (2, 32, 64, len(values) - 1)
+    ]
     for place in (0, 1 << 17, len(values) - 1):
         changed.append(values.clone())
         changed[-1][place] += 1
