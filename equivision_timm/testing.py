@@ -137,11 +137,9 @@ def angle_error(model: nn.Module, images: torch.Tensor, angles: Sequence[float])
         TypeError: the model shows no maps.
         ValueError: images that are not square, an angle that is not finite, or a map of which the disc holds nothing.
     """
-    if images.ndim != 4 or images.shape[2] != images.shape[3] or not len(images):
-        raise ValueError(f"angle_error takes square images [B, C, n, n], but got {list(images.shape)}: crop them")
+    images = _behind_mask(images)
     if not all(map(math.isfinite, angles)):
         raise ValueError(f"angles {list(angles)} are not all finite: give degrees, such as [45]")
-    images = images * _fade(images.shape[-1], 0.85, 1.0).to(images)
     was_training = model.training
     model.eval()
     try:
@@ -160,14 +158,15 @@ def angle_error(model: nn.Module, images: torch.Tensor, angles: Sequence[float])
 
 @torch.no_grad()
 def calibrate_norms(model: nn.Module, images: torch.Tensor) -> None:
-    """Set the running statistics of all batch norms to those of `images` [B, C, H, W], layer by layer.
+    """Set the running statistics of all batch norms to those of `images` [B, C, n, n] as `angle_error` shows them.
 
     A network with random weights has statistics 0 and 1, which are far from those of its maps: it would be measured
     where no trained network works.
 
     Raises:
-        ValueError: the model has no batch norm with running statistics.
+        ValueError: images that are not square; the model has no batch norm with running statistics.
     """
+    images = _behind_mask(images)
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:
         raise ValueError(f"{type(model).__name__} has no batch norms to calibrate: leave it out")
@@ -184,6 +183,13 @@ def calibrate_norms(model: nn.Module, images: torch.Tensor) -> None:
             norm.momentum = momentum
         for module, mode in modes.items():
             module.training = mode
+
+
+def _behind_mask(images: torch.Tensor) -> torch.Tensor:
+    """Faded to zero towards the border, so that a rotation brings nothing new into view."""
+    if images.ndim != 4 or images.shape[2] != images.shape[3] or not len(images):
+        raise ValueError(f"expected square images [B, C, n, n], but got {list(images.shape)}: crop them")
+    return images * _fade(images.shape[-1], 0.85, 1.0).to(images)
 
 
 def _maps(model: nn.Module, images: torch.Tensor) -> list[tuple[str, int, torch.Tensor]]:

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from small_models import TEXTURES, save_small_model, write_textures
-from timm.data import create_transform
+from timm.data import create_transform, resolve_data_config
 from torchvision.datasets import ImageFolder
 
 from equivision_timm.arguments import InputError
@@ -532,7 +532,7 @@ def test_quarter_turns_averaged(textures: str, c4: str, c1: str, tmp_path: Path)
 
 
 def test_stages(textures: str, c4: str, c1: str, tmp_path: Path) -> None:
-    options = ["--angles", "0,45,90", "--size", "33", "-b", "5", "-j", "0", "--device", "cpu", "--by-stage"]
+    options = ["--angles", "0,45,90", "--size", "65", "-b", "5", "-j", "0", "--device", "cpu", "--by-stage"]
     command = ["rotate-eval", "--models", c4, c1, "--data", textures, *options, "--out", str(tmp_path)]
     assert main(command) == 0
     with (tmp_path / "stages.csv").open() as file:
@@ -540,7 +540,9 @@ def test_stages(textures: str, c4: str, c1: str, tmp_path: Path) -> None:
     model = timm.create_model(c4, pretrained=True).eval()
     stages = [level["module"] for level in model.feature_info]
     assert len(rows) == 2 * len(stages) * 3
-    folder = Folder(textures, "validation", "").prepare_for({**model.pretrained_cfg, "input_size": (3, 33, 33)})
+    folder = Folder(textures, "validation", "").prepare_for(
+        {**resolve_data_config(model=model), "input_size": (3, 65, 65)}
+    )
     images = torch.stack([folder[i][0] for i in range(12)])
     expected = angle_error(model, images, [0.0, 45.0, 90.0])
     for stage in stages:
@@ -556,6 +558,8 @@ def test_stages(textures: str, c4: str, c1: str, tmp_path: Path) -> None:
     assert main(command) == 0  # everything is there already
     assert main([*command[:-1], str(tmp_path / "other"), "--test-time-turns", "4"]) == 2
     assert not (tmp_path / "other").exists()
+    with pytest.raises(InputError, match=r"cannot be measured by stage at 33 pixels: the map of layer4, .* use images"):
+        rotate_eval([c4], textures, [45.0], str(tmp_path / "small"), [33], workers=0, device="cpu", by_stage=True)
 
 
 @pytest.mark.parametrize("turns", ["0", "3", "8"])

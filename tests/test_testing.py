@@ -151,7 +151,7 @@ def test_calibrated_norms_have_the_statistics_of_the_images(photographs):
     assert model.training
     seen = []
     norm.register_forward_hook(lambda _, args, output: seen.append(output))
-    model.eval()(photographs)
+    angle_error(model, photographs, [])  # what it shows the network
     assert seen[0].mean((0, 2, 3)).abs().max() < 1e-3
     assert (seen[0].var((0, 2, 3)) - 1).abs().max() < 1e-2
     with pytest.raises(ValueError, match="ConvNeXt has no batch norms to calibrate"):
@@ -160,7 +160,7 @@ def test_calibrated_norms_have_the_statistics_of_the_images(photographs):
 
 def test_what_angle_error_refuses(photographs):
     model = Maps(lambda x: x)
-    with pytest.raises(ValueError, match=r"takes square images .* got \[2, 3, 97, 90\]: crop them"):
+    with pytest.raises(ValueError, match=r"expected square images .* got \[2, 3, 97, 90\]: crop them"):
         angle_error(model, photographs[..., 7:], [45])
     with pytest.raises(ValueError, match=r"angles \[nan\] are not all finite"):
         angle_error(model, photographs, [float("nan")])

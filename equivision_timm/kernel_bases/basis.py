@@ -19,7 +19,7 @@ Equivariant Convolutional Networks (2016).
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -71,14 +71,15 @@ class KernelBasis:
 
 @constant
 def load_kernel_basis(kernel: Kernel) -> KernelBasis:
-    """The basis of the kernels.
+    """The basis of the kernels; with a low pass that of the kernels in front of it, with the same coefficients.
 
     Raises:
         ValueError: the cut-off lets functions through that are not independent on so few pixels.
         RuntimeError: the table of the basis is damaged.
     """
-    table = load_table(kernel)
-    coefficients, he_std = closed_form(kernel) if table is None else table
+    unfiltered = replace(kernel, size=kernel.size - 2, low_pass=False) if kernel.low_pass else kernel
+    table = load_table(unfiltered)
+    coefficients, he_std = closed_form(unfiltered) if table is None else table
     return KernelBasis(Group.from_name(kernel.group), coefficients, mix(kernel, pixels(kernel)), he_std)
 
 

@@ -217,10 +217,18 @@ def measure(
             images, targets = batch.images.to(device), batch.targets.to(device) if labelled else None
             sums = _sums(predict, images, targets, angles, corners)
             if by_stage:
-                errors = angle_error(model, images, angles)
-                stages = {stage: [len(images) * e for e in by_angle.values()] for stage, by_angle in errors.items()}
+                stages = _stages(cell, model, images, angles)
         cell = cell.add(batch.taken, batch.taken - len(batch.unreadable), batch.unreadable, sums, stages)
         yield cell
+
+
+def _stages(cell: Cell, model: nn.Module, images: torch.Tensor, angles: list[float]) -> dict[str, list[float]]:
+    """The sums of the errors of every stage over one batch, by angle."""
+    try:
+        errors = angle_error(model, images, angles)
+    except ValueError as error:
+        raise InputError(f"{cell.model!r} cannot be measured by stage at {cell.size} pixels: {error}") from error
+    return {stage: [len(images) * value for value in by_angle.values()] for stage, by_angle in errors.items()}
 
 
 @torch.inference_mode()
