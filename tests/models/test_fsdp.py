@@ -1,4 +1,4 @@
-"""Models wrapped by FSDP, by convolution, by unit and by size: inference after a training step, in two processes."""
+"""Two processes: models wrapped by FSDP (by convolution, by unit, by size) infer after a step; what DDP broadcasts."""
 
 import subprocess
 import sys
@@ -36,12 +36,29 @@ for name, policy in policies.items():
         after = wrapped.eval()(x)
     assert (after - before).abs().max() > 0.1, name
     torch.testing.assert_close(after, wrapped(x).detach(), rtol=1e-4, atol=1e-4)
+
+torch.manual_seed(dist.get_rank())  # DDP itself has to make the two the same
+model = timm.create_model(sys.argv[1], num_classes=5)
+ddp = torch.nn.parallel.DistributedDataParallel(model)
+statistics = {f"{n}.{b}" for n, m in model.named_modules() if isinstance(m, torch.nn.BatchNorm2d) for b in m._buffers}
+assert statistics == {name for name, _ in model.named_buffers()}
+optimizer = torch.optim.SGD(ddp.parameters(), 0.1)
+for _ in range(2):
+    ddp.train()(torch.rand(2, 3, 65, 65)).square().sum().backward()  # another batch in each process
+    optimizer.step()
+    optimizer.zero_grad()
+ddp(torch.rand(2, 3, 65, 65))  # broadcasts the statistics first, then changes them
+for name, value in model.state_dict().items():
+    both = [torch.empty_like(value) for _ in range(2)]
+    dist.all_gather(both, value)
+    own = name.endswith(("running_mean", "running_var"))  # of the last batch
+    assert torch.equal(*both) is not own, name
 dist.destroy_process_group()
 """
 
 
 @pytest.mark.parametrize("name", ["resnet18", "test_c8resnet"])  # the control first
-def test_inference_after_a_step(name, tmp_path):
+def test_two_processes(name, tmp_path):
     script = tmp_path / "fsdp.py"
     script.write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, name]

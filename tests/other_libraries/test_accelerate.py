@@ -26,3 +26,15 @@ def test_offload(images, name):
         accelerate.cpu_offload(model, execution_device="cpu")
         assert any(parameter.is_meta for parameter in model.parameters())
         torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "test_c8resnet"])
+def test_dispatch(images, name, tmp_path):
+    """Children on the processor and on disk by turns."""
+    model = timm.create_model(name).eval()
+    places = {child: ("cpu", "disk")[i % 2] for i, (child, _) in enumerate(model.named_children())}
+    with torch.no_grad():
+        expected = model(images)
+        accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path)
+        assert any(parameter.is_meta for parameter in model.parameters())
+        torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)
