@@ -112,7 +112,14 @@ def _parser() -> tuple[_Parser, argparse._SubParsersAction]:
         description="Equivariant image models for timm.",
         epilog=f"{_program()} SCRIPT.py ... runs a script of timm with the models registered.",
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the versions of this package, timm, PyTorch")
+    parser.add_argument(
+        "--version",
+        action=_Version,
+        dest=argparse.SUPPRESS,
+        default=argparse.SUPPRESS,
+        nargs=0,
+        help="print the versions, also of timm and PyTorch",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_list(commands)

@@ -162,8 +162,8 @@ def models_in_weights_folder() -> list[str]:
     return [name for name in released() if (local_folder(name) / WEIGHTS_FILE).is_file()]
 
 
-def complexity(model_name: str) -> tuple[int, float]:
-    """Number of parameters, and 10^9 multiply-accumulates of one 224 x 224 image.
+def complexity(model_name: str, size: int = 224) -> tuple[int, float]:
+    """Number of parameters, and 10^9 multiply-accumulates of one image of size x size pixels.
 
     Counted with PyTorch's flop counter on the fused network, whose convolutions have expanded filters; only those and
     the classifier count. Nothing is computed: the tensors are on the meta device.
@@ -173,7 +173,7 @@ def complexity(model_name: str) -> tuple[int, float]:
         parameters = sum(p.numel() for p in model.parameters())
         fused = reparameterize_model(model)
         with FlopCounterMode(display=False) as counter:
-            fused(torch.empty(1, 3, 224, 224))
+            fused(torch.empty(1, 3, size, size))
     counts = counter.get_flop_counts()["Global"]
     flops = sum(count for op, count in counts.items() if op in (torch.ops.aten.convolution, torch.ops.aten.addmm))
     return parameters, flops / 2 / 1e9

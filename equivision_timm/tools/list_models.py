@@ -110,7 +110,7 @@ def _row(name: str, near: int) -> Row:
         group=model.group,
         fields=model.feature_info[0]["num_fields"],
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        gmacs=_count(model, size) / 1e9 if convolutional else complexity(name)[1],
+        gmacs=_count(model, size) / 1e9 if convolutional else complexity(name, size)[1],
         size=size,
         exact_sizes=exact,
         weights=_place(name),

@@ -1,0 +1,203 @@
+"""`equivision-timm predict`: the classes of the model, whatever the files, and nothing is written by halves."""
+
+import argparse
+import csv
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from small_models import save_small_model
+from timm.data import ImageNetInfo, create_transform, resolve_data_config
+
+import equivision_timm.tools.predict as module
+from equivision_timm.cli import main
+from equivision_timm.tools.demo import load_digits
+
+MODEL = "test_c8resnet"
+DEVICE = ["--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 held-out digits as PNG files in two levels of folders, `LABEL_NUMBER.png`; read only."""
+    folder = tmp_path_factory.mktemp("digits")
+    images, labels = load_digits()
+    for i in range(0, 500, 25):
+        place = folder / ("a" if i % 2 else "b")
+        place.mkdir(exist_ok=True)
+        Image.fromarray(images[i].numpy()).resize((65, 65)).save(place / f"{labels[i]}_{i}.png")
+    return folder
+
+
+def _rows(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def _expected(model: torch.nn.Module, file: str, **options) -> torch.Tensor:
+    """Probabilities [classes], by timm alone."""
+    transform = create_transform(**resolve_data_config(options, model=model), is_training=False)
+    with torch.no_grad():
+        return model.eval()(transform(Image.open(file).convert("RGB"))[None]).softmax(1)[0]
+
+
+def test_digits(digits: Path, capsys: pytest.CaptureFixture) -> None:
+    """All files of a folder, in batches that the last does not fill: right classes, timm's probabilities."""
+    assert main(["predict", str(digits), "--model", MODEL, "-b", "8", *DEVICE]) == 0
+    captured = capsys.readouterr()
+    rows = _rows(captured.out)
+    assert "20/20" in captured.err
+    best = [row for row in rows if row["rank"] == "1"]
+    assert {row["file"] for row in best} == {str(path) for path in digits.rglob("*.png")}
+    assert sum(Path(row["file"]).name[0] == row["name"] for row in best) >= 18
+    model = timm.create_model(MODEL, pretrained=True)
+    for first in range(0, len(rows), 5):
+        of_one = rows[first : first + 5]
+        expected, indices = _expected(model, of_one[0]["file"]).topk(5)
+        assert [int(row["index"]) for row in of_one] == indices.tolist()
+        assert [float(row["probability"]) for row in of_one] == pytest.approx(expected.tolist(), abs=2e-6)
+
+
+def test_json_into_a_file(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file, out = str(next(digits.rglob("3_*.png"))), tmp_path / "folder" / "out.json"
+    arguments = ["predict", file, file, "--model", MODEL, "--topk", "2", "--format", "json", "--out", str(out)]
+    assert main([*arguments, *DEVICE]) == 0
+    assert capsys.readouterr().out == ""
+    (entry,) = json.loads(out.read_text())  # the file was named twice
+    assert entry["file"] == file
+    assert [row["rank"] for row in entry["classes"]] == [1, 2]
+    assert (entry["classes"][0]["index"], entry["classes"][0]["name"]) == (3, "3")
+
+
+def test_16_bits_and_grey_are_read_right(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The same picture with 16 bits gives the same row; one that is half as bright, another."""
+    file = next(digits.rglob("5_*.png"))
+    grey = np.asarray(Image.open(file))
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    Image.fromarray(grey.astype(np.uint16) * 128).save(tmp_path / "dark.png")
+    files = [str(file), str(tmp_path / "deep.png"), str(tmp_path / "dark.png")]
+    assert main(["predict", *files, "--model", MODEL, "--topk", "1", *DEVICE]) == 0
+    same, deep, dark = _rows(capsys.readouterr().out)
+    assert (deep["index"], deep["probability"]) == (same["index"], same["probability"])
+    assert dark["probability"] != same["probability"]
+
+
+def test_unreadable_files_are_named_and_left_out(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "two\nlines.png").write_bytes(b"no picture")
+    file = str(next(digits.rglob("*.png")))
+    assert main(["predict", str(tmp_path), file, "--model", MODEL, "--topk", "1", *DEVICE]) == 1
+    captured = capsys.readouterr()
+    (row,) = _rows(captured.out)
+    assert row["file"] == file
+    assert "predict: left out: " in captured.err
+    assert "two\\\\nlines.png" in captured.err
+
+
+# What decides names and number of classes
+
+
+def _checkpoint(folder: Path, width: int = 2, classes: int = 3, **arguments) -> str:
+    """As timm's train.py writes it."""
+    torch.manual_seed(0)
+    model = timm.create_model("c4resnet18_fast", num_classes=classes, width=width)
+    with torch.no_grad():
+        model.train()(torch.randn(8, 3, 33, 33))
+    given = argparse.Namespace(model="c4resnet18_fast", model_kwargs={"width": width}, gp=None, mean=None, **arguments)
+    content = {"arch": "c4resnet18_fast", "state_dict": model.state_dict(), "args": given, "epoch": 1}
+    torch.save(content, folder / "model_best.pth.tar")
+    return f"c4resnet18_fast={folder}/model_best.pth.tar"
+
+
+def test_checkpoint_of_training(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Number of classes, width, image size and crop come from the checkpoint; --size overrides its size."""
+    spec = _checkpoint(tmp_path, img_size=33, crop_pct=1.0)
+    file = str(next(digits.rglob("*.png")))
+    (tmp_path / "names.txt").write_text("brick\ngrass\ngravel\n")
+    model = timm.create_model("c4resnet18_fast", num_classes=3, width=2, checkpoint_path=spec.partition("=")[2])
+    for options, size in (([], 33), (["--size", "65"], 65)):
+        assert main(["predict", file, "--model", spec, "--class-map", str(tmp_path / "names.txt"), *options]) == 0
+        rows = _rows(capsys.readouterr().out)
+        expected, indices = _expected(model, file, img_size=size, crop_pct=1.0).sort(descending=True)
+        assert [row["name"] for row in rows] == [("brick", "grass", "gravel")[i] for i in indices]
+        assert [float(row["probability"]) for row in rows] == pytest.approx(expected.tolist(), abs=2e-6)
+
+
+def test_classes_of_the_training_folder(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """In timm's order: natural, so that class10 comes after class2."""
+    for name in ("class10", "class2", "class1"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        Image.new("L", (9, 9)).save(tmp_path / "train" / name / "image.png")
+    arguments = ["predict", str(next(digits.rglob("*.png"))), "--model", _checkpoint(tmp_path, img_size=33)]
+    assert main([*arguments, "--class-map", str(tmp_path / "train")]) == 0
+    names = {row["index"]: row["name"] for row in _rows(capsys.readouterr().out)}
+    assert names == {"0": "class1", "1": "class2", "2": "class10"}
+    assert main(arguments) == 0
+    assert all(row["name"] == row["index"] for row in _rows(capsys.readouterr().out))  # nothing known
+
+
+def test_names_of_pretrained_weights_are_not_those_of_a_checkpoint() -> None:
+    """Ten classes of digits, or ten of the user's own: the number alone does not tell."""
+    digits, imagenet = timm.create_model(MODEL), timm.create_model("c4resnet18_fast", width=1)
+    assert module._class_names(MODEL, digits, None) == list("0123456789")
+    assert module._class_names(f"{MODEL}=own.pth", digits, None) == [str(i) for i in range(10)]
+    digits.pretrained_cfg["label_names"] = list("abcdefghij")
+    assert module._class_names(MODEL, digits, None)[0] == "a"
+    assert module._class_names(f"{MODEL}=own.pth", digits, None)[0] == "0"
+    assert module._class_names("c4resnet18_fast", imagenet, None)[1] == ImageNetInfo().index_to_description(1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.png"], "there is no image or folder 'nowhere.png'"),
+        (["nothing"], "there are no pictures .* in the folder 'nothing'"),
+        (["text"], "none of the 1 images can be read, such as 'text'"),
+        (["a.png", "--topk", "0"], "--topk 0"),
+        (["a.png", "--topk", "4"], "--topk 4 is not possible: give a number from 1 to 3"),
+        (["a.png", "-b", "0"], "--batch-size 0"),
+        (["a.png", "--size", "0"], "--size 0"),
+        (["a.png", "--device", "nosuch"], "--device nosuch"),
+        (["a.png", "--out", "nothing"], "is a folder"),
+        (["a.png", "--class-map", "missing"], "--class-map missing cannot be read: No such file"),
+        (["a.png", "--class-map", "a.png"], "it is no text in UTF-8"),
+        (["a.png", "--class-map", "nothing"], "no sub-folders of images"),
+        (["a.png", "--class-map", "two"], "--class-map has 2 names, and .* tells 3 classes apart"),
+        (["a.png", "--class-map", "gap"], "line 2 is empty"),
+        (["a.png", "--model", "c4resnet18=text"], "cannot load the weights of 'c4resnet18=text'"),
+        (["a.png", "--model", "c8resnet18_fast=model_best.pth.tar"], "checkpoint of 'c4resnet18_fast', not of"),
+        (["a.png", "--model", "resnet19"], "unknown model 'resnet19': did you mean"),
+    ],
+)
+def test_bad_input(arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_small_model(tmp_path / "model", width=1)
+    _checkpoint(tmp_path, width=1)
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "text").write_text("text")
+    (tmp_path / "two").write_text("one\ntwo")
+    (tmp_path / "gap").write_text("one\n\nthree")
+    Image.fromarray(np.full((9, 9), 200, np.uint8)).save("a.png")
+    before = sorted(tmp_path.rglob("*"))
+    model = [] if "--model" in arguments else ["--model", "local-dir:model"]
+    assert main(["predict", *model, *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert re.search(message, captured.err)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_ctrl_c_leaves_the_old_file(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def interrupt(*_) -> None:
+        raise KeyboardInterrupt
+
+    (tmp_path / "out.csv").write_text("old")
+    monkeypatch.setattr(module, "_rows", interrupt)
+    assert main(["predict", str(digits), "--model", MODEL, "--out", str(tmp_path / "out.csv")]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "predict: interrupted; nothing was written"
+    assert (tmp_path / "out.csv").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out.csv"]
