@@ -67,7 +67,7 @@ def test_comparison_notices_a_forgotten_norm() -> None:
     model = _model("c4resnet18_fast")
     expected = model(_images())
     fused = reparameterize_model(model)
-    fused.conv1.bias.zero_()
+    fused.conv1.conv.bias.zero_()
     with pytest.raises(AssertionError):
         _assert_same(fused(_images()), expected)
 

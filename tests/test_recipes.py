@@ -135,7 +135,7 @@ def test_another_kernel_size(group, size):
         filters = torch.randn(3 * order, 2 * order, size, size)
     broken = nn.Conv2d(2 * order, 3 * order, size, 2, size // 2, bias=False)
     broken.weight = nn.Parameter(filters)
-    with pytest.raises(AssertionError, match="not .*-equivariant"):
+    with pytest.raises(AssertionError, match=r"not .*-equivariant"):
         assert_equivariant(broken, 13, group=group, in_channels=2 * order, **kind)
 
 
@@ -201,7 +201,8 @@ def test_another_family_is_found_by_the_tools(family, tmp_path, monkeypatch):
     for name in "0123456789":
         (tmp_path / "data" / name).mkdir(parents=True)
         Image.fromarray(rng.integers(0, 255, (33, 33, 3), dtype=np.uint8)).save(tmp_path / "data" / name / "a.png")
-    command = ["rotate-eval", "--models", f"twod4={tmp_path / 'model' / 'model.safetensors'}", "--data", str(tmp_path / "data"), "-j", "0"]
+    weights, data = tmp_path / "model" / "model.safetensors", tmp_path / "data"
+    command = ["rotate-eval", "--models", f"twod4={weights}", "--data", str(data), "-j", "0"]
     monkeypatch.chdir(tmp_path)
     assert main([*command, "--angles", "0,90", "--device", "cpu"]) == 0
     assert (tmp_path / "rotate_eval" / "report.html").is_file()

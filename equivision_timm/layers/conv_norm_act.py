@@ -16,7 +16,7 @@ __all__ = ["ConvNormAct"]
 
 @register_notrace_module  # as SteerableConv2d
 class ConvNormAct(nn.Module):
-    """Steerable convolution, field norm, attention, drop, shortcut, activation: act(drop(attn(norm(conv(x)))) + shortcut).
+    """Convolution, norm, attention, drop, shortcut, activation: act(drop(attn(norm(conv(x)))) + shortcut).
 
     Input [B, in_fields * H, height, width], output [B, out_fields * |G|, height', width'], as `SteerableConv2d`; the
     shortcut has the shape of the output. In inference a batch norm is fused into the coefficients, and shortcut and

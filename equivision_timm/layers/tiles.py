@@ -113,8 +113,8 @@ class TileConv2d(nn.Module):
     """Convolution of patches into the irreps basis: [B, in_chans, H, W] -> [B, |G| * fields, H / p, W / p].
 
     Kernel and stride are p; the p x p kernel of a block is sqrt(d / |G|) times its unfolded tile, d the dimension of
-    the irrep, so that a moved image gives moved patches, with the group acting on their blocks. The bias is on the trivial
-    irrep.
+    the irrep, so that a moved image gives moved patches, with the group acting on their blocks. The bias is on the
+    trivial irrep.
 
     Parameters: `weight` [tile_count * fields, in_chans, h, w], four axes, the input second, as timm expects of a first
     convolution; `bias` [fields].

@@ -506,7 +506,8 @@ def _symmetry(group: str) -> str:
 def _resnet(depth: int, group: str, width: int, released: str = "", **keywords: Any) -> Variant:
     """A row of the table: the depth, the group, the fields of the first stage; the model's own name if it has weights.
 
-    Further keywords are those of the network. Without `_fast` in their names, models have as many parameters as the plain ResNet of this depth.
+    Further keywords are those of the network. Without `_fast` in their names, models have as many parameters as the
+    plain ResNet of this depth.
     """
     channels = width * Group.from_name(group).order
     summary = f"{group.upper()} ResNet-{depth}: {_symmetry(group)}; {width} fields, {channels} channels"
