@@ -272,7 +272,7 @@ def test_all_asks_for_every_released_model(monkeypatch):
     monkeypatch.setattr(fetch_module, "fetch", lambda name, images, signs: asked.append(name))
     assert main(["fetch", "--all"]) == 0
     assert asked == list(released())
-    assert len(asked) == 12
+    assert len(asked) == 14
 
 
 def test_without_gdown(drive, monkeypatch):
@@ -303,7 +303,7 @@ def test_killed_midway_then_two_processes_at_once(drive, weights, tmp_path):
     assert [os.path.dirname(name) for name in files(weights)] == ["downloads"]
 
     processes = [start_fetch(), start_fetch()]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert sorted("written" in output for output in outputs) == [False, True]
     assert sorted("already in" in output for output in outputs) == [False, True]
