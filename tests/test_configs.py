@@ -1,9 +1,11 @@
 """Every recipe in configs/ loads through timm's own parser and builds model, optimiser, scheduler and augmentation."""
 
 import argparse
+import csv
 import importlib.util
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -12,6 +14,7 @@ import pytest
 import timm
 import torch
 import yaml
+from small_models import TEXTURES, write_textures
 from timm.data import Mixup, create_dataset, create_transform
 from timm.loss import BinaryCrossEntropy
 from timm.optim import create_optimizer_v2, optimizer_kwargs
@@ -40,7 +43,7 @@ def train_script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_all_recipes_are_there() -> None:
-    assert {path.stem for path in CONFIGS} >= {"equivision_in1k", "rotated_in1k", "modern_in1k", "finetune"}
+    assert {path.stem for path in CONFIGS} >= {"equivision_in1k", "rotated_in1k", "modern_in1k", "finetune", "scratch"}
 
 
 def test_header_says_command_hardware_and_result(config: Path) -> None:
@@ -71,6 +74,77 @@ def test_timm_parser_knows_every_key_and_value(
     assert vars(from_config) == vars(as_typed)
     for key, value in values.items():
         assert getattr(from_config, key) == value
+
+
+def test_scratch_is_the_twin_of_finetune() -> None:
+    """The same recipe without what takes weights for granted, longer and at a higher rate."""
+    finetune, scratch = (
+        yaml.safe_load((CONFIGS[0].parent / f"{name}.yaml").read_text()) for name in ("finetune", "scratch")
+    )
+    assert finetune.keys() - scratch.keys() == {"pretrained", "layer_decay"}
+    assert finetune["pretrained"] is True
+    assert not scratch.keys() - finetune.keys()
+    assert {key for key in scratch if scratch[key] != finetune[key]} == {"lr", "epochs", "warmup_epochs"}
+
+
+def _commands(config: Path) -> list[list[str]]:
+    """The commands in the head of a recipe, each as words."""
+    head = re.split(r"^[^#]", config.read_text(), maxsplit=1, flags=re.MULTILINE)[0]
+    lines = re.sub(r"\\\n#", " ", head).splitlines()
+    return [line.removeprefix("#").split() for line in lines if line.startswith("#   ")]
+
+
+# The smallest run: what is given last counts
+SMALL = ["--device", "cpu", "--img-size", "65", "--epochs", "1", "-j", "0", "-b", "16"]
+
+
+@pytest.mark.parametrize("name", ["finetune", "scratch"])
+def test_commands_in_the_head_run(name: str, tmp_path: Path) -> None:
+    """With small images and the smallest model: train, validate, measure under rotation, predict, as written."""
+    if "TIMM_SCRIPTS" not in os.environ:
+        pytest.skip(NEEDS_CLONE)
+    data = write_textures(tmp_path / "data", train=16, validation=4, size=65)
+    (data / "validation").rename(data / "val")
+    config = CONFIGS[0].parent / f"{name}.yaml"
+    words = {
+        "DATA": str(data),
+        "DATA/train": f"{data}/train",
+        "N": "3",
+        "IMAGES": f"{data}/val",
+        "train.py": f"{os.environ['TIMM_SCRIPTS']}/train.py",
+        "validate.py": f"{os.environ['TIMM_SCRIPTS']}/validate.py",
+        f"configs/{name}.yaml": str(config),
+    }
+    model = next(c[c.index("--model") + 1] for c in _commands(config) if "train.py" in c)
+    best = "output/train/first/model_best.pth.tar"
+    assert best in config.read_text()
+    added = {
+        "train.py": SMALL,
+        "validate.py": ["--device", "cpu", "--img-size", "65", "-j", "0"],
+        "rotate-eval": ["--device", "cpu", "--size", "65", "--angles", "0,90", "-j", "0"],
+        "predict": ["--device", "cpu"],
+    }
+    ran = []
+    for command in _commands(config):
+        what = next((word for word in command if word in added), None)
+        if what is None or command[0] == "torchrun":
+            continue
+        command = [words.get(word, word).replace(model, "test_c8resnet").replace("BEST", best) for word in command]
+        program = ["-m", "equivision_timm"] if command[0] == "equivision-timm" else []
+        assert program or command[0] == "python"
+        done = subprocess.run(
+            [sys.executable, *program, *command[1:], *added[what]],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, (what, done.stderr[-3000:])
+        ran.append(what)
+    assert ran == list(added)
+    predicted = list(csv.DictReader(done.stdout.splitlines()))
+    assert len(predicted) == 3 * 4 * 3  # classes, images of each, rows of each
+    assert {row["name"] for row in predicted} == set(TEXTURES)
 
 
 def _build(args: SimpleNamespace | argparse.Namespace) -> SimpleNamespace:

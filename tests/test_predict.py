@@ -95,7 +95,7 @@ def test_unreadable_files_are_named_and_left_out(digits: Path, tmp_path: Path, c
     (row,) = _rows(captured.out)
     assert row["file"] == file
     assert "predict: left out: " in captured.err
-    assert "two\\\\nlines.png" in captured.err
+    assert "two\\nlines.png" in captured.err
 
 
 # What decides names and number of classes
