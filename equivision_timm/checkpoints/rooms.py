@@ -14,6 +14,9 @@ from equivision_timm.checkpoints.equivision import convert_file as equivision
 from equivision_timm.checkpoints.equivision.released import SOURCE as EQUIVISION
 from equivision_timm.checkpoints.equivision.released import released as equivision_released
 from equivision_timm.checkpoints.equivision.sign_groups import parse_signs
+from equivision_timm.checkpoints.octic import convert_file as octic
+from equivision_timm.checkpoints.octic.released import SOURCE as OCTIC
+from equivision_timm.checkpoints.octic.released import released as octic_released
 from equivision_timm.checkpoints.redet import convert_file as redet
 from equivision_timm.images.photographs import find_photographs
 from equivision_timm.models import EquivariantResNet, family_of, model_names
@@ -49,6 +52,8 @@ def released() -> dict[str, Released]:
     for name, entry in redet.released().items():
         reported = {"top1": entry["top1"], "top5": entry["top5"]}
         found[name] = Released("ReDet", redet.SOURCE, entry["drive_id"], reported, entry["sha256"])
+    for name, entry in octic_released().items():
+        found[name] = Released("octic-vits", OCTIC, entry.drive_id, entry.accuracy)
     return found
 
 
@@ -94,4 +99,6 @@ def _converter(model_name: str, images: Path | None, signs: str | None) -> Calla
         raise InputError(f"{option} is for checkpoints of equivision, and {model_name} has none: leave it out")
     if model_name in redet.released():
         return redet.convert_file
+    if model_name in octic_released():
+        return octic.convert_file
     raise InputError(f"there are no checkpoints of {model_name} to convert")

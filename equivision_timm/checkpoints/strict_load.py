@@ -175,7 +175,8 @@ def _as_timm_builds_it(folder: Path, loaded: Loaded) -> EquivariantBackbone:
         raise ValueError(f"timm makes another model of {folder} than {loaded.name}")
     _check_entries(model, loaded)
     generator = torch.Generator().manual_seed(0)
-    image = torch.randn(2, loaded.model.in_chans, 33, 33, generator=generator)
+    size = loaded.model.exact_sizes(33)[0]
+    image = torch.randn(2, loaded.model.in_chans, size, size, generator=generator)
     with torch.no_grad():
         found, expected = model(image), loaded.model(image)
     tolerance = _TOLERANCE * expected.nan_to_num().abs().max().item()

@@ -48,7 +48,7 @@ class EquivariantBackbone(nn.Module):
         ValueError: an unknown group or `map_pool`.
     """
 
-    __jit_unused_properties__ = ("group_pool",)
+    __jit_unused_properties__ = ("group_pool", "is_invariant")
 
     def __init__(self, group: str, in_chans: int = 3, map_pool: str = "", drop_rate: float = 0.0) -> None:
         super().__init__()
@@ -284,6 +284,11 @@ class EquivariantBackbone(nn.Module):
 
     def _reduction(self) -> int:
         return max(level["reduction"] for level in self.feature_info)
+
+    @property
+    def is_invariant(self) -> bool:
+        """Whether the group leaves the logits unchanged."""
+        return bool(self.group_pool.pool_type or self.map_pool.pool_type)
 
     @torch.jit.ignore
     def kernels(self) -> set[Kernel]:

@@ -515,7 +515,11 @@ def _resnet(depth: int, group: str, width: int, released: str = "", **keywords: 
     if keywords:
         summary += f"; {', '.join(f'{name}={value!r}' for name, value in keywords.items())}"
     tag = "equivision_in1k" if released else ""
-    first_conv = {"first_conv": "conv1.0.conv"} if "stem_type" in keywords or "low_pass" in keywords else {}
+    first_conv = {}
+    if "low_pass" in keywords:
+        first_conv["first_conv"] = "conv1.1.conv"  # behind the blur of the image
+    elif "stem_type" in keywords:
+        first_conv["first_conv"] = "conv1.0.conv"
     return Variant(summary, arguments, _cfg(**first_conv, **_converted(released, tag)), tag)
 
 
@@ -539,7 +543,7 @@ def _converted(name: str, tag: str) -> dict[str, Any]:
     return dict(hf_hub_id=hub_id(name, tag), hf_hub_filename=WEIGHTS_FILE) if name else {}
 
 
-def _test_resnet(group: str, width: int, name: str) -> Variant:
+def _test_resnet(group: str, width: int, name: str, **keywords: Any) -> Variant:
     """A tiny network for tests and the demo, trained on handwritten digits by scripts/train_digits.py."""
     cfg = _cfg(
         file=str(Path(__file__).parents[1] / "digits" / f"{name}.safetensors"),
@@ -553,8 +557,10 @@ def _test_resnet(group: str, width: int, name: str) -> Variant:
         description="handwritten digits (MNIST), trained upright",
         origin_url=None,
     )
+    if keywords:
+        cfg["first_conv"] = "conv1.1.conv"
     summary = f"Tiny {group.upper()} ResNet for tests: {_symmetry(group)}; {width} fields"
-    return Variant(summary, {**_TEST_LAYERS, "group": group, "width": width}, cfg, "digits")
+    return Variant(summary, {**_TEST_LAYERS, "group": group, "width": width, **keywords}, cfg, "digits")
 
 
 VARIANTS = {
@@ -611,5 +617,6 @@ VARIANTS = {
     "test_c1resnet": _test_resnet("c1", 11, "test_c1resnet"),
     "test_d4resnet": _test_resnet("d4", 4, "test_d4resnet"),
     "test_c8resnet": _test_resnet("c8", 4, "test_c8resnet"),
+    "test_c8resnetaf": _test_resnet("c8", 4, "test_c8resnetaf", **_ALIAS_FREE),
 }
 register_family(__name__, EquivariantResNet, _create, VARIANTS)

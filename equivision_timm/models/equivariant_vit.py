@@ -15,7 +15,6 @@ included: there is no padding and no stride that skips a pixel. Angles in betwee
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,10 +31,11 @@ from timm.layers import (
     to_2tuple,
     trunc_normal_,
 )
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, checkpoint
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block
 
+from equivision_timm.kernel_bases import Kernel
 from equivision_timm.layers import CheckImage, check_pointwise
 from equivision_timm.layers.attention import IrrepAttention
 from equivision_timm.layers.invariants import Invariants
@@ -45,6 +45,7 @@ from equivision_timm.layers.mlp import IrrepMlp
 from equivision_timm.layers.patch_embed import EquivariantPatchEmbed
 from equivision_timm.layers.tiles import UnfoldTiles, fold_map, tile_count, tile_size
 from equivision_timm.models.pretrained import WEIGHTS_FILE, build_pretrained
+from equivision_timm.models.variants import Variant, register_family
 
 __all__ = ["EquivariantBlock", "EquivariantViT"]  # the entrypoints are added below
 
@@ -281,6 +282,7 @@ class EquivariantViT(nn.Module):
             _feature_info(index, embed_dim, patch_size, group if index < equivariant_depth else "c1")
             for index in range(depth)
         ]
+        self.is_invariant = bool(invariants)  # of the group: not so a hybrid's logits
         if invariants:
             self.hand_over = InvariantTokens(invariants, fields, group, embed_dim, **dd)
         else:
@@ -405,6 +407,27 @@ class EquivariantViT(nn.Module):
         if num_classes > 0:
             self.head = nn.Linear(self.head_hidden_size, num_classes, device=like.device, dtype=like.dtype)
         self.head.train(self.training)
+
+    @torch.jit.ignore
+    def is_exact(self, size: int | tuple[int, int]) -> bool:
+        """Whether an image of this size, n or (height, width), may be rotated and reflected without any resampling."""
+        sides = (size, size) if isinstance(size, int) else size
+        if not self.dynamic_img_size:
+            return tuple(sides) == tuple(self.patch_embed.img_size)
+        return all(side % patch == 0 for side, patch in zip(sides, self.patch_embed.patch_size, strict=True))
+
+    @torch.jit.ignore
+    def exact_sizes(self, near: int = 224) -> tuple[int, int]:
+        """The exact sizes next to `near`: the largest that is not above, the smallest not below."""
+        if not self.dynamic_img_size:
+            return self.patch_embed.img_size[0], self.patch_embed.img_size[0]
+        patch = self.patch_embed.patch_size[0]
+        return max(1, near // patch) * patch, max(1, -(-near // patch)) * patch
+
+    @torch.jit.ignore
+    def kernels(self) -> set[Kernel]:
+        """None: its coefficients are of no kernels in a basis."""
+        return set()
 
     @torch.jit.ignore
     def set_input_size(
@@ -608,21 +631,26 @@ def _feature_info(index: int, channels: int, patch_size: int, group: str) -> dic
     return dict(module=f"blocks.{index}", num_chs=channels, reduction=patch_size, num_fields=fields, group=group)
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A row of the table of models.
+def _row(text: str, keywords: dict[str, Any], tag: str = "", cfg: dict[str, Any] | None = None) -> Variant:
+    """A row of the table: the docstring, keywords of `EquivariantViT`, the tag of published weights, further cfg."""
+    return Variant(text, keywords, {**_cfg(tag), **(cfg or {})}, tag)
 
-    Attributes:
-        text: what the docstring and the model card say.
-        keywords: of `EquivariantViT`.
-        tag: of its published weights, '' where there are none.
-        cfg: other entries of its pretrained cfg.
-    """
 
-    text: str
-    keywords: dict[str, Any]
-    tag: str = ""
-    cfg: dict[str, Any] | None = None
+def _cfg(tag: str) -> dict[str, Any]:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "fixed_input_size": True,
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "license": "apache-2.0",
+        "origin_url": "https://github.com/davnords/octic-vits",
+        **({"hf_hub_filename": WEIGHTS_FILE} if tag not in ("", "digits") else {}),
+    }
 
 
 SIZES = {  # width, depth, heads
@@ -646,49 +674,49 @@ def _d1(size: str, patch_size: int = 16) -> dict[str, Any]:
 
 
 VARIANTS: dict[str, Variant] = {
-    "d4vit_tiny_patch16_224": Variant(f"D4 ViT-Ti/16: {INVARIANT}.", SIZES["tiny"]),
-    "d4vit_small_patch16_224": Variant(f"D4 ViT-S/16: {INVARIANT}.", SIZES["small"]),
-    "d4vit_base_patch16_224": Variant(f"D4 ViT-B/16: {INVARIANT}.", SIZES["base"]),
-    "d4vit_large_patch16_224": Variant(
+    "d4vit_tiny_patch16_224": _row(f"D4 ViT-Ti/16: {INVARIANT}.", SIZES["tiny"]),
+    "d4vit_small_patch16_224": _row(f"D4 ViT-S/16: {INVARIANT}.", SIZES["small"]),
+    "d4vit_base_patch16_224": _row(f"D4 ViT-B/16: {INVARIANT}.", SIZES["base"]),
+    "d4vit_large_patch16_224": _row(
         f"D4 ViT-L/16 (DeiT III): {INVARIANT}.", {**SIZES["large"], "invariants": "polynomial"}, "deit3_in1k"
     ),
-    "d4vit_huge_patch14_224": Variant(
+    "d4vit_huge_patch14_224": _row(
         f"D4 ViT-H/14 (DeiT III): {INVARIANT}.",
         {**SIZES["huge"], "patch_size": 14, "invariants": "polynomial"},
         "deit3_in1k",
     ),
-    "d4vit_large_patch16_dinov2": Variant(
+    "d4vit_large_patch16_dinov2": _row(
         f"D4 ViT-L/16 (DINOv2), features: {INVARIANT}.", SIZES["large"], "dinov2_in1k", SELF_SUPERVISED
     ),
-    "d4vit_huge_patch16_dinov2": Variant(
+    "d4vit_huge_patch16_dinov2": _row(
         f"D4 ViT-H/16 (DINOv2), features: {INVARIANT}.", SIZES["huge"], "dinov2_in1k", SELF_SUPERVISED
     ),
-    "d4vit_small_patch16_full_224": Variant(f"D4 ViT-S/16: {FULL}.", {**SIZES["small"], "equivariant_depth": 12}),
-    "d4vit_base_patch16_full_224": Variant(f"D4 ViT-B/16: {FULL}.", {**SIZES["base"], "equivariant_depth": 12}),
-    "d4hybridvit_large_patch16_224": Variant(
+    "d4vit_small_patch16_full_224": _row(f"D4 ViT-S/16: {FULL}.", {**SIZES["small"], "equivariant_depth": 12}),
+    "d4vit_base_patch16_full_224": _row(f"D4 ViT-B/16: {FULL}.", {**SIZES["base"], "equivariant_depth": 12}),
+    "d4hybridvit_large_patch16_224": _row(
         f"Hybrid D4 ViT-L/16 (DeiT III): {HYBRID}.", {**SIZES["large"], "invariants": ""}, "deit3_in1k"
     ),
-    "d4hybridvit_huge_patch14_224": Variant(
+    "d4hybridvit_huge_patch14_224": _row(
         f"Hybrid D4 ViT-H/14 (DeiT III): {HYBRID}.", {**SIZES["huge"], "patch_size": 14, "invariants": ""}, "deit3_in1k"
     ),
-    "d4hybridvit_large_patch16_dinov2": Variant(
+    "d4hybridvit_large_patch16_dinov2": _row(
         f"Hybrid D4 ViT-L/16 (DINOv2), features: {HYBRID}.",
         {**SIZES["large"], "invariants": ""},
         "dinov2_in1k",
         SELF_SUPERVISED,
     ),
-    "d4hybridvit_huge_patch16_dinov2": Variant(
+    "d4hybridvit_huge_patch16_dinov2": _row(
         f"Hybrid D4 ViT-H/16 (DINOv2), features: {HYBRID}.",
         {**SIZES["huge"], "invariants": ""},
         "dinov2_in1k",
         SELF_SUPERVISED,
     ),
-    "d1vit_tiny_patch16_224": Variant(f"D1 ViT-Ti/16: {MIRROR}.", _d1("tiny")),
-    "d1vit_small_patch16_224": Variant(f"D1 ViT-S/16: {MIRROR}.", _d1("small")),
-    "d1vit_base_patch16_224": Variant(f"D1 ViT-B/16: {MIRROR}.", _d1("base")),
-    "d1vit_large_patch16_224": Variant(f"D1 ViT-L/16: {MIRROR}.", _d1("large")),
-    "d1vit_huge_patch14_224": Variant(f"D1 ViT-H/14: {MIRROR}.", _d1("huge", 14)),
-    "test_d4vit": Variant(
+    "d1vit_tiny_patch16_224": _row(f"D1 ViT-Ti/16: {MIRROR}.", _d1("tiny")),
+    "d1vit_small_patch16_224": _row(f"D1 ViT-S/16: {MIRROR}.", _d1("small")),
+    "d1vit_base_patch16_224": _row(f"D1 ViT-B/16: {MIRROR}.", _d1("base")),
+    "d1vit_large_patch16_224": _row(f"D1 ViT-L/16: {MIRROR}.", _d1("large")),
+    "d1vit_huge_patch14_224": _row(f"D1 ViT-H/14: {MIRROR}.", _d1("huge", 14)),
+    "test_d4vit": _row(
         f"Tiny D4 ViT for tests: {INVARIANT}.",
         {"img_size": 64, "patch_size": 16, "embed_dim": 48, "depth": 4, "num_heads": 3, "init_values": 1.0},
         "digits",
@@ -707,29 +735,6 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
-def _cfg(variant: Variant) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "fixed_input_size": True,
-        "crop_pct": 1.0,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "license": "apache-2.0",
-        "origin_url": "https://github.com/davnords/octic-vits",
-        **({"hf_hub_filename": WEIGHTS_FILE} if variant.tag not in ("", "digits") else {}),
-        **(variant.cfg or {}),
-    }
-
-
-default_cfgs = generate_default_cfgs(
-    {f"{name}.{variant.tag}" if variant.tag else name: _cfg(variant) for name, variant in VARIANTS.items()}
-)
-
-
 def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     """Build `name` through timm; see `EquivariantViT` for the keywords, all of which may be overridden."""
     build = partial(
@@ -738,19 +743,7 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
     )
-    kwargs = {**VARIANTS[name].keywords, **kwargs}
     return build_pretrained(build, name, **kwargs) if pretrained else build(name, pretrained, **kwargs)
 
 
-def _entrypoint(name: str) -> Callable[..., nn.Module]:
-    """The function that timm knows as `name`."""
-
-    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return _create(name, pretrained, **kwargs)
-
-    create.__name__ = create.__qualname__ = name
-    create.__doc__ = VARIANTS[name].text
-    return register_model(create)
-
-
-globals().update({name: _entrypoint(name) for name in VARIANTS})
+register_family(__name__, EquivariantViT, _create, VARIANTS)

@@ -272,7 +272,7 @@ def test_all_asks_for_every_released_model(monkeypatch):
     monkeypatch.setattr(fetch_module, "fetch", lambda name, images, signs: asked.append(name))
     assert main(["fetch", "--all"]) == 0
     assert asked == list(released())
-    assert len(asked) == 14
+    assert len(asked) == 22
 
 
 def test_without_gdown(drive, monkeypatch):

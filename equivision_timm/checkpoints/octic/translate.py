@@ -124,7 +124,7 @@ def translate_to(model: EquivariantViT, state_dict: dict[str, torch.Tensor]) -> 
 
 def _keywords(state_dict: dict[str, torch.Tensor], model_name: str) -> dict[str, str]:
     """The keyword for other invariants than the model's own; a hybrid and an invariant network are no such pair."""
-    found, own = invariants_of(state_dict), VARIANTS[model_name].keywords.get("invariants", "power")
+    found, own = invariants_of(state_dict), VARIANTS[model_name].arguments.get("invariants", "power")
     return {"invariants": found} if found and own and found != own else {}
 
 
