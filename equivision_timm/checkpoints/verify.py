@@ -151,7 +151,7 @@ def _equivariance(model: EquivariantBackbone | EquivariantViT) -> Iterator[Check
     invariant = model.is_invariant
     if not invariant and isinstance(model, EquivariantViT):
         yield Check(
-            "equivariance", None, "not checked: a hybrid is NOT invariant, and so are its maps behind the hand-over"
+            "equivariance", None, "not checked: neither logits nor last maps of a hybrid are invariant"
         )
         return
     try:
