@@ -5,7 +5,8 @@
     GITHUB_ACTIONS=1 python scripts/run_timm_tests.py              # as timm's CI: some heavy tests are left out
 
 The tests come from the sdist of the installed timm (downloaded with pip unless given). timm picks the models for its
-tests of intermediates and pruning by the module that defines them, so our names are added to its module `resnet`. Its
+tests of intermediates and pruning by the module that defines them, so our names are added to its module `resnet`; it
+tells ViTs, which give tokens for maps, by the start of their names, so where it looks for 'vit_*' it finds ours. Its
 tests of pretrained models find random weights in a local weights folder made for the occasion. One
 test is left out, and the summary says so: `test_model_inference` fetches the expected outputs of timm's own `test_*`
 models from timm's Hub repositories, which ours do not have.
@@ -19,6 +20,7 @@ import sys
 import tarfile
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read on import: a test that needed the network would fail, not hang
@@ -33,6 +35,7 @@ from equivision_timm.models import model_names
 from equivision_timm.models.pretrained import local_folder
 
 NEEDS_TIMM_HUB = "test_model_inference"
+VITS = ["d1vit_*", "d4vit_*", "d4hybridvit_*", "test_d4vit*"]
 
 
 class Selection:
@@ -81,6 +84,18 @@ def write_random_weights(names: list[str], folder: Path) -> None:
         write_model_folder(local_folder(name), name, timm.create_model(name).state_dict(), {"source": "random"})
 
 
+def _with_our_vits(list_models: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    """`list_models` with our ViTs wherever a filter names timm's."""
+
+    def also_ours(filters: str | list[str]) -> str | list[str]:
+        return [*filters, *VITS] if "vit_*" in filters else filters
+
+    def listed(filter="", *args, exclude_filters="", **kwargs) -> list[str]:
+        return list_models(also_ours(filter), *args, exclude_filters=also_ours(exclude_filters), **kwargs)
+
+    return listed
+
+
 def download_sdist(folder: Path) -> Path:
     options = ["--quiet", "--no-deps", "--no-binary", "timm", "--dest", str(folder), f"timm=={timm.__version__}"]
     subprocess.run([sys.executable, "-m", "pip", "download", *options], check=True)
@@ -101,6 +116,7 @@ def main() -> int:
         parser.error(f"{args.sdist} is not the sdist of the installed timm: use timm-{timm.__version__}.tar.gz")
     names = [name for name in registered if any(fnmatch.fnmatch(name, pattern) for pattern in args.patterns)]
     _module_to_models["resnet"].update(names)
+    timm.list_models = _with_our_vits(timm.list_models)
 
     with tempfile.TemporaryDirectory() as folder:
         write_random_weights(names, Path(folder) / "weights")

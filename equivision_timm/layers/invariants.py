@@ -65,32 +65,34 @@ def _polynomials(x: torch.Tensor) -> list[torch.Tensor]:
     invariant, u x v changes as A2, u0^2 - u1^2 and its like as B1, u0 u1 as B2. Products of irreps that end in A1.
     """
     a1, a2, b1, b2, u0, v0, u1, v1 = x.unbind(-2)
-    uu, uv, vv = (u0 * u0, u1 * u1), (u0 * v0, u1 * v1), (v0 * v0, v1 * v1)
-    as_a1 = [vv[0] + vv[1], uv[0] + uv[1], uu[0] + uu[1]]
-    as_b1 = [vv[0] - vv[1], uv[0] - uv[1], uu[0] - uu[1]]
+    uu0, uu1, uv0, uv1, vv0, vv1 = u0 * u0, u1 * u1, u0 * v0, u1 * v1, v0 * v0, v1 * v1
+    as_a1 = [vv0 + vv1, uv0 + uv1, uu0 + uu1]
+    as_b1 = [vv0 - vv1, uv0 - uv1, uu0 - uu1]
     as_b2 = [v0 * v1, u1 * v0 + u0 * v1, u0 * u1]
     as_a2 = u1 * v0 - u0 * v1
-    quartic = [p[0] * q[0] + p[1] * q[1] for p, q in ((vv, vv), (uv, vv), (uu, vv), (uu, uv), (uu, uu))]
+    quartic = [
+        vv0 * vv0 + vv1 * vv1,
+        uv0 * vv0 + uv1 * vv1,
+        uu0 * vv0 + uu1 * vv1,
+        uu0 * uv0 + uu1 * uv1,
+        uu0 * uu0 + uu1 * uu1,
+    ]
     quartic_as_a2 = [
         as_b2[0] * as_b1[0],
-        u1 * v0 * vv[0] - u0 * v1 * vv[1],
+        u1 * v0 * vv0 - u0 * v1 * vv1,
         as_b2[2] * as_b1[0],
-        u1 * v0 * uu[0] - u0 * v1 * uu[1],
+        u1 * v0 * uu0 - u0 * v1 * uu1,
         as_b2[2] * as_b1[2],
     ]
-    return [
-        a1,
-        *as_a1,
-        b2 * b2,
-        b1 * b1,
-        a2 * a2,
-        *[b2 * p for p in as_b2],
-        *[b1 * p for p in as_b1],
-        a2 * as_a2,
-        a2 * b1 * b2,
-        *quartic,
-        b1 * b2 * as_a2,
-        *[a2 * b2 * p for p in as_b1],
-        *[a2 * b1 * p for p in as_b2],
-        *[a2 * p for p in quartic_as_a2],
-    ]
+    terms = [a1]
+    terms += as_a1
+    terms += [b2 * b2, b1 * b1, a2 * a2]
+    terms += [b2 * p for p in as_b2]
+    terms += [b1 * p for p in as_b1]
+    terms += [a2 * as_a2, a2 * b1 * b2]
+    terms += quartic
+    terms += [b1 * b2 * as_a2]
+    terms += [a2 * b2 * p for p in as_b1]
+    terms += [a2 * b1 * p for p in as_b2]
+    terms += [a2 * p for p in quartic_as_a2]
+    return terms

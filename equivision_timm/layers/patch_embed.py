@@ -73,14 +73,13 @@ class EquivariantPatchEmbed(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         height, width, p = x.shape[2], x.shape[3], self.patch_size[0]
         if self.strict_img_size:
-            _assert(
-                height == self.img_size[0] and width == self.img_size[1],
-                f"the image has {height} x {width} pixels, the model is made for {self.img_size[0]} x "
-                f"{self.img_size[1]}: resize it, or create the model with dynamic_img_size=True",
-            )
+            size = f"{self.img_size[0]} x {self.img_size[1]}"
+            hint = f"the model takes {size} pixels: resize the image, or create the model with dynamic_img_size=True"
+            _assert(height == self.img_size[0], f"image height {height}, but {hint}")
+            _assert(width == self.img_size[1], f"image width {width}, but {hint}")
         else:
             _assert(
-                height % p == 0 and width % p == 0,
-                f"the patch of {p} x {p} pixels does not divide the image of {height} x {width}: resize or crop it",
+                height % p == 0, f"image height {height} is no multiple of the patch, {p}: resize or crop the image"
             )
+            _assert(width % p == 0, f"image width {width} is no multiple of the patch, {p}: resize or crop the image")
         return self.proj(x).flatten(2).transpose(1, 2)  # [B, C, H / p, W / p] -> [B, N, C]

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -48,6 +49,8 @@ from equivision_timm.models.pretrained import WEIGHTS_FILE, build_pretrained
 from equivision_timm.models.variants import Variant, register_family
 
 __all__ = ["EquivariantBlock", "EquivariantViT"]  # the entrypoints are added below
+
+torch.fx.wrap("resample_abs_pos_embed")  # looks at sizes: one node in a graph of torch.fx
 
 POOLS = ("token", "avg", "avgmax", "max", "")
 
@@ -231,7 +234,7 @@ class EquivariantViT(nn.Module):
         self.order = irreps_of(group).order
         self._check(embed_dim, depth, equivariant_depth, invariants)
         act_layer = check_pointwise(act_layer)
-        fields = embed_dim // self.order
+        self.fields = fields = embed_dim // self.order
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.num_features = self.embed_dim = embed_dim
@@ -469,7 +472,7 @@ class EquivariantViT(nn.Module):
                 positions, new_size=grid, old_size=self.patch_embed.grid_size, num_prefix_tokens=0, antialias=False
             )
         tokens = [x + positions]
-        rest = (self.order - 1) * (self.embed_dim // self.order)  # channels of the other irreps, where these are zero
+        rest = (self.order - 1) * self.fields  # channels of the other irreps, where these are zero
         if self.reg_token is not None:
             tokens.insert(0, F.pad(self.reg_token, [0, rest]).expand(x.shape[0], -1, -1))
         if self.cls_token is not None:
@@ -478,7 +481,7 @@ class EquivariantViT(nn.Module):
 
     def _fields(self, x: torch.Tensor) -> torch.Tensor:
         """Irreps basis -> regular fields, field-major: [B, N, |G| * fields] -> channel = field * |G| + element."""
-        blocks = x.unflatten(2, (self.order, -1)).permute(2, 0, 1, 3)  # [|G|, B, N, fields]
+        blocks = x.unflatten(2, (self.order, self.fields)).permute(2, 0, 1, 3)  # [|G|, B, N, fields]
         return self.to_regular(blocks).permute(1, 2, 3, 0).flatten(2)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
@@ -499,7 +502,7 @@ class EquivariantViT(nn.Module):
         pool = self.global_pool
         if self.reads_fields:
             x = x[:, :1] if pool == "token" else x
-            x = x.unflatten(2, (-1, self.order)).permute(3, 0, 1, 2)  # [|G|, B, N, fields]
+            x = x.unflatten(2, (self.fields, self.order)).permute(3, 0, 1, 2)  # [|G|, B, N, fields]
             x = self.hand_over(self.to_irreps(x).permute(1, 2, 0, 3).flatten(2))  # [B, N, features]
         x = global_pool_nlc(x, pool_type=pool, num_prefix_tokens=self.num_prefix_tokens)
         x = self.head_drop(self.fc_norm(x))
@@ -597,12 +600,12 @@ class EquivariantViT(nn.Module):
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         self.blocks = self.blocks[: max_index + 1]
         lost = not self.ends_equivariant and max_index < self.equivariant_depth
-        if lost:
-            self.ends_equivariant = True
-            self.hand_over = nn.Identity()
         if prune_norm or lost:
             self.norm = nn.Identity()
+        self.ends_equivariant = self.ends_equivariant or lost
         if prune_head or lost:
+            if self.ends_equivariant:
+                self.hand_over = nn.Identity()  # it stands in front of blocks or a head that are gone
             self.reads_fields = False
             self.head_hidden_size = self.embed_dim
             self.fc_norm = nn.Identity()
