@@ -7,12 +7,15 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from timm.data import create_transform, resolve_data_config
 
+import equivision_timm
 from equivision_timm.cli import main
 from equivision_timm.tools import demo
 from equivision_timm.tools.loading import InputError
 
+PACKAGE = Path(equivision_timm.__file__).parent
 ANGLES = (0, 45, 90, 180)
 
 
@@ -27,11 +30,23 @@ def test_prints_measured_accuracies_and_draws_a_picture(tmp_path: Path, capsys: 
     printed = capsys.readouterr().out
     assert f"{len(labels)} held-out" in printed
     for angle in ANGLES:
-        row = re.search(rf"^ *{angle}° +([\d.]+) +([\d.]+) ", printed, re.MULTILINE)
-        for name, figure in zip(("test_c8resnet", "test_c1resnet"), row.groups(), strict=True):
-            model = timm.create_model(name, pretrained=True).eval()
-            right = (demo.predict(model, digits, angle) == labels).sum().item()
+        row = re.search(rf"^ *{angle}° +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+) ", printed, re.MULTILINE)
+        for network, figure in zip(demo.NETWORKS, row.groups(), strict=True):
+            model = timm.create_model(network.model, pretrained=True).eval()
+            model.load_state_dict(load_file(PACKAGE / "digits" / f"{network.file}.safetensors"))
+            right = (demo.predict(model, digits, angle, network.turns) == labels).sum().item()
             assert float(figure) == pytest.approx(100 * right / len(labels), abs=0.051)
+
+
+def test_rivals_are_what_they_are_called() -> None:
+    """Averaged: quarter turns change nothing. Trained with rotations: no angle is much worse than another."""
+    digits, labels = (tensor[::10] for tensor in demo.load_digits())
+    model = timm.create_model("test_c1resnet", pretrained=True).eval()
+    assert torch.equal(demo.predict(model, digits, 0, 4), demo.predict(model, digits, 90, 4))
+    assert not torch.equal(demo.predict(model, digits, 0), demo.predict(model, digits, 90))
+    model.load_state_dict(load_file(PACKAGE / "digits" / "test_c1resnet_rotated.safetensors"))
+    right = [(demo.predict(model, digits, angle) == labels).double().mean().item() for angle in (0, 90, 180, 225)]
+    assert min(right) > 0.8
 
 
 def test_swapped_counts_sixes_and_nines_taken_for_each_other() -> None:
