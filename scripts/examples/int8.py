@@ -49,6 +49,9 @@ def export(model: torch.nn.Module, images: torch.Tensor, path: Path) -> None:
         if node.op_type == "ReduceMean":  # over height and width, which stay as axes of one
             pool = onnx.helper.make_node("GlobalAveragePool", node.input[:1], node.output, node.name)
             node.CopyFrom(pool)
+    used = {name for node in graph.graph.node for name in node.input}
+    for tensor in [tensor for tensor in graph.graph.initializer if tensor.name not in used]:  # the axes of the mean
+        graph.graph.initializer.remove(tensor)
     onnx.save(graph, path)
 
 
