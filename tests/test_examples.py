@@ -39,6 +39,31 @@ def test_probe(example) -> None:
         assert plain[classifier][90] < plain[classifier][0] - 0.2
 
 
+@pytest.mark.parametrize("method", ["grad_cam", "integrated_gradients"])
+def test_explanations_rotate_with_the_image(method: str, example) -> None:
+    """At an exact size and quarter turns; those of the plain network do not, nor any at 64 pixels."""
+    explain = example("explain", needs=[])
+    method = getattr(explain, method)
+    equivariant, plain = (timm.create_model(f"test_{g}resnet", pretrained=True).eval().double() for g in ("c8", "c1"))
+    images = explain.with_noise(explain.digits(equivariant, 4))
+    assert equivariant.is_exact(images.shape[-1])
+    for degrees in (90, 180, 270):
+        assert explain.error(method, equivariant, images, degrees) < 1e-5
+    assert explain.error(method, plain, images) > 0.1
+    assert explain.error(method, equivariant, images[..., :64, :64]) > 0.01
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")  # of ONNX
+def test_int8_is_invariant_bit_by_bit(example, tmp_path: Path) -> None:
+    """The float network changes in the last bits, a plain 8-bit one throughout."""
+    int8 = example("int8", needs=["onnx", "onnxscript", "onnxruntime"])
+    equivariant = int8.compare("test_c8resnet", tmp_path, count=40)
+    assert equivariant["int8"] == 0 < equivariant["float"]
+    assert equivariant["agreement"] >= 0.95
+    assert equivariant["size"] < 0.5
+    assert int8.compare("test_c1resnet", tmp_path, count=40)["int8"] > 0.5
+
+
 def test_detection(example) -> None:
     detection = example("detection", needs=["skimage"])
     torch.manual_seed(0)

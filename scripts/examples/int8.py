@@ -1,0 +1,100 @@
+"""An 8-bit network in onnxruntime whose answers are the same, bit by bit, whichever of four ways up an image lies.
+
+The network is folded, exported and quantised. Its convolutions then sum integers, exactly and so in any order: what
+float noise is elsewhere is zero here. Two things have to be seen to. The mean over space must be taken of integers,
+too, so it becomes a GlobalAveragePool, which onnxruntime knows in 8 bits. And the head behind it stays in float: the
+quantiser would give every element of the group a scale of its own, and break their symmetry.
+
+    pip install 'equivision-timm[export]'
+    python scripts/examples/int8.py test_c8resnet test_c1resnet
+"""
+
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import onnx
+import onnxruntime
+import timm
+import torch
+from explain import digits
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from timm.utils import reparameterize_model
+
+import equivision_timm  # noqa: F401  registers the models
+
+QUANTISED = ["Conv", "MaxPool", "Add", "Relu", "GlobalAveragePool"]
+
+
+class Calibration(CalibrationDataReader):
+    """Hands images [N, 3, H, W] to the quantiser, twenty at a time."""
+
+    def __init__(self, images: torch.Tensor) -> None:
+        self.batches = iter(images.split(20))
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        batch = next(self.batches, None)
+        return None if batch is None else {"image": batch.numpy()}
+
+
+def export(model: torch.nn.Module, images: torch.Tensor, path: Path) -> None:
+    """Fold the model and write it as ONNX, for any number of images of this size."""
+    batch = {0: torch.export.Dim("batch", min=1, max=1024)}
+    plain = reparameterize_model(model.eval())
+    options = {"input_names": ["image"], "external_data": False, "verbose": False, "dynamo": True}
+    torch.onnx.export(plain, (images[:2],), path, dynamic_shapes=(batch,), **options)
+    graph = onnx.load(path)
+    for node in graph.graph.node:
+        if node.op_type == "ReduceMean":  # over height and width, which stay as axes of one
+            pool = onnx.helper.make_node("GlobalAveragePool", node.input[:1], node.output, node.name)
+            node.CopyFrom(pool)
+    used = {name for node in graph.graph.node for name in node.input}
+    for tensor in [tensor for tensor in graph.graph.initializer if tensor.name not in used]:  # the axes of the mean
+        graph.graph.initializer.remove(tensor)
+    onnx.save(graph, path)
+
+
+def quantise(path: Path, images: torch.Tensor) -> Path:
+    """The network in 8 bits, in a file beside it."""
+    small = path.with_name(f"{path.stem}_int8.onnx")
+    types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QUInt8}
+    quantize_static(
+        path, small, Calibration(images), QuantFormat.QDQ, op_types_to_quantize=QUANTISED, per_channel=False, **types
+    )
+    return small
+
+
+def run(path: Path, images: torch.Tensor) -> np.ndarray:
+    """Logits [N, classes] in onnxruntime."""
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return session.run(None, {"image": images.contiguous().numpy()})[0]
+
+
+def compare(name: str, folder: Path, count: int = 100) -> dict[str, float]:
+    """How many logits change under quarter turns, in float and in 8 bits; how often both name the same class."""
+    model = timm.create_model(name, pretrained=True)
+    images, path = digits(model, count), folder / f"{name}.onnx"
+    export(model, images, path)
+    small = quantise(path, images)
+    upright = {"float": run(path, images), "int8": run(small, images)}
+    changed = {
+        kind: np.mean([run(file, images.rot90(k, (-2, -1))) != upright[kind] for k in (1, 2, 3)])
+        for kind, file in (("float", path), ("int8", small))
+    }
+    agreement = (upright["float"].argmax(1) == upright["int8"].argmax(1)).mean()
+    return {**changed, "agreement": agreement, "size": small.stat().st_size / path.stat().st_size}
+
+
+def main(names: list[str]) -> None:
+    for name in names:
+        with TemporaryDirectory() as folder:
+            found = compare(name, Path(folder))
+        print(
+            f"{name:16} logits that change under quarter turns: float {found['float']:.1%}, int8 {found['int8']:.1%}; "
+            f"same class in both {found['agreement']:.1%}; file {found['size']:.0%}"
+        )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or ["test_c8resnet", "test_c1resnet"])

@@ -1,0 +1,170 @@
+"""The README does what it says: its Python runs, top to bottom, and its commands are commands.
+
+Python blocks share one namespace, as a reader pastes them one after the other. They run in an empty folder that holds
+the `FILES`; models are replaced by small ones of the same group, `STAND_INS`. A block that imports a library of
+`EXTRAS` which is not installed is skipped, and said to be.
+"""
+
+import importlib.util
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from equivision_timm.arguments import InputError
+from equivision_timm.cli import _parser
+from equivision_timm.models import model_names
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+STAND_INS = {  # names of models -> a small one
+    r"c1resnet\w+": "test_c1resnet",
+    r"c8resnet\w+": "test_c8resnet",
+    r"d4resnet\w+": "test_d4resnet",
+}
+FILES = ("image.png", "image.jpg")  # a picture each
+EXTRAS = ("onnx", "onnxscript", "onnxruntime", "openvino", "sklearn", "skimage", "escnn")
+COMMANDS = ("equivision-timm", "python -m equivision_timm")
+SCRIPTS_OF_TIMM = ("train.py", "validate.py", "inference.py", "benchmark.py", "onnx_export.py")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its language, its first line's number in the file, its text."""
+
+    language: str
+    line: int
+    text: str
+
+
+def blocks(markdown: str) -> list[Block]:
+    """All fenced blocks of a Markdown text."""
+    return [
+        Block(found[1], markdown.count("\n", 0, found.start(2)) + 1, found[2])
+        for found in re.finditer(r"^```(\w*)\n(.*?)^```$", markdown, flags=re.MULTILINE | re.DOTALL)
+    ]
+
+
+def run_python(markdown: str) -> list[str]:
+    """Run the Python blocks; returns what was skipped. Tracebacks show the line of the Markdown text."""
+    namespace, skipped = {"__name__": "__main__"}, []
+    for block in blocks(markdown):
+        if block.language != "python":
+            continue
+        missing = [name for name in EXTRAS if re.search(rf"^\s*(import|from) {name}\b", block.text, re.MULTILINE)]
+        missing = [name for name in missing if importlib.util.find_spec(name) is None]
+        if missing:
+            skipped.append(f"line {block.line} needs {', '.join(missing)}")
+            continue
+        text = block.text
+        for pattern, name in STAND_INS.items():
+            text = re.sub(rf"\b{pattern}", name, text)
+        exec(compile("\n" * (block.line - 1) + text, "README.md", "exec"), namespace)
+    return skipped
+
+
+def commands(markdown: str) -> list[tuple[int, list[str]]]:
+    """The commands of ours in Bash blocks: line, and words without the program."""
+    found = []
+    for block in blocks(markdown):
+        if block.language not in ("bash", "sh"):
+            continue
+        joined = block.text.replace("\\\n", "  ")
+        for number, line in enumerate(joined.splitlines(), start=block.line):
+            for part in re.split(r"&&|\|\||[|;]", line):
+                program = next((name for name in COMMANDS if part.strip().startswith(name)), None)
+                if program:
+                    found.append((number, shlex.split(part, comments=True)[len(program.split()) :]))
+    return found
+
+
+def check_commands(markdown: str) -> int:
+    """Parse every command, without running it; returns their number. Raises InputError for what the parser refuses."""
+    found = commands(markdown)
+    for line, words in found:
+        if words[:1] and words[0].endswith(".py"):
+            assert Path(words[0]).name in SCRIPTS_OF_TIMM, f"line {line}: timm has no script {words[0]}"
+            continue
+        if words in (["--version"], ["--help"]):
+            continue
+        try:
+            _parser()[0].parse_args(words)
+        except InputError as error:
+            raise InputError(f"README.md, line {line}: {error}") from error
+    return len(found)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with the pictures."""
+    monkeypatch.chdir(tmp_path)
+    for name in FILES:
+        Image.radial_gradient("L").convert("RGB").save(name)
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # inside torch.onnx
+def test_python_runs(folder: Path) -> None:
+    assert any(block.language == "python" for block in blocks(README))
+    torch.manual_seed(0)
+    skipped = run_python(README)
+    if skipped:
+        pytest.skip("; ".join(skipped))
+
+
+def test_commands_are_commands() -> None:
+    assert check_commands(README) > 0
+
+
+def test_files_that_it_names_exist() -> None:
+    """In commands and links: recipes, scripts, pictures of this repository."""
+    named = set(re.findall(r"(?<![\w/.-])((?:configs|scripts|tests|equivision_timm)/[\w./-]*\w)", README))
+    assert named
+    assert not [name for name in sorted(named) if not (ROOT / name).exists()]
+
+
+def test_models_that_it_names_exist() -> None:
+    named = set(re.findall(r"`((?:test_)?[cd]\d+(?:re)?resnet\w*)`", README))
+    assert named
+    assert not named - set(model_names())
+
+
+# Controls: each check finds what it looks for
+
+
+def test_a_block_that_fails_is_noticed(folder: Path) -> None:
+    text = 'Text\n```python\nx = "c8resnet50"\n```\n\n```python\nassert x.endswith("resnet50")\n```\n'
+    with pytest.raises(AssertionError) as failed:
+        run_python(text)  # x is the stand-in, in the second block, too
+    assert failed.traceback[-1].lineno + 1 == 7
+    run_python(text.replace("assert", "assert not"))
+
+
+def test_a_block_of_a_missing_library_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert run_python("```python\nimport onnx\n```\n") == ["line 2 needs onnx"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "equivision-timm lost",
+        "python -m equivision_timm demo --output x.png",
+        "cd x && equivision-timm rotate-eval --data DIR",
+        "equivision-timm predict IMAGE \\\n  --model c8resnet50 --nosuch  # comment",
+    ],
+)
+def test_a_wrong_command_is_noticed(line: str) -> None:
+    with pytest.raises(InputError, match=r"README\.md, line 3"):
+        check_commands(f"Text\n```bash\n{line}\n```\n")
+
+
+def test_right_commands_pass() -> None:
+    text = "pip install . && equivision-timm demo  # a picture\nequivision-timm predict IMAGE --model c8resnet50"
+    assert check_commands(f"```bash\n{text}\npython -m equivision_timm validate.py --model c8resnet50\n```\n") == 3
+    with pytest.raises(AssertionError, match=r"no script nosuch\.py"):
+        check_commands("```bash\npython -m equivision_timm nosuch.py\n```\n")
