@@ -1,10 +1,10 @@
 """Our D4 ViTs with weights in the naming of octic-vits give the figures of its modules, stage by stage."""
 
-import octic_data
 import pytest
 import timm
 import torch
-from reference_data import image
+from support import octic_data
+from support.reference_data import image
 
 from equivision_timm.checkpoints.octic.translate import translate_to
 from equivision_timm.models.equivariant_vit import ChannelsAsTheyAre
