@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from small_models import save_small_model
+from support.small_models import save_small_model
 
 import equivision_timm
 import equivision_timm.tools.demo as demo_module

@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 import yaml
-from small_models import TEXTURES, write_textures
+from support.small_models import TEXTURES, write_textures
 from timm.data import Mixup, create_dataset, create_transform
 from timm.loss import BinaryCrossEntropy
 from timm.optim import create_optimizer_v2, optimizer_kwargs

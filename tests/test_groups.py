@@ -2,10 +2,10 @@ import math
 
 import pytest
 import torch
-from cases import GROUPS
 from hypothesis import given
 from hypothesis import strategies as st
-from reference_data import load_bases
+from support.cases import GROUPS
+from support.reference_data import load_bases
 
 from equivision_timm.groups import Group, circle
 

@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from small_models import save_small_model
+from support.small_models import save_small_model
 from timm.data import ImageNetInfo, create_transform, resolve_data_config
 
 import equivision_timm.tools.predict as module

@@ -19,7 +19,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from small_models import TEXTURES, save_small_model, write_textures
+from support.small_models import TEXTURES, save_small_model, write_textures
 from timm.data import create_transform, resolve_data_config
 from torchvision.datasets import ImageFolder
 

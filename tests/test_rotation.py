@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from small_models import write_textures
+from support.small_models import write_textures
 from timm.data import create_dataset, create_loader
 
 from equivision_timm.images.pictures import PictureError

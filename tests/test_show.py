@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from small_models import save_small_model
+from support.small_models import save_small_model
 
 from equivision_timm.arguments import shortened
 from equivision_timm.cli import main

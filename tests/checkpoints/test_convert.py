@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from reference_data import checkpoint, networks
+from support.reference_data import checkpoint, networks
 
 import equivision_timm  # noqa: F401  registers the models
 from equivision_timm.checkpoints.equivision.convert import _entries_of, _plain, convert_original, convert_with_details

@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
-from reference_data import checkpoint
+from support.reference_data import checkpoint
 
 from equivision_timm.checkpoints import fetch as fetch_module
 from equivision_timm.checkpoints.equivision import convert_file
@@ -24,7 +24,7 @@ from equivision_timm.checkpoints.rooms import released
 from equivision_timm.cli import main
 
 pytest.importorskip("gdown", reason="fetching needs the extra `fetch`")
-from drive_server import Drive
+from support.drive_server import Drive
 
 NAME = "c4resnet18"
 DRIVE_ID = released()[NAME].drive_id

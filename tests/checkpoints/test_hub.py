@@ -8,9 +8,9 @@ import json
 import pytest
 import timm
 import torch
-from fresh_process import FreshProcess
-from hub_server import TOKEN, Hub, list_and_create_published
 from safetensors.torch import load, save
+from support.fresh_process import FreshProcess
+from support.hub_server import TOKEN, Hub, list_and_create_published
 
 from equivision_timm.models.pretrained import HUB_ORG
 from equivision_timm.models.tensor_hash import hash_tensors

@@ -1,12 +1,10 @@
 """Our D4 ViTs with weights in the naming of octic-vits give the figures of its modules, stage by stage."""
 
-import os
-
-import octic_data
 import pytest
 import timm
 import torch
-from reference_data import image
+from support import octic_data
+from support.reference_data import image
 
 from equivision_timm.checkpoints.octic.translate import translate_to
 from equivision_timm.models.equivariant_vit import ChannelsAsTheyAre
@@ -17,7 +15,6 @@ LARGE = {
     "dinov2_large_patch16": "d4vit_large_patch16_dinov2",
     "deit_huge_patch14": "d4vit_huge_patch14_224",
 }
-slow = pytest.mark.skipif(os.environ.get("RUN_SLOW") != "1", reason="gigabytes of weights: set RUN_SLOW=1 to run it")
 
 
 def run(model, x):
@@ -53,8 +50,7 @@ def test_every_stage(case):
     compare(model, case, 64)
 
 
-@pytest.mark.slow
-@slow
+@pytest.mark.slow  # gigabytes of weights
 @pytest.mark.parametrize("case", LARGE)
 def test_every_stage_of_large_models(case):
     model = timm.create_model(LARGE[case]).eval()

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import timm
 import torch
-from fresh_process import FreshProcess, create_pretrained, run_command, run_snippet
-from hub_server import TOKEN, Hub
 from PIL import Image
+from support.fresh_process import FreshProcess, create_pretrained, run_command, run_snippet
+from support.hub_server import TOKEN, Hub
 
 from equivision_timm.checkpoints import publish
 from equivision_timm.checkpoints.folder import write_model_folder

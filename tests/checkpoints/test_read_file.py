@@ -9,8 +9,8 @@ import zipfile
 import pytest
 import timm
 import torch
-from reference_data import checkpoint
 from safetensors.torch import save, save_file
+from support.reference_data import checkpoint
 
 import equivision_timm  # noqa: F401  registers the models
 from equivision_timm.checkpoints.equivision.convert import convert_original

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from reference_data import FOLDER, _draw, image
 from safetensors.torch import load_file
+from support.reference_data import FOLDER, _draw, image
 
 import equivision_timm  # noqa: F401  registers the models
 from equivision_timm.arguments import InputError

@@ -5,7 +5,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from reference_data import checkpoint, figures, image, networks, training_runs
+from support.reference_data import checkpoint, figures, image, networks, training_runs
 
 from equivision_timm.checkpoints.equivision.convert import convert_original
 

@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from reference_data import checkpoint
+from support.reference_data import checkpoint
 
 import equivision_timm  # noqa: F401  registers the models
 from equivision_timm.checkpoints.equivision import convert_file as convert_file_module

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from reference_data import sign_patterns
+from support.reference_data import sign_patterns
 
 from equivision_timm.checkpoints.equivision.sign_groups import (
     element_signs,

@@ -27,7 +27,7 @@ from equivision_timm.layers import ConvNormAct
 
 pytest.importorskip("skimage", reason="photographs come with scikit-image, the extra `convert`")
 
-SIZE = 65  # n = 1 mod 32
+SIZE = 33  # n = 1 mod 32
 NARROW = {"d4": 8, "d8": 6}
 
 
@@ -103,7 +103,7 @@ def test_known_patterns(group, name):
 def test_random_signs(group):
     pattern, crops = random_pattern(group, seed=1), load_crops(None, 10, SIZE)
     model, truth = trained_elsewhere(f"{group}resnet18", pattern, crops, width=NARROW[group])
-    search = check_found(model, truth, pattern, crops[:9], restarts=1)
+    search = check_found(model, truth, pattern, crops[:9], restarts=0)
     assert search.name is None
 
 
@@ -126,7 +126,7 @@ def test_the_half_turn_changes_nothing():
 
 def test_statistics_that_fit_no_pattern_are_refused():
     """Half of the fields from one network, half from another: nothing reproduces them, and nothing is chosen."""
-    crops = load_crops(None, 16, SIZE)
+    crops = load_crops(None, 8, SIZE)
     first, second = list(known_patterns("d4").values())[:2]
     model, _ = trained_elsewhere("d4resnet18", first, crops, width=8)
     _, other = trained_elsewhere("d4resnet18", second, crops, width=8)
@@ -181,7 +181,7 @@ def test_more_crops_settle_what_few_leave_open():
 
 def test_more_crops_do_not_make_a_wrong_pattern_right(monkeypatch):
     """Half of the statistics from another network: refused on all crops, too, and the limit holds."""
-    crops = load_crops(None, 16, 33)
+    crops = load_crops(None, 8, SIZE)
     first, second = list(known_patterns("d4").values())[:2]
     model, _ = trained_elsewhere("d4resnet18", first, crops, width=8)
     _, other = trained_elsewhere("d4resnet18", second, crops, width=8)
@@ -189,9 +189,10 @@ def test_more_crops_do_not_make_a_wrong_pattern_right(monkeypatch):
         theirs = conv_norms(other)[name].norm.per_field.running_var
         module.norm.per_field.running_var[::2] = theirs[::2]
     monkeypatch.setattr(signs_module, "MOST_BATCHES", 4)
+    monkeypatch.setattr(signs_module, "_descend", lambda scorer, pattern: pattern)  # the known patterns will do
     photographs, taken = load_photographs(None), []
-    more = (taken.append(seed) or draw_crops(photographs, 16, 33, seed=seed) for seed in range(1, 1000))
-    with pytest.raises(AmbiguousSigns, match="cannot be told on 64 crops"):
+    more = (taken.append(seed) or draw_crops(photographs, 8, SIZE, seed=seed) for seed in range(1, 1000))
+    with pytest.raises(AmbiguousSigns, match="cannot be told on 32 crops"):
         find_signs(model, crops, restarts=0, more=more)
     assert len(taken) == 3
 

@@ -7,8 +7,8 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from reference_data import checkpoint
 from safetensors.torch import load_file, save_file
+from support.reference_data import checkpoint
 
 import equivision_timm  # noqa: F401  registers the models
 from equivision_timm.checkpoints import verify as verify_module

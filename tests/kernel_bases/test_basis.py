@@ -5,8 +5,8 @@ import hashlib
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import FROZEN, GROUPS, KERNELS
-from reference_data import load_bases
+from support.cases import FROZEN, GROUPS, KERNELS
+from support.reference_data import load_bases
 
 from equivision_timm.groups import Group
 from equivision_timm.kernel_bases import Kernel, are_bases, bases_sha256, load_kernel_basis, manifest, tables

@@ -9,8 +9,8 @@ import time
 
 import pytest
 import torch
-from reference_data import FOLDER
 from safetensors.torch import load_file
+from support.reference_data import FOLDER
 
 from equivision_timm.groups import Group
 from equivision_timm.kernel_bases import Kernel, load_kernel_basis

@@ -5,8 +5,8 @@ import importlib.util
 
 import pytest
 import torch
-from cases import FROZEN, GROUPS
-from reference_data import sign_patterns
+from support.cases import FROZEN, GROUPS
+from support.reference_data import sign_patterns
 
 from equivision_timm.groups import Group
 from equivision_timm.kernel_bases import Kernel, from_escnn, load_kernel_basis, manifest

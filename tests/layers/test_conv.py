@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from cases import FROZEN, GROUPS
+from support.cases import FROZEN, GROUPS
 
 from equivision_timm.groups import Group
 from equivision_timm.kernel_bases import Kernel, load_kernel_basis

@@ -10,9 +10,9 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from cases import GROUPS
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.cases import GROUPS
 
 import equivision_timm  # noqa: F401  registers the models
 from equivision_timm.kernel_bases import Kernel, load_irreps_basis, load_kernel_basis

@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn as nn
-from cases import GROUPS
+from support.cases import GROUPS
 
 from equivision_timm.groups import Group
 from equivision_timm.layers import FieldNorm, GroupPool, MaxPool2d

@@ -29,6 +29,7 @@ def model(request):
     return timm.create_model(request.param, num_classes=3).eval()
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")  # of PyTorch, in itself
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 def test_transforms_inside_compile(model, function):
     parameters = {name: value.detach() for name, value in model.named_parameters()}

@@ -3,8 +3,8 @@
 import pytest
 import timm
 import torch
-from cases import GROUPS
-from reference_data import image
+from support.cases import GROUPS
+from support.reference_data import image
 
 from equivision_timm.groups import Group
 from equivision_timm.testing import equivariance_error

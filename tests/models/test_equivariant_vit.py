@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from reference_data import image
+from support.reference_data import image
 
 from equivision_timm.groups import Group
 from equivision_timm.testing import assert_equivariant, equivariance_error

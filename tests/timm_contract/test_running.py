@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from packaging.version import Version
-from reference_data import image
+from support.reference_data import image
 from timm.layers import convert_sync_batchnorm
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2

@@ -5,7 +5,7 @@ import json
 import pytest
 import timm
 import torch
-from reference_data import image
+from support.reference_data import image
 from timm.models import load_checkpoint
 from timm.models._hub import save_for_hf
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from small_models import write_textures
+from support.small_models import write_textures
 
 CPU_DDP = Path(__file__).with_name("cpu_ddp.py")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from timm_runs import TRAINING, result
+from support.timm_runs import TRAINING, result
 
 MODEL = ["--model", "c4resnet18_fast", "--model-kwargs", "width=4", "--num-classes", "3"]
 IMAGES = ["--img-size", "33", "--crop-pct", "1.0", "-b", "16", "--device", "cpu"]

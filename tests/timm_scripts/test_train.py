@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from timm_runs import TRAINING, result
+from support.timm_runs import TRAINING, result
 
 OPTIONS = [
     *("--model-ema", "--model-ema-decay", "0.5"),

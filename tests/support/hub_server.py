@@ -266,9 +266,9 @@ def _upload_mode(repository: Repository, file: dict) -> dict:
 def list_and_create_published(published: dict[str, tuple[str, str]], *models: tuple[str, dict]) -> tuple[list, list]:
     """For FreshProcess: what timm lists and `create_pretrained`, as if these commits and hashes were in the package."""
     import timm
-    from fresh_process import create_pretrained
 
     from equivision_timm.models import equivariant_resnet, pretrained
+    from support.fresh_process import create_pretrained
 
     pretrained.PUBLISHED.update({name: pretrained.Published(*entry) for name, entry in published.items()})
     with warnings.catch_warnings():  # of timm, that the names are registered already

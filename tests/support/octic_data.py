@@ -18,7 +18,7 @@ from equivision_timm.models import EquivariantViT
 
 __all__ = ["SMALL", "cases", "checkpoint", "figures", "small_model"]
 
-FOLDER = Path(__file__).parent / "data" / "octic"
+FOLDER = Path(__file__).parents[1] / "data" / "octic"
 SMALL = ("deit_power", "deit_polynomial", "deit_hybrid", "dinov2_power", "dinov2_hybrid")
 
 

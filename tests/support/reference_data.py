@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 __all__ = ["checkpoint", "figures", "image", "load_bases", "networks", "sign_patterns", "training_runs"]
 
-FOLDER = Path(__file__).parent / "data" / "reference"
+FOLDER = Path(__file__).parents[1] / "data" / "reference"
 
 
 @cache
