@@ -150,9 +150,7 @@ def _equivariance(model: EquivariantBackbone | EquivariantViT) -> Iterator[Check
     group, (_, size) = Group.from_name(model.group), model.exact_sizes(_SIZE)
     invariant = model.is_invariant
     if not invariant and isinstance(model, EquivariantViT):
-        yield Check(
-            "equivariance", None, "not checked: neither logits nor last maps of a hybrid are invariant"
-        )
+        yield Check("equivariance", None, "not checked: neither logits nor last maps of a hybrid are invariant")
         return
     try:
         errors = (

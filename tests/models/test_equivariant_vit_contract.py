@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from reference_data import image
+from support.reference_data import image
 from timm.optim import create_optimizer_v2
 
 import equivision_timm  # noqa: F401  (registers the models)
