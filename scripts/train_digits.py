@@ -56,7 +56,6 @@ class Recipe:
 
 RECIPES = {  # by file
     "test_c8resnet": Recipe("test_c8resnet"),
-    "test_c8resnetaf": Recipe("test_c8resnetaf"),
     "test_d4resnet": Recipe("test_d4resnet"),
     "test_c1resnet": Recipe("test_c1resnet"),
     "test_c1resnet_rotated": Recipe("test_c1resnet", limit=180),  # what users of a plain network do instead

@@ -4,11 +4,11 @@ import argparse
 import json
 import zipfile
 
-import octic_data
 import pytest
 import timm
 import torch
 from safetensors import safe_open
+from support import octic_data
 
 from equivision_timm.checkpoints.octic import convert_file as convert_module
 from equivision_timm.checkpoints.octic import translate as translate_module
@@ -133,11 +133,11 @@ def test_every_entry_is_needed_and_none_is_left(tmp_path):
             continue  # may be left out, or is zero
         with pytest.raises(ValueError, match="there is no entry"):
             translate({other: value for other, value in state.items() if other != key}, name)
-    with pytest.raises(ValueError, match="1 entries are left over, such as register_tokens.0"):
+    with pytest.raises(ValueError, match=r"1 entries are left over, such as register_tokens.0"):
         translate({**state, "register_tokens.0": torch.zeros(1)}, name)
-    with pytest.raises(ValueError, match="cls_token.3 is not zero: this class token is not invariant"):
+    with pytest.raises(ValueError, match=r"cls_token.3 is not zero: this class token is not invariant"):
         translate({**state, "cls_token.3": state["cls_token.3"] + 1}, name)
-    with pytest.raises(ValueError, match="norm.weight would have shape"):
+    with pytest.raises(ValueError, match=r"norm.weight would have shape"):
         translate({**state, "norm.weight": torch.ones(65)}, name)
 
 

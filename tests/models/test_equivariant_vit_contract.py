@@ -335,9 +335,9 @@ def test_refused_intermediates():
     x = image((1, 3, 64, 64))
     with pytest.raises(ValueError, match="output_fmt 'NHWC' does not exist for this model: use 'NCHW' or 'NLC'"):
         create().forward_intermediates(x, output_fmt="NHWC")
-    with pytest.raises(ValueError, match="norm=True is for blocks 2 to 3.*but block 0 is equivariant"):
+    with pytest.raises(ValueError, match=r"norm=True is for blocks 2 to 3.*but block 0 is equivariant"):
         create().forward_intermediates(x, norm=True)
-    with pytest.raises(ValueError, match="patch_drop_rate 0.5 leaves no whole map in training"):
+    with pytest.raises(ValueError, match=r"patch_drop_rate 0.5 leaves no whole map in training"):
         create(patch_drop_rate=0.5).train().forward_intermediates(x)
 
 
