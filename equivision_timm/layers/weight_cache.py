@@ -36,7 +36,11 @@ class WeightCache:
 
 
 def _equal(tensors: tuple[torch.Tensor, ...], others: list[torch.Tensor] | tuple) -> bool:
-    return isinstance(others, list) and all(
-        a.dtype == b.dtype and a.device == b.device and a.shape == b.shape and torch.equal(a, b)
-        for a, b in zip(tensors, others, strict=True)
+    return (
+        isinstance(others, list)
+        and len(tensors) == len(others)
+        and all(
+            a.dtype == b.dtype and a.device == b.device and a.shape == b.shape and torch.equal(a, b)
+            for a, b in zip(tensors, others, strict=True)
+        )
     )
