@@ -95,7 +95,7 @@ def test_other_tensors_than_the_package_names(hub, run, published, second, tmp_p
     hub.repositories[REPOSITORY].commits[commit] = {**right, FILE: second}
     (result,) = run(HF_HUB_CACHE=tmp_path / "cache")
     (copy,) = (tmp_path / "cache").rglob(FILE)
-    assert result.startswith(f"RuntimeError: {copy} is damaged")
+    assert result.startswith(f"WeightsError: {copy} is damaged")
     assert f"is {hash_tensors(load(second))}, not '{sha256}'): delete it and try again" in result
     hub.repositories[REPOSITORY].commits[commit] = right
     copy.unlink()
@@ -105,7 +105,7 @@ def test_other_tensors_than_the_package_names(hub, run, published, second, tmp_p
 def test_no_host_is_asked_for_what_is_not_published(hub, start):
     listed, results = start(("d1resnet18", {}), ("c8resnet50", {}), (NAME, {})).result()
     for name, result in zip(("d1resnet18", "c8resnet50"), results, strict=False):
-        assert result.startswith(f"RuntimeError: no weights for {name}: there is no")
+        assert result.startswith(f"WeightsError: no weights for {name}: there is no")
         assert f"`python -m equivision_timm fetch {name}`" in result
         assert not any(name in path for _, path in hub.requests)
     assert {name.partition(".")[0] for name in listed} == {NAME}
@@ -122,7 +122,7 @@ def test_what_the_hub_may_refuse(hub, run, first, published):
     published |= {name: (commit, "0" * 64) for name, commit in commits.items()}
     results = run(*((name, {}) for name in commits))
     for (name, commit), answer, result in zip(commits.items(), ("404", "401", "401"), results, strict=True):
-        assert result.startswith(f"RuntimeError: no weights for {name}")
+        assert result.startswith(f"WeightsError: no weights for {name}")
         assert answer in result
         assert f"{hub.endpoint}/{HUB_ORG}/{name}.equivision_in1k, commit {commit}" in result
         assert f"`python -m equivision_timm fetch {name}`" in result
@@ -149,7 +149,7 @@ def test_a_connection_that_breaks_midway_is_continued(hub, run, first):
     hub.break_downloads_after = 2 * len(first) // 3
     (result,) = run()
     if result != bias(first):  # the oldest supported huggingface_hub leaves it to the next call to go on
-        assert result.startswith(f"RuntimeError: no weights for {NAME}")
+        assert result.startswith(f"WeightsError: no weights for {NAME}")
         assert run() == [bias(first)]
     starts = hub.offsets
     assert starts[0] == 0
@@ -161,7 +161,7 @@ def test_a_connection_that_stays_broken(hub, run, first, tmp_path):
     hub.break_downloads_after = 0
     cache = tmp_path / "cache"
     (result,) = run(HF_HUB_CACHE=cache)
-    assert result.startswith(f"RuntimeError: no weights for {NAME}")
+    assert result.startswith(f"WeightsError: no weights for {NAME}")
     assert list(cache.rglob(FILE)) == []
     hub.break_downloads_after = None
     assert run(HF_HUB_CACHE=cache) == [bias(first)]
