@@ -11,7 +11,6 @@ from equivision_timm.checkpoints.publish import complexity
 from equivision_timm.cli import main
 from equivision_timm.models import model_names, pretrained
 from equivision_timm.models.pretrained import WEIGHTS_FILE, local_folder
-from equivision_timm.tools import list_models as module
 from equivision_timm.tools.list_models import list_models
 
 
@@ -41,11 +40,12 @@ def test_counts_change_with_the_image() -> None:
     assert row.gmacs == complexity("test_c8resnet", 65)[1] < complexity("test_c8resnet")[1] / 5
 
 
-def test_a_family_without_convolutions_is_counted_as_on_its_card() -> None:
-    row = module._row("test_d4vit", 224)
-    assert (row.group, row.exact_sizes) == ("d4", None)
-    assert (row.parameters, row.gmacs) == complexity("test_d4vit", 64)
-    assert "-" in module.as_table([row], 224).splitlines()[1].split()
+@pytest.mark.parametrize("name", ["d4vit_tiny_patch16_224", "d4vit_small_patch16_full_224", "test_d4vit"])
+def test_transformers_are_counted_as_on_their_cards(name: str) -> None:
+    """Blocks that are alike count as often as there are, though one of them runs."""
+    row = _row(name)
+    parameters, gmacs = complexity(name, row.size)
+    assert (row.parameters, row.gmacs) == (parameters, pytest.approx(gmacs, rel=1e-12))
 
 
 def test_exact_sizes() -> None:
@@ -67,17 +67,17 @@ def test_the_first_place_with_weights_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_all_models_within_seconds(capsys: pytest.CaptureFixture) -> None:
-    """Processor time: the fused networks of `complexity` take four times as much."""
+    """Processor time: the fused networks of `complexity` take eight times as much."""
     start = time.process_time()
     assert main(["list"]) == 0
-    assert time.process_time() - start < 15
+    assert time.process_time() - start < 30
     head, *lines = capsys.readouterr().out.splitlines()
     assert head.split()[:3] == ["model", "group", "fields"]
     assert [line.split()[0] for line in lines] == model_names()
 
 
 def test_json(capsys: pytest.CaptureFixture) -> None:
-    assert main(["list", "test_c*", "--json"]) == 0
+    assert main(["list", "test_c[18]resnet", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in rows] == ["test_c1resnet", "test_c8resnet"]
     assert rows[1]["parameters"] == sum(p.numel() for p in timm.create_model("test_c8resnet").parameters())

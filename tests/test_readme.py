@@ -29,6 +29,7 @@ STAND_INS = {  # names of models -> a small one
 FILES = ("image.png", "image.jpg")  # a picture each
 EXTRAS = ("onnx", "onnxscript", "onnxruntime", "openvino", "sklearn", "skimage", "escnn")
 COMMANDS = ("equivision-timm", "python -m equivision_timm")
+PLACEHOLDERS = {"N": "3"}  # words of commands that stand for numbers
 SCRIPTS_OF_TIMM = ("train.py", "validate.py", "inference.py", "benchmark.py", "onnx_export.py")
 
 
@@ -92,7 +93,7 @@ def check_commands(markdown: str) -> int:
         if words in (["--version"], ["--help"]):
             continue
         try:
-            _parser()[0].parse_args(words)
+            _parser()[0].parse_args([PLACEHOLDERS.get(word, word) for word in words])
         except InputError as error:
             raise InputError(f"README.md, line {line}: {error}") from error
     return len(found)

@@ -165,18 +165,16 @@ def models_in_weights_folder() -> list[str]:
 def complexity(model_name: str, size: int = 224) -> tuple[int, float]:
     """Number of parameters, and 10^9 multiply-accumulates of one image of size x size pixels.
 
-    Counted with PyTorch's flop counter on the fused network, whose convolutions have expanded filters; only those and
-    the classifier count. Nothing is computed: the tensors are on the meta device.
+    Counted with PyTorch's flop counter on the fused network, whose convolutions have expanded filters: convolutions and
+    matrix products, attention included. Nothing is computed: the tensors are on the meta device.
     """
     with torch.device("meta"), torch.no_grad():
         model = timm.create_model(model_name).eval()
         parameters = sum(p.numel() for p in model.parameters())
-        fused = reparameterize_model(model)
+        fused = reparameterize_model(model.requires_grad_(False))  # the counter follows what asks for gradients
         with FlopCounterMode(display=False) as counter:
             fused(torch.empty(1, 3, size, size))
-    counts = counter.get_flop_counts()["Global"]
-    flops = sum(count for op, count in counts.items() if op in (torch.ops.aten.convolution, torch.ops.aten.addmm))
-    return parameters, flops / 2 / 1e9
+    return parameters, counter.get_total_flops() / 2 / 1e9
 
 
 def _folder(model_name: str) -> Path:

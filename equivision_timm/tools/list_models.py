@@ -2,7 +2,8 @@
 
 Parameters and multiply-accumulates are those of `checkpoints.publish.complexity`, at the model's own image size: of
 the expanded convolutions and the classifier. That runs the fused network on the meta device, which takes a second for
-a deep one; here every unit of a convolutional family only says the shape of its output, so that all models take a few.
+a deep one. Here every convolution only says the shape of its output, and of blocks that are alike one is run, so that
+all models take a few.
 """
 
 import difflib
@@ -16,9 +17,9 @@ import torch
 import torch.nn as nn
 from timm.models import get_pretrained_cfg
 from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from equivision_timm.arguments import InputError, check_number
-from equivision_timm.checkpoints.publish import complexity
 from equivision_timm.checkpoints.rooms import released
 from equivision_timm.layers import ConvNormAct, SteerableConv2d
 from equivision_timm.models import EquivariantBackbone, model_names
@@ -39,8 +40,7 @@ class Row:
         parameters: their number.
         gmacs: 10^9 multiply-accumulates of one image of its own size.
         size: side of that image in pixels.
-        exact_sizes: the exact sizes next to the one asked for, not above and not below; None where the family has no
-            such question, because it takes images of one size.
+        exact_sizes: the exact sizes next to the one asked for, not above and not below.
         weights: where `pretrained=True` finds them: 'package', 'local folder' or 'Hub'; else 'fetch' where that
             command gets them, or 'none'.
     """
@@ -51,7 +51,7 @@ class Row:
     parameters: int
     gmacs: float
     size: int
-    exact_sizes: tuple[int, int] | None
+    exact_sizes: tuple[int, int]
     weights: str
 
 
@@ -80,7 +80,7 @@ def as_table(rows: list[Row], near: int) -> str:
             f"{row.parameters / 1e6:.2f}",
             f"{row.gmacs:.2f}",
             str(row.size),
-            ", ".join(map(str, dict.fromkeys(row.exact_sizes or ["-"]))),
+            ", ".join(map(str, dict.fromkeys(row.exact_sizes))),
             row.weights,
         )
         for row in rows
@@ -100,9 +100,9 @@ def _row(name: str, near: int) -> Row:
     with _NoInitialValues():
         model = timm.create_model(name, device="meta").eval()
     size = model.pretrained_cfg["input_size"][-1]
-    convolutional = isinstance(model, EquivariantBackbone)
+    count = _count_convolutions if isinstance(model, EquivariantBackbone) else _count_blocks
     try:
-        exact = model.exact_sizes(near) if convolutional else None
+        exact = model.exact_sizes(near)
     except ValueError as error:
         raise InputError(f"--near {near} is not possible for {name}: {error}") from error
     return Row(
@@ -110,7 +110,7 @@ def _row(name: str, near: int) -> Row:
         group=model.group,
         fields=model.feature_info[0]["num_fields"],
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        gmacs=_count(model, size) / 1e9 if convolutional else complexity(name, size)[1],
+        gmacs=count(model, size) / 1e9,
         size=size,
         exact_sizes=exact,
         weights=_place(name),
@@ -128,7 +128,7 @@ def _place(name: str) -> str:
     return "fetch" if name in released() else "none"
 
 
-def _count(model: nn.Module, size: int) -> int:
+def _count_convolutions(model: nn.Module, size: int) -> int:
     """Multiply-accumulates of one image of size x size pixels; the model, on the meta device, is used up."""
     counts: list[int] = []
     for module in list(model.modules()):
@@ -139,6 +139,22 @@ def _count(model: nn.Module, size: int) -> int:
     with torch.inference_mode():
         model(torch.empty(1, model.in_chans, size, size, device="meta"))
     return sum(counts)
+
+
+def _count_blocks(model: nn.Module, size: int) -> float:
+    """The same of a transformer: its `blocks` keep the shape of the tokens, and those alike cost the same."""
+    first: dict[tuple, str] = {}
+    repeats: list[str] = []
+    for name, block in model.blocks.named_children():
+        alike = first.setdefault((type(block), *(p.shape for p in block.parameters())), name)
+        if alike != name:
+            block.forward = lambda x: x
+            repeats.append(alike)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.requires_grad_(False)(torch.empty(1, model.in_chans, size, size, device="meta"))
+    counts = counter.get_flop_counts()
+    places = ["Global", *(f"{type(model).__name__}.blocks.{name}" for name in repeats)]
+    return sum(sum(counts[place].values()) for place in places) / 2
 
 
 def _shape_alone(conv: SteerableConv2d, counts: list[int]) -> Callable[..., torch.Tensor]:
@@ -166,6 +182,9 @@ class _NoInitialValues(TorchFunctionMode):
         torch.Tensor.fill_,
         torch.Tensor.zero_,
         torch.Tensor.mul_,
+        torch.Tensor.add_,
+        torch.Tensor.erfinv_,
+        torch.Tensor.clamp_,
     )
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
