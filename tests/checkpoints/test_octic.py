@@ -103,7 +103,7 @@ def test_other_invariants_are_recognised_by_shape(tmp_path):
     assert translate(state, name)[1] == {"invariants": "power"}
     convert_file(save(tmp_path, state), name, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["model_args"] == {"invariants": "power"}
+    assert config["model_args"]["invariants"] == "power"
     with pytest.raises(
         ValueError, match=r"invariant_proj.weight of shape \(64, 50\) reads invariants that we do not know"
     ):

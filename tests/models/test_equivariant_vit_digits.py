@@ -1,0 +1,53 @@
+"""The ViT trained on digits: it loads without a network, reads held-out digits, and is as invariant as it says."""
+
+import re
+from importlib.resources import files
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+
+from equivision_timm.groups import Group
+from equivision_timm.testing import assert_equivariant
+from equivision_timm.tools.demo import load_digits, predict, turn
+
+
+def test_reads_held_out_digits_in_every_orientation():
+    model = timm.create_model("test_d4vit", pretrained=True).eval()
+    digits, labels = load_digits()
+    upright = predict(model, digits, 0)
+    accuracy = (upright == labels).double().mean().item()
+    with safe_open(files("equivision_timm") / "digits" / "test_d4vit.safetensors", "pt") as file:
+        reported = float(re.match(r"0\.\d+", file.metadata()["upright_accuracy"])[0])  # of twice as many digits
+    assert accuracy == pytest.approx(reported, abs=0.02)
+    assert accuracy > 0.85
+    few = digits[::5]
+    for degrees in (90, 180, 270):
+        assert torch.equal(predict(model, few, degrees), upright[::5])
+    x, group = turn(few[:20], 0, 64).expand(-1, 3, -1, -1), Group.from_name("d4")
+    with torch.no_grad():
+        logits = [model(group.transform_image(x, g)) for g in group.grid_elements]
+    assert max((found - logits[0]).abs().max() for found in logits) < 1e-4
+    assert logits[0].std() > 1
+
+
+def test_assert_equivariant_passes_on_the_pretrained_model():
+    assert_equivariant(timm.create_model("test_d4vit", pretrained=True), 64, 1e-5)
+
+
+def test_tag_and_other_heads():
+    assert "test_d4vit.digits" in timm.list_pretrained("test_*")
+    other = timm.create_model("test_d4vit.digits", pretrained=True, num_classes=3, in_chans=1).eval()
+    whole = timm.create_model("test_d4vit", pretrained=True).eval()
+    x = torch.rand(2, 1, 64, 64)
+    with torch.no_grad():
+        features = whole.forward_features(x.expand(-1, 3, -1, -1))
+        torch.testing.assert_close(other.forward_features(x), features, atol=1e-4, rtol=1e-4)
+    assert other(x).shape == (2, 3)
+
+
+def test_larger_images_from_the_same_weights():
+    larger = timm.create_model("test_d4vit", pretrained=True, img_size=96).eval()
+    assert larger(torch.rand(1, 3, 96, 96)).shape == (1, 10)
+    assert_equivariant(larger, 96, 1e-5)
