@@ -47,9 +47,9 @@ def register_family(
     home = sys.modules[module]
     cfgs = generate_default_cfgs({f"{n}.{v.tag}" if v.tag else n: dict(v.cfg) for n, v in variants.items()})
     home.default_cfgs = {**getattr(home, "default_cfgs", {}), **cfgs}  # where register_model looks
-    for name, variant in variants.items():
+    for name in variants:
         _FAMILIES[name] = network
-        setattr(home, name, register_model(_entrypoint(module, name, variant, create)))
+        setattr(home, name, register_model(_entrypoint(module, name, variants, create)))
 
 
 def forget(names: Iterable[str]) -> None:
@@ -58,12 +58,14 @@ def forget(names: Iterable[str]) -> None:
         del _FAMILIES[name]
 
 
-def _entrypoint(module: str, name: str, variant: Variant, create: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+def _entrypoint(
+    module: str, name: str, variants: Mapping[str, Variant], create: Callable[..., nn.Module]
+) -> Callable[..., nn.Module]:
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return create(name, pretrained, **{**variant.arguments, **kwargs})
+        return create(name, pretrained, **{**variants[name].arguments, **kwargs})
 
     entrypoint.__module__, entrypoint.__name__, entrypoint.__qualname__ = module, name, name
-    entrypoint.__doc__ = variant.summary
+    entrypoint.__doc__ = variants[name].summary
     return entrypoint
 
 

@@ -33,7 +33,7 @@ def small_table(monkeypatch):
     for name in [name for name, variant in VARIANTS.items() if variant.tag in translate_module.TAGS]:
         if name in TABLE:
             _, tag, keywords = TABLE[name]
-            monkeypatch.setitem(VARIANTS, name, Variant("", {**SIZE, **keywords}, tag))
+            monkeypatch.setitem(VARIANTS, name, Variant("", {**SIZE, **keywords}, {}, tag))
         else:
             monkeypatch.delitem(VARIANTS, name)
     for name in TABLE:
@@ -84,7 +84,7 @@ def test_converted_folders_load(tmp_path, name):
     assert ("NOT invariant" in provenance["invariants"]) == ("hybrid" in name)
     assert ("dropped" in provenance) == ("dinov2" in name)
     assert name in str(report)
-    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, **VARIANTS[name].keywords).eval()
+    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, **VARIANTS[name].arguments).eval()
     expected, keywords = translate(theirs(name), name)
     assert not keywords
     for key, value in model.state_dict().items():
