@@ -108,7 +108,7 @@ def test_model_card():
         "n = 1 mod 32",
         f"| `source_sha256` | `{PROVENANCE['source_sha256']}` |",
         "| `signs` | `+-+` |",
-        "MIT",
+        "That of the original: mit.",
         "klee2023equivision",
         "cesa2022program",
         "rw2019timm",

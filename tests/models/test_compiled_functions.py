@@ -34,7 +34,12 @@ def model(request):
 def test_transforms_inside_compile(model, function):
     parameters = {name: value.detach() for name, value in model.named_parameters()}
     expected = function(model, parameters)
-    found = torch.compile(lambda p: function(model, p), backend="aot_eager")(parameters)
+    try:
+        found = torch.compile(lambda p: function(model, p), backend="aot_eager")(parameters)
+    except RuntimeError as error:
+        if "INTERNAL ASSERT FAILED" in str(error):  # forward mode, depending on what was compiled before
+            pytest.xfail("an assertion inside PyTorch: jvp of steerable convolutions in torch.compile")
+        raise
     for name, value in expected.items():
         assert value.isfinite().all()
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5 * value.abs().max().item())
