@@ -4,12 +4,14 @@ import torch
 import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.layers import register_notrace_module
 
 from equivision_timm.layers.irreps import each_channel, irreps_of
 
 __all__ = ["IrrepNorm", "IrrepScale"]
 
 
+@register_notrace_module  # one node where timm traces a model for its features
 class IrrepNorm(nn.Module):
     """Layer norm of tokens in the irreps basis: [..., |G| * fields] -> the same shape; float32 inside for half types.
 

@@ -14,6 +14,7 @@ from functools import cache
 import torch
 import torch.fx
 import torch.nn as nn
+from timm.layers import register_notrace_module
 
 from equivision_timm.constants import constant, fitting
 from equivision_timm.groups import Group
@@ -117,6 +118,7 @@ def each_channel(scales: torch.Tensor, plane: int) -> torch.Tensor:
     return torch.cat([scales, scales[scales.shape[0] - plane :]])
 
 
+@register_notrace_module  # one node where timm traces a model for its features
 class ChangeBasis(nn.Module):
     """From the irreps basis to the regular one or back: [|G|, ..., fields] -> the same shape, along the first axis.
 

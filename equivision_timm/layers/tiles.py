@@ -15,6 +15,7 @@ import torch
 import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.layers import register_notrace_module
 
 from equivision_timm.constants import constant, fitting
 from equivision_timm.layers.irreps import Irreps, irreps_of, plane_matrices, signs
@@ -73,6 +74,7 @@ def _coupling(group: str, dtype: torch.dtype, device: torch.device) -> torch.Ten
     return weights.flatten(1).to(device, dtype)
 
 
+@register_notrace_module  # one node where timm traces a model for its features
 class UnfoldTiles(nn.Module):
     """Tiles [tile_count, ..., h, w] -> the map [|G|, ..., H, W].
 
