@@ -22,7 +22,8 @@ from equivision_timm.checkpoints.rooms import Released
 from equivision_timm.checkpoints.verify import verify
 from equivision_timm.cli import main
 from equivision_timm.images.photographs import load_crops
-from equivision_timm.kernel_bases import manifest
+from equivision_timm.kernel_bases import bases_sha256
+from equivision_timm.models import EquivariantResNet
 from equivision_timm.models.tensor_hash import hash_tensors
 
 NAME = "c4resnet18_fast"
@@ -75,7 +76,7 @@ def test_convert_writes_a_model_that_verify_accepts(ckpt, tmp_path, photographs,
     )
     assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
     provenance = read_provenance(out)
-    assert provenance["basis_sha256"] == manifest()["sha256"]
+    assert provenance["basis_sha256"] == bases_sha256(model.kernels())
     assert provenance["converted_dtypes"] == "float16 to float32"
     assert provenance["basis_from"] == "canonical"
     assert provenance["model"] == NAME
@@ -242,7 +243,7 @@ def test_other_bases_fail(tmp_path, photographs):
 def test_a_network_that_is_not_equivariant_fails(tmp_path, photographs, monkeypatch):
     """Negative control: the measured error decides."""
     folder = make_folder(tmp_path)
-    monkeypatch.setattr(verify_module, "_EXACT_SIZE", 96)  # where quarter turns are not exact
+    monkeypatch.setattr(EquivariantResNet, "exact_sizes", lambda model, near: (96, 96))  # where none is exact
     assert rows(verify(str(folder), photographs))["equivariance"].ok is False
 
 

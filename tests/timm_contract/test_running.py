@@ -3,6 +3,7 @@
 import copy
 import pickle
 import shutil
+from functools import partial
 
 import pytest
 import timm
@@ -18,7 +19,7 @@ from timm.utils import ModelEmaV3, freeze, reparameterize_model, unfreeze
 from timm.utils.agc import adaptive_clip_grad
 from timm.utils.model import get_state_dict
 
-from equivision_timm.layers import SteerableConv2d
+from equivision_timm.layers import ConvNormAct, SteerableConv2d
 from equivision_timm.models.equivariant_resnet import BasicBlock
 
 NAMES = ("d4resnet18_fast", "c8resnet50_fast")  # both kinds of block
@@ -55,7 +56,7 @@ def test_compiles_whole_forward_and_backward(name):
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ to make machine code")
 @pytest.mark.parametrize("strategy", ["expand", "block_diagonal"])
 def test_a_block_compiles_to_machine_code(strategy):
-    block, x = BasicBlock(2, 2, "c4").train(), torch.randn(2, 8, 9, 9)
+    block, x = BasicBlock(2, 2, partial(ConvNormAct, group="c4")).train(), torch.randn(2, 8, 9, 9)
     for unit in (block.conv1, block.conv2):
         unit.conv.strategy = strategy
     gradients = []
