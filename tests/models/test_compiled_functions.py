@@ -30,6 +30,7 @@ def model(request):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")  # of PyTorch, in itself
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # of vmap in torch 2.8
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 def test_transforms_inside_compile(model, function):
     parameters = {name: value.detach() for name, value in model.named_parameters()}

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+from packaging.version import Version
 from support.reference_data import image
 from timm.optim import create_optimizer_v2
 
@@ -248,6 +249,7 @@ def test_exported_for_all_batch_and_image_sizes():
         torch.testing.assert_close(program(image(shape)), model(image(shape)), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.9"), reason="its ONNX exporter cannot write this graph")
 def test_onnx():
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
