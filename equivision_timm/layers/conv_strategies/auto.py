@@ -6,6 +6,8 @@ They hold for one core of an AMD EPYC with AVX2, and their ratios, which decide,
 the definition alone has an estimate: many small matrices are no fast path on a GPU, and nothing was measured there.
 """
 
+import math
+
 from equivision_timm.layers.conv_strategies.contract import STRATEGIES, Layer
 
 __all__ = ["choose"]
@@ -13,5 +15,13 @@ __all__ = ["choose"]
 
 def choose(layer: Layer, shape: tuple[int, int, int, int]) -> str:
     """The name of a strategy for an input of `shape` [B, I * H, height, width]."""
-    able = [(name, strategy) for name, strategy in STRATEGIES.items() if strategy.supports(layer) is None]
-    return min(able, key=lambda pair: pair[1].estimate(layer, shape))[0]
+    best, least = "", math.inf
+    for (
+        name,
+        strategy,
+    ) in STRATEGIES.items():  # a loop, and no min(key=...), which torch.compile of torch 2.8 cannot read
+        if strategy.supports(layer) is None:
+            seconds = strategy.estimate(layer, shape)
+            if not best or seconds < least:
+                best, least = name, seconds
+    return best
