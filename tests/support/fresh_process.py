@@ -7,16 +7,16 @@ import contextlib
 import io
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torchvision"])
 
 
 class FreshProcess:
-    """Starts `function(*arguments)`, a function of this file, with just these environment variables."""
+    """Starts `function(*arguments)`, of a module of this package, with just these environment variables."""
 
-    def __init__(self, environment: dict[str, object], function: Callable, *arguments) -> None:
+    def __init__(self, environment: Mapping[str, object], function: Callable, *arguments) -> None:
         variables = {key: str(value) for key, value in environment.items()}
         self.receiver, sender = _context.Pipe(duplex=False)
         self.process = _context.Process(target=_run, args=(sender, variables, function, arguments))
