@@ -3,7 +3,7 @@
 They are no state of a model: nothing can rescale, round, move, broadcast or forget them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, wraps
 from typing import ParamSpec, TypeVar
@@ -12,7 +12,7 @@ import torch
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["constant", "fitting"]
+__all__ = ["constant", "constant_like"]
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -39,9 +39,14 @@ def constant(make: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     return made
 
 
-def fitting(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The constant `tensor`, or a fake tensor of its shape where `like` is computed with fake tensors alone."""
+def constant_like(like: torch.Tensor, make: Callable[..., torch.Tensor], *names: Hashable) -> torch.Tensor:
+    """The constant `make(*names, dtype, device)` in the type and on the device of `like`.
+
+    A fake tensor where `like` is computed with fake tensors alone; the device it names need not exist.
+    """
     if torch.compiler.is_compiling() or not (isinstance(like, FakeTensor) or torch._C._len_torch_dispatch_stack()):
-        return tensor
+        return make(*names, like.dtype, like.device)
     mode = detect_fake_mode(like)
-    return tensor if mode is None or mode.allow_non_fake_inputs else mode.from_tensor(tensor)
+    if mode is None or mode.allow_non_fake_inputs:
+        return make(*names, like.dtype, like.device)
+    return mode.from_tensor(make(*names, like.dtype, torch.device("cpu"))).to(like.device)

@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import register_notrace_module
 
-from equivision_timm.constants import constant, fitting
+from equivision_timm.constants import constant, constant_like
 from equivision_timm.layers.conv_strategies.context import leaves_python, needs_plain_operations
 
 __all__ = ["Blur2d", "get_aa_layer"]
@@ -56,11 +56,22 @@ class Blur2d(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         border = self.taps // 2
         if self.padding == "reflect":
-            x, border = F.pad(x, [border, border, border, border], mode="reflect"), 0
+            x, border = _reflect(x, border), 0
         return _blur(x, self._filter, self.taps, self.stride, border)
 
     def extra_repr(self) -> str:
         return f"taps={self.taps}, stride={self.stride}, padding={self.padding!r}"
+
+
+@torch.fx.wrap  # asks how the pixels lie in memory: one node in a graph of torch.fx
+def _reflect(x: torch.Tensor, border: int) -> torch.Tensor:
+    """[B, C, H + 2 border, W + 2 border], what lies beyond the border reflected; in the memory format of x."""
+    if not torch.jit.is_scripting():
+        plain = leaves_python() or needs_plain_operations(x)
+        if not plain and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+            pixels = x.permute(0, 2, 3, 1)  # [B, H, W, C], contiguous; to PyTorch B volumes of H x W x C
+            return F.pad(pixels, [0, 0, border, border, border, border], mode="reflect").permute(0, 3, 1, 2)
+    return F.pad(x, [border, border, border, border], mode="reflect")
 
 
 @torch.fx.wrap  # asks how the pixels lie in memory: one node in a graph of torch.fx
@@ -70,7 +81,7 @@ def _blur(x: torch.Tensor, reference: torch.Tensor, taps: int, stride: int, bord
         filters = reference.to(x).expand(x.shape[1], 1, taps, taps)
         return F.conv2d(x, filters, None, stride, border, groups=x.shape[1])
     else:
-        filters = fitting(binomial_filter(taps, x.dtype, x.device), x).expand(x.shape[1], 1, taps, taps)
+        filters = constant_like(x, binomial_filter, taps).expand(x.shape[1], 1, taps, taps)
         plain = x.device.type != "cpu" or leaves_python() or needs_plain_operations(x)
         if plain or x.is_contiguous(memory_format=torch.channels_last):
             return F.conv2d(x, filters, None, stride, border, groups=x.shape[1])

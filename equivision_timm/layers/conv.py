@@ -1,7 +1,7 @@
 """Steerable convolution: learns the coefficients of a frozen kernel basis, not the pixels of a filter."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import ClassVar
 
 import torch
@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import register_notrace_module
 
-from equivision_timm.constants import fitting
+from equivision_timm.constants import constant_like
 from equivision_timm.groups import group_order
 from equivision_timm.kernel_bases import Kernel, initial_std, sample_kernels
 from equivision_timm.layers.conv_strategies import STRATEGIES, Layer, auto, expand
@@ -146,6 +146,7 @@ class SteerableConv2d(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_fields, in_fields, len(basis), 1, **dd))
         self.check_strategy(strategy)
         self.strategy = strategy
+        self.caches_by_version = False
         self._cache = WeightCache()
         self.reset_parameters()
 
@@ -195,7 +196,7 @@ class SteerableConv2d(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the coefficients, w_b ~ N(0, he_std_b^2 / in_fields)."""
-        std = fitting(initial_std(self.kernel, self.weight.dtype, self.weight.device), self.weight)
+        std = constant_like(self.weight, initial_std, self.kernel)
         with torch.no_grad():
             self.weight.normal_().mul_(std[:, None] / math.sqrt(self.in_fields))  # std over the axis of the basis
 
@@ -218,6 +219,7 @@ class SteerableConv2d(nn.Module):
         x: torch.Tensor,
         fuse: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None,
         sources: Sequence[torch.Tensor] = (),
+        key: Hashable = None,
         shortcut: torch.Tensor | None = None,
         relu: bool = False,
     ) -> torch.Tensor:
@@ -225,12 +227,14 @@ class SteerableConv2d(nn.Module):
 
         What the strategy makes of the coefficients is kept from call to call on the CPU, as long as they and the
         `sources` of `fuse` hold the same values: they are compared at every call, so that no change of theirs, however
-        made, meets an old filter.
+        made, meets an old filter. With `caches_by_version` it is kept on every device, and PyTorch's own count of
+        changes is compared.
 
         Args:
             x: as for `forward`.
             fuse: weight -> (weight, bias), or None.
-            sources: what `fuse` depends on.
+            sources: the tensors that `fuse` depends on.
+            key: what else it depends on.
             shortcut: is added to the output, or None.
             relu: whether to end with ReLU.
         """
@@ -241,8 +245,12 @@ class SteerableConv2d(nn.Module):
             weight, bias = (self.weight, None) if fuse is None else fuse(self.weight)
             return strategy.pack(weight, bias, layer)
 
-        on_cpu = layer.device.type == "cpu"  # elsewhere to compare values would wait for the device
-        packed = self._cache.get((self.weight, *sources), (strategy, layer), pack) if on_cpu else pack()
+        if self.caches_by_version:
+            packed = self._cache.get_by_version((self.weight, *sources), (strategy, layer, key), pack)
+        elif layer.device.type == "cpu":
+            packed = self._cache.get((self.weight, *sources), (strategy, layer, key), pack)
+        else:  # to compare values would wait for the device
+            packed = pack()
         x = x.to(layer.dtype)
         if shortcut is None or shortcut.dtype == layer.dtype:
             return strategy.infer(x, packed, layer, shortcut, relu)

@@ -94,8 +94,8 @@ class ConvNormAct(nn.Module):
         """`forward` where the norm fuses; in one pass where what follows may, too."""
         if self._adds_nothing() and is_stock(self.act, nn.ReLU, nn.Identity):
             relu = isinstance(self.act, nn.ReLU)
-            return self.conv.infer(x, self._with_norm, self._statistics(), shortcut, relu)
-        return self._end(self.conv.infer(x, self._with_norm, self._statistics()), shortcut)
+            return self.conv.infer(x, *self._norm_to_fuse(), shortcut, relu)
+        return self._end(self.conv.infer(x, *self._norm_to_fuse()), shortcut)
 
     def _adds_nothing(self) -> bool:
         """Whether attention and drop return their input."""
@@ -111,10 +111,11 @@ class ConvNormAct(nn.Module):
             and self.norm.per_field.running_mean is not None
         )
 
-    def _statistics(self) -> list[torch.Tensor]:
+    def _norm_to_fuse(self) -> tuple[Callable, list[torch.Tensor], float]:
+        """What makes the weights with the norm in them; the tensors and the number that it depends on."""
         norm = self.norm.per_field
-        statistics = (norm.running_mean, norm.running_var, norm.weight, norm.bias, torch.tensor(norm.eps, device="cpu"))
-        return [t for t in statistics if t is not None]
+        statistics = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        return self._with_norm, [t for t in statistics if t is not None], norm.eps
 
     def _with_norm(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """w' = w gamma / sqrt(var + eps),  bias = beta - mean gamma / sqrt(var + eps), field by field."""

@@ -16,7 +16,7 @@ import torch.fx
 import torch.nn as nn
 from timm.layers import register_notrace_module
 
-from equivision_timm.constants import constant, fitting
+from equivision_timm.constants import constant, constant_like
 from equivision_timm.groups import Group
 
 __all__ = ["ChangeBasis", "Irreps", "each_channel", "irreps_matrix", "irreps_of", "plane_matrices", "signs"]
@@ -149,5 +149,5 @@ class ChangeBasis(nn.Module):
 
 @torch.fx.wrap  # asks for type and device: one node in a graph of torch.fx
 def _change_basis(x: torch.Tensor, group: str, transposed: bool) -> torch.Tensor:
-    matrix = fitting(irreps_matrix(group, x.dtype, x.device), x)
+    matrix = constant_like(x, irreps_matrix, group)
     return torch.mm(matrix.t() if transposed else matrix, x.flatten(1)).unflatten(1, x.shape[1:])

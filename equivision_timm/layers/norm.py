@@ -5,7 +5,9 @@ from collections.abc import Callable
 import torch
 import torch.nn as nn
 
-from equivision_timm.layers.stock import remember
+from equivision_timm.layers.conv_strategies.context import leaves_python, needs_plain_operations
+from equivision_timm.layers.field_batch_norm import field_batch_norm, field_batch_norm_by_definition, normalize
+from equivision_timm.layers.stock import is_stock, no_global_hooks, remember
 
 __all__ = ["FieldNorm"]
 
@@ -15,7 +17,9 @@ class FieldNorm(nn.Module):
 
     The group axis counts as space, [B, m, |G| * H, W], so that a rotation, which permutes a field's channels, only
     permutes positions. With `nn.BatchNorm2d` this is escnn's `InnerBatchNorm`. The wrapped layer stays a stock one
-    (`per_field`): tools that look for batch norms (sync, freeze, statistics) find it.
+    (`per_field`): tools that look for batch norms (sync, freeze, statistics) find it. The output has the memory format
+    of the input. A batch norm that nobody watches is computed by channel (`field_batch_norm.py`) where that is faster:
+    in the channels-last format, and on other devices than the CPU.
 
     Args:
         fields: m, the number of fields.
@@ -23,6 +27,9 @@ class FieldNorm(nn.Module):
         norm_layer: makes the wrapped layer from a number of channels; must not depend on the positions.
         device: where to create the parameters.
         dtype: their type.
+
+    Raises:
+        ValueError: in training, a batch norm meets fields of one value.
     """
 
     def __init__(
@@ -39,9 +46,64 @@ class FieldNorm(nn.Module):
         self.per_field = norm_layer(fields, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting() and self._goes_by_channel(x):
+            return self._batch_norm(x)
         B, C, H, W = x.shape
-        x = x.reshape(B, self.fields, self.order * H, W)  # [B, m * |G|, H, W] -> [B, m, |G| * H, W]
-        return self.per_field(x).reshape(B, C, H, W)
+        fields = x.reshape(B, self.fields, self.order * H, W)  # [B, m * |G|, H, W] -> [B, m, |G| * H, W]
+        y = self.per_field(fields).reshape(B, C, H, W)
+        return y if torch.jit.is_scripting() else _as_it_lies(y, x)
+
+    @torch.jit.unused
+    def _goes_by_channel(self, x: torch.Tensor) -> bool:
+        """Whether `per_field` is a batch norm as it was made, in a place where it is faster by channel."""
+        if self.order == 1 or leaves_python() or needs_plain_operations(x):
+            return False
+        if x.device.type == "cpu" and (torch.compiler.is_compiling() or not _is_channels_last(x)):
+            return False
+        return x.is_floating_point() and no_global_hooks() and is_stock(self.per_field, nn.BatchNorm2d)
+
+    @torch.jit.unused
+    def _batch_norm(self, x: torch.Tensor) -> torch.Tensor:
+        """What the batch norm `per_field` makes of the fields, its running statistics included."""
+        norm, dtype = self.per_field, torch.float64 if x.dtype == torch.float64 else torch.float32
+        affine = (None if t is None else t.to(dtype) for t in (norm.weight, norm.bias))
+        if not norm.training and norm.running_mean is not None:
+            statistics = (norm.running_mean.to(dtype), norm.running_var.to(dtype))
+            return normalize(x, self.order, *statistics, *affine, norm.eps)
+        values = x.numel() // self.fields
+        if values == 1:
+            raise ValueError(f"a batch norm in training needs more than one value for each field, but got {x.shape}")
+        weight, bias = (
+            x.new_full((self.fields,), default, dtype=dtype) if t is None else t
+            for t, default in zip(affine, (1.0, 0.0), strict=True)
+        )
+        by_channel = field_batch_norm_by_definition if torch.compiler.is_compiling() else field_batch_norm
+        y, mean, var = by_channel(x, self.order, weight, bias, norm.eps)
+        if norm.running_mean is not None:
+            with torch.no_grad():
+                self._update(mean.detach(), var.detach() * (values / (values - 1)))  # the unbiased variance
+        return y
+
+    def _update(self, mean: torch.Tensor, var: torch.Tensor) -> None:
+        """running <- (1 - momentum) running + momentum now; without momentum the mean of all batches so far."""
+        norm = self.per_field
+        norm.num_batches_tracked.add_(1)
+        momentum = 1.0 / norm.num_batches_tracked.to(mean.dtype) if norm.momentum is None else norm.momentum
+        for running, now in ((norm.running_mean, mean), (norm.running_var, var)):
+            running.copy_(running + momentum * (now - running))
+
+
+def _is_channels_last(x: torch.Tensor) -> bool:
+    """Whether x lies in the channels-last format, and in no other."""
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+@torch.jit.unused
+def _as_it_lies(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """y in the memory format of x."""
+    if leaves_python() or needs_plain_operations(x) or not _is_channels_last(x):
+        return y
+    return y.contiguous(memory_format=torch.channels_last)
 
 
 remember(FieldNorm)

@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import register_notrace_module
 
-from equivision_timm.constants import constant, fitting
+from equivision_timm.constants import constant, constant_like
 from equivision_timm.layers.irreps import Irreps, irreps_of, plane_matrices, signs
 
 __all__ = ["TileConv2d", "UnfoldTiles", "fold_map", "tile_count", "tile_size"]
@@ -108,7 +108,7 @@ class UnfoldTiles(nn.Module):
 
 @torch.fx.wrap  # asks for type and device: one node in a graph of torch.fx
 def _couple(values: torch.Tensor, group: str) -> torch.Tensor:
-    return torch.matmul(fitting(_coupling(group, values.dtype, values.device), values), values)
+    return torch.matmul(constant_like(values, _coupling, group), values)
 
 
 class TileConv2d(nn.Module):

@@ -321,6 +321,18 @@ class EquivariantBackbone(nn.Module):
             layers[name].strategy = value
 
     @torch.jit.ignore
+    def cache_filters(self, enable: bool = True) -> None:
+        """For serving: keep the filters of inference on their device from call to call, without reading the weights.
+
+        They are made anew when the weights were changed by PyTorch's operations (an optimizer, `load_state_dict`,
+        `.to`), which it counts; not when they were changed behind its back, through `.data` or NumPy. Otherwise filters
+        are kept on the CPU alone, and all weights are read at each call to see whether they changed.
+        """
+        for module in self.modules():
+            if isinstance(module, SteerableConv2d):
+                module.caches_by_version = enable
+
+    @torch.jit.ignore
     def conv_strategies(self, size: int = 224, batch_size: int = 8) -> dict[str, str]:
         """The strategy that each convolution takes for `batch_size` images of size x size pixels: {layer: strategy}."""
         device = next(self.parameters()).device

@@ -2,7 +2,7 @@
 
 import torch
 
-from equivision_timm.constants import constant, fitting
+from equivision_timm.constants import constant, constant_like
 from equivision_timm.kernel_bases import Kernel, block_coefficients, load_irreps_basis, sample_kernels
 from equivision_timm.layers.conv_strategies.context import leaves_python
 
@@ -27,7 +27,7 @@ def basis_for(like: torch.Tensor, kernel: str, form: str) -> torch.Tensor:
     """
     if torch.compiler.is_dynamo_compiling() and not leaves_python():  # as a node of the graph, on every device
         return torch.ops.equivision_timm.kernel_basis(like.detach(), kernel, form)
-    return fitting(_basis(like.dtype, like.device, kernel, form), like)
+    return constant_like(like, _basis, kernel, form)
 
 
 def lifting_filter(kernel: Kernel) -> torch.Tensor:
@@ -63,7 +63,7 @@ def block_shapes(kernel: str) -> tuple[tuple[int, int, int], ...]:
 
 
 @constant
-def _basis(dtype: torch.dtype, device: torch.device, kernel: str, form: str) -> torch.Tensor:
+def _basis(kernel: str, form: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     kernels = named_kernel(kernel)
     if form == "pixels":
         return sample_kernels(kernels, dtype, device)
@@ -82,10 +82,10 @@ def block_counts(kernel: str) -> tuple[int, int]:
 
 @torch.library.custom_op("equivision_timm::kernel_basis", mutates_args=())
 def _kernel_basis(like: torch.Tensor, kernel: str, form: str) -> torch.Tensor:
-    basis = _basis(like.dtype, like.device, kernel, form)
+    basis = _basis(kernel, form, like.dtype, like.device)
     return basis.clone(memory_format=torch.contiguous_format)  # a compiler may reuse its memory
 
 
 @_kernel_basis.register_fake
 def _(like, kernel, form):
-    return like.new_empty(_basis(like.dtype, torch.device("meta"), kernel, form).shape)
+    return like.new_empty(_basis(kernel, form, like.dtype, torch.device("meta")).shape)

@@ -16,25 +16,33 @@ from equivision_timm.layers.conv_strategies.contract import Layer, Strategy, fin
 __all__ = ["Expand", "dense_filter", "expand_filter"]
 
 
-def expand_filter(weight: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    """The dense filter [O * |G|, I * H, k, k] of a steerable convolution; channels-last in memory.
+def expand_filter(
+    weight: torch.Tensor, basis: torch.Tensor, memory_format: torch.memory_format = torch.contiguous_format
+) -> torch.Tensor:
+    """The dense filter [O * |G|, I * H, k, k] of a steerable convolution.
 
     Args:
         weight: w [O, I, n_basis, 1], O output fields, I input fields.
         basis: [n_basis, |G|, H, k, k], H = |G| for regular input, 1 for trivial input.
+        memory_format: of the filter, `torch.contiguous_format` or `torch.channels_last`.
     """
     _, order, h, k, _ = basis.shape
     out_fields, in_fields = weight.shape[:2]
     filters = basis.flatten(1).transpose(0, 1) @ weight.squeeze(-1).transpose(1, 2)  # K = sum_b basis_b w_b
     filters = filters.reshape(out_fields, order, h, k, k, in_fields)  # from [O, |G| * H * k * k, I]
-    filters = filters.permute(0, 1, 3, 4, 5, 2)  # [O, |G|, k, k, I, H]
-    filters = filters.reshape(out_fields * order, k, k, in_fields * h)  # [O * |G|, k, k, I * H]
-    return filters.permute(0, 3, 1, 2)
+    if memory_format == torch.channels_last:
+        filters = filters.permute(0, 1, 3, 4, 5, 2)  # [O, |G|, k, k, I, H]
+        filters = filters.reshape(out_fields * order, k, k, in_fields * h)  # [O * |G|, k, k, I * H]
+        return filters.permute(0, 3, 1, 2)
+    filters = filters.permute(0, 1, 5, 2, 3, 4)  # [O, |G|, I, H, k, k]
+    return filters.reshape(out_fields * order, in_fields * h, k, k).contiguous()
 
 
-def dense_filter(weight: torch.Tensor, kernel: str) -> torch.Tensor:
+def dense_filter(
+    weight: torch.Tensor, kernel: str, memory_format: torch.memory_format = torch.contiguous_format
+) -> torch.Tensor:
     """`expand_filter` with the basis of the kernels of that name, exact in the type and on the device of `weight`."""
-    return expand_filter(weight, basis_for(weight, kernel, "pixels"))
+    return expand_filter(weight, basis_for(weight, kernel, "pixels"), memory_format)
 
 
 @register
@@ -56,9 +64,10 @@ class Expand(Strategy):
         self, weight: torch.Tensor, bias: torch.Tensor | None, layer: Layer
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The filter; the bias [O * |G|] or None."""
-        filters = dense_filter(weight, layer.kernel.name).to(layer.dtype)
-        bias = None if bias is None else bias.to(layer.dtype).repeat_interleave(layer.order)
-        return filters.contiguous(memory_format=_memory_format(filters, layer)), bias
+        last = _is_cpu_fast_path(weight, layer) or layer.memory_format == torch.channels_last
+        memory_format = torch.channels_last if last else torch.contiguous_format
+        filters = dense_filter(weight, layer.kernel.name, memory_format).to(layer.dtype)
+        return filters, None if bias is None else bias.to(layer.dtype).repeat_interleave(layer.order)
 
     def infer(
         self,
@@ -68,12 +77,11 @@ class Expand(Strategy):
         shortcut: torch.Tensor | None = None,
         relu: bool = False,
     ) -> torch.Tensor:
-        x = x.contiguous(memory_format=_memory_format(x, layer))
+        if _is_cpu_fast_path(x, layer):
+            x = x.contiguous(memory_format=torch.channels_last)
         return finish(F.conv2d(x, *packed, layer.stride, layer.padding, layer.dilation), shortcut, relu)
 
 
-def _memory_format(tensor: torch.Tensor, layer: Layer) -> torch.memory_format:
-    """What PyTorch convolves faster on the CPU, channels-last; elsewhere that of the input."""
-    if leaves_python() or needs_plain_operations(tensor):
-        return torch.contiguous_format
-    return torch.channels_last if layer.device.type == "cpu" else layer.memory_format
+def _is_cpu_fast_path(tensor: torch.Tensor, layer: Layer) -> bool:
+    """Whether to convolve in the channels-last format whatever that of the input: on the CPU PyTorch is faster then."""
+    return layer.device.type == "cpu" and not (leaves_python() or needs_plain_operations(tensor))

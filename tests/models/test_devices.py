@@ -1,0 +1,127 @@
+"""What a GPU would be given, seen without one: fake CUDA tensors through whole networks, each operation recorded."""
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from equivision_timm.layers import conv, conv_norm_act
+from equivision_timm.layers.conv_strategies.expand import Expand
+from equivision_timm.layers.norm import FieldNorm
+
+LAST = torch.channels_last
+MODELS = ["c8resnet18_fast", "c8resnet50_fast", "c8resnetaa50d", "c8resnetaf18_fast"]
+PIXELS = 225
+COPIES = ("aten.clone", "aten.copy_", "aten._to_copy", "aten.contiguous")
+
+
+class Record(TorchDispatchMode):
+    """The maps that leave each operation, (operation, tensor): four axes, a batch of BATCH and more than one pixel."""
+
+    BATCH = 16
+
+    def __init__(self):
+        super().__init__()
+        self.maps = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor.ndim == 4 and len(tensor) == self.BATCH:
+                self.maps.append((str(function), tensor))
+        return out
+
+    def copied(self) -> list[str]:
+        """Copies of more than 1 MB."""
+        return [
+            f"{name} {list(t.shape)}"
+            for name, t in self.maps
+            if name.startswith(COPIES) and t.numel() * t.element_size() > 2**20
+        ]
+
+    def not_in(self, memory_format: torch.memory_format) -> list[str]:
+        large = [(name, t) for name, t in self.maps if t.shape[2] * t.shape[3] > 1 and t.shape[1] > 3]
+        return [f"{name} {list(t.shape)}" for name, t in large if not t.is_contiguous(memory_format=memory_format)]
+
+
+def record(name: str, dtype: torch.dtype, train: bool, memory_format: torch.memory_format, autocast=None) -> Record:
+    """A network as on a GPU, all its parameters there, run once."""
+    model = timm.create_model(name, **({"width": 16} if "_fast" not in name else {})).train(train)
+    with FakeTensorMode():
+
+        def move(tensor):
+            kind = dtype if tensor.is_floating_point() else tensor.dtype
+            moved = torch.empty(tensor.shape, dtype=kind, device="cuda")
+            return moved.contiguous(memory_format=memory_format) if tensor.ndim == 4 else moved
+
+        for module in model.modules():
+            for key, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[key] = nn.Parameter(move(parameter))
+            for key, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[key] = move(buffer)
+        images = torch.empty(Record.BATCH, 3, PIXELS, PIXELS, dtype=dtype, device="cuda")
+        images = images.contiguous(memory_format=memory_format)
+        with Record() as found, torch.set_grad_enabled(train), torch.autocast("cuda", autocast, enabled=bool(autocast)):
+            logits = model(images)
+    assert logits.shape == (Record.BATCH, 1000)
+    assert logits.dtype == (autocast or dtype)
+    assert len(found.maps) > 50
+    return found
+
+
+@pytest.fixture(params=["training", "inference"])
+def train(request, monkeypatch):
+    """Inference takes the fused path, as it would where nothing is recorded."""
+    for module in (conv, conv_norm_act):
+        monkeypatch.setattr(module, "inference_only", lambda *tensors: not torch.is_grad_enabled())
+    return request.param == "training"
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_channels_last_maps_stay_so(name, dtype, train):
+    found = record(name, dtype, train, LAST)
+    assert not found.copied()
+    assert not found.not_in(LAST)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, LAST], ids=["contiguous", "channels_last"])
+def test_autocast(memory_format, train, monkeypatch):
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    found = record("c8resnet18_fast", torch.float32, train, memory_format, autocast=torch.float16)
+    assert not [line for line in found.copied() if not line.startswith("aten._to_copy")]  # the image is converted
+    assert not found.not_in(memory_format)
+
+
+def test_contiguous_maps_stay_so(train):
+    found = record("c8resnet18_fast", torch.float32, train, torch.contiguous_format)
+    assert not found.copied()
+    assert not found.not_in(torch.contiguous_format)
+
+
+def test_the_old_norm_copied_every_map(monkeypatch, train):
+    """The control: statistics of [B, m, |G| * H, W], and a filter in one format for all maps."""
+    monkeypatch.setattr(FieldNorm, "_goes_by_channel", lambda self, x: False)
+    found = record("c8resnet18_fast", torch.float32, True, LAST)
+    assert len(found.copied()) > 20
+
+
+def test_a_filter_in_the_other_format_is_seen(monkeypatch, train):
+    pack = Expand.pack
+
+    def contiguous(self, weight, bias, layer):
+        filters, bias = pack(self, weight, bias, layer)
+        return filters.contiguous(), bias
+
+    monkeypatch.setattr(Expand, "pack", contiguous)
+    monkeypatch.setattr(Expand, "infer", lambda self, x, *args: _INFER(self, x.contiguous(), *args))
+    found = record("c8resnet18_fast", torch.float32, train, LAST)
+    assert found.copied()
+    assert found.not_in(LAST)
+
+
+_INFER = Expand.infer
