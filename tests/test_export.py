@@ -17,6 +17,10 @@ from equivision_timm.layers import SteerableConv2d
 
 GROUPS = ("c1", "d1", "c4", "d4", "c8", "d8")
 FAST = [f"{group}resnet{depth}_fast" for group in GROUPS for depth in (18, 50)]
+COMPILED = [("test_d4resnet", "inductor")]
+for _name in FAST:
+    _often = _name.startswith(("c1resnet18", "d4", "c8resnet18"))
+    COMPILED.append(pytest.param(_name, "eager", marks=[] if _often else pytest.mark.slow))
 CONVOLUTIONS = {18: 20, 50: 53}
 SIZE = 64
 
@@ -119,7 +123,7 @@ def test_torch_export_and_onnx(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")  # inside
 @torch.no_grad()
-@pytest.mark.parametrize(("name", "backend"), [*((name, "eager") for name in FAST), ("test_d4resnet", "inductor")])
+@pytest.mark.parametrize(("name", "backend"), COMPILED)
 def test_torch_compile(name: str, backend: str) -> None:
     """Unfused, one graph; code is generated, which takes long, for the smallest model only."""
     torch.compiler.reset()

@@ -85,7 +85,9 @@ def check_found(model, truth, pattern, crops, restarts):
     return search
 
 
-KNOWN = [(group, name) for group in ("d4", "d8") for name in known_patterns(group)]
+_D4, _D8 = (list(known_patterns(group)) for group in ("d4", "d8"))
+KNOWN = [*(("d4", name) for name in _D4), ("d8", _D8[0])]
+KNOWN += [pytest.param("d8", name, marks=pytest.mark.slow) for name in _D8[1:]]
 
 
 @pytest.mark.parametrize(("group", "name"), KNOWN)
