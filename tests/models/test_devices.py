@@ -1,5 +1,7 @@
 """What a GPU would be given, seen without one: fake CUDA tensors through whole networks, each operation recorded."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -7,7 +9,8 @@ import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from equivision_timm.layers import conv, conv_norm_act
+from equivision_timm.layers import SteerableConv2d, conv, conv_norm_act
+from equivision_timm.layers.conv_strategies import STRATEGIES
 from equivision_timm.layers.conv_strategies.expand import Expand
 from equivision_timm.layers.norm import FieldNorm
 
@@ -127,3 +130,87 @@ def test_a_filter_in_the_other_format_is_seen(monkeypatch, train):
 
 
 _INFER = Expand.infer
+
+
+class TestCacheFilters:
+    """`cache_filters`: filters are kept without reading the weights, and made again where PyTorch counts a change."""
+
+    @pytest.fixture(params=["expand", "block_diagonal", "native"])
+    def model(self, request):
+        model = timm.create_model("test_c8resnet", conv_strategy=request.param).eval()
+        model.cache_filters()
+        return model
+
+    @pytest.fixture
+    def packed(self, monkeypatch):
+        """How often a strategy packed weights."""
+        calls = []
+        for strategy in STRATEGIES.values():
+            pack = type(strategy).pack
+            monkeypatch.setattr(type(strategy), "pack", lambda *a, pack=pack: calls.append(1) or pack(*a))
+        return calls
+
+    @torch.no_grad()
+    def test_made_once(self, model, packed):
+        x = torch.rand(2, 3, 33, 33)
+        first = model(x)
+        convolutions = len(packed)
+        assert convolutions == sum(isinstance(m, SteerableConv2d) for m in model.modules())
+        assert torch.equal(model(x), first)
+        assert len(packed) == convolutions
+        assert packed_on_meta(model) == convolutions  # other devices, too
+
+    @torch.no_grad()
+    def test_changes_that_pytorch_counts(self, model):
+        x = torch.rand(2, 3, 33, 33)
+        conv, norm = model.layer1[0].conv1.conv, model.layer1[0].conv1.norm.per_field
+        changes = {
+            "in place": lambda: conv.weight.mul_(1.5),
+            "a statistic": lambda: norm.running_var.mul_(3),
+            "eps": lambda: setattr(norm, "eps", 0.7),
+            "load_state_dict": lambda: model.load_state_dict({k: v * 1.1 for k, v in model.state_dict().items()}),
+            "another parameter": lambda: setattr(conv, "weight", nn.Parameter(conv.weight * 0.7)),
+            "its data": lambda: setattr(conv.weight, "data", conv.weight.data * 1.3),
+            "type": lambda: model.double(),
+        }
+        before = model(x)
+        for name, change in changes.items():
+            change()
+            x = x.to(conv.weight.dtype)
+            found = model(x)
+            assert (found - before).abs().max() > 1e-5 or name == "type", name
+            fresh = timm.create_model("test_c8resnet", conv_strategy="expand").eval().to(x.dtype)
+            fresh.load_state_dict(model.state_dict())
+            fresh.layer1[0].conv1.norm.per_field.eps = norm.eps
+            torch.testing.assert_close(found, fresh(x), rtol=1e-4, atol=1e-5, msg=name)
+            before = found
+
+    @torch.no_grad()
+    def test_what_it_cannot_see(self, model):
+        """The control: behind PyTorch's back; switched off, or without it, nothing is missed."""
+        x = torch.rand(2, 3, 33, 33)
+        before = model(x)
+        model.layer1[0].conv1.conv.weight.data.numpy()[:] *= 2
+        assert torch.equal(model(x), before)
+        model.cache_filters(False)
+        assert (model(x) - before).abs().max() > 1e-4
+
+    def test_gradients_do_not_meet_the_cache(self, model):
+        x = torch.rand(2, 3, 33, 33)
+        with torch.no_grad():
+            model(x)
+        model(x).sum().backward()
+        assert model.layer1[0].conv1.conv.weight.grad.abs().max() > 0
+
+
+def packed_on_meta(model: nn.Module) -> int:
+    """How many convolutions pack their weights once in two calls on another device than the CPU."""
+    model = copy.deepcopy(model).to("meta")
+    model.set_conv_strategy("expand")
+    calls = []
+    pack = Expand.pack
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Expand, "pack", lambda *a: calls.append(1) or pack(*a))
+        for _ in range(2):
+            model(torch.empty(2, 3, 33, 33, device="meta"))
+    return len(calls)
