@@ -57,6 +57,7 @@ class Recipe:
 RECIPES = {  # by file
     "test_c8resnet": Recipe("test_c8resnet"),
     "test_d4resnet": Recipe("test_d4resnet"),
+    "test_c8resnetaf": Recipe("test_c8resnetaf"),
     "test_c1resnet": Recipe("test_c1resnet"),
     "test_c1resnet_rotated": Recipe("test_c1resnet", limit=180),  # what users of a plain network do instead
     "test_d4vit": Recipe("test_d4vit", epochs=60, learning_rate=2e-3),

@@ -543,7 +543,7 @@ def _converted(name: str, tag: str) -> dict[str, Any]:
     return dict(hf_hub_id=hub_id(name, tag), hf_hub_filename=WEIGHTS_FILE) if name else {}
 
 
-def _test_resnet(group: str, width: int, name: str) -> Variant:
+def _test_resnet(group: str, width: int, name: str, **arguments: Any) -> Variant:
     """A tiny network for tests and the demo, trained on handwritten digits by scripts/train_digits.py."""
     cfg = _cfg(
         file=str(Path(__file__).parents[1] / "digits" / f"{name}.safetensors"),
@@ -557,8 +557,9 @@ def _test_resnet(group: str, width: int, name: str) -> Variant:
         description="handwritten digits (MNIST), trained upright",
         origin_url=None,
     )
-    summary = f"Tiny {group.upper()} ResNet for tests: {_symmetry(group)}; {width} fields"
-    return Variant(summary, {**_TEST_LAYERS, "group": group, "width": width}, cfg, "digits")
+    kind = "alias-free ResNet" if arguments else "ResNet"
+    summary = f"Tiny {group.upper()} {kind} for tests: {_symmetry(group)}; {width} fields"
+    return Variant(summary, {**_TEST_LAYERS, "group": group, "width": width, **arguments}, cfg, "digits")
 
 
 VARIANTS = {
@@ -615,5 +616,6 @@ VARIANTS = {
     "test_c1resnet": _test_resnet("c1", 11, "test_c1resnet"),
     "test_d4resnet": _test_resnet("d4", 4, "test_d4resnet"),
     "test_c8resnet": _test_resnet("c8", 4, "test_c8resnet"),
+    "test_c8resnetaf": _test_resnet("c8", 4, "test_c8resnetaf", **_ALIAS_FREE),
 }
 register_family(__name__, EquivariantResNet, _create, VARIANTS)
