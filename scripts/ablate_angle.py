@@ -52,6 +52,7 @@ PHOTOGRAPHS: dict[str, tuple[str, dict[str, Any]]] = {
     "alias-free, but deep stem": ("c8resnet18_fast", {**ALIAS_FREE, "stem_type": "deep"}),
     "d8resnet18_fast as it is": ("d8resnet18_fast", {}),
     "d8resnet18_fast alias-free": ("d8resnet18_fast", ALIAS_FREE),
+    "d8resnetaf18_fast: five fields for three": ("d8resnetaf18_fast", {}),
     "d8resnet18 alias-free": ("d8resnet18", ALIAS_FREE),
     "c8resnet50_fast as it is": ("c8resnet50_fast", {}),
     "c8resnet50_fast alias-free": ("c8resnet50_fast", ALIAS_FREE),

@@ -515,12 +515,14 @@ def _resnet(depth: int, group: str, width: int, released: str = "", **keywords: 
     if keywords:
         summary += f"; {', '.join(f'{name}={value!r}' for name, value in keywords.items())}"
     tag = "equivision_in1k" if released else ""
-    first_conv = {}
+    return Variant(summary, arguments, _cfg(**_first_conv(keywords), **_converted(released, tag)), tag)
+
+
+def _first_conv(keywords: dict[str, Any]) -> dict[str, str]:
+    """The entry of a cfg that says where the image enters, if not at 'conv1.conv'."""
     if "low_pass" in keywords:
-        first_conv["first_conv"] = "conv1.1.conv"  # behind the blur of the image
-    elif "stem_type" in keywords:
-        first_conv["first_conv"] = "conv1.0.conv"
-    return Variant(summary, arguments, _cfg(**first_conv, **_converted(released, tag)), tag)
+        return {"first_conv": "conv1.1.conv"}  # behind the blur of the image
+    return {"first_conv": "conv1.0.conv"} if "stem_type" in keywords else {}
 
 
 # What rotates between the quarter turns, too: see scripts/benchmarks/angle.md for what each step buys
@@ -556,6 +558,7 @@ def _test_resnet(group: str, width: int, name: str, **arguments: Any) -> Variant
         label_names=tuple("0123456789"),
         description="handwritten digits (MNIST), trained upright",
         origin_url=None,
+        **_first_conv(arguments),
     )
     kind = "alias-free ResNet" if arguments else "ResNet"
     summary = f"Tiny {group.upper()} {kind} for tests: {_symmetry(group)}; {width} fields"
@@ -610,7 +613,7 @@ VARIANTS = {
     "d8resnetaf18": _resnet(18, "d8", 20, **_ALIAS_FREE),
     "c8resnetaf50": _resnet(50, "c8", 25, **_ALIAS_FREE),
     "c8resnetaf18_fast": _resnet(18, "c8", 8, **_ALIAS_FREE),
-    "d8resnetaf18_fast": _resnet(18, "d8", 3, **_ALIAS_FREE),
+    "d8resnetaf18_fast": _resnet(18, "d8", 5, **_ALIAS_FREE),
     "c8reresnet50": _reresnet(50, "c8reresnet50"),
     "c8reresnet101": _reresnet(101, "c8reresnet101"),
     "test_c1resnet": _test_resnet("c1", 11, "test_c1resnet"),

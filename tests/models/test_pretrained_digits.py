@@ -16,7 +16,7 @@ from timm.models import save_for_hf
 
 from equivision_timm.tools.demo import load_digits, predict, turn
 
-NAMES = ("test_c8resnet", "test_d4resnet", "test_c1resnet")
+NAMES = ("test_c8resnetaf", "test_c8resnet", "test_d4resnet", "test_c1resnet")
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +77,7 @@ def test_reads_held_out_upright_digits(name: str) -> None:
     assert accuracy == pytest.approx(reported, abs=0.02)
 
 
-@pytest.mark.parametrize("name", ["test_c8resnet", "test_d4resnet"])
+@pytest.mark.parametrize("name", ["test_c8resnetaf", "test_c8resnet", "test_d4resnet"])
 def test_quarter_turns_change_nothing(name: str) -> None:
     model = _pretrained(name)
     assert _change(model, _quarter_turn) < 1e-4
