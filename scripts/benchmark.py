@@ -4,17 +4,19 @@
     python scripts/benchmark.py c8resnet50 'd8*' --modes eval --batch-size 4 --size 225
     python scripts/benchmark.py c8resnet50 --escnn                   # and the escnn network (extra `escnn`)
     python scripts/benchmark.py c8resnet50 --layers                  # every layer, every strategy
+    python scripts/benchmark.py c8resnet50 --device cuda --amp bfloat16 --channels-last --compile --batch-size 128
 
 The dense network has plain `nn.Conv2d` and `nn.BatchNorm2d` of the same number of channels in place of ours, ReLU and
 the shortcut in place as in timm's ResNets, and runs in each of its forms: eager or compiled, NCHW or channels-last, for
 eval also with its batch norms folded into the convolutions. The fastest of them is what we are compared with. Ours runs
-as `create_model` makes it.
+as `create_model` makes it, and as timm's ResNet channels-last or compiled where these options say so.
 
 Each network runs in a process of its own, and after warming up they take turns, so that a busy machine slows all alike;
 medians count, and the ratios of medians. The form of the dense network is found just before, one form after another. A
 training step is forward, backward and SGD with momentum. Peak memory is what the process gained until it was warm.
 glibc's allocator keeps freed memory (MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ are raised), which spares all
-networks the page faults of each new feature map.
+networks the page faults of each new feature map. On another device than the CPU the clock waits for it, and memory is
+its own.
 
 Writes NAME.json, NAME.md and NAME.png into --out (default: scripts/benchmarks).
 """
@@ -33,6 +35,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from datetime import date
 from functools import partial
 from multiprocessing import get_context
@@ -54,6 +57,48 @@ from equivision_timm.models import model_names
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
 DEFAULT_MODELS = ("c8resnet50", "d4resnet50", "c4resnet50", "d8resnet18", "c8resnet18", "d4resnet18", "c4resnet18")
 DENSE_FORMS = ("dense", "dense channels-last", "dense compiled", "dense compiled channels-last")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What networks are measured on.
+
+    Attributes:
+        batch_size: number of images.
+        size: of the images, pixels along a side.
+        threads: of the CPU.
+        device: where to run.
+        amp: type of autocast, such as 'bfloat16'; '' for none.
+        channels_last: whether ours and timm's are made channels-last, with the images.
+        compiled: whether ours and timm's are compiled.
+    """
+
+    batch_size: int = 8
+    size: int = 224
+    threads: int = 1
+    device: str = "cpu"
+    amp: str = ""
+    channels_last: bool = False
+    compiled: bool = False
+
+    def is_channels_last(self, form: str) -> bool:
+        """Whether the network called `form` and its images are."""
+        return "channels-last" in form or (self.channels_last and form in ("ours", "timm"))
+
+    def is_compiled(self, form: str) -> bool:
+        """Whether the network called `form` is."""
+        return "compiled" in form or (self.compiled and form in ("ours", "timm"))
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Mixed precision, or nothing."""
+        if not self.amp:
+            return contextlib.nullcontext()
+        return torch.autocast(torch.device(self.device).type, getattr(torch, self.amp))
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given."""
+        if self.device != "cpu":
+            torch.accelerator.synchronize()
 
 
 def dense_twin(model: nn.Module) -> nn.Module:
@@ -98,8 +143,8 @@ def in_place(model: nn.Module) -> nn.Module:
     return model
 
 
-def build(form: str, name: str, mode: str) -> nn.Module:
-    """The network called `form`, in train or eval mode."""
+def build(form: str, name: str, mode: str, setting: Setting) -> nn.Module:
+    """The network called `form`, in train or eval mode, on the device."""
     torch.manual_seed(0)
     if form == "timm":
         model = timm.create_model(name[name.index("resnet") :].split("_")[0])
@@ -117,32 +162,37 @@ def build(form: str, name: str, mode: str) -> nn.Module:
             )
 
             model = to_escnn(model)
-    model.train(mode == "train")
-    if "channels-last" in form:
+    model.train(mode == "train").to(setting.device)
+    if setting.is_channels_last(form):
         model = model.to(memory_format=torch.channels_last)
-    return torch.compile(model) if "compiled" in form else model
+    return torch.compile(model) if setting.is_compiled(form) else model
 
 
-def make_step(model: nn.Module, form: str, mode: str, batch_size: int, size: int) -> Callable[[], None]:
+def make_step(model: nn.Module, form: str, mode: str, setting: Setting) -> Callable[[], None]:
     """One forward pass without gradients, or one training step."""
-    x = torch.randn(batch_size, 3, size, size, generator=torch.Generator().manual_seed(0))
-    if "channels-last" in form:
+    shape = (setting.batch_size, 3, setting.size, setting.size)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(setting.device)
+    if setting.is_channels_last(form):
         x = x.contiguous(memory_format=torch.channels_last)
     if mode == "eval":
 
         def step() -> None:
-            with torch.inference_mode():
+            with torch.inference_mode(), setting.autocast():
                 model(x)
+            setting.synchronize()
 
         return step
 
-    target = torch.arange(batch_size)
+    target = torch.arange(setting.batch_size, device=setting.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
     def step() -> None:
         optimizer.zero_grad()
-        F.cross_entropy(model(x), target).backward()
+        with setting.autocast():
+            loss = F.cross_entropy(model(x), target)
+        loss.backward()
         optimizer.step()
+        setting.synchronize()
 
     return step
 
@@ -154,12 +204,11 @@ class Runner:
         RuntimeError: the process ended, most likely for want of memory.
     """
 
-    def __init__(self, form: str, name: str, mode: str, batch_size: int, size: int, threads: int) -> None:
+    def __init__(self, form: str, name: str, mode: str, setting: Setting) -> None:
         self.form = form
         context = get_context("spawn")  # starts with the allocator's settings
         self.connection, other = context.Pipe()
-        arguments = (other, form, name, mode, batch_size, size, threads)
-        self.process = context.Process(target=serve, args=arguments, daemon=True)
+        self.process = context.Process(target=serve, args=(other, form, name, mode, setting), daemon=True)
         self.process.start()
         other.close()
         self.memory = self._receive()  # MB that the process gained
@@ -184,17 +233,17 @@ class Runner:
             ) from None
 
 
-def serve(connection, form: str, name: str, mode: str, batch_size: int, size: int, threads: int) -> None:
+def serve(connection, form: str, name: str, mode: str, setting: Setting) -> None:
     """What the process of a `Runner` does."""
-    torch.set_num_threads(threads)
-    before = peak_memory()
+    torch.set_num_threads(setting.threads)
+    before = peak_memory(setting.device)
     if mode == "create":
-        step = partial(build, form, name, "eval")
+        step = partial(build, form, name, "eval", setting)
     else:
-        step = make_step(build(form, name, mode), form, mode, batch_size, size)
+        step = make_step(build(form, name, mode, setting), form, mode, setting)
     for _ in range(3):
         step()
-    connection.send(peak_memory() - before)
+    connection.send(peak_memory(setting.device) - before)
     with contextlib.suppress(EOFError):  # the other side closes
         while connection.recv():
             start = time.perf_counter()
@@ -202,18 +251,25 @@ def serve(connection, form: str, name: str, mode: str, batch_size: int, size: in
             connection.send(time.perf_counter() - start)
 
 
-def peak_memory() -> float:
-    """MB that this process has held at most, on Linux (`getrusage` would count what its parent held, too)."""
+def peak_memory(device: str) -> float:
+    """MB that this process has held at most: of the device, or, on Linux, of the machine.
+
+    `getrusage` would count what its parent held, too.
+    """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) / 1024  # kB
 
 
-def in_turns(forms: list[str], repeats: int, *settings) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Seconds of each form and its peak memory in MB; `settings` are those of `Runner`, after the form."""
+def in_turns(
+    forms: list[str], repeats: int, name: str, mode: str, setting: Setting
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds of each form and its peak memory in MB."""
     with contextlib.ExitStack() as stack:
         runners = []
         for form in forms:
-            runners.append(Runner(form, *settings))
+            runners.append(Runner(form, name, mode, setting))
             stack.callback(runners[-1].close)
         seconds: dict[str, list[float]] = {form: [] for form in forms}
         for _ in range(repeats):
@@ -222,12 +278,12 @@ def in_turns(forms: list[str], repeats: int, *settings) -> tuple[dict[str, list[
         return seconds, {runner.form: runner.memory for runner in runners}
 
 
-def compare(name: str, mode: str, dense: list[str], others: list[str], repeats: int, *settings) -> dict:
+def compare(name: str, mode: str, dense: list[str], others: list[str], repeats: int, setting: Setting) -> dict:
     """Our network, the fastest of the forms `dense`, and `others`, as one row of results."""
-    tried = {form: statistics.median(in_turns([form], 3, name, mode, *settings)[0][form]) for form in dense}
+    tried = {form: statistics.median(in_turns([form], 3, name, mode, setting)[0][form]) for form in dense}
     best = min(tried, key=tried.__getitem__) if tried else None
     forms = ["ours", *([best] if best else []), *others]
-    seconds, memory = in_turns(forms, repeats, name, mode, *settings)
+    seconds, memory = in_turns(forms, repeats, name, mode, setting)
     median = {form: statistics.median(values) for form, values in seconds.items()}
     compared = {"dense": best, **{form: form for form in others}}
     ratio = {key: median[form] / median["ours"] for key, form in compared.items() if form}
@@ -379,6 +435,11 @@ def processor() -> str:
     return f"{names[0] if names else platform.processor()}{' with AVX-512' if 'avx512f' in flags else ''}"
 
 
+def device_name(device: str) -> str:
+    kind = torch.device(device).type
+    return torch.cuda.get_device_name(device) if kind == "cuda" else device
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=list(DEFAULT_MODELS), help="names or patterns (default: README's)")
@@ -387,6 +448,10 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="side of the images (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=7, help="timed runs of each form (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--device", default="cpu", help="where the networks run (default: %(default)s)")
+    parser.add_argument("--amp", choices=("bfloat16", "float16"), default="", help="mixed precision, for all networks")
+    parser.add_argument("--channels-last", action="store_true", help="ours and timm's ResNet channels-last")
+    parser.add_argument("--compile", action="store_true", help="ours and timm's ResNet compiled")
     parser.add_argument("--eager", action="store_true", help="leave out the compiled forms, which take minutes to make")
     parser.add_argument("--escnn", action="store_true", help="also the network as escnn builds it, in minutes")
     parser.add_argument("--layers", action="store_true", help="a table of layers instead of networks")
@@ -399,11 +464,17 @@ def main() -> None:
     if not names:
         parser.error(f"no model matches {args.models}: see --help")
 
+    setting = Setting(args.batch_size, args.size, args.threads, args.device, args.amp, args.channels_last, args.compile)
+    try:
+        torch.zeros(1).to(args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
     about = {
         "date": date.today().isoformat(),
-        "machine": f"{processor()}, {args.threads} threads",
+        "machine": f"{processor()}, {args.threads} threads" if args.device == "cpu" else device_name(args.device),
         "versions": f"torch {torch.__version__.split('+')[0]}, timm {timm.__version__}",
-        "batch": f"{args.batch_size} x 3 x {args.size} x {args.size}, float32",
+        "batch": f"{args.batch_size} x 3 x {args.size} x {args.size}, {args.amp or 'float32'}",
+        "ours": " ".join([*(["channels-last"] if args.channels_last else []), "compiled" if args.compile else "eager"]),
         "dense forms": "eager and compiled" if not args.eager else "eager forms only",
     }
     title = ", ".join(about.values())
@@ -431,8 +502,7 @@ def main() -> None:
             if mode == "eval":
                 dense += ["dense folded", "dense folded channels-last"]
             others = [*(["escnn"] if args.escnn and mode != "create" else []), "timm"]
-            settings = (args.batch_size, args.size, args.threads)
-            results.append(compare(name, mode, dense, others, args.repeats, *settings))
+            results.append(compare(name, mode, dense, others, args.repeats, setting))
             text = f"{title}\n\n{result_table(results)}\n" + (f"\n{about['import']}\n" if "import" in about else "")
             stem.with_suffix(".json").write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
             stem.with_suffix(".md").write_text(text)

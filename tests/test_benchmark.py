@@ -45,7 +45,7 @@ def test_forms_take_turns(benchmark, mode, monkeypatch):
     taken = []
     step = benchmark.Runner.step
     monkeypatch.setattr(benchmark.Runner, "step", lambda self: taken.append(self.form) or step(self))
-    seconds, memory = benchmark.in_turns(["ours", "dense"], 2, "test_c8resnet", mode, 1, 65, 1)
+    seconds, memory = benchmark.in_turns(["ours", "dense"], 2, "test_c8resnet", mode, benchmark.Setting(1, 65))
     assert taken == ["ours", "dense"] * 2
     assert all(len(values) == 2 and min(values) > 0 for values in seconds.values())
     assert all(1 < memory[form] < 2000 for form in ("ours", "dense"))  # MB
@@ -54,14 +54,15 @@ def test_forms_take_turns(benchmark, mode, monkeypatch):
 def test_a_process_that_ends_is_no_result(benchmark, monkeypatch, capfd):
     monkeypatch.syspath_prepend(SCRIPT.parent)
     with pytest.raises(RuntimeError, match=r"measures 'ours' ended with exit code 1: .* a smaller --batch-size"):
-        benchmark.in_turns(["ours"], 1, "no_such_model", "eval", 1, 65, 1)
+        benchmark.in_turns(["ours"], 1, "no_such_model", "eval", benchmark.Setting(1, 65))
     assert "no_such_model" in capfd.readouterr().err
 
 
 def test_a_training_step_trains(benchmark):
-    model = benchmark.build("dense", "test_c8resnet", "train")
+    setting = benchmark.Setting(2, 65)
+    model = benchmark.build("dense", "test_c8resnet", "train", setting)
     before = [p.clone() for p in model.parameters()]
-    benchmark.make_step(model, "dense", "train", 2, 65)()
+    benchmark.make_step(model, "dense", "train", setting)()
     assert sum(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)) > len(before) / 2
 
 
@@ -78,12 +79,12 @@ def test_layers(benchmark):
 
 
 def test_writes_what_it_measured(benchmark, tmp_path, monkeypatch, capsys):
-    def in_turns(forms, repeats, name, mode, batch_size, size, threads):
+    def in_turns(forms, repeats, name, mode, setting):
         """In this process, in which only our models are at hand."""
         seconds = {}
         for form in forms:
-            model = benchmark.build("dense" if form == "timm" else form, name, mode)
-            step = benchmark.make_step(model, form, mode, batch_size, size)
+            model = benchmark.build("dense" if form == "timm" else form, name, mode, setting)
+            step = benchmark.make_step(model, form, mode, setting)
             seconds[form] = [timeit.timeit(step, number=1) for _ in range(repeats)]
         return seconds, dict.fromkeys(forms, 1.0)
 

@@ -164,13 +164,14 @@ def _meaning(predictions: dict[Network, torch.Tensor], labels: torch.Tensor, ang
     paragraphs = (
         f"Quarter turns are exact: {ours} gives {same[0]} of {len(labels)} digits the same answer at each of them, "
         f"{ALIAS_FREE.title} {same[1]}. In between, 45° included, strides alias, which costs {ours} most where it "
-        f"reads {lowest[EQUIVARIANT]}. {ALIAS_FREE.title} is made for these angles, too, with smooth kernels and a low pass "
-        f"in front of each stride: {accuracy[ALIAS_FREE].mean():.1f} % on average, at the least {lowest[ALIAS_FREE]}.",
+        f"reads {lowest[EQUIVARIANT]}. {ALIAS_FREE.title} is made for these angles, too, with smooth kernels and a low "
+        f"pass in front of each stride: {accuracy[ALIAS_FREE].mean():.1f} % on average, at the least "
+        f"{lowest[ALIAS_FREE]}.",
         f"What one would do instead. 'rotated': {plain} trained with all rotations, which it has to learn. It "
         f"reads {accuracy[ROTATED][0]:.1f} % of the upright digits (trained upright: {accuracy[PLAIN][0]:.1f} %, "
         f"{ALIAS_FREE.title} {accuracy[ALIAS_FREE][0]:.1f} %), {accuracy[ROTATED].mean():.1f} % on average, and at "
-        f"the least {lowest[ROTATED]}. 'averaged': {plain} trained upright, its logits averaged over the four quarter turns of "
-        f"each image, at four times the time: {accuracy[AVERAGED].mean():.1f} % on average, at the least "
+        f"the least {lowest[ROTATED]}. 'averaged': {plain} trained upright, its logits averaged over the four quarter "
+        f"turns of each image, at four times the time: {accuracy[AVERAGED].mean():.1f} % on average, at the least "
         f"{lowest[AVERAGED]}.",
         f"6 and 9: {ours} and {plain} saw them upright only. To {ours} a digit and the same digit upside down are one "
         "image: it tells a 6 from a 9 by the way people write them, never by which end is up. It takes "
