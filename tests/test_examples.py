@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 import timm
 import torch
+from packaging.version import Version
 
 EXAMPLES = Path(__file__).parents[1] / "scripts" / "examples"
 
@@ -54,6 +55,7 @@ def test_explanations_rotate_with_the_image(method: str, example) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")  # of ONNX
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.9"), reason="its ONNX exporter cannot write this graph")
 def test_int8_is_invariant_bit_by_bit(example, tmp_path: Path) -> None:
     """The float network changes in the last bits, a plain 8-bit one throughout."""
     int8 = example("int8", needs=["onnx", "onnxscript", "onnxruntime"])
