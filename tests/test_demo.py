@@ -30,7 +30,7 @@ def test_prints_measured_accuracies_and_draws_a_picture(tmp_path: Path, capsys: 
     printed = capsys.readouterr().out
     assert f"{len(labels)} held-out" in printed
     for angle in ANGLES:
-        row = re.search(rf"^ *{angle}° +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+) ", printed, re.MULTILINE)
+        row = re.search(rf"^ *{angle}°" + r" +([\d.]+)" * len(demo.NETWORKS) + " ", printed, re.MULTILINE)
         for network, figure in zip(demo.NETWORKS, row.groups(), strict=True):
             model = timm.create_model(network.model, pretrained=True).eval()
             model.load_state_dict(load_file(PACKAGE / "digits" / f"{network.file}.safetensors"))

@@ -56,7 +56,7 @@ class FieldNorm(nn.Module):
     @torch.jit.unused
     def _goes_by_channel(self, x: torch.Tensor) -> bool:
         """Whether `per_field` is a batch norm as it was made, in a place where it is faster by channel."""
-        if self.order == 1 or leaves_python() or needs_plain_operations(x):
+        if self.order == 1 or not _asks_for_numbers(x):
             return False
         if x.device.type == "cpu" and (torch.compiler.is_compiling() or not _is_channels_last(x)):
             return False
@@ -93,6 +93,11 @@ class FieldNorm(nn.Module):
             running.copy_(running + momentum * (now - running))
 
 
+def _asks_for_numbers(x: torch.Tensor) -> bool:
+    """Whether x is a tensor, and no proxy of torch.fx, in no graph that leaves Python, and under no transform."""
+    return isinstance(x, torch.Tensor) and not leaves_python() and not needs_plain_operations(x)
+
+
 def _is_channels_last(x: torch.Tensor) -> bool:
     """Whether x lies in the channels-last format, and in no other."""
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
@@ -101,7 +106,7 @@ def _is_channels_last(x: torch.Tensor) -> bool:
 @torch.jit.unused
 def _as_it_lies(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """y in the memory format of x."""
-    if leaves_python() or needs_plain_operations(x) or not _is_channels_last(x):
+    if not _asks_for_numbers(x) or not _is_channels_last(x):
         return y
     return y.contiguous(memory_format=torch.channels_last)
 

@@ -16,21 +16,19 @@ from equivision_timm.layers.conv_strategies.contract import Layer, Strategy, fin
 __all__ = ["Expand", "dense_filter", "expand_filter"]
 
 
-def expand_filter(
-    weight: torch.Tensor, basis: torch.Tensor, memory_format: torch.memory_format = torch.contiguous_format
-) -> torch.Tensor:
+def expand_filter(weight: torch.Tensor, basis: torch.Tensor, channels_last: bool = False) -> torch.Tensor:
     """The dense filter [O * |G|, I * H, k, k] of a steerable convolution.
 
     Args:
         weight: w [O, I, n_basis, 1], O output fields, I input fields.
         basis: [n_basis, |G|, H, k, k], H = |G| for regular input, 1 for trivial input.
-        memory_format: of the filter, `torch.contiguous_format` or `torch.channels_last`.
+        channels_last: how the filter lies in memory: in the channels-last format, or contiguous.
     """
     _, order, h, k, _ = basis.shape
     out_fields, in_fields = weight.shape[:2]
     filters = basis.flatten(1).transpose(0, 1) @ weight.squeeze(-1).transpose(1, 2)  # K = sum_b basis_b w_b
     filters = filters.reshape(out_fields, order, h, k, k, in_fields)  # from [O, |G| * H * k * k, I]
-    if memory_format == torch.channels_last:
+    if channels_last:
         filters = filters.permute(0, 1, 3, 4, 5, 2)  # [O, |G|, k, k, I, H]
         filters = filters.reshape(out_fields * order, k, k, in_fields * h)  # [O * |G|, k, k, I * H]
         return filters.permute(0, 3, 1, 2)
@@ -38,11 +36,9 @@ def expand_filter(
     return filters.reshape(out_fields * order, in_fields * h, k, k).contiguous()
 
 
-def dense_filter(
-    weight: torch.Tensor, kernel: str, memory_format: torch.memory_format = torch.contiguous_format
-) -> torch.Tensor:
+def dense_filter(weight: torch.Tensor, kernel: str, channels_last: bool = False) -> torch.Tensor:
     """`expand_filter` with the basis of the kernels of that name, exact in the type and on the device of `weight`."""
-    return expand_filter(weight, basis_for(weight, kernel, "pixels"), memory_format)
+    return expand_filter(weight, basis_for(weight, kernel, "pixels"), channels_last)
 
 
 @register
@@ -65,8 +61,7 @@ class Expand(Strategy):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The filter; the bias [O * |G|] or None."""
         last = _is_cpu_fast_path(weight, layer) or layer.memory_format == torch.channels_last
-        memory_format = torch.channels_last if last else torch.contiguous_format
-        filters = dense_filter(weight, layer.kernel.name, memory_format).to(layer.dtype)
+        filters = dense_filter(weight, layer.kernel.name, last).to(layer.dtype)
         return filters, None if bias is None else bias.to(layer.dtype).repeat_interleave(layer.order)
 
     def infer(
