@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.models import FeatureInfo
+from timm.models import FeatureDictNet, FeatureInfo
 
 from equivision_timm.groups import Group
 from equivision_timm.layers import ConvNormAct, GroupPool
@@ -57,7 +57,7 @@ class EquivariantFPN(nn.Module):
         fields: number of fields of the pyramid.
 
     Raises:
-        TypeError: `encoder` was made without `features_only=True`.
+        TypeError: `encoder` returns no list of maps, as one made with `features_only=True` does.
         ValueError: its levels are not all regular fields of one group, or not in the order from fine to coarse;
             no class, or no field.
 
@@ -103,14 +103,14 @@ def _resize(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """
     height, width = like.shape[2], like.shape[3]
     borders = bool(height % 2 == 1 and width % 2 == 1)  # a plain bool, also where sizes are symbols
-    return F.interpolate(x, (height, width), mode="bilinear", align_corners=borders)
+    return F.interpolate(x, [height, width], mode="bilinear", align_corners=borders)
 
 
 def _levels(encoder: nn.Module) -> list[dict[str, Any]]:
     """timm's description of the maps that `encoder` returns, after a check that a pyramid can stand on them."""
     info, name = getattr(encoder, "feature_info", None), type(encoder).__name__
-    if not isinstance(info, FeatureInfo):
-        raise TypeError(f"{name} returns no levels of features: create the encoder with features_only=True")
+    if not isinstance(info, FeatureInfo) or type(encoder) is FeatureDictNet:
+        raise TypeError(f"{name} returns no list of maps: create the encoder with features_only=True, no feature_cls")
     levels = info.get_dicts()
     groups = [level.get("group", "c1") for level in levels]
     if "c1" in groups:

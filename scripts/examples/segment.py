@@ -1,10 +1,11 @@
 """A mask that rotates with the image: blood vessels of a retina, by a network of equivariant layers and by a U-Net.
 
-Both learn from the upper half of one photograph, which scikit-image ships, and find the vessels of the lower half. That
-holds the same arteries mirrored: those that rise there fall here. The labels are made by a classical method, dark
-ridges that are narrower than 17 pixels, so that scores say how well a network imitates it, not what an eye doctor sees.
-Shown is the intersection over union with the labels, upright and rotated by quarter turns; and how far the logits of
-the rotated image are from the rotated logits, at worst, relative to the largest logit.
+Both learn from the upper half of one photograph, which scikit-image ships, and find the vessels of the lower half,
+which mirrors it: those that rise above fall below. The labels are made by a classical method, as dark ridges narrower
+than 17 pixels: scores say how well a network learns that method, not how well it sees what an eye doctor sees.
+Both networks have 550 thousand parameters; ours takes twice the time. Shown are the intersection over union with the
+labels, upright and rotated by quarter turns; the smallest of the mask of a rotated image with the rotated mask; and the
+largest difference between their logits, relative to the largest logit.
 
 pip install 'equivision-timm[examples]'
 python scripts/examples/segment.py
@@ -26,6 +27,7 @@ from matplotlib.figure import Figure
 from equivision_timm import EquivariantFPN
 
 QUARTERS = (0, 1, 2, 3)
+RATE = 4e-3  # of 1.5e-3, 4e-3 and 1e-2 the best for the U-Net
 
 
 def ours() -> EquivariantFPN:
@@ -57,12 +59,12 @@ def side(model: nn.Module, pixels: int) -> int:
     return pixels // 32 * 32 + isinstance(model, EquivariantFPN)
 
 
-def train(model: nn.Module, steps: int, rotate: bool = False, rate: float = 4e-3, seed: int = 0) -> None:
+def train(model: nn.Module, steps: int, rotate: bool = False, seed: int = 0) -> None:
     """Steps on four crops each of the upper half; with `rotate` by random quarter turns and reflections."""
     image, mask = retina()
     size, generator = side(model, 129), np.random.default_rng(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
     model.train()
     for _ in range(steps):
         images, masks = [], []
@@ -90,6 +92,7 @@ def predict(model: nn.Module, quarters: int) -> torch.Tensor:
 
 
 def lower_half(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """The image [3, H, W] and its labels [H, W], of the size that the model takes."""
     image, mask = (x[..., 352:, :] for x in retina())
     height, width = (side(model, n) for n in mask.shape)
     return image[:, :height, :width], mask[:height, :width]
@@ -101,8 +104,7 @@ def overlap(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def measure(model: nn.Module) -> dict[str, float | list[float]]:
-    """'scores': overlap with the labels at each of `QUARTERS`; 'same': smallest overlap of the mask of a rotated image
-    with the rotated mask; 'error': the largest difference of their logits by the largest logit."""
+    """'scores': overlap with the labels at each of `QUARTERS`; 'same' and 'error': of the rotated image, see above."""
     _, mask = lower_half(model)
     logits = [predict(model, quarters) for quarters in QUARTERS]
     return {

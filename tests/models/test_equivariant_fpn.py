@@ -134,9 +134,17 @@ def test_levels_of_different_groups_are_refused():
         EquivariantFPN(encoder, 1)
 
 
-def test_a_whole_model_is_refused():
-    with pytest.raises(TypeError, match=r"EquivariantResNet .*features_only=True"):
-        EquivariantFPN(timm.create_model("test_d4resnet"), 1)
+@pytest.mark.parametrize(
+    ("kwargs", "name"), [({}, "EquivariantResNet"), ({"features_only": True, "feature_cls": "dict"}, "FeatureDictNet")]
+)
+def test_what_returns_no_list_is_refused(kwargs, name):
+    with pytest.raises(TypeError, match=f"{name} returns no list of maps: .*features_only=True"):
+        EquivariantFPN(timm.create_model("test_d4resnet", **kwargs), 1)
+
+
+@pytest.mark.parametrize("feature_cls", ["getter", "hook", "fx"])
+def test_other_ways_to_take_maps(feature_cls):
+    assert max(errors(create(feature_cls=feature_cls))) < 1e-5
 
 
 def test_training():
