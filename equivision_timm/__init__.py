@@ -11,12 +11,13 @@ from equivision_timm.groups import Group  # noqa: E402
 from equivision_timm.images import rotation as _rotation  # noqa: E402, F401
 from equivision_timm.kernel_bases.from_escnn import to_geometric_tensor  # noqa: E402
 from equivision_timm.layers import ConvNormAct, FieldNorm, GroupPool, SteerableConv2d  # noqa: E402
-from equivision_timm.models import EquivariantBackbone, EquivariantResNet, model_names  # noqa: E402
+from equivision_timm.models import EquivariantBackbone, EquivariantFPN, EquivariantResNet, model_names  # noqa: E402
 from equivision_timm.testing import assert_equivariant, equivariance_error  # noqa: E402
 
 __all__ = [
     "ConvNormAct",
     "EquivariantBackbone",
+    "EquivariantFPN",
     "EquivariantResNet",
     "FieldNorm",
     "Group",

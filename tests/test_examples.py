@@ -101,3 +101,22 @@ def test_escnn_head(group: str, example) -> None:
     model = head.VectorHead(f"{group}resnet18_fast", width=2)
     assert head.error(model) < 1e-3
     assert head.error(model, size=96) > 1e-3  # 96 is no exact size
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of segmentation_models.pytorch
+def test_segment(example, tmp_path: Path) -> None:
+    """The mask rotates with the image, that of the U-Net does not; both learn, at equal parameters."""
+    segment = example("segment", needs=["segmentation_models_pytorch", "skimage"])
+    torch.manual_seed(0)
+    models = {"U-Net": segment.unet(), "EquivariantFPN": segment.ours()}
+    plain, equivariant = (sum(p.numel() for p in model.parameters()) for model in models.values())
+    assert abs(equivariant - plain) < 0.05 * plain
+    for model in models.values():
+        segment.train(model, steps=12)
+    unet, ours = (segment.measure(model) for model in models.values())
+    print(unet, ours)
+    assert ours["error"] < 1e-5 < 0.1 < unet["error"]
+    assert ours["same"] > 0.999 > 0.9 > unet["same"]
+    assert min(ours["scores"]) > 0.3
+    segment.draw(models, tmp_path / "masks.png")
+    assert (tmp_path / "masks.png").stat().st_size > 10_000

@@ -1,0 +1,205 @@
+"""Segmentation: the mask rotates and reflects with the image, exactly; a broken layer is noticed."""
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from support.reference_data import image
+from timm.utils import reparameterize_model
+
+from equivision_timm import EquivariantFPN, Group, equivariance_error
+from equivision_timm.models import equivariant_fpn
+
+MODELS = {"test_c8resnet": {}, "test_d4resnet": {}, "d8resnet18_fast": {"width": 1}, "d8resnetaf18_fast": {"width": 1}}
+X = image((2, 3, 65, 65))
+
+
+def create(name="test_d4resnet", num_classes=3, fields=4, size=65, **kwargs):
+    """A pyramid whose norms have statistics, scales and shifts of their own."""
+    encoder = timm.create_model(name, features_only=True, **{**MODELS.get(name, {}), **kwargs})
+    model = EquivariantFPN(encoder, num_classes, fields).train()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.uniform_(-0.2, 0.2)
+        model(image((4, 3, size, size), seed=1))
+    return model.eval()
+
+
+def errors(model, size=65, group=None):
+    """By element of the pixel grid: how far the mask of the moved image is from the moved mask."""
+    found = equivariance_error(model, size, group, output_type="trivial", in_channels=3)
+    return [found[g] for g in Group.from_name(group or model.group).grid_elements if g]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_mask_moves_with_the_image(name):
+    model = create(name)
+    assert len(errors(model)) == (3 if name == "test_c8resnet" else 7)
+    assert max(errors(model)) < 1e-5
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_rectangles_and_statistics_of_the_batch(training):
+    model = create().train(training)
+    x = image((2, 3, 65, 97))
+    mask, moved = model(x), model(x.rot90(1, (2, 3)))
+    assert moved.shape == (2, 3, 97, 65)
+    assert (moved - mask.rot90(1, (2, 3))).abs().max() < 1e-5 * mask.abs().max()
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"out_indices": (1, 3)}, {"out_indices": (-1,)}, {"output_stride": 8}, {"output_stride": 16, "out_indices": 3}],
+)
+def test_other_levels(kwargs):
+    model = create(**kwargs)
+    assert max(errors(model)) < 1e-5
+    assert len(model.levels) == len(model.encoder.feature_info.out_indices)
+
+
+def test_patches():
+    """They cover the image: what is interpolated lies between their centres, not between the borders."""
+    model = create("test_d4vit", size=64, out_indices=(0, 1))
+    assert max(errors(model, 64)) < 1e-5
+    columns = torch.arange(4.0).expand(1, 1, 4, 4)
+    centres = equivariant_fpn._resize(columns, torch.empty(1, 1, 12, 12))[0, 0, 0, 1::3]
+    torch.testing.assert_close(centres, torch.arange(4.0))
+
+
+def test_strides_keep_the_borders():
+    row = equivariant_fpn._resize(torch.arange(3.0).expand(1, 1, 3, 3), torch.empty(1, 1, 5, 5))[0, 0, 0]
+    assert row.tolist() == [0, 0.5, 1, 1.5, 2]
+
+
+def plain_convolution(model):
+    model.levels[2].smooth.conv = nn.Conv2d(32, 32, 3, padding=1)
+
+
+def plain_encoder(model):
+    model.encoder.layer2[0].conv1.conv = nn.Conv2d(32, 64, 3, stride=2, padding=1)
+
+
+def no_pooling(model):
+    model.group_pool, model.classifier = nn.Identity(), nn.Conv2d(32, 3, 1)
+
+
+@pytest.mark.parametrize("broken", [plain_convolution, plain_encoder, no_pooling])
+def test_a_broken_layer_is_noticed(broken):
+    model = create()
+    broken(model)
+    assert min(errors(model)) > 1e-3
+
+
+def test_nearest_neighbours_are_noticed(monkeypatch):
+    model = create()
+    monkeypatch.setattr(equivariant_fpn, "_resize", lambda x, like: F.interpolate(x, like.shape[2:]))
+    assert max(errors(model)) > 1e-3
+
+
+def test_symmetries_that_the_group_lacks():
+    assert min(errors(create("test_c8resnet"), group="d1")) > 1e-3
+
+
+def test_sizes_that_are_not_exact():
+    model = create()
+    with torch.no_grad():
+        assert model(image((1, 3, 64, 70))).shape == (1, 3, 64, 70)
+    assert max(errors(model, 64)) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"num_classes": 0}, "num_classes=0 .*use 1 or more"),
+        ({"fields": 0}, "fields=0 .*use 1 or more"),
+        ({"name": "resnet18"}, "groups .*'c1'.*use an equivariant model"),
+        ({"name": "test_c1resnet"}, "groups .*'c1'.*use an equivariant model"),
+        ({"map_pool": "max"}, "groups .*'c1'.*without map_pool"),
+        ({"name": "test_d4vit"}, r"\['d4', 'c1', 'c1'\].*out_indices of its equivariant levels"),
+        ({"out_indices": (3, 1)}, r"levels \[3, 1\].*from fine to coarse"),
+    ],
+)
+def test_what_is_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        create(**kwargs)
+
+
+def test_levels_of_different_groups_are_refused():
+    encoder = timm.create_model("test_d4resnet", features_only=True)
+    encoder.feature_info.info[1]["group"] = "c4"
+    with pytest.raises(ValueError, match=r"\['d4', 'c4', .*of one group"):
+        EquivariantFPN(encoder, 1)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "name"), [({}, "EquivariantResNet"), ({"features_only": True, "feature_cls": "dict"}, "FeatureDictNet")]
+)
+def test_what_returns_no_list_is_refused(kwargs, name):
+    with pytest.raises(TypeError, match=f"{name} returns no list of maps: .*features_only=True"):
+        EquivariantFPN(timm.create_model("test_d4resnet", **kwargs), 1)
+
+
+@pytest.mark.parametrize("feature_cls", ["getter", "hook", "fx"])
+def test_other_ways_to_take_maps(feature_cls):
+    assert max(errors(create(feature_cls=feature_cls))) < 1e-5
+
+
+def test_training():
+    model = create().train()
+    mask = (X.mean(1) > X.mean()).long()  # [B, H, W]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = F.cross_entropy(model(X), mask)
+        optimizer.zero_grad()
+        loss.backward()
+        losses.append(loss.item())
+        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+        optimizer.step()
+    assert losses[-1] < 0.8 * losses[0]
+    assert max(errors(model)) < 1e-5
+
+
+@torch.no_grad()
+def test_state_dict_and_bfloat16():
+    model, other = create(), create()
+    assert not torch.allclose(model(X), other(X), rtol=0.1)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(model(X), other(X))
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model(X)
+    assert low.dtype == torch.bfloat16
+    assert (low - model(X)).abs().max() < 0.1 * model(X).abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
+def test_deployed_forms():
+    model, larger = create(out_indices=(0, 2)), image((2, 3, 97, 97))
+    expected = model(X)
+    fused = reparameterize_model(model)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
+    torch.testing.assert_close(fused(X), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.jit.script(model)(X), expected, rtol=1e-4, atol=1e-5)
+    n = torch.export.Dim("n", min=1, max=8)
+    program = torch.export.export(model, (X,), dynamic_shapes=({2: 32 * n + 1, 3: 32 * n + 1},))  # the exact sizes
+    torch.testing.assert_close(program.module()(X), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(program.module()(larger), model(larger), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")  # inside
+def test_compiled():
+    torch.compiler.reset()
+    model = create(out_indices=(0, 1))
+    outputs, gradients = [], []
+    for run in (torch.compile(model, backend="aot_eager", fullgraph=True), model):
+        model.zero_grad()
+        outputs.append(run(X))
+        outputs[-1].square().mean().backward()
+        gradients.append(model.encoder.conv1.conv.weight.grad.clone())
+    assert gradients[1].abs().max() > 0
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
