@@ -13,6 +13,7 @@ from equivision_timm.kernel_bases.from_escnn import to_geometric_tensor  # noqa:
 from equivision_timm.layers import ConvNormAct, FieldNorm, GroupPool, SteerableConv2d  # noqa: E402
 from equivision_timm.models import EquivariantBackbone, EquivariantFPN, EquivariantResNet, model_names  # noqa: E402
 from equivision_timm.testing import assert_equivariant, equivariance_error  # noqa: E402
+from equivision_timm.tools.tune import tune  # noqa: E402
 
 __all__ = [
     "ConvNormAct",
@@ -27,5 +28,6 @@ __all__ = [
     "equivariance_error",
     "model_names",
     "to_geometric_tensor",
+    "tune",
 ]
 __version__ = "0.2.0"

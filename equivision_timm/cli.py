@@ -126,6 +126,7 @@ def _parser() -> tuple[_Parser, argparse._SubParsersAction]:
     _add_predict(commands)
     _add_rotate_eval(commands)
     _add_show(commands)
+    _add_tune(commands)
     _add_fetch(commands)
     _add_publish(commands)
     _add_convert(commands)
@@ -265,6 +266,35 @@ def _show(args: argparse.Namespace) -> int:
 
     show(**{**_options(args), "angles": parse_angles(args.angles)})
     print(one_line(args.out))
+    return 0
+
+
+def _add_tune(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "tune",
+        help="measure which way to convolve is fastest here, layer by layer",
+        description="Measures each convolution of a model by every conv_strategy, then the model as a whole. Choices "
+        "that win are kept in the user's cache folder, where conv_strategy='auto', the default, finds them for the "
+        "same layers and input. The same call continues an interrupted one.",
+    )
+    add = parser.add_argument
+    add("name", metavar="MODEL", help="model of this package, e.g. c8resnet50")
+    add("--size", type=int, metavar="N", help="image size (default: the exact size near 224)")
+    add("-b", "--batch-size", type=int, default=8, metavar="N", help="images at a time (default: %(default)s)")
+    add("--amp", choices=("bfloat16", "float16"), default="", help="mixed precision (default: none)")
+    add("--channels-last", action="store_true", help="memory format")
+    add("--train", action="store_true", help="forward and backward (default: inference)")
+    add("--compile", dest="compiled", action="store_true", help="compile the model where it is measured as a whole")
+    add("--device", help="where to measure (default: cuda if there is one, else cpu)")
+    parser.set_defaults(
+        run=_tune, interrupted="the layers measured so far are kept, the same command goes on from there"
+    )
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from equivision_timm.tools.tune import run
+
+    run(**_options(args))
     return 0
 
 

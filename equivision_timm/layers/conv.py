@@ -75,7 +75,8 @@ def _choose(
                 "tensors with operations of their own: use 'auto', 'block_diagonal' or 'expand'"
             )
         return layer, "expand"
-    return layer, auto.choose(layer, x.shape) if strategy == "auto" else strategy
+    training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return layer, auto.choose(layer, x.shape, training) if strategy == "auto" else strategy
 
 
 @register_notrace_module  # keeps its weights packed, where timm traces a model for its features
@@ -191,8 +192,8 @@ class SteerableConv2d(nn.Module):
     def strategy_for(
         self, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype = torch.float32
     ) -> str:
-        """What `strategy` comes to for an input of `shape`, on `device`, computed in `dtype`: any but 'auto'."""
-        return auto.choose(self.describe(device, dtype), shape) if self.strategy == "auto" else self.strategy
+        """What `strategy` comes to in inference, for an input of `shape`, on `device`, in `dtype`: any but 'auto'."""
+        return auto.choose(self.describe(device, dtype), shape, False) if self.strategy == "auto" else self.strategy
 
     def reset_parameters(self) -> None:
         """Draw the coefficients, w_b ~ N(0, he_std_b^2 / in_fields)."""

@@ -56,7 +56,7 @@ def test_compiled_once(new_machine, monkeypatch, compiled):
         native_library.library(torch.float32)
     assert len(compiled) == 1
     native_library.library(torch.float64)
-    monkeypatch.setattr(native_library, "_processor", lambda: "another processor")
+    monkeypatch.setattr(native_library, "processor", lambda: "another processor")
     in_a_new_process()
     native_library.library(torch.float32)
     assert len(compiled) == 3

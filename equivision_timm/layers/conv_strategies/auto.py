@@ -1,4 +1,4 @@
-"""Which strategy is fastest for a layer: the one with the least estimate, of those that can compute it.
+"""Which strategy is fastest for a layer: what `tune` has measured here, or else the one with the least estimate.
 
 The estimates are made of products and of the values that pass through memory: those of the maps, of T and of the
 weights. Their constants fit 170 layers of all groups, each measured alone, as `scripts/benchmark.py --layers` does.
@@ -8,18 +8,28 @@ the definition alone has an estimate: many small matrices are no fast path on a 
 
 import math
 
+import torch
+
 from equivision_timm.layers.conv_strategies.contract import STRATEGIES, Layer
+from equivision_timm.layers.conv_strategies.measured import measured_choice
 
-__all__ = ["choose"]
+__all__ = ["choose", "estimated"]
 
 
-def choose(layer: Layer, shape: tuple[int, int, int, int]) -> str:
-    """The name of a strategy for an input of `shape` [B, I * H, height, width]."""
+def choose(layer: Layer, shape: tuple[int, int, int, int], training: bool) -> str:
+    """The name of a strategy for an input of `shape` [B, I * H, height, width], with gradients or without.
+
+    A network that torch.compile traces goes by the estimate: give it what `tune` returns.
+    """
+    if torch.compiler.is_compiling():
+        return estimated(layer, shape)
+    return measured_choice(layer, tuple(shape), training) or estimated(layer, shape)
+
+
+def estimated(layer: Layer, shape: tuple[int, int, int, int]) -> str:
+    """The name of the strategy with the least estimate, of those that can compute the layer."""
     best, least = "", math.inf
-    for (
-        name,
-        strategy,
-    ) in STRATEGIES.items():  # a loop, and no min(key=...), which torch.compile of torch 2.8 cannot read
+    for name, strategy in STRATEGIES.items():  # no min(key=...), which torch.compile of torch 2.8 cannot read
         if strategy.supports(layer) is None:
             seconds = strategy.estimate(layer, shape)
             if not best or seconds < least:

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["CLayer", "CSparse", "available", "fingerprint", "library", "why_not"]
+__all__ = ["CLayer", "CSparse", "available", "fingerprint", "library", "processor", "why_not"]
 
 _SOURCE = Path(__file__).with_name("native.c")
 _FLAGS = ("-O3", "-march=native", "-fPIC", "-shared", "-pthread")
@@ -119,7 +119,7 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
     name, *options = _compiler()
     command = [shutil.which(name), *options, *_FLAGS, f"-DREAL={_REALS[dtype]}"]  # gcc without PATH needs all of it
     version = _run(command[0], *options, "--version")
-    made_of = (_SOURCE.read_text(), *command, version, platform.machine(), _processor())
+    made_of = (_SOURCE.read_text(), *command, version, platform.machine(), processor())
     digest = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
     try:
         folder = _folder()
@@ -313,7 +313,7 @@ def _watch(command: tuple[str, ...], stop: threading.Event) -> tuple[str, int]:
             )
 
 
-def _processor() -> str:
+def processor() -> str:
     """What tells processors apart: a home folder may serve several machines."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []

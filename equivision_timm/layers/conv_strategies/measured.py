@@ -1,0 +1,125 @@
+"""Which strategy was measured as the fastest for a layer on this machine: the table that `tune` writes, 'auto' reads.
+
+A file holds what was measured under the same conditions (`conditions`): one device, one number of threads, one version
+of PyTorch and of this package. It lies in the user's cache folder, as readable JSON:
+
+    conditions    what all times depend on
+    layers        for each layer the seconds of each strategy
+    models        for each tuned model whether its choice of strategies won as a whole, and that choice by layer
+
+'auto' takes the choices of models that won. Other conditions, a file that is damaged, or a layer that is not there
+leave it as it is without a table.
+"""
+
+import hashlib
+import json
+import os
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+from equivision_timm.files import write_file
+from equivision_timm.layers.conv_strategies import native_library
+from equivision_timm.layers.conv_strategies.contract import STRATEGIES, Layer
+
+__all__ = ["conditions", "layer_key", "measured_choice", "read_table", "table_file", "update_table"]
+
+
+def measured_choice(layer: Layer, shape: tuple[int, ...], training: bool) -> str | None:
+    """The strategy that won for `layer` and an input of `shape`, with gradients or without; None where none did."""
+    choices = _choices(layer.device, torch.get_num_threads())
+    if not choices:
+        return None
+    name = choices.get(layer_key(layer, shape, training))
+    return name if name in STRATEGIES and STRATEGIES[name].supports(layer) is None else None
+
+
+def layer_key(layer: Layer, shape: tuple[int, ...], training: bool) -> str:
+    """The name of a layer in the table: what its time depends on besides the conditions."""
+    memory_format = "nhwc" if layer.memory_format == torch.channels_last else "nchw"
+    parts = (
+        layer.kernel.name,
+        f"{layer.in_fields}->{layer.out_fields}",
+        f"stride {layer.stride}",
+        f"dilation {layer.dilation}",
+        str(layer.dtype).removeprefix("torch."),
+        memory_format,
+        "x".join(map(str, shape)),
+        "train" if training else "eval",
+    )
+    return ", ".join(parts)
+
+
+def conditions(device: torch.device) -> dict[str, Any]:
+    """What the time of every layer on `device` depends on."""
+    import equivision_timm
+
+    if device.type == "cuda":
+        place = {"device": torch.cuda.get_device_name(device), "capability": torch.cuda.get_device_capability(device)}
+    else:
+        place = {"device": device.type, "processor": hashlib.sha256(native_library.processor().encode()).hexdigest()}
+        place |= {"threads": torch.get_num_threads(), "native": native_library.available()}
+    versions = {"torch": torch.__version__, "equivision_timm": equivision_timm.__version__}
+    return json.loads(json.dumps({**place, **versions}))  # tuples as lists, as in the file
+
+
+def table_file(device: torch.device) -> Path:
+    """Where the table for the present conditions lies, or would."""
+    digest = hashlib.sha256(json.dumps(conditions(device), sort_keys=True).encode()).hexdigest()
+    return _folder() / f"{digest[:16]}.json"
+
+
+def _folder() -> Path:
+    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return cache_home / "equivision_timm" / "tune"
+
+
+def read_table(device: torch.device) -> dict[str, Any]:
+    """The table for the present conditions; an empty one where there is none, or, with a warning, a damaged one."""
+    empty = {"conditions": conditions(device), "layers": {}, "models": {}}
+    path = table_file(device)
+    try:
+        table = json.loads(path.read_text())
+        whole = (
+            table["conditions"] == empty["conditions"]
+            and all(isinstance(seconds, dict) for seconds in table["layers"].values())
+            and all(isinstance(model["choice"], dict) and "won" in model for model in table["models"].values())
+        )
+    except FileNotFoundError:
+        return empty
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        whole, reason = False, f"{type(error).__name__}: {error}"
+    else:
+        reason = "it is for other conditions, or not a table"
+    if not whole:
+        warnings.warn(f"{path} is ignored ({reason}): run `tune` again, or remove it", RuntimeWarning, stacklevel=2)
+        return empty
+    return table
+
+
+def update_table(device: torch.device, part: str, name: str, value: dict[str, Any]) -> None:
+    """Set one entry of 'layers' or 'models'; entries that other processes have written meanwhile stay.
+
+    Raises:
+        OSError: the file cannot be written; an old one is unchanged.
+    """
+    path = table_file(device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        table = read_table(device)
+        table[part][name] = value
+        write_file(path, (json.dumps(table, indent=1) + "\n").encode())
+    _choices.cache_clear()
+
+
+@cache
+def _choices(device: torch.device, threads: int) -> dict[str, str]:
+    """All choices of models that won, by layer; read once in a process."""
+    if not _folder().is_dir() or device.type == "meta" or (device.type == "cuda" and not torch.cuda.is_available()):
+        return {}  # nothing was tuned; no values, or fake ones
+    models = read_table(device)["models"].values()
+    return {key: name for model in models if model["won"] for key, name in model["choice"].items()}
