@@ -39,8 +39,13 @@ def measured_choice(layer: Layer, shape: tuple[int, ...], training: bool) -> str
 
 
 def layer_key(layer: Layer, shape: tuple[int, ...], training: bool) -> str:
-    """The name of a layer in the table: what its time depends on besides the conditions."""
+    """The name of a layer in the table: what its time depends on besides the conditions.
+
+    On the CPU a strategy takes maps as they come and leaves them as it likes, so the format of a layer's input follows
+    from the choices for the layers before it, and has no part in the name.
+    """
     memory_format = "nhwc" if layer.memory_format == torch.channels_last else "nchw"
+    memory_format = "any format" if layer.device.type == "cpu" else memory_format
     parts = (
         layer.kernel.name,
         f"{layer.in_fields}->{layer.out_fields}",
