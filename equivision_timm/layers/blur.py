@@ -24,7 +24,6 @@ from equivision_timm.layers.conv_strategies.context import leaves_python, needs_
 __all__ = ["Blur2d", "get_aa_layer"]
 
 
-@register_notrace_module  # one node where timm traces a model for its features
 class Blur2d(nn.Module):
     """Binomial low pass of every channel by itself, then the stride: [B, C, H, W] -> [B, C, H', W'].
 
@@ -61,6 +60,9 @@ class Blur2d(nn.Module):
 
     def extra_repr(self) -> str:
         return f"taps={self.taps}, stride={self.stride}, padding={self.padding!r}"
+
+
+register_notrace_module(Blur2d)  # one node where timm traces a model for its features
 
 
 @torch.fx.wrap  # asks how the pixels lie in memory: one node in a graph of torch.fx

@@ -79,7 +79,6 @@ def _choose(
     return layer, auto.choose(layer, x.shape, training) if strategy == "auto" else strategy
 
 
-@register_notrace_module  # keeps its weights packed, where timm traces a model for its features
 class SteerableConv2d(nn.Module):
     """Convolution from `in_fields` fields to `out_fields` regular fields that commutes with the group; no bias.
 
@@ -292,3 +291,4 @@ class SteerableConv2d(nn.Module):
 
 
 remember(SteerableConv2d)
+register_notrace_module(SteerableConv2d)  # keeps its weights packed, where timm traces a model for its features

@@ -14,7 +14,6 @@ from equivision_timm.layers.stock import is_stock, no_global_hooks, remember
 __all__ = ["ConvNormAct"]
 
 
-@register_notrace_module  # as SteerableConv2d
 class ConvNormAct(nn.Module):
     """Convolution, norm, attention, drop, shortcut, activation: act(drop(attn(norm(conv(x)))) + shortcut).
 
@@ -142,3 +141,4 @@ class ConvNormAct(nn.Module):
 
 
 remember(ConvNormAct)
+register_notrace_module(ConvNormAct)  # as SteerableConv2d

@@ -11,7 +11,6 @@ from equivision_timm.layers.irreps import each_channel, irreps_of
 __all__ = ["IrrepNorm", "IrrepScale"]
 
 
-@register_notrace_module  # one node where timm traces a model for its features
 class IrrepNorm(nn.Module):
     """Layer norm of tokens in the irreps basis: [..., |G| * fields] -> the same shape; float32 inside for half types.
 
@@ -73,6 +72,9 @@ class IrrepNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.fields}, eps={self.eps}"
+
+
+register_notrace_module(IrrepNorm)  # one node where timm traces a model for its features
 
 
 @torch.fx.wrap  # asks for the type: one node in a graph of torch.fx

@@ -118,7 +118,6 @@ def each_channel(scales: torch.Tensor, plane: int) -> torch.Tensor:
     return torch.cat([scales, scales[scales.shape[0] - plane :]])
 
 
-@register_notrace_module  # one node where timm traces a model for its features
 class ChangeBasis(nn.Module):
     """From the irreps basis to the regular one or back: [|G|, ..., fields] -> the same shape, along the first axis.
 
@@ -145,6 +144,9 @@ class ChangeBasis(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.group!r}, to={self.to_basis!r}"
+
+
+register_notrace_module(ChangeBasis)  # one node where timm traces a model for its features
 
 
 @torch.fx.wrap  # asks for type and device: one node in a graph of torch.fx

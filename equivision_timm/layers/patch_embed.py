@@ -47,7 +47,7 @@ class EquivariantPatchEmbed(nn.Module):
         self.proj = TileConv2d(in_chans, fields, patch_size, group, device=device, dtype=dtype)
         self.set_input_size(img_size)
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Take images of this size; raises ValueError where the patch does not divide it."""
         height, width = to_2tuple(img_size)
@@ -61,7 +61,7 @@ class EquivariantPatchEmbed(nn.Module):
         self.grid_size = (height // p, width // p)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
         """Pixels of the image for one token, per side."""
         return self.patch_size[0] if as_scalar else self.patch_size

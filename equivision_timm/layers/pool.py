@@ -12,7 +12,6 @@ from equivision_timm.layers.stock import is_stock, remember
 __all__ = ["GroupPool", "InvariantPool", "MaxPool2d"]
 
 
-@register_notrace_module  # one node where timm traces a model for its features
 class MaxPool2d(nn.MaxPool2d):
     """`nn.MaxPool2d`, on the CPU always in the channels-last format, where PyTorch's kernel is several times faster."""
 
@@ -27,6 +26,7 @@ class MaxPool2d(nn.MaxPool2d):
 
 
 remember(MaxPool2d)
+register_notrace_module(MaxPool2d)  # one node where timm traces a model for its features
 
 
 @torch.fx.wrap  # asks how the pixels lie in memory: one node in a graph of torch.fx

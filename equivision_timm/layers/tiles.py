@@ -74,7 +74,6 @@ def _coupling(group: str, dtype: torch.dtype, device: torch.device) -> torch.Ten
     return weights.flatten(1).to(device, dtype)
 
 
-@register_notrace_module  # one node where timm traces a model for its features
 class UnfoldTiles(nn.Module):
     """Tiles [tile_count, ..., h, w] -> the map [|G|, ..., H, W].
 
@@ -104,6 +103,9 @@ class UnfoldTiles(nn.Module):
         else:
             blocks = _couple(values, self.group)
         return blocks.unflatten(1, stacked.shape[2:])
+
+
+register_notrace_module(UnfoldTiles)  # one node where timm traces a model for its features
 
 
 @torch.fx.wrap  # asks for type and device: one node in a graph of torch.fx

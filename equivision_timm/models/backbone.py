@@ -145,7 +145,7 @@ class EquivariantBackbone(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.forward_head(self.forward_features(x))
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def _stage_modules(self) -> list[nn.Module]:
         return [self.get_submodule(level["module"]) for level in self.feature_info[1:]]
 
@@ -190,12 +190,12 @@ class EquivariantBackbone(nn.Module):
 
     # What timm asks
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the stages in the backward pass instead of storing their activations."""
         self.grad_checkpointing = enable
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def get_classifier(self) -> nn.Module:
         """The linear classifier on the invariant fields."""
         return self.fc
@@ -235,7 +235,7 @@ class EquivariantBackbone(nn.Module):
         """`pool_stem` returns its input from now on; where the stem alone is left."""
         raise NotImplementedError
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def init_weights(self) -> None:
         """Draw all weights anew, for a model that came from the meta device, say."""
         for module in self.modules():
@@ -249,7 +249,7 @@ class EquivariantBackbone(nn.Module):
 
     # What users ask: exact sizes, strategies
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def is_exact(self, size: int | tuple[int, int]) -> bool:
         """Whether an image of this size, n or (height, width), may be rotated and reflected without any resampling.
 
@@ -264,7 +264,7 @@ class EquivariantBackbone(nn.Module):
         sides = [height, width] if rotates else [width] if elements else []
         return all(side % self._reduction() == 1 for side in sides)
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def exact_sizes(self, near: int = 224) -> tuple[int, int]:
         """The exact sizes, see `is_exact`, next to `near`: the largest that is not above, the smallest not below.
 
@@ -290,12 +290,12 @@ class EquivariantBackbone(nn.Module):
         """Whether the group leaves the logits unchanged."""
         return bool(self.group_pool.pool_type or self.map_pool.pool_type)
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def kernels(self) -> set[Kernel]:
         """The kernels that its coefficients are of."""
         return {module.kernel for module in self.modules() if isinstance(module, SteerableConv2d)}
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def set_conv_strategy(self, strategy: str | dict[str, str]) -> None:
         """How to compute the convolutions: faster or slower, with the same output but for float noise.
 
@@ -320,7 +320,7 @@ class EquivariantBackbone(nn.Module):
         for name, value in strategy.items():
             layers[name].strategy = value
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def cache_filters(self, enable: bool = True) -> None:
         """For serving: keep the filters of inference on their device from call to call, without reading the weights.
 
@@ -332,7 +332,7 @@ class EquivariantBackbone(nn.Module):
             if isinstance(module, SteerableConv2d):
                 module.caches_by_version = enable
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def conv_strategies(self, size: int = 224, batch_size: int = 8) -> dict[str, str]:
         """The strategy that each convolution takes for `batch_size` images of size x size pixels: {layer: strategy}."""
         device = next(self.parameters()).device
@@ -342,7 +342,7 @@ class EquivariantBackbone(nn.Module):
             for name, shape in shapes.items()
         }
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def conv_input_shapes(self, size: int = 224) -> dict[str, torch.Size]:
         """The input [1, C, H, W] of each convolution for an image of size x size pixels: {layer: shape}."""
         shapes: dict[str, torch.Size] = {}

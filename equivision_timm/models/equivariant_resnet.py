@@ -327,12 +327,12 @@ class EquivariantResNet(EquivariantBackbone):
     def remove_stem_pool(self) -> None:
         self.maxpool = nn.Identity()
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Patterns that group parameters by depth: the stem, then stages (coarse) or blocks."""
         return dict(stem=r"^conv1|^maxpool", blocks=r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)")
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def init_weights(self, zero_init_last: bool = False) -> None:
         """Draw all weights anew, for a model that came from the meta device, say."""
         super().init_weights()

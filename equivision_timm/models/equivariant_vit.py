@@ -353,7 +353,7 @@ class EquivariantViT(nn.Module):
                 f"Use img_size={fitting}, with dynamic_img_size=True to take {height} x {width} as well"
             ) from error
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def init_weights(self) -> None:
         """Draw all weights anew, for a model that came from the meta device, say."""
         for module in self.modules():
@@ -375,12 +375,12 @@ class EquivariantViT(nn.Module):
                             if name != "bias":
                                 parameter.div_((2.0 * number) ** 0.5)
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def no_weight_decay(self) -> set[str]:
         """Parameters without weight decay, besides those of one dimension."""
         return {"pos_embed", "cls_token", "reg_token"}
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that group parameters by depth: the embedding, then each block; the hand-over goes with the next."""
         after = 99999 if self.ends_equivariant else self.equivariant_depth
@@ -389,12 +389,12 @@ class EquivariantViT(nn.Module):
             blocks=[(r"^blocks\.(\d+)", None), (r"^hand_over", (after,)), (r"^norm|^fc_norm", (99999,))],
         )
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks in the backward pass instead of storing their activations."""
         self.grad_checkpointing = enable
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def get_classifier(self) -> nn.Module:
         """The linear classifier."""
         return self.head
@@ -411,7 +411,7 @@ class EquivariantViT(nn.Module):
             self.head = nn.Linear(self.head_hidden_size, num_classes, device=like.device, dtype=like.dtype)
         self.head.train(self.training)
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def is_exact(self, size: int | tuple[int, int]) -> bool:
         """Whether an image of this size, n or (height, width), may be rotated and reflected without any resampling."""
         sides = (size, size) if isinstance(size, int) else size
@@ -419,7 +419,7 @@ class EquivariantViT(nn.Module):
             return tuple(sides) == tuple(self.patch_embed.img_size)
         return all(side % patch == 0 for side, patch in zip(sides, self.patch_embed.patch_size, strict=True))
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def exact_sizes(self, near: int = 224) -> tuple[int, int]:
         """The exact sizes next to `near`: the largest that is not above, the smallest not below."""
         if not self.dynamic_img_size:
@@ -427,12 +427,12 @@ class EquivariantViT(nn.Module):
         patch = self.patch_embed.patch_size[0]
         return max(1, near // patch) * patch, max(1, -(-near // patch)) * patch
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def kernels(self) -> set[Kernel]:
         """None: its coefficients are of no kernels in a basis."""
         return set()
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def set_input_size(
         self,
         img_size: int | tuple[int, int] | None = None,
@@ -574,7 +574,7 @@ class EquivariantViT(nn.Module):
         x = self.norm(x) if fields == self.ends_equivariant else x
         return (self._fields(x) if fields else x), taken
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def get_intermediate_layers(
         self,
         x: torch.Tensor,
