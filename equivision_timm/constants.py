@@ -27,14 +27,14 @@ def constant(make: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """
 
     @cache
-    def cached(*args):
+    def cached(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         with ThreadPoolExecutor(1) as thread:
-            return thread.submit(make, *args).result()
+            return thread.submit(make, *args, **kwargs).result()
 
     @torch.compiler.assume_constant_result
     @wraps(make)
-    def made(*args):
-        return cached(*args)
+    def made(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        return cached(*args, **kwargs)
 
     return made
 

@@ -13,6 +13,7 @@ of timm.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -48,10 +49,10 @@ def equivariance_error(
         {element index: error}. The elements of `Group.grid_elements` are exact on the grid, the others resampled.
 
     Raises:
-        ValueError: an unknown type; or the output is zero or the same for both images, so that nothing was measured.
+        ValueError: an unknown type; a module that says neither group nor channels; or the output is zero or the same for both images, so that nothing was measured.
     """
-    parsed = Group.from_name(module.group if group is None else group)
-    in_channels = module.in_chans if in_channels is None else in_channels
+    parsed = Group.from_name(_of(module, "group", "group") if group is None else group)
+    channels = _of(module, "in_chans", "in_channels") if in_channels is None else in_channels
     for name, value, known in (
         ("input_type", input_type, ("trivial", "regular")),
         ("output_type", output_type, ("invariant", "trivial", "regular")),
@@ -61,7 +62,7 @@ def equivariance_error(
 
     parameter = next(module.parameters(), torch.empty(0))
     generator = torch.Generator().manual_seed(seed)
-    coarse = torch.randn(2, in_channels, 9, 9, generator=generator, dtype=torch.float64)
+    coarse = torch.randn(2, channels, 9, 9, generator=generator, dtype=torch.float64)
     x = F.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=True)
 
     def run(image: torch.Tensor) -> torch.Tensor:
@@ -97,7 +98,7 @@ def assert_equivariant(module: nn.Module, size: int = 225, tolerance: float = 1e
         >>> assert_equivariant(GroupPool(4), 9, group="c4", input_type="regular", output_type="trivial", in_channels=8)
     """
     errors = equivariance_error(module, size, **kwargs)
-    group = Group.from_name(kwargs.get("group") or module.group)
+    group = Group.from_name(kwargs.get("group") or _of(module, "group", "group"))
     wrong = {g: errors[g] for g in group.grid_elements if not errors[g] <= tolerance}
     if wrong:
         listed = ", ".join(f"{g}: {error:.1e}" for g, error in wrong.items())
@@ -185,6 +186,13 @@ def calibrate_norms(model: nn.Module, images: torch.Tensor) -> None:
             module.training = mode
 
 
+def _of(module: nn.Module, name: str, argument: str) -> Any:
+    """The attribute `name` of `module`, for an argument that was left out."""
+    if not hasattr(module, name):
+        raise ValueError(f"{type(module).__name__} has no attribute {name!r}: give {argument}=")
+    return getattr(module, name)
+
+
 def _behind_mask(images: torch.Tensor) -> torch.Tensor:
     """Faded to zero towards the border, so that a rotation brings nothing new into view."""
     if images.ndim != 4 or images.shape[2] != images.shape[3] or not len(images):
@@ -194,15 +202,16 @@ def _behind_mask(images: torch.Tensor) -> torch.Tensor:
 
 def _maps(model: nn.Module, images: torch.Tensor) -> list[tuple[str, int, torch.Tensor]]:
     """Of every stage its name, N of its group, and its map [B, C, H, W] as the model computes it."""
-    if not hasattr(model, "forward_intermediates") or not hasattr(model, "feature_info"):
+    forward, levels = getattr(model, "forward_intermediates", None), getattr(model, "feature_info", None)
+    if forward is None or levels is None:
         raise TypeError(
             f"{type(model).__name__} shows no maps of its stages: use a model of timm with forward_intermediates "
             "(not features_only, which hides what its channels are)"
         )
-    maps = model.forward_intermediates(images, intermediates_only=True)
+    maps = forward(images, intermediates_only=True)
     return [
         (info["module"], Group.from_name(info.get("group", "c1")).rotations, x.float())
-        for info, x in zip(model.feature_info, maps, strict=True)
+        for info, x in zip(levels, maps, strict=True)
     ]
 
 

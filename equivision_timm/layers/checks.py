@@ -78,7 +78,7 @@ def check_positionwise(norm_layer: Callable[..., nn.Module], fields: int) -> Non
     if not _commutes_with_permutation(lambda: norm_layer(fields), (2, fields, 4, 6), permute):
         raise ValueError(
             f"norm_layer {norm_layer!r} depends on the position, so the network would not be equivariant: "
-            "use 'batchnorm2d', 'groupnorm', 'layernorm2d' or 'instancenorm2d'"
+            "use 'batchnorm2d', 'groupnorm', 'layernorm2d' or nn.InstanceNorm2d"
         )
 
 

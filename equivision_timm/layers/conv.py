@@ -188,9 +188,7 @@ class SteerableConv2d(nn.Module):
         except RuntimeError as error:
             raise ValueError(str(error)) from error
 
-    def strategy_for(
-        self, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype = torch.float32
-    ) -> str:
+    def strategy_for(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> str:
         """What `strategy` comes to in inference, for an input of `shape`, on `device`, in `dtype`: any but 'auto'."""
         return auto.choose(self.describe(device, dtype), shape, False) if self.strategy == "auto" else self.strategy
 

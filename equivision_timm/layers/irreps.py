@@ -73,7 +73,7 @@ def irreps_of(name: str) -> Irreps:
 
 def plane_matrices(group: Group) -> torch.Tensor:
     """P [|G|, 2, 2] float64: how r^k f^p acts on the plane, R(90 k degrees) diag(-1, 1)^p."""
-    quarter_turns = [group.quarter_turns(g) for g in range(group.order)]
+    quarter_turns = [turns for g in range(group.order) if (turns := group.quarter_turns(g)) is not None]  # of all g
     cos = torch.tensor([(1.0, 0.0, -1.0, 0.0)[k] for k in quarter_turns], dtype=torch.float64, device="cpu")
     sin = torch.tensor([(0.0, 1.0, 0.0, -1.0)[k] for k in quarter_turns], dtype=torch.float64, device="cpu")
     first = torch.tensor([-1.0 if g >= group.rotations else 1.0 for g in range(group.order)], dtype=torch.float64)

@@ -2,7 +2,6 @@
 
 import torch
 import torch.nn as nn
-from timm.layers import to_2tuple
 from torch import _assert
 
 from equivision_timm.layers.tiles import TileConv2d
@@ -42,7 +41,7 @@ class EquivariantPatchEmbed(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        self.patch_size = to_2tuple(patch_size)
+        self.patch_size = (patch_size, patch_size)
         self.strict_img_size = strict_img_size
         self.proj = TileConv2d(in_chans, fields, patch_size, group, device=device, dtype=dtype)
         self.set_input_size(img_size)
@@ -50,7 +49,7 @@ class EquivariantPatchEmbed(nn.Module):
     @torch.jit.unused
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Take images of this size; raises ValueError where the patch does not divide it."""
-        height, width = to_2tuple(img_size)
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         p = self.patch_size[0]
         if height < p or width < p or height % p or width % p:
             raise ValueError(

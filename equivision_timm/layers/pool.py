@@ -15,8 +15,9 @@ __all__ = ["GroupPool", "InvariantPool", "MaxPool2d"]
 class MaxPool2d(nn.MaxPool2d):
     """`nn.MaxPool2d`, on the CPU always in the channels-last format, where PyTorch's kernel is several times faster."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _max_pool2d(x, self.kernel_size, self.stride, self.padding)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        sizes = self.kernel_size, self.stride, self.padding  # integers: TorchScript knows no other type for both
+        return _max_pool2d(input, *sizes)  # pyright: ignore[reportArgumentType]
 
     def fuse(self) -> nn.Module:
         """The stock layer, for deployment; called by timm's `reparameterize_model`."""

@@ -3,6 +3,7 @@
 A family (`equivariant_resnet.py`) adds its blocks, its network and a table of variants.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -239,8 +240,8 @@ class EquivariantBackbone(nn.Module):
     def init_weights(self) -> None:
         """Draw all weights anew, for a model that came from the meta device, say."""
         for module in self.modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            if callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
 
     @property
     def group_pool(self) -> GroupPool:
@@ -307,7 +308,7 @@ class EquivariantBackbone(nn.Module):
         Raises:
             ValueError: an unknown strategy or layer, or one that cannot run there. Then nothing is changed.
         """
-        layers = {name: m for name, m in self.named_modules() if isinstance(m, SteerableConv2d)}
+        layers = self._convolutions()
         if isinstance(strategy, str):
             strategy = {name: strategy for name, layer in layers.items() if layer.input_type == "regular"}
         unknown = [name for name in strategy if name not in layers]
@@ -336,21 +337,21 @@ class EquivariantBackbone(nn.Module):
     def conv_strategies(self, size: int = 224, batch_size: int = 8) -> dict[str, str]:
         """The strategy that each convolution takes for `batch_size` images of size x size pixels: {layer: strategy}."""
         device = next(self.parameters()).device
-        shapes = self.conv_input_shapes(size)
-        return {
-            name: self.get_submodule(name).strategy_for((batch_size, *shape[1:]), device)
-            for name, shape in shapes.items()
-        }
+        layers, shapes = self._convolutions(), self.conv_input_shapes(size)
+        return {name: layers[name].strategy_for((batch_size, *shape[1:]), device) for name, shape in shapes.items()}
+
+    def _convolutions(self) -> dict[str, SteerableConv2d]:
+        return {name: module for name, module in self.named_modules() if isinstance(module, SteerableConv2d)}
 
     @torch.jit.unused
     def conv_input_shapes(self, size: int = 224) -> dict[str, torch.Size]:
         """The input [1, C, H, W] of each convolution for an image of size x size pixels: {layer: shape}."""
         shapes: dict[str, torch.Size] = {}
-        hooks = [
-            layer.register_forward_pre_hook(lambda _, args, name=name: shapes.update({name: args[0].shape}))
-            for name, layer in self.named_modules()
-            if isinstance(layer, SteerableConv2d)
-        ]
+
+        def note(name: str, _: nn.Module, args: tuple[torch.Tensor]) -> None:
+            shapes[name] = args[0].shape
+
+        hooks = [layer.register_forward_pre_hook(partial(note, name)) for name, layer in self._convolutions().items()]
         was_training = self.training
         try:
             with torch.no_grad():

@@ -11,7 +11,7 @@ with n = 1 mod 32 (225, 257, ...). Turns by 45 degrees are approximate: the pixe
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
@@ -96,7 +96,7 @@ class BasicBlock(nn.Module):
         self.downsample = _shortcut(unit, in_fields, fields, stride, avg_down)
 
     def zero_init_last(self) -> None:
-        nn.init.zeros_(self.conv2.norm.per_field.weight)
+        _zero_norm(self.conv2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = self.downsample(x)
@@ -148,13 +148,24 @@ class Bottleneck(nn.Module):
         self.downsample = _shortcut(unit, in_fields, out_fields, stride, avg_down)
 
     def zero_init_last(self) -> None:
-        nn.init.zeros_(self.conv3.norm.per_field.weight)
+        _zero_norm(self.conv3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = self.downsample(x)
         x = self.conv1(x)
         x = self.aa(self.conv2(x))
         return self.conv3(x, shortcut)
+
+
+def _zero_norm(unit: ConvNormAct) -> None:
+    """Start a branch at zero: the weight of the norm it ends with."""
+    try:
+        weight = unit.get_parameter("norm.per_field.weight")
+    except AttributeError as error:
+        raise ValueError(
+            f"zero_init_last needs a norm with weights, but got {unit.norm.per_field}: leave it out"
+        ) from error
+    nn.init.zeros_(weight)
 
 
 def _split_stride(stride: int, aa_layer: Layer | None) -> tuple[int, nn.Module]:
@@ -222,6 +233,14 @@ class EquivariantResNet(EquivariantBackbone):
             global pooling, or with `map_pool`.
     """
 
+    if TYPE_CHECKING:  # assigned by name; annotations of a class would be read by TorchScript, which knows no modules
+        conv1: nn.Module
+        act1: nn.Module
+        layer1: nn.Module
+        layer2: nn.Module
+        layer3: nn.Module
+        layer4: nn.Module
+
     def __init__(
         self,
         block: type[BasicBlock] | type[Bottleneck],
@@ -256,11 +275,11 @@ class EquivariantResNet(EquivariantBackbone):
         dtype=None,
     ) -> None:
         super().__init__(group, in_chans, map_pool, drop_rate)
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         if output_stride not in (8, 16, 32):
             raise ValueError(f"output_stride {output_stride!r} does not exist: use 8, 16 or 32")
         act_layer = check_pointwise(act_layer)
-        norm_layer = _batch_norm_options(get_norm_layer(norm_layer), momentum=bn_momentum, eps=bn_eps)
+        norm_layer = _batch_norm_options(_norm_layer(norm_layer), momentum=bn_momentum, eps=bn_eps)
         check_positionwise(norm_layer, width)
 
         aa = get_aa_layer(aa_layer) if aa_layer else None
@@ -420,6 +439,17 @@ def _drop_block(stage: int, rate: float) -> Layer | None:
     return partial(DropBlock2d, drop_prob=rate, block_size=block_size, gamma_scale=gamma_scale)
 
 
+def _norm_layer(norm_layer: str | Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """The normalisation for a timm name or a class."""
+    try:
+        layer = get_norm_layer(norm_layer)
+    except (KeyError, AssertionError):
+        layer = None
+    if layer is None:
+        raise ValueError(f"unknown norm_layer {norm_layer!r}: use a name timm knows, such as 'batchnorm2d', or a class")
+    return layer
+
+
 def _batch_norm_options(norm_layer: Callable[..., nn.Module], **options: float | None) -> Callable[..., nn.Module]:
     """`norm_layer` with the batch norm options that are set; any other norm has none of them."""
     given = {name: value for name, value in options.items() if value is not None}
@@ -449,8 +479,9 @@ def _averaged_classifier(state_dict: dict[str, torch.Tensor], model: Equivariant
     sum_f (sum_g w[c, f, g]) mean_g x[f, g].
     """
     weight, order = state_dict.get("fc.weight"), model.group_pool.order
-    averages = model.group_pool.pool_type == "avg" and isinstance(model.fc, nn.Linear)
-    if weight is None or not averages or weight.shape[1] != order * model.fc.in_features:
+    if weight is None or model.group_pool.pool_type != "avg" or not isinstance(model.fc, nn.Linear):
+        return state_dict
+    if weight.shape[1] != order * model.fc.in_features:
         return state_dict
     summed = weight.unflatten(1, (-1, order)).sum(2)  # [classes, fields * |G|] -> [classes, fields]
     return {**state_dict, "fc.weight": summed}

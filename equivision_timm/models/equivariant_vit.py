@@ -89,7 +89,7 @@ class EquivariantBlock(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm1 = IrrepNorm(fields, group, eps=eps, **dd)
         self.attn = IrrepAttention(fields, num_heads, group, attn_drop=attn_drop, proj_drop=proj_drop, **dd)
         self.ls1 = IrrepScale(fields, group, init_values, **dd)
@@ -228,7 +228,7 @@ class EquivariantViT(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         equivariant_depth = depth // 2 if equivariant_depth is None else equivariant_depth
         self.group = group
         self.order = irreps_of(group).order
@@ -263,7 +263,7 @@ class EquivariantViT(nn.Module):
         self.patch_drop = PatchDropout(patch_drop_rate, self.num_prefix_tokens) if patch_drop_rate else nn.Identity()
 
         # Blocks: equivariant ones, the hand-over, ordinary ones
-        shared = {
+        shared: dict[str, Any] = {
             "num_heads": num_heads,
             "mlp_ratio": mlp_ratio,
             "init_values": init_values,
@@ -273,7 +273,7 @@ class EquivariantViT(nn.Module):
             "drop_path": drop_path_rate,
             **dd,
         }
-        norm_layer = partial(nn.LayerNorm, eps=1e-6)
+        norm_layer: Any = partial(nn.LayerNorm, eps=1e-6)  # timm's Block says that it takes classes alone
         self.blocks = nn.Sequential(
             *[EquivariantBlock(fields, group=group, eps=equivariant_eps, **shared) for _ in range(equivariant_depth)],
             *[
@@ -300,7 +300,7 @@ class EquivariantViT(nn.Module):
 
         # Head
         self.reads_fields = self.ends_equivariant
-        self.head_hidden_size = self.hand_over.out_features if invariants == "trivial" else embed_dim
+        self.head_hidden_size = fields if invariants == "trivial" else embed_dim
         self.fc_norm = nn.Identity()
         if self.reads_fields and invariants != "trivial":
             self.fc_norm = norm_layer(embed_dim, **dd)
@@ -360,8 +360,8 @@ class EquivariantViT(nn.Module):
             if isinstance(module, nn.Linear):
                 trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-            elif hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            elif callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
         trunc_normal_(self.pos_embed, std=0.16 * 0.5**0.5)
         if self.cls_token is not None:
             trunc_normal_(self.cls_token, std=0.16)
@@ -370,7 +370,7 @@ class EquivariantViT(nn.Module):
         if self.fix_init:
             with torch.no_grad():
                 for number, block in enumerate(self.blocks, start=1):
-                    for layer in (block.attn.proj, block.mlp.fc2):
+                    for layer in (block.get_submodule("attn.proj"), block.get_submodule("mlp.fc2")):
                         for name, parameter in layer.named_parameters():
                             if name != "bias":
                                 parameter.div_((2.0 * number) ** 0.5)
@@ -468,8 +468,9 @@ class EquivariantViT(nn.Module):
         x = self.patch_embed(x)
         positions = self.unfold(self.pos_embed).flatten(0, 1).flatten(1).t().unsqueeze(0)  # [1, N, |G| * fields]
         if self.dynamic_img_size:
+            new, old = [grid[0], grid[1]], [self.patch_embed.grid_size[0], self.patch_embed.grid_size[1]]
             positions = resample_abs_pos_embed(
-                positions, new_size=grid, old_size=self.patch_embed.grid_size, num_prefix_tokens=0, antialias=False
+                positions, new_size=new, old_size=old, num_prefix_tokens=0, antialias=False
             )
         tokens = [x + positions]
         rest = (self.order - 1) * self.fields  # channels of the other irreps, where these are zero
@@ -585,7 +586,7 @@ class EquivariantViT(nn.Module):
     ) -> list[Any]:
         """`forward_intermediates` as DINO calls it: tokens, or maps with `reshape`."""
         output_fmt = "NCHW" if reshape else "NLC"
-        return self.forward_intermediates(x, n, return_prefix_tokens, norm, False, output_fmt, True)
+        return list(self.forward_intermediates(x, n, return_prefix_tokens, norm, False, output_fmt, True))
 
     def prune_intermediate_layers(
         self,

@@ -17,7 +17,7 @@ import torch.nn as nn
 from huggingface_hub import constants, hf_hub_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from timm.models import PretrainedCfg, get_pretrained_cfg, resolve_pretrained_cfg
+from timm.models import PretrainedCfg, resolve_pretrained_cfg
 
 from equivision_timm.models.tensor_hash import TENSORS_SHA256, hash_tensors
 
@@ -64,9 +64,14 @@ def hub_id(model_name: str, tag: str) -> str | None:
     return f"{HUB_ORG}/{model_name}.{tag}@{published.revision}" if published else None
 
 
+def _tag(model_name: str) -> str:
+    """Of its weights, 'equivision_in1k'; '' for a model without."""
+    return resolve_pretrained_cfg(model_name).tag or ""
+
+
 def _with_tag(model_name: str) -> str:
-    """'c8resnet50.equivision_in1k'."""
-    return f"{model_name}.{get_pretrained_cfg(model_name).tag}"
+    """'c8resnet50.equivision_in1k'; the name alone for a model without weights."""
+    return f"{model_name}.{_tag(model_name)}".rstrip(".")
 
 
 def weights_folder() -> Path:
@@ -162,5 +167,6 @@ def _download(model_name: str, local_file: Path, cache_dir: str | Path | None) -
 def _is_ours(variant: str, cfg: PretrainedCfg) -> bool:
     """Whether they are the converted weights of `variant`, and no other source was named."""
     other = cfg.source or cfg.state_dict or cfg.file or cfg.url
-    tag = get_pretrained_cfg(variant).tag
-    return not other and (cfg.tag, cfg.hf_hub_id, cfg.hf_hub_filename) == (tag, hub_id(variant, tag), WEIGHTS_FILE)
+    tag = _tag(variant)
+    theirs = (cfg.tag or "", cfg.hf_hub_id, cfg.hf_hub_filename)
+    return not other and theirs == (tag, hub_id(variant, tag), WEIGHTS_FILE)

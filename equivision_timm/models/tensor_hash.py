@@ -26,7 +26,7 @@ def hash_tensors(state_dict: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(state_dict.items()):
         value = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
-        values = value.flatten().view(torch.uint8).numpy()
+        values = value.flatten().view(torch.uint8).numpy().data
         dtype = str(value.dtype).removeprefix("torch.")
         for part in (name.encode(), dtype.encode(), str(tuple(value.shape)).encode(), values):
             digest.update(len(part).to_bytes(8, "little"))  # so that no two state dicts give the same stream

@@ -46,7 +46,7 @@ def register_family(
     """
     home = sys.modules[module]
     cfgs = generate_default_cfgs({f"{n}.{v.tag}" if v.tag else n: dict(v.cfg) for n, v in variants.items()})
-    home.default_cfgs = {**getattr(home, "default_cfgs", {}), **cfgs}  # where register_model looks
+    vars(home)["default_cfgs"] = {**getattr(home, "default_cfgs", {}), **cfgs}  # where register_model looks
     for name in variants:
         _FAMILIES[name] = network
         setattr(home, name, register_model(_entrypoint(module, name, variants, create)))

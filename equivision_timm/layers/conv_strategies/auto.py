@@ -16,7 +16,7 @@ from equivision_timm.layers.conv_strategies.measured import measured_choice
 __all__ = ["choose", "estimated"]
 
 
-def choose(layer: Layer, shape: tuple[int, int, int, int], training: bool) -> str:
+def choose(layer: Layer, shape: tuple[int, ...], training: bool) -> str:
     """The name of a strategy for an input of `shape` [B, I * H, height, width], with gradients or without.
 
     A network that torch.compile traces goes by the estimate: give it what `tune` returns.
@@ -26,7 +26,7 @@ def choose(layer: Layer, shape: tuple[int, int, int, int], training: bool) -> st
     return measured_choice(layer, tuple(shape), training) or estimated(layer, shape)
 
 
-def estimated(layer: Layer, shape: tuple[int, int, int, int]) -> str:
+def estimated(layer: Layer, shape: tuple[int, ...]) -> str:
     """The name of the strategy with the least estimate, of those that can compute the layer."""
     best, least = "", math.inf
     for name, strategy in STRATEGIES.items():  # no min(key=...), which torch.compile of torch 2.8 cannot read

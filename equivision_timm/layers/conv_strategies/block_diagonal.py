@@ -52,7 +52,7 @@ class BlockDiagonal(Strategy):
             return f"it needs regular fields, but the input of this layer is {layer.kernel.input_type}"
         return None
 
-    def estimate(self, layer: Layer, shape: tuple[int, int, int, int]) -> float:
+    def estimate(self, layer: Layer, shape: tuple[int, ...]) -> float:
         if layer.device.type != "cpu":
             return math.inf
         batch, channels, height, width = shape

@@ -1,6 +1,7 @@
 """What a layer is called with: its input, and whether PyTorch records, transforms or watches the call."""
 
 import torch
+from torch._C._functorch import peek_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
@@ -25,7 +26,7 @@ def leaves_python() -> bool:
 @torch.compiler.assume_constant_result  # torch.compile has entered the transforms that it traces
 def _transforms() -> bool:
     """Whether `torch.func` transforms (grad, vmap, jvp, ...) or forward-mode derivatives are under way."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def needs_plain_operations(*tensors: torch.Tensor) -> bool:
@@ -52,4 +53,5 @@ def inference_only(*tensors: torch.Tensor) -> bool:
 
 def _is_plain(tensor: torch.Tensor) -> bool:
     """Whether it is a block of numbers whose operations are PyTorch's."""
-    return type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__ and tensor.layout == torch.strided
+    dispatch = torch.Tensor.__torch_dispatch__  # pyright: ignore[reportAttributeAccessIssue]  missing in PyTorch's stub
+    return getattr(type(tensor), "__torch_dispatch__", None) is dispatch and tensor.layout == torch.strided

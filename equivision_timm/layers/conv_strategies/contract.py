@@ -78,7 +78,7 @@ class Strategy(ABC):
         """None, or the reason why it cannot compute `layer` on this machine, and the remedy. Costs nothing."""
 
     @abstractmethod
-    def estimate(self, layer: Layer, shape: tuple[int, int, int, int]) -> float:
+    def estimate(self, layer: Layer, shape: tuple[int, ...]) -> float:
         """Seconds of one thread for an input of `shape`, by which 'auto' compares; infinite where nothing is known."""
 
     def prepare(self) -> None:  # noqa: B027  most need nothing

@@ -48,7 +48,7 @@ class Expand(Strategy):
     def supports(self, layer: Layer) -> None:
         return None
 
-    def estimate(self, layer: Layer, shape: tuple[int, int, int, int]) -> float:
+    def estimate(self, layer: Layer, shape: tuple[int, ...]) -> float:
         batch, channels, height, width = shape
         out_height, out_width = layer.out_size(height, width)
         filters = layer.out_fields * layer.order * channels * layer.kernel.size**2

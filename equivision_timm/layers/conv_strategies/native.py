@@ -53,7 +53,7 @@ class Native(Strategy):
             return f"it runs on the CPU, but this layer is on {layer.device}"
         return native_library.why_not()
 
-    def estimate(self, layer: Layer, shape: tuple[int, int, int, int]) -> float:
+    def estimate(self, layer: Layer, shape: tuple[int, ...]) -> float:
         """In low precision, where values are converted, and for the trivial group, without blocks, it is no choice."""
         if layer.dtype not in _REALS or layer.order == 1 or not native_library.available():
             return math.inf
@@ -129,7 +129,8 @@ def _backward(
     _same_dtype(x, weights, grad)
     dtype = x.dtype
     grad, x, weights = _readable(grad), _readable(x), _readable(weights)
-    layer, shape = _layer(x, *weights.shape[1:], kernel, stride, dilation)
+    _, out_fields, in_fields = weights.shape
+    layer, shape = _layer(x, out_fields, in_fields, kernel, stride, dilation)
     packed = dx = sums = dw = None
     threads, sums_size = torch.get_num_threads(), library(x.dtype).sums_size(ctypes.byref(layer))
     if for_x:

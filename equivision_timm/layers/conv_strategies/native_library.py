@@ -291,9 +291,16 @@ def _run(*command: str, check: bool = False) -> str:
 
 def _watch(command: tuple[str, ...], stop: threading.Event) -> tuple[str, int]:
     """What a command prints, and its exit status; killed with its whole group on `stop` or after the time limit."""
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     try:
-        started = subprocess.Popen(command, **pipes, text=True, errors="replace", start_new_session=True)
+        started = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
     except OSError as error:
         raise RuntimeError(f"conv_strategy 'native': {command[0]} cannot be started ({error}). {_REMEDY}") from error
     end = time.monotonic() + _TIME_LIMIT
