@@ -49,7 +49,8 @@ def equivariance_error(
         {element index: error}. The elements of `Group.grid_elements` are exact on the grid, the others resampled.
 
     Raises:
-        ValueError: an unknown type; a module that says neither group nor channels; or the output is zero or the same for both images, so that nothing was measured.
+        ValueError: an unknown type; a module that says neither group nor channels; or the output is zero or the same
+            for both images, so that nothing was measured.
     """
     parsed = Group.from_name(_of(module, "group", "group") if group is None else group)
     channels = _of(module, "in_chans", "in_channels") if in_channels is None else in_channels

@@ -92,7 +92,7 @@ def _check_size(root: list) -> None:
             path.append((child, iter(child)))
             continue
         path.pop()
-        inner = [sizes[id(child)] for child in parent]
+        inner = [size for child in parent if (size := sizes[id(child)]) is not None]  # of all
         size, depth = 1 + sum(n for n, _ in inner), 1 + max((d for _, d in inner), default=0)
         if size > _MOST_OBJECTS or depth > _MOST_LEVELS:
             raise ValueError(

@@ -23,6 +23,7 @@ from equivision_timm.checkpoints.folder import CONFIG_FILE
 from equivision_timm.checkpoints.rooms import Released, released
 from equivision_timm.checkpoints.strict_load import load_strictly
 from equivision_timm.files import check_writable
+from equivision_timm.models.attributes import attribute
 from equivision_timm.models.pretrained import WEIGHTS_FILE, local_folder
 from equivision_timm.models.tensor_hash import TENSORS_SHA256, hash_tensors
 
@@ -120,9 +121,10 @@ def model_card(model_name: str, repository: str, provenance: dict[str, str]) -> 
     parameters, gmacs = complexity(model_name)
     with torch.device("meta"):
         model = timm.create_model(model_name)
-    fields = model.feature_info[-1]["num_fields"]
+    fields, channels = attribute(model, "feature_info", list)[-1]["num_fields"], attribute(model, "num_features", int)
+    license = attribute(model, "pretrained_cfg", dict)["license"]
     metadata = ModelCardData(
-        license=model.pretrained_cfg["license"],
+        license=license,
         library_name="timm",
         pipeline_tag="image-classification",
         tags=["image-classification", "timm", "equivariance", "group-convolution"],
@@ -134,14 +136,14 @@ def model_card(model_name: str, repository: str, provenance: dict[str, str]) -> 
     return template.substitute(
         metadata=metadata.to_yaml(),
         name=repository.split("/")[1],
-        license=model.pretrained_cfg["license"],
+        license=license,
         description=model_entrypoint(model_name).__doc__,
         project=entry.project,
         source=entry.source,
         repository=repository,
-        channels=model.num_features,
+        channels=channels,
         fields=fields,
-        order=model.num_features // fields,
+        order=channels // fields,
         parameters=f"{parameters / 1e6:.2f}",
         gmacs=f"{gmacs:.2f}",
         reported="\n".join(

@@ -11,15 +11,16 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import timm
 import torch
+import torch.nn as nn
 from safetensors import safe_open
 from safetensors.torch import load_file
-from timm.models import get_pretrained_cfg
+from timm.models import resolve_pretrained_cfg
 
 from equivision_timm.checkpoints.folder import CONFIG_FILE, read_provenance
-from equivision_timm.models import EquivariantBackbone, family_of, model_names
+from equivision_timm.models import EquivariantBackbone, EquivariantViT, family_of, model_names
 from equivision_timm.models.pretrained import WEIGHTS_FILE, find_weights
+from equivision_timm.models.variants import create
 
 __all__ = ["Loaded", "load_strictly"]
 
@@ -41,7 +42,7 @@ class Loaded:
     """
 
     name: str
-    model: EquivariantBackbone
+    model: EquivariantBackbone | EquivariantViT
     weights: Path
     state_dict: dict[str, torch.Tensor]
     provenance: dict[str, str]
@@ -73,7 +74,7 @@ def load_strictly(target: str) -> Loaded:
     if provenance.get("model", name) != name:
         raise ValueError(f"{weights} should hold {name}, but its metadata say that it is for {provenance['model']!r}")
     _check_shapes(weights, name, sizes)
-    model = timm.create_model(name, **sizes).eval()
+    model = create(name, EquivariantBackbone, EquivariantViT, **sizes).eval()
     loaded = Loaded(name, model, weights, load_file(weights), provenance)
     model.load_state_dict(loaded.state_dict)
     _check_entries(model, loaded)
@@ -87,18 +88,18 @@ def _our_models() -> list[str]:
 def _check_name(name: object, path: Path) -> str:
     if name is None:
         raise ValueError(f"{path} does not say which model it is for: verify its folder, with {CONFIG_FILE}")
-    if name not in _our_models():
+    if not isinstance(name, str) or name not in _our_models():
         raise ValueError(f"{path} says that it is for {name!r}, which is not one of our models")
     return name
 
 
 def _weights_of(name: str) -> Path:
     """The weights that `create_model(name, pretrained=True)` loads."""
-    cfg = get_pretrained_cfg(name)
+    cfg = resolve_pretrained_cfg(name)
     if cfg.file:
         return Path(cfg.file)
     if cfg.hf_hub_filename == WEIGHTS_FILE:
-        return find_weights(cfg.architecture)
+        return find_weights(name.partition(".")[0])
     raise ValueError(f"{name} has no pretrained weights: name a model folder or a safetensors file")
 
 
@@ -108,9 +109,9 @@ def _read_config(path: Path) -> tuple[str, dict[str, int]]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
-    parts = [config] if isinstance(config, dict) else [None]
-    parts += [config.get(key, {}) for key in ("model_args", "pretrained_cfg") if parts[0] is not None]
-    if not all(isinstance(part, dict) for part in parts):
+    keys = ("model_args", "pretrained_cfg")
+    parts = [config, *(config.get(key, {}) for key in keys)] if isinstance(config, dict) else []
+    if not parts or not all(isinstance(part, dict) for part in parts):
         raise ValueError(f"{path} is no config of timm: convert or save the model again")
     config, args, data = parts
     name = _check_name(config.get("architecture"), path)
@@ -138,7 +139,8 @@ def _read_config(path: Path) -> tuple[str, dict[str, int]]:
 def _check_shapes(weights: Path, name: str, sizes: dict[str, int]) -> None:
     """Compare the names and shapes in the header of the file with those of the model, which need no memory."""
     with torch.device("meta"):
-        expected = {key: tuple(value.shape) for key, value in timm.create_model(name, **sizes).state_dict().items()}
+        model = create(name, EquivariantBackbone, EquivariantViT, **sizes)
+        expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     with safe_open(weights, framework="pt") as file:
         found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118  (no dictionary)
     differ = [key for key in {**expected, **found} if expected.get(key) != found.get(key)]
@@ -150,7 +152,7 @@ def _check_shapes(weights: Path, name: str, sizes: dict[str, int]) -> None:
         )
 
 
-def _check_entries(model: EquivariantBackbone, loaded: Loaded) -> None:
+def _check_entries(model: nn.Module, loaded: Loaded) -> None:
     state = model.state_dict()
     differ = [key for key, value in loaded.state_dict.items() if not _same(state[key], value)]
     if differ:
@@ -168,9 +170,9 @@ def _same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     return bool(((ours == theirs) | (ours.isnan() & theirs.isnan())).all())
 
 
-def _as_timm_builds_it(folder: Path, loaded: Loaded) -> EquivariantBackbone:
+def _as_timm_builds_it(folder: Path, loaded: Loaded) -> EquivariantBackbone | EquivariantViT:
     """The model that `create_model('local-dir:...')` gives, which must be the one of the same name."""
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    model = create(f"local-dir:{folder}", EquivariantBackbone, EquivariantViT, pretrained=True).eval()
     if type(model) is not family_of(loaded.name) or list(model.state_dict()) != list(loaded.model.state_dict()):
         raise ValueError(f"timm makes another model of {folder} than {loaded.name}")
     _check_entries(model, loaded)

@@ -11,8 +11,8 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn as nn
-from timm.data import create_dataset, create_loader, resolve_data_config
-from timm.models import get_pretrained_cfg
+from timm.data import create_loader, resolve_data_config
+from timm.models import resolve_pretrained_cfg
 from timm.utils import AverageMeter, accuracy
 from tqdm import tqdm
 
@@ -28,11 +28,14 @@ from equivision_timm.checkpoints.equivision.signs import (
 from equivision_timm.checkpoints.rooms import released
 from equivision_timm.checkpoints.strict_load import Loaded, load_strictly
 from equivision_timm.groups import Group
+from equivision_timm.images.from_timm import image_dataset
 from equivision_timm.images.photographs import load_crops
 from equivision_timm.kernel_bases import are_bases, bases_sha256
 from equivision_timm.layers import ConvNormAct
 from equivision_timm.models import EquivariantBackbone, EquivariantResNet, EquivariantViT, model_names
+from equivision_timm.models.attributes import attribute
 from equivision_timm.models.tensor_hash import TENSORS_SHA256, hash_tensors
+from equivision_timm.models.variants import create
 from equivision_timm.testing import equivariance_error
 
 __all__ = ["Check", "as_json", "as_table", "check_files", "verify"]
@@ -115,8 +118,8 @@ def _origin(loaded: Loaded) -> Iterator[Check]:
 
 def _preprocessing(loaded: Loaded) -> Iterator[Check]:
     """What is done to an image before the network sees it; for weights of the original it is known."""
-    found = resolve_data_config({}, pretrained_cfg=loaded.model.pretrained_cfg)
-    known = resolve_data_config({}, pretrained_cfg=get_pretrained_cfg(loaded.name).to_dict())
+    found = resolve_data_config({}, pretrained_cfg=attribute(loaded.model, "pretrained_cfg", dict))
+    known = resolve_data_config({}, pretrained_cfg=resolve_pretrained_cfg(loaded.name).to_dict())
     differ = [f"{key} {found[key]}" for key in known if _listed(found[key]) != _listed(known[key])]
     is_original = "source_sha256" in loaded.provenance
     finding = f"{', '.join(differ)}, unlike the original's" if differ else "that of the original"
@@ -137,7 +140,7 @@ def _finite(state: dict[str, torch.Tensor]) -> Iterator[Check]:
 class _Maps(nn.Module):
     """The maps of a model."""
 
-    def __init__(self, model: EquivariantBackbone) -> None:
+    def __init__(self, model: EquivariantBackbone | EquivariantViT) -> None:
         super().__init__()
         self.model, self.group, self.in_chans = model, model.group, model.in_chans
 
@@ -195,15 +198,15 @@ def _statistics(loaded: Loaded, images: str | Path | None) -> Iterator[Check]:
     )
     yield Check("statistics", None if every.isfinite().all() else False, finding)
     if every.isfinite().all():
-        yield from _rivals(loaded, crops, rms)
+        yield from _rivals(loaded, loaded.model, crops, rms)
 
 
-def _rivals(loaded: Loaded, crops: torch.Tensor, rms: float) -> Iterator[Check]:
+def _rivals(loaded: Loaded, model: EquivariantResNet, crops: torch.Tensor, rms: float) -> Iterator[Check]:
     """Is it the model that it is said to be? Those of D_4 and C_8 have the same names and shapes, other statistics."""
-    own = fit_as_it_stands(loaded.model, crops)
-    coefficients = _as_in_the_checkpoint(loaded)
+    own = fit_as_it_stands(model, crops)
+    coefficients = _as_in_the_checkpoint(loaded, model)
     for name in _same_shapes(loaded):
-        rival = timm.create_model(name, num_classes=loaded.model.num_classes)
+        rival = create(name, EquivariantResNet, num_classes=model.num_classes)
         rival.load_state_dict(coefficients)
         fit = best_fit(rival, crops, descend=False)
         other = torch.cat(fit.residuals).square().mean().sqrt().item()
@@ -215,7 +218,10 @@ def _rivals(loaded: Loaded, crops: torch.Tensor, rms: float) -> Iterator[Check]:
 
 def _same_shapes(loaded: Loaded) -> list[str]:
     """The other models of ours that the entries fit."""
-    prefix, suffix = re.fullmatch(r"(test_)?[cd]\d+(r.*)", loaded.name).groups("")
+    named = re.fullmatch(r"(test_)?[cd]\d+(r.*)", loaded.name)
+    if named is None:  # of a family elsewhere
+        return []
+    prefix, suffix = named.groups("")
     shapes = {name: value.shape for name, value in loaded.state_dict.items()}
     names = []
     for name in fnmatch.filter(model_names(), f"{prefix}[cd]*{suffix}"):
@@ -226,25 +232,25 @@ def _same_shapes(loaded: Loaded) -> list[str]:
     return names
 
 
-def _as_in_the_checkpoint(loaded: Loaded) -> dict[str, torch.Tensor]:
+def _as_in_the_checkpoint(loaded: Loaded, model: EquivariantResNet) -> dict[str, torch.Tensor]:
     """The entries with the signs of the converter undone: what another model would have been converted from."""
     signs = loaded.provenance.get("signs")
     if signs is None:
         return loaded.state_dict
-    model = copy.deepcopy(loaded.model)
+    model = copy.deepcopy(model)
     weights = {name: module.conv.weight for name, module in model.named_modules() if isinstance(module, ConvNormAct)}
     apply_signs(model, {name: weight.detach().clone() for name, weight in weights.items()}, signs)
     return model.state_dict()
 
 
-def _accuracy(model: EquivariantBackbone, data: str | Path) -> Iterator[Check]:
+def _accuracy(model: EquivariantBackbone | EquivariantViT, data: str | Path) -> Iterator[Check]:
     """Top-1 and top-5; where the original reported a figure, ours must not fall short of it beyond chance."""
     config = resolve_data_config({}, model=model)
     if not Path(data).is_dir():
         yield Check("accuracy", False, f"{data} is no folder of labelled images")
         return
     try:
-        dataset = create_dataset("", root=str(data), split="validation")
+        dataset = image_dataset(str(data), "validation")
     except (OSError, RuntimeError, ValueError) as error:
         yield Check("accuracy", False, f"{data}: {error}")
         return
@@ -258,7 +264,7 @@ def _accuracy(model: EquivariantBackbone, data: str | Path) -> Iterator[Check]:
         for batch, labels in tqdm(loader, desc="accuracy"):
             for meter, value in zip(meters, accuracy(model(batch), labels, topk=(1, 5)), strict=True):
                 meter.update(value.item(), len(labels))
-    reported = released().get(model.pretrained_cfg["architecture"])
+    reported = released().get(attribute(model, "pretrained_cfg", dict)["architecture"])
     for name, meter in zip(("top-1", "top-5"), meters, strict=True):
         expected = reported.reported.get(name.replace("-", "")) if reported else None
         finding, ok = f"{meter.avg:.2f} % of {meter.count} images", None

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 from timm.data import get_img_extensions, set_img_extensions
 
 __all__ = ["ENDINGS", "MOST_PIXELS", "PictureError", "every_ending", "open_rgb"]
@@ -109,7 +110,7 @@ def _scale(file: Image.Image, name: str) -> np.ndarray:
         )
     grey = values * (255 / top)
     tag, white_is_zero = _WHITE_IS_ZERO
-    if file.format == "TIFF" and file.tag_v2.get(tag) == white_is_zero:
+    if isinstance(file, TiffImageFile) and file.tag_v2.get(tag) == white_is_zero:
         grey = 255 - grey
     return np.rint(grey).astype(np.uint8)
 

@@ -17,6 +17,7 @@ beyond that its reflection, not black triangles that tell the angle.
 import math
 import os
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -24,10 +25,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.data import create_dataset
 from timm.data.dataset_factory import _TORCH_BASIC_DS
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
+from equivision_timm.images.from_timm import folder_reader
 from equivision_timm.images.pictures import PictureError, every_ending, open_rgb
 
 __all__ = ["LIMITS", "RotatedFolder", "rotate", "rotate_image"]
@@ -107,14 +108,14 @@ class RotatedFolder(torch.utils.data.Dataset):
         if not 0 < limit <= 180:
             raise ValueError(f"images cannot be turned by up to {limit} degrees: use a limit above 0 and up to 180")
         with every_ending():
-            self.images = create_dataset("", root, split="train" if train else "validation", **reader_options)
+            self.reader = folder_reader(root, "train" if train else "validation", **reader_options)
         self.train = train
         self.limit = limit
-        self.transform = None  # set by timm's loader
-        self.target_transform = None
+        self.transform: Callable[[Any], Any] | None = None  # set by timm's loader
+        self.target_transform: Callable[[Any], Any] | None = None
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.reader)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image, target = self._read(index)
@@ -128,11 +129,12 @@ class RotatedFolder(torch.utils.data.Dataset):
 
     def _read(self, index: int) -> tuple[Image.Image, int]:
         """The first picture from `index` on that can be read, as timm does it; the others are named in a warning."""
-        reader, faults = self.images.reader, []
+        reader, faults = self.reader, []
         for i in range(index, index + min(_MOST_FAULTS, len(reader))):
             i %= len(reader)
             try:
-                image, target = open_rgb(reader.filename(i, absolute=True)), reader.samples[i][1]
+                path, target = reader.samples[i]
+                image = open_rgb(path)
             except PictureError as error:
                 faults.append(str(error))
                 continue
@@ -143,12 +145,13 @@ class RotatedFolder(torch.utils.data.Dataset):
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
         """As in timm's `ImageDataset`."""
-        return self.images.filename(index, basename, absolute)
+        return str(self.reader.filename(index, basename, absolute))
 
     def filenames(self, basename: bool = False, absolute: bool = False) -> list[str]:
         """As in timm's `ImageDataset`."""
-        return self.images.filenames(basename, absolute)
+        return list(map(str, self.reader.filenames(basename, absolute)))
 
 
-_TORCH_BASIC_DS["rotated_folder"] = RotatedFolder
-_TORCH_BASIC_DS.update({f"rotated_folder_{limit}": partial(RotatedFolder, limit=limit) for limit in LIMITS})
+_NAMES: dict[str, Any] = _TORCH_BASIC_DS
+_NAMES["rotated_folder"] = RotatedFolder
+_NAMES.update({f"rotated_folder_{limit}": partial(RotatedFolder, limit=limit) for limit in LIMITS})

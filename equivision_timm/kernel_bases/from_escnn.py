@@ -12,8 +12,8 @@ from equivision_timm.groups import Group
 from equivision_timm.kernel_bases.kernel import Kernel
 
 if TYPE_CHECKING:
-    from escnn.gspaces import GSpace2D
-    from escnn.nn import FieldType, GeometricTensor
+    from escnn.gspaces import GSpace2D  # pyright: ignore[reportMissingImports]  an extra
+    from escnn.nn import FieldType, GeometricTensor  # pyright: ignore[reportMissingImports]  an extra
 
 __all__ = ["field_type", "gspace", "import_escnn", "sample_kernels", "to_geometric_tensor"]
 
@@ -25,9 +25,9 @@ def import_escnn() -> Any:
         ImportError: the extra is not installed.
     """
     try:
-        import escnn
-        import escnn.gspaces
-        import escnn.nn
+        import escnn  # pyright: ignore[reportMissingImports]  an extra
+        import escnn.gspaces  # pyright: ignore[reportMissingImports]  an extra
+        import escnn.nn  # pyright: ignore[reportMissingImports]  an extra
     except ImportError as error:
         raise ImportError(
             f"this needs escnn, which cannot be imported ({error}): pip install 'equivision-timm[escnn]' "

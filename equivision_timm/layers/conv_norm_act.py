@@ -1,6 +1,7 @@
 """The unit that networks are written in: act(norm(conv(x)) + shortcut). What may run as one is decided here alone."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -58,12 +59,12 @@ class ConvNormAct(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        kernel = {"input_type": input_type, "cutoff": cutoff, "low_pass": low_pass}
-        self.conv = SteerableConv2d(
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        kernel: dict[str, Any] = {"input_type": input_type, "cutoff": cutoff, "low_pass": low_pass}
+        self.conv: SteerableConv2d = SteerableConv2d(
             in_fields, out_fields, kernel_size, group, stride=stride, dilation=dilation, **kernel, **dd
         )
-        self.norm = FieldNorm(out_fields, self.conv.order, norm_layer, **dd)
+        self.norm: FieldNorm = FieldNorm(out_fields, self.conv.order, norm_layer, **dd)
         self.attn = nn.Identity() if attn is None else attn
         self.drop = nn.Identity() if drop is None else drop
         self.act = nn.Identity() if act_layer is None else act_layer()
@@ -110,19 +111,25 @@ class ConvNormAct(nn.Module):
             and self.norm.per_field.running_mean is not None
         )
 
-    def _norm_to_fuse(self) -> tuple[Callable, list[torch.Tensor], float]:
-        """What makes the weights with the norm in them; the tensors and the number that it depends on."""
+    def _batch_norm(self) -> nn.modules.batchnorm._BatchNorm:
         norm = self.norm.per_field
+        assert isinstance(norm, nn.modules.batchnorm._BatchNorm)  # `_is_batch_norm`
+        return norm
+
+    def _norm_to_fuse(self) -> tuple[Callable[..., Any], list[torch.Tensor], float]:
+        """What makes the weights with the norm in them; the tensors and the number that it depends on."""
+        norm = self._batch_norm()
         statistics = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
         return self._with_norm, [t for t in statistics if t is not None], norm.eps
 
     def _with_norm(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """w' = w gamma / sqrt(var + eps),  bias = beta - mean gamma / sqrt(var + eps), field by field."""
-        norm = self.norm.per_field
-        gamma = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight
-        beta = torch.zeros_like(norm.running_mean) if norm.bias is None else norm.bias
-        scale = gamma * torch.rsqrt(norm.running_var + norm.eps)
-        return weight * scale[:, None, None, None], beta - norm.running_mean * scale
+        norm = self._batch_norm()
+        mean, var = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
+        gamma = torch.ones_like(var) if norm.weight is None else norm.weight
+        beta = torch.zeros_like(mean) if norm.bias is None else norm.bias
+        scale = gamma * torch.rsqrt(var + norm.eps)
+        return weight * scale[:, None, None, None], beta - mean * scale
 
     @torch.jit.unused
     def fuse(self) -> nn.Module:
@@ -133,10 +140,10 @@ class ConvNormAct(nn.Module):
         """
         if is_stock(self, ConvNormAct) and is_stock(self.conv, SteerableConv2d):
             if self._is_batch_norm():
-                self.conv = self.conv.plain_conv(*self._with_norm(self.conv.weight)).train(self.training)
-                self.norm = nn.Identity()
+                self.add_module("conv", self.conv.plain_conv(*self._with_norm(self.conv.weight)).train(self.training))
+                self.add_module("norm", nn.Identity())
             else:
-                self.conv = self.conv.plain_conv(self.conv.weight, None).train(self.training)
+                self.add_module("conv", self.conv.plain_conv(self.conv.weight, None).train(self.training))
         return self
 
 

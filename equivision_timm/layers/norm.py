@@ -43,7 +43,7 @@ class FieldNorm(nn.Module):
         super().__init__()
         self.fields = fields
         self.order = order
-        self.per_field = norm_layer(fields, device=device, dtype=dtype)
+        self.per_field: nn.Module = norm_layer(fields, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting() and self._goes_by_channel(x):

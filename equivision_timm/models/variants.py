@@ -3,13 +3,14 @@
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.nn as nn
-from timm.models import generate_default_cfgs, register_model
+from timm.models import create_model, generate_default_cfgs, register_model
 
-__all__ = ["Variant", "family_of", "forget", "is_ours", "model_names", "register_family"]
+__all__ = ["Variant", "create", "family_of", "forget", "is_ours", "model_names", "register_family"]
 
+Network = TypeVar("Network", bound=nn.Module)
 _FAMILIES: dict[str, type[nn.Module]] = {}  # by model name
 
 
@@ -72,6 +73,19 @@ def _entrypoint(
 def model_names(network: type[nn.Module] = nn.Module) -> list[str]:
     """The registered models of this package and of families outside it, sorted; those whose class is a `network`."""
     return sorted(name for name, family in _FAMILIES.items() if issubclass(family, network))
+
+
+def create(model_name: str, *networks: type[Network], **keywords: Any) -> Network:
+    """`timm.create_model(model_name, **keywords)`, for a model of one of the classes `networks`.
+
+    Raises:
+        ValueError: it is of another class.
+    """
+    model = create_model(model_name, **keywords)
+    if not isinstance(model, networks):
+        names = " or ".join(network.__name__ for network in networks)
+        raise ValueError(f"{model_name} is a {type(model).__name__}, no {names}: use another model")
+    return model
 
 
 def family_of(model_name: str) -> type[nn.Module]:

@@ -6,7 +6,7 @@ All lie in the package, have about as many parameters, and saw the same digits i
 held out. What comes out is a table, what the table means, and a picture.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
@@ -17,11 +17,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from safetensors.torch import load_file
 from tqdm import tqdm
 
 from equivision_timm.arguments import one_line
 from equivision_timm.images.rotation import rotate
+from equivision_timm.models.attributes import attribute
 from equivision_timm.tools.figures import check_figure_file, plain_text, save_figure
 from equivision_timm.tools.rotate_eval.measure import averaged
 
@@ -109,7 +111,7 @@ def turn(digits: torch.Tensor, degrees: float, size: int) -> torch.Tensor:
 @torch.inference_mode()
 def predict(model: nn.Module, digits: torch.Tensor, degrees: float, turns: int = 1) -> torch.Tensor:
     """The classes [N] that `model` gives to digits [N, H, W], turned by an angle; by the mean of `turns` rotations."""
-    cfg = model.pretrained_cfg
+    cfg = attribute(model, "pretrained_cfg", dict)
     channels, size, _ = cfg["input_size"]
     mean, std = (torch.tensor(cfg[key])[:, None, None] for key in ("mean", "std"))
     classes, logits = [], averaged(model, turns)
@@ -142,7 +144,7 @@ def _table(predictions: dict[Network, torch.Tensor], labels: torch.Tensor, angle
     return "\n".join(lines)
 
 
-def _row(title: str, values: Sequence[torch.Tensor], columns: Sequence[str]) -> str:
+def _row(title: str, values: Sequence[torch.Tensor], columns: Iterable[str]) -> str:
     cells = (f"{value:.1f}".rjust(len(column)) for value, column in zip(values, columns, strict=True))
     return f"{title:>5}  " + "  ".join(cells)
 
@@ -186,9 +188,8 @@ def _meaning(predictions: dict[Network, torch.Tensor], labels: torch.Tensor, ang
 def _picture(
     predictions: dict[Network, torch.Tensor], digits: torch.Tensor, labels: torch.Tensor, angles: Sequence[int]
 ) -> Figure:
-    figure = Figure(figsize=(13, 6.4), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.12)
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.2))
+    figure = Figure(figsize=(13, 6.4), layout=ConstrainedLayoutEngine(h_pad=0.12))
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1, 1.2))[0]
     _draw_accuracy(left.add_subplot(projection="polar"), predictions, labels, angles)
     _draw_digits(right.add_subplot(), predictions, digits, labels, angles)
     return figure
@@ -205,9 +206,8 @@ def _draw_accuracy(
         radius = torch.cat([accuracy, accuracy[:1]])
         axes.plot(closed, radius, "o-", color=network.colour, label=label, markersize=4, linewidth=2)
         axes.fill(closed, radius, color=network.colour, alpha=0.08)
-    axes.set(theta_zero_location="N", ylim=(0, 100), yticks=(25, 50, 75, 100))
+    axes.set(theta_zero_location="N", ylim=(0, 100), yticks=(25, 50, 75, 100), rlabel_position=67.5)
     axes.set_yticklabels(["25", "50", "75", "100 %"], color="0.4", fontsize=8)
-    axes.set_rlabel_position(67.5)
     axes.set_title("Accuracy on digits turned by every angle", fontweight="bold", fontsize=13, pad=16)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), frameon=False, fontsize=11)
 

@@ -12,18 +12,19 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import timm
 import torch
 import torch.nn as nn
-from timm.models import get_pretrained_cfg
+from timm.models import resolve_pretrained_cfg
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from equivision_timm.arguments import InputError, check_number
 from equivision_timm.checkpoints.rooms import released
 from equivision_timm.layers import ConvNormAct, SteerableConv2d
-from equivision_timm.models import EquivariantBackbone, model_names
+from equivision_timm.models import EquivariantBackbone, EquivariantViT, model_names
+from equivision_timm.models.attributes import attribute
 from equivision_timm.models.pretrained import PUBLISHED, WEIGHTS_FILE, local_folder
+from equivision_timm.models.variants import create
 from equivision_timm.tools.trial import MOST_PIXELS
 
 __all__ = ["Row", "as_table", "list_models"]
@@ -98,8 +99,8 @@ def as_table(rows: list[Row], near: int) -> str:
 
 def _row(name: str, near: int) -> Row:
     with _NoInitialValues():
-        model = timm.create_model(name, device="meta").eval()
-    size = model.pretrained_cfg["input_size"][-1]
+        model = create(name, EquivariantBackbone, EquivariantViT, device="meta").eval()
+    size = attribute(model, "pretrained_cfg", dict)["input_size"][-1]
     count = _count_convolutions if isinstance(model, EquivariantBackbone) else _count_blocks
     try:
         exact = model.exact_sizes(near)
@@ -119,7 +120,7 @@ def _row(name: str, near: int) -> Row:
 
 def _place(name: str) -> str:
     """Where `create_model(name, pretrained=True)` looks, in its order."""
-    if get_pretrained_cfg(name).file:
+    if resolve_pretrained_cfg(name).file:
         return "package"
     if (local_folder(name) / WEIGHTS_FILE).is_file():
         return "local folder"
@@ -137,7 +138,7 @@ def _count_convolutions(model: nn.Module, size: int) -> int:
         elif isinstance(module, nn.Linear):
             counts.append(module.in_features * module.out_features)
     with torch.inference_mode():
-        model(torch.empty(1, model.in_chans, size, size, device="meta"))
+        model(torch.empty(1, attribute(model, "in_chans", int), size, size, device="meta"))
     return sum(counts)
 
 
@@ -145,13 +146,13 @@ def _count_blocks(model: nn.Module, size: int) -> float:
     """The same of a transformer: its `blocks` keep the shape of the tokens, and those alike cost the same."""
     first: dict[tuple, str] = {}
     repeats: list[str] = []
-    for name, block in model.blocks.named_children():
+    for name, block in model.get_submodule("blocks").named_children():
         alike = first.setdefault((type(block), *(p.shape for p in block.parameters())), name)
         if alike != name:
             block.forward = lambda x: x
             repeats.append(alike)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.requires_grad_(False)(torch.empty(1, model.in_chans, size, size, device="meta"))
+        model.requires_grad_(False)(torch.empty(1, attribute(model, "in_chans", int), size, size, device="meta"))
     counts = counter.get_flop_counts()
     places = ["Global", *(f"{type(model).__name__}.blocks.{name}" for name in repeats)]
     return sum(sum(counts[place].values()) for place in places) / 2

@@ -19,14 +19,16 @@ import torch
 import torch.nn as nn
 from PIL import Image
 from safetensors.torch import load_file
-from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
+from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.models import clean_state_dict, get_pretrained_cfg
 from tqdm import tqdm
 
 from equivision_timm.arguments import InputError, check_number, one_line
 from equivision_timm.files import check_writable, write_file
+from equivision_timm.images.from_timm import preparation
 from equivision_timm.images.pictures import ENDINGS, PictureError, open_rgb
+from equivision_timm.models.attributes import attribute
 from equivision_timm.tools.loading import check_model_name, load_model, split_spec
 from equivision_timm.tools.trial import MOST_PIXELS, check_memory, explained, find_device, try_model
 
@@ -101,12 +103,12 @@ def predict(
         raise InputError(f"{model!r} takes images of {channels} channels, and pictures have 1 or 3: use another model")
     batch_size = min(batch_size, len(files))
     check_memory("--batch-size or --size", batch_size, side)
-    prepare = create_transform(**config, is_training=False)
+    prepare = preparation(config)
     with explained(model, batch_size, side, target, "lower --batch-size or --size"):
         grey = torch.zeros(config["input_size"])
         try_model(model, network, lambda: grey, side, target)
         names = _class_names(model, network, names)
-        topk = _check_topk(topk, network.num_classes)
+        topk = _check_topk(topk, attribute(network, "num_classes", int))
         rows: list[Prediction] = []
         with tqdm(total=len(files), unit="image", file=sys.stderr) as progress:
             for start in range(0, len(files), batch_size):
@@ -209,7 +211,7 @@ def _class_names(spec: str, model: nn.Module, given: list[str] | None) -> list[s
 
     A model's own names are those of its pretrained weights, and say nothing of a checkpoint.
     """
-    count = model.num_classes
+    count = attribute(model, "num_classes", int)
     if given is not None:
         if len(given) != count:
             raise InputError(f"--class-map has {len(given)} names, and {spec!r} tells {count} classes apart: name each")

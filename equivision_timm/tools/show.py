@@ -17,10 +17,11 @@ import torch
 import torch.nn as nn
 from matplotlib.figure import Figure
 from PIL import Image
-from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
+from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 
 from equivision_timm.arguments import InputError, check_number, shortened
 from equivision_timm.groups import Group
+from equivision_timm.images.from_timm import preparation
 from equivision_timm.images.pictures import PictureError, open_rgb
 from equivision_timm.images.rotation import rotate
 from equivision_timm.tools.figures import check_figure_file, plain_text, save_figure
@@ -76,18 +77,19 @@ def show(
         raise InputError(f"cannot read the image: {error}") from error
     with plain_text():
         figure = Figure(figsize=(width, 7.2), layout="constrained")
-        blocks = np.atleast_1d(figure.subfigures(1, len(models), wspace=0.03))
-        for block, name in zip(blocks, models, strict=True):
+        blocks = figure.subfigures(1, len(models), squeeze=False, wspace=0.03)
+        for block, name in zip(blocks[0], models, strict=True):
             _draw_model(block, name, load_model(name, num_classes), picture, angles, level, size)
         save_figure(figure, Path(out), _DPI)
 
 
 def scalar_maps(model: nn.Module, images: torch.Tensor, level: int) -> torch.Tensor:
     """Feature maps [B, maps, h, w] that a rotation should only turn: the mean over each regular field, or channels."""
-    if not hasattr(model, "forward_intermediates"):
+    forward = getattr(model, "forward_intermediates", None)
+    if forward is None:
         raise InputError(f"{type(model).__name__} gives no feature maps (timm's forward_intermediates): use another")
     try:
-        (maps,) = model.forward_intermediates(images, indices=[level], intermediates_only=True)
+        (maps,) = forward(images, indices=[level], intermediates_only=True)
     except (AssertionError, IndexError) as error:
         raise InputError(f"{type(model).__name__} has no feature map --level {level}: {error}") from error
     group = getattr(model, "group", None)
@@ -148,7 +150,7 @@ def _prepare(picture: Image.Image, config: dict, size: int) -> torch.Tensor:
     channels = config["input_size"][0]
     if channels not in (1, 3):
         raise ValueError(f"it takes {channels} channels, and pictures have 1 or 3")
-    prepare = create_transform(**{**config, "input_size": (channels, size, size)}, is_training=False)
+    prepare = preparation({**config, "input_size": (channels, size, size)})
     return prepare(picture if channels == 3 else picture.convert("L"))
 
 

@@ -19,15 +19,15 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
-import timm
 import torch
 
 from equivision_timm.checkpoints.change_of_basis import solve, translate_basis
 from equivision_timm.checkpoints.equivision.sign_groups import element_signs, sign_groups
 from equivision_timm.groups import Group
-from equivision_timm.kernel_bases import Kernel, load_kernel_basis
-from equivision_timm.layers import ConvNormAct
+from equivision_timm.kernel_bases import load_kernel_basis
+from equivision_timm.layers import ConvNormAct, SteerableConv2d
 from equivision_timm.models import EquivariantResNet, model_names
+from equivision_timm.models.variants import create
 
 __all__ = ["Conversion", "convert_original", "convert_with_details", "fitting_models"]
 
@@ -87,7 +87,7 @@ def convert_with_details(state_dict: dict[str, torch.Tensor], model_name: str, s
         _check_values(name, value)
 
     with torch.device("meta"):
-        model = timm.create_model(model_name)
+        model = create(model_name, EquivariantResNet)
     convs = {name: module.conv for name, module in model.named_modules() if isinstance(module, ConvNormAct)}
     original_names = {entry.ours: name for name, entry in entries.items() if entry.ours}
     sources = {_source(state_dict, original_names[f"{name}.conv.weight"]) for name in convs}
@@ -101,7 +101,7 @@ def convert_with_details(state_dict: dict[str, torch.Tensor], model_name: str, s
     elements = element_signs(model.group, signs) if signs is not None else {}
     if signs is None and "filter" in sources and sign_groups(model.group):
         named = {original_names[f"{name}.conv.weight"]: conv for name, conv in convs.items()}
-        elements = element_signs(model.group, _signs_by_filters(state_dict, named))
+        elements = element_signs(model.group, _signs_by_filters(state_dict, named, model.group))
 
     converted, residual = {}, 0.0
     for name, target in model.state_dict().items():
@@ -133,7 +133,7 @@ class _Entry:
 def _entries_of(model_name: str) -> dict[str, _Entry]:
     """Every name that a checkpoint of the original network may hold."""
     with torch.device("meta"):
-        model = timm.create_model(model_name)
+        model = create(model_name, EquivariantResNet)
     order, entries = Group.from_name(model.group).order, {}
     for name, module in model.named_modules():
         if not isinstance(module, ConvNormAct):
@@ -159,7 +159,7 @@ def _entries_of(model_name: str) -> dict[str, _Entry]:
     return entries
 
 
-def _inputs(conv: torch.nn.Module) -> int:
+def _inputs(conv: SteerableConv2d) -> int:
     """H, the channels of one input field."""
     return 1 if conv.input_type == "trivial" else conv.order
 
@@ -259,10 +259,10 @@ def _sampled_basis(state_dict: dict[str, torch.Tensor], name: str) -> torch.Tens
 
 
 def _to_canonical(
-    weight: torch.Tensor, state_dict: dict[str, torch.Tensor], name: str, conv: torch.nn.Module, elements: dict
+    weight: torch.Tensor, state_dict: dict[str, torch.Tensor], name: str, conv: SteerableConv2d, elements: dict
 ) -> tuple[torch.Tensor, float]:
     """Coefficients w' [out_fields, in_fields, n_basis] in the author's basis -> w in ours, and the residual."""
-    basis = load_kernel_basis(Kernel(conv.group, conv.kernel_size, conv.input_type)).sample()
+    basis = load_kernel_basis(conv.kernel).sample()
     theirs, filters = _sampled_basis(state_dict, name), state_dict.get(name.replace(".weights", ".filter"))
     if theirs is not None:
         translation, residual = translate_basis(theirs, basis, name)
@@ -277,22 +277,22 @@ def _to_canonical(
     return weight * elements.get(_key(conv), 1.0), 0.0
 
 
-def _key(conv: torch.nn.Module) -> str:
+def _key(conv: SteerableConv2d) -> str:
     return f"{conv.group}/{conv.kernel_size}x{conv.kernel_size}/{conv.input_type}"
 
 
-def _signs_by_filters(state_dict: dict[str, torch.Tensor], convs: dict[str, torch.nn.Module]) -> str:
+def _signs_by_filters(state_dict: dict[str, torch.Tensor], convs: dict[str, SteerableConv2d], group: str) -> str:
     """The sign pattern under which coefficients and filters agree best, over all convolutions {name: convolution}."""
     products: dict[tuple[str, int], float] = {}
     for name, conv in convs.items():
         if _source(state_dict, name) != "filter":
             continue
-        basis = load_kernel_basis(Kernel(conv.group, conv.kernel_size, conv.input_type)).sample()
+        basis = load_kernel_basis(conv.kernel).sample()
         solved, _ = _coefficients_of(state_dict[name.replace(".weights", ".filter")], basis, name)
         product = (solved * state_dict[name].float().view_as(solved)).sum((0, 1))  # [n_basis]
         for index, value in enumerate(product.tolist()):
             products[_key(conv), index] = products.get((_key(conv), index), 0.0) + value
-    sums = [sum(products.get(element, 0.0) for element in group.elements) for group in sign_groups(conv.group)]
+    sums = [sum(products.get(element, 0.0) for element in found.elements) for found in sign_groups(group)]
     return "".join("-" if total < 0 else "+" for total in sums)
 
 

@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 
 from equivision_timm.checkpoints.equivision.convert import convert_original, convert_with_details, fitting_models
@@ -16,7 +15,9 @@ from equivision_timm.checkpoints.folder import check_model_folder, versions, wri
 from equivision_timm.checkpoints.read_file import read_checkpoint
 from equivision_timm.images.photographs import draw_crops, find_photographs, load_photographs
 from equivision_timm.kernel_bases import bases_sha256
+from equivision_timm.models import EquivariantResNet
 from equivision_timm.models.tensor_hash import TENSORS_SHA256, hash_tensors
+from equivision_timm.models.variants import create
 
 __all__ = ["Report", "convert_file"]
 
@@ -87,7 +88,7 @@ def convert_file(
     original = read_checkpoint(checkpoint_path)
     conversion = convert_with_details(original, model_name, signs)
     with torch.device("meta"):
-        model = timm.create_model(model_name)
+        model = create(model_name, EquivariantResNet)
     has_basis = conversion.basis not in ("canonical", "signs")
     others = [] if has_basis else fitting_models(original, model_name)
     rivals = {other: convert_original(original, other) for other in others}
@@ -101,8 +102,10 @@ def convert_file(
     if photographs:
         decided = signs is not None
         statistics = check_statistics(model_name, conversion.state_dict, rivals, draw_crops(photographs), decided)
-    if conversion.basis == "signs":
-        signs = search.signs if search else parse_signs(model.group, signs)
+    if search:
+        signs = search.signs
+    elif signs is not None:
+        signs = parse_signs(model.group, signs)
     report = Report(
         folder=Path(out_folder),
         model_name=model_name,
@@ -121,18 +124,18 @@ def convert_file(
     return report
 
 
-def _photographs(images: str | Path | None, needed: bool) -> list[np.ndarray] | None:
-    """The photographs; None where none are named, none installed, and the conversion can do without."""
+def _photographs(images: str | Path | None, needed: bool) -> list[np.ndarray]:
+    """The photographs; none where none are named, none installed, and the conversion can do without."""
     try:
         return load_photographs(images)
     except ModuleNotFoundError:
         if needed:
             raise
-        return None
+        return []
 
 
 def _search(model_name: str, state_dict: dict[str, torch.Tensor], photographs: list[np.ndarray]) -> SignSearch:
-    model = timm.create_model(model_name)
+    model = create(model_name, EquivariantResNet)
     model.load_state_dict(state_dict)
     more = (draw_crops(photographs, seed=seed) for seed in range(1, MOST_BATCHES))
     return find_signs(model, draw_crops(photographs), more=more)

@@ -11,10 +11,11 @@ random weights a little better than D_4, by up to 2.6 standard errors on forty c
 
 from dataclasses import dataclass
 
-import timm
 import torch
 
 from equivision_timm.checkpoints.equivision.signs import Z_LIMIT, Fit, best_fit, fit_as_it_stands
+from equivision_timm.models import EquivariantResNet
+from equivision_timm.models.variants import create
 
 __all__ = ["CLEARLY", "Statistics", "check_before_search", "check_statistics"]
 
@@ -108,8 +109,8 @@ def _wrong_model(name: str, fit: Fit, rival: str, other: Fit, crops: int) -> str
     )
 
 
-def _build(name: str, state_dict: dict[str, torch.Tensor]) -> torch.nn.Module:
-    model = timm.create_model(name)
+def _build(name: str, state_dict: dict[str, torch.Tensor]) -> EquivariantResNet:
+    model = create(name, EquivariantResNet)
     model.load_state_dict(state_dict)
     return model
 

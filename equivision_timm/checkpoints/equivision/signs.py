@@ -260,8 +260,9 @@ def _ratios(model: EquivariantResNet, images: torch.Tensor, stages: int) -> dict
     layers = [model.layer1, model.layer2, model.layer3, model.layer4][:stages]
     trunk = nn.Sequential(model.conv1, model.maxpool, *layers).train()
     norms = {name: module.norm.per_field for name, module in _conv_norms(model)}
-    norms = {name: norm for name, norm in norms.items() if any(norm is module for module in trunk.modules())}
-    before = {name: norm.running_var.clone() for name, norm in norms.items()}
+    among = set(trunk.modules())
+    norms = {name: norm for name, norm in norms.items() if isinstance(norm, nn.BatchNorm2d) and norm in among}
+    before = {name: norm.get_buffer("running_var").clone() for name, norm in norms.items()}
     for norm in norms.values():
         norm.momentum = 1.0  # the running statistics become those of this batch
     trunk(images)
@@ -269,7 +270,7 @@ def _ratios(model: EquivariantResNet, images: torch.Tensor, stages: int) -> dict
     for name, norm in norms.items():
         alive = before[name] > 0  # a field whose coefficients are all zero tells nothing
         if alive.any():
-            ratios[name] = norm.running_var[alive] / before[name][alive]
+            ratios[name] = norm.get_buffer("running_var")[alive] / before[name][alive]
     return ratios
 
 
@@ -322,13 +323,15 @@ def _challenge(scorer: _Scorer, best: str, others: set[str]) -> tuple[str, dict[
         seen.add(best)
         moves = _singles(len(best)) + irrep_flips(scorer.model.group)
         rivals = {scorer.canonical(combine(best, move)) for move in moves} | others
-        rivals = sorted(rivals - {best})
+        rivals, leads = sorted(rivals - {best}), {}
         for stages in _DEPTHS:
             fit = scorer.fit(best, stages)
             leads = {rival: fit.lead(scorer.fit(rival, stages)) for rival in rivals}
             rivals = sorted(rivals, key=leads.__getitem__)
             rivals = [rival for i, rival in enumerate(rivals) if i == 0 or leads[rival] < 2 * Z_LIMIT]
-        better = [rival for rival in rivals if scorer.fit(rival, stages).log_likelihood > fit.log_likelihood]
+        stages = _DEPTHS[-1]
+        least = scorer.fit(best, stages).log_likelihood
+        better = [rival for rival in rivals if scorer.fit(rival, stages).log_likelihood > least]
         better = [rival for rival in better if rival not in seen]
         if not better:
             return best, {rival: leads[rival] for rival in rivals}

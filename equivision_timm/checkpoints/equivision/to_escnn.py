@@ -10,13 +10,15 @@ import torch
 import torch.nn as nn
 
 from equivision_timm.checkpoints.change_of_basis import translate_basis
-from equivision_timm.kernel_bases import Kernel, load_kernel_basis
+from equivision_timm.kernel_bases import load_kernel_basis
 from equivision_timm.kernel_bases.from_escnn import field_type, gspace, import_escnn
-from equivision_timm.layers import ConvNormAct
+from equivision_timm.layers import Blur2d, ConvNormAct, FieldAttention, MaxPool2d, SteerableConv2d
 from equivision_timm.models import EquivariantResNet
 
 if TYPE_CHECKING:
-    from escnn.nn import FieldType, GeometricTensor, R2Conv
+    from escnn.nn import FieldType, GeometricTensor, R2Conv  # pyright: ignore[reportMissingImports]  an extra
+
+_STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 __all__ = ["EscnnBlock", "EscnnResNet", "to_escnn"]
 
@@ -29,10 +31,14 @@ def to_escnn(model: EquivariantResNet) -> "EscnnResNet":
         network(torch.randn(1, 3, 225, 225))  # plain images in, logits out
 
     Raises:
-        ValueError: the model has an activation, norm, pooling or dilation that the original network lacks.
+        ValueError: the model has an activation, norm, pooling, low pass, attention, stem or dilation that the original
+            network lacks.
         ImportError: the extra is not installed.
     """
+    stem = {"conv1": ConvNormAct, "maxpool": MaxPool2d}
     for name, module in model.named_modules():
+        if isinstance(module, (Blur2d, FieldAttention)) or not isinstance(module, stem.get(name, nn.Module)):
+            raise ValueError(f"{name} is a {type(module).__name__}: the original network has none there")
         if isinstance(module, ConvNormAct) and not (
             type(module.norm.per_field) is nn.BatchNorm2d and module.conv.dilation == 1
         ):
@@ -57,21 +63,23 @@ class EscnnResNet(nn.Module):
         self.relu = enn.ReLU(self.conv1.out_type)
         self.maxpool = enn.PointwiseMaxPool(self.conv1.out_type, kernel_size=3, stride=2, padding=1)
         in_type = self.conv1.out_type
-        for name in ("layer1", "layer2", "layer3", "layer4"):
+        for name in _STAGES:
             blocks = []
-            for block in model.get_submodule(name):
+            for block in model.get_submodule(name).children():
                 blocks.append(EscnnBlock(block, in_type))
                 in_type = blocks[-1].out_type
             self.add_module(name, nn.Sequential(*blocks))
         self.avgpool = enn.PointwiseAdaptiveAvgPool(in_type, 1)
         self.gpool = enn.GroupPooling(in_type)
-        self.fc = nn.Linear(model.fc.in_features, model.fc.out_features)
+        weight = model.fc.get_parameter("weight")  # [num_classes, fields]
+        self.fc = nn.Linear(weight.shape[1], weight.shape[0])
         self.fc.load_state_dict(model.fc.state_dict())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = import_escnn().nn.GeometricTensor(x, self.in_type)
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        for name in _STAGES:
+            x = self.get_submodule(name)(x)
         x = self.gpool(self.avgpool(x)).tensor  # [B, fields, 1, 1]
         return self.fc(x.flatten(1))  # [B, fields, 1, 1] -> [B, fields]
 
@@ -91,8 +99,8 @@ class EscnnBlock(nn.Module):
             self.add_module(f"relu{self.depth}", enn.ReLU(conv.out_type))
             self.out_type = conv.out_type
         self.downsample = nn.Identity()
-        if isinstance(block.downsample, ConvNormAct):
-            self.downsample = nn.Sequential(*_conv_norm(block.downsample, in_type))
+        if isinstance(shortcut := block.get_submodule("downsample"), ConvNormAct):
+            self.downsample = nn.Sequential(*_conv_norm(shortcut, in_type))
 
     def forward(self, x: "GeometricTensor") -> "GeometricTensor":
         shortcut = self.downsample(x)
@@ -102,9 +110,11 @@ class EscnnBlock(nn.Module):
         return x
 
 
-def _conv_norm(module: ConvNormAct, in_type: "FieldType") -> tuple["R2Conv", nn.Module]:
+def _conv_norm(module: nn.Module, in_type: "FieldType") -> tuple["R2Conv", nn.Module]:
     """The convolution and the norm of `module` in escnn, with its weights."""
-    enn, ours, norm = import_escnn().nn, module.conv, module.norm.per_field
+    enn, ours, norm = import_escnn().nn, module.get_submodule("conv"), module.get_submodule("norm.per_field")
+    assert isinstance(ours, SteerableConv2d)  # `to_escnn` has looked
+    assert isinstance(norm, nn.BatchNorm2d)
     conv = enn.R2Conv(
         in_type,
         field_type(ours.group, ours.out_fields),
@@ -115,7 +125,7 @@ def _conv_norm(module: ConvNormAct, in_type: "FieldType") -> tuple["R2Conv", nn.
         initialize=False,
     )
     theirs = next(value for name, value in conv.named_buffers() if name.endswith("sampled_basis"))
-    basis = load_kernel_basis(Kernel(ours.group, ours.kernel_size, ours.input_type)).sample().flatten(3)
+    basis = load_kernel_basis(ours.kernel).sample().flatten(3)
     translation, _ = translate_basis(basis, theirs, type(module).__name__)
     weight = ours.weight.detach().squeeze(-1).double() @ translation  # [out_fields, in_fields, n_basis]
     conv.weights = nn.Parameter(weight.float().flatten())  # (o, i, b), flat

@@ -5,10 +5,13 @@ ordered otherwise: in attention their heads divide the channels of both copies o
 and their position tiles have the channels last.
 """
 
-import timm
+from typing import Any
+
 import torch
 
+from equivision_timm.models.attributes import attribute
 from equivision_timm.models.equivariant_vit import VARIANTS, EquivariantViT
+from equivision_timm.models.variants import create
 
 __all__ = ["fitting_models", "invariants_of", "translate", "translate_to"]
 
@@ -44,7 +47,7 @@ def translate(state_dict: dict[str, torch.Tensor], model_name: str) -> tuple[dic
     """
     keywords = _keywords(state_dict, model_name)
     with torch.device("meta"):
-        model = timm.create_model(model_name, **keywords)
+        model = create(model_name, EquivariantViT, **keywords)
     try:
         return translate_to(model, state_dict), keywords
     except ValueError as error:
@@ -82,7 +85,7 @@ def fitting_models(state_dict: dict[str, torch.Tensor]) -> list[str]:
 def _fits(meta: dict[str, torch.Tensor], model_name: str) -> bool:
     try:
         with torch.device("meta"):
-            model = timm.create_model(model_name, **_keywords(meta, model_name))
+            model = create(model_name, EquivariantViT, **_keywords(meta, model_name))
         translate_to(model, meta)
     except (ValueError, RuntimeError):  # RuntimeError: shapes that do not even divide
         return False
@@ -105,7 +108,7 @@ def translate_to(model: EquivariantViT, state_dict: dict[str, torch.Tensor]) -> 
             raise ValueError(f"{name} is not zero: this class token is not invariant")
     for name in [name for name in source.left if name.startswith("mask_token.")]:
         source.take(name)
-    heads = model.blocks[0].attn.num_heads
+    heads = attribute(model.blocks[0].get_submodule("attn"), "num_heads", int)
     for index in range(len(model.blocks)):
         if index < model.equivariant_depth:
             _equivariant_block(source, ours, f"blocks.{index}", heads)
@@ -122,7 +125,7 @@ def translate_to(model: EquivariantViT, state_dict: dict[str, torch.Tensor]) -> 
     return {name: value.float().contiguous() for name, value in ours.items()}
 
 
-def _keywords(state_dict: dict[str, torch.Tensor], model_name: str) -> dict[str, str]:
+def _keywords(state_dict: dict[str, torch.Tensor], model_name: str) -> dict[str, Any]:
     """The keyword for other invariants than the model's own; a hybrid and an invariant network are no such pair."""
     found, own = invariants_of(state_dict), VARIANTS[model_name].arguments.get("invariants", "power")
     return {"invariants": found} if found and own and found != own else {}

@@ -7,12 +7,13 @@ the file and B ours, the coefficients w become w T where T B = S.
 import re
 from dataclasses import dataclass
 
-import timm
 import torch
 
 from equivision_timm.checkpoints.change_of_basis import translate_basis
 from equivision_timm.kernel_bases import Kernel, load_kernel_basis
 from equivision_timm.layers import ConvNormAct
+from equivision_timm.models import EquivariantResNet
+from equivision_timm.models.variants import create
 
 __all__ = ["Translation", "translate"]
 
@@ -56,7 +57,7 @@ def translate(tensors: dict[str, torch.Tensor], model_name: str) -> Translation:
     heads |= {name: own.pop(name) for name in list(own) if name.startswith("head.")}
     classifier = {name.removeprefix("head."): heads.pop(name) for name in list(heads) if name.startswith("head.fc.")}
     with torch.device("meta"):
-        model = timm.create_model(model_name, num_classes=1000 if classifier else 0)
+        model = create(model_name, EquivariantResNet, num_classes=1000 if classifier else 0)
     units = {name: module for name, module in model.named_modules() if isinstance(module, ConvNormAct)}
 
     found: dict[str, torch.Tensor] = dict(classifier)

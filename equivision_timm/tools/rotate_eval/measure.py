@@ -21,10 +21,11 @@ from typing import Any
 import torch
 import torch.nn as nn
 from PIL import Image
-from timm.data import create_dataset, create_transform
 from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision.transforms.functional import pil_to_tensor
 
 from equivision_timm.arguments import InputError
+from equivision_timm.images.from_timm import folder_reader, preparation
 from equivision_timm.images.pictures import PictureError, every_ending, open_rgb
 from equivision_timm.images.rotation import rotate
 from equivision_timm.testing import angle_error
@@ -93,21 +94,21 @@ class Folder(Dataset):
             raise InputError(f"no images to measure in {root!r}: there is no such folder")
         try:
             with every_ending():
-                self.reader = create_dataset("", root, split=split, class_map=class_map).reader
+                self.reader = folder_reader(root, split, class_map=class_map)
         except Exception as error:  # of the folder, or of the class map, which may be a pickle
             reason = str(error) or type(error).__name__
             raise InputError(f"no images to measure in {root!r}: {reason}") from error
         found = Path(self.reader.root) != Path(root) or Path(root, split).is_dir()
         if not found and split != "validation":  # the default may be missing
             raise InputError(f"{root!r} has no sub-folder {split!r}: name another --split, or leave it out")
-        self.transform: Callable[[Image.Image], torch.Tensor] | None = None
+        self.transform: Callable[[Image.Image], torch.Tensor] = pil_to_tensor  # until `prepare_for`
         self.mode = "RGB"
 
     def __len__(self) -> int:
         return len(self.reader)
 
     def names(self) -> list[str]:
-        return self.reader.filenames()
+        return list(map(str, self.reader.filenames()))
 
     @property
     def classes(self) -> list[str]:
@@ -130,7 +131,7 @@ class Folder(Dataset):
             raise ValueError(f"it takes {channels} channels, and pictures have 1 or 3")
         self.size = tuple(size)
         self.mode = "L" if channels == 1 else "RGB"
-        self.transform = create_transform(**data_config, is_training=False)
+        self.transform = preparation(data_config)
         return self
 
     def sample(self) -> torch.Tensor:
@@ -141,7 +142,7 @@ class Folder(Dataset):
         try:
             return self.transform(self.picture(index)), self.reader.samples[index][1]
         except PictureError:
-            return self.reader.filename(index)
+            return str(self.reader.filename(index))
 
     def picture(self, index: int) -> Image.Image:
         """The picture in the mode of the model.
@@ -149,7 +150,7 @@ class Folder(Dataset):
         Raises:
             PictureError: it cannot be read.
         """
-        return open_rgb(self.reader.filename(index, absolute=True)).convert(self.mode)
+        return open_rgb(self.reader.samples[index][0]).convert(self.mode)
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def averaged(model: nn.Module, turns: int) -> Callable[[torch.Tensor], torch.Ten
         return model
 
     def predict(images: torch.Tensor) -> torch.Tensor:
-        return sum(model(rotate(images, 360 / turns * k)) for k in range(turns)) / turns
+        return torch.stack([model(rotate(images, 360 / turns * k)) for k in range(turns)]).mean(0)
 
     return predict
 

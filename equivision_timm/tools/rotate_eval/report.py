@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MultipleLocator
 
 from equivision_timm.arguments import one_line, shortened
 from equivision_timm.files import write_file
@@ -54,7 +55,7 @@ def draw(results: Results) -> Figure:
     grid = figure.add_gridspec(2, 2)
     polar = figure.add_subplot(grid[0, 0], projection="polar")
     plain, agreement, drift = (figure.add_subplot(grid[place]) for place in ((0, 1), (1, 0), (1, 1)))
-    colours = matplotlib.colormaps["tab10"].colors
+    colours = [matplotlib.colormaps["tab10"](i) for i in range(10)]
 
     lines = []
     for i, cell in enumerate(cells):
@@ -66,12 +67,12 @@ def draw(results: Results) -> Figure:
 
     wide = np.ptp(results.settings["angles"]) > 180
     polar.set_ylim(0, 100)
-    polar.set_rlabel_position(22.5)
+    polar.set(rlabel_position=22.5)
     polar.set_title(_TITLES[main])
     for axes, metric in ((plain, main), (agreement, "agreement"), (drift, "drift")):
         axes.set_xlabel("angle (degrees, counter-clockwise)")
         axes.set_ylabel(_TITLES[metric])
-        axes.xaxis.set_major_locator(matplotlib.ticker.MultipleLocator(45 if wide else 15))
+        axes.xaxis.set_major_locator(MultipleLocator(45 if wide else 15))
         axes.grid(alpha=0.3)
         axes.set_ylim(bottom=0)
     plain.set_ylim(0, 102)
@@ -100,7 +101,7 @@ def draw_stages(results: Results) -> Figure:
             line.set_label(f"\u200b{one_line(stage)}")  # matplotlib leaves labels out that begin with '_'
         axes.set_title(shortened(_label(cell), 44), fontsize=10)
         axes.set_xlabel("angle (degrees, counter-clockwise)")
-        axes.xaxis.set_major_locator(matplotlib.ticker.MultipleLocator(90 if wide else 15))
+        axes.xaxis.set_major_locator(MultipleLocator(90 if wide else 15))
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)

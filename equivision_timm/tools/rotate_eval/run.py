@@ -15,6 +15,7 @@ from tqdm import tqdm
 from equivision_timm.arguments import InputError, check_number, one_line
 from equivision_timm.files import check_writable
 from equivision_timm.images.pictures import PictureError
+from equivision_timm.models.attributes import attribute
 from equivision_timm.tools.loading import check_model_name, load_model, split_spec
 from equivision_timm.tools.rotate_eval.measure import CORNERS, TURNS, Folder, measure
 from equivision_timm.tools.rotate_eval.report import FILES, STAGE_FILES, write_report
@@ -102,7 +103,8 @@ def rotate_eval(
         config = resolve_data_config({}, model=model, use_test_size=True)
         channels, own = config["input_size"][0], config["input_size"][-1]
         model = reparameterize_model(model) if reparam else model
-        model = model.to(device=target, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        model = model.to(target)
+        model = model.to(memory_format=torch.channels_last) if channels_last else model
         return model, [{**config, "input_size": (channels, size, size)} for size in sizes or [own]]
 
     def computing(name: str, images: int, size: int) -> contextlib.ExitStack:
@@ -205,18 +207,19 @@ def _settings(
 def _check_classes(name: str, model: nn.Module, folder: Folder, unlabelled: bool, class_map: str) -> None:
     if unlabelled:
         return
+    classes = attribute(model, "num_classes", int)
     if class_map:
-        odd = [t for t in folder.targets if not isinstance(t, int) or not 0 <= t < model.num_classes]
+        odd = [t for t in folder.targets if not isinstance(t, int) or not 0 <= t < classes]
         if odd:
             raise InputError(
                 f"--class-map {class_map!r} gives class {odd[0]!r}, and {name!r} has the classes 0 to "
-                f"{model.num_classes - 1}: list the sub-folders in the order of the model's classes"
+                f"{classes - 1}: list the sub-folders in the order of the model's classes"
             )
         return
-    if model.num_classes == len(folder.classes):
+    if classes == len(folder.classes):
         return
     raise InputError(
-        f"{name!r} tells {model.num_classes} classes apart, the folder holds {len(folder.classes)}: give --class-map "
+        f"{name!r} tells {classes} classes apart, the folder holds {len(folder.classes)}: give --class-map "
         "FILE (sub-folders in the order of the model's classes), or --unlabelled for agreement and drift alone"
     )
 
