@@ -139,6 +139,14 @@ def _options(args: argparse.Namespace) -> dict:
     return {name: value for name, value in vars(args).items() if name not in ("command", "run", "interrupted")}
 
 
+def _check_drawing() -> None:
+    """Raises InputError where matplotlib is not installed, which only the commands that draw need."""
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise InputError(f"pictures are drawn by matplotlib ({error}): pip install 'equivision-timm[tools]'") from error
+
+
 def _add_demo(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("demo", help="classify rotated digits with an equivariant model and its plain twin")
     parser.add_argument("--out", default="equivision_demo.png", help="picture to write (default: %(default)s)")
@@ -146,6 +154,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
 
 
 def _demo(args: argparse.Namespace) -> int:
+    _check_drawing()
     from equivision_timm.tools.demo import run
 
     run(args.out)
@@ -237,6 +246,7 @@ def _add_rotate_eval(commands: argparse._SubParsersAction) -> None:
 
 
 def _rotate_eval(args: argparse.Namespace) -> int:
+    _check_drawing()
     from equivision_timm.tools.rotate_eval.measure import parse_angles
     from equivision_timm.tools.rotate_eval.run import rotate_eval
 
@@ -261,6 +271,7 @@ def _add_show(commands: argparse._SubParsersAction) -> None:
 
 
 def _show(args: argparse.Namespace) -> int:
+    _check_drawing()
     from equivision_timm.tools.rotate_eval.measure import parse_angles
     from equivision_timm.tools.show import show
 

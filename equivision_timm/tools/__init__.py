@@ -1,1 +1,1 @@
-"""Commands that measure and draw: what needs matplotlib, tqdm and photographs."""
+"""Commands that measure and draw: those that draw need the extra `tools`, matplotlib."""
