@@ -89,7 +89,7 @@ class BasicBlock(nn.Module):
             fields,
             3,
             dilation=dilation,
-            act_layer=partial(act_layer, inplace=True),
+            act_layer=partial(_in_place, act_layer),
             attn=attn_layer and attn_layer(fields),
             drop=DropPath(drop_path) if drop_path else None,
         )
@@ -141,7 +141,7 @@ class Bottleneck(nn.Module):
             fields,
             out_fields,
             1,
-            act_layer=partial(act_layer, inplace=True),
+            act_layer=partial(_in_place, act_layer),
             attn=attn_layer and attn_layer(out_fields),
             drop=DropPath(drop_path) if drop_path else None,
         )
@@ -155,6 +155,14 @@ class Bottleneck(nn.Module):
         x = self.conv1(x)
         x = self.aa(self.conv2(x))
         return self.conv3(x, shortcut)
+
+
+def _in_place(act_layer: Layer) -> nn.Module:
+    """The activation, overwriting its input where it is one that can."""
+    try:
+        return act_layer(inplace=True)
+    except TypeError:  # it has no such argument
+        return act_layer()
 
 
 def _zero_norm(unit: ConvNormAct) -> None:

@@ -1,12 +1,16 @@
 """timm's keywords for ResNets in ours: equivariant, the same in inference, and refused where they cannot be."""
 
+import contextlib
+
 import pytest
 import timm
 import torch
-from timm.layers import DropBlock2d
+import torch.nn as nn
+from timm.layers import DropBlock2d, get_act_layer
 from timm.utils import reparameterize_model
 
 import equivision_timm  # noqa: F401  registers the models
+from equivision_timm.layers import ConvNormAct
 from equivision_timm.testing import assert_equivariant, equivariance_error
 
 KEYWORDS = [
@@ -39,6 +43,45 @@ def test_keywords(name, keywords):
         assert model.forward_features(torch.rand(1, 3, size, size)).shape[-2:] == (expected, expected)
     model.train()(x).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("act_layer", [nn.Softplus, nn.Tanh, nn.SiLU, "silu", "tanh"])
+def test_activations_that_overwrite_their_input_or_cannot(act_layer):
+    model = timm.create_model("test_c8resnet", act_layer=act_layer).eval()
+    assert_equivariant(model, 33)
+    acts = [module.act for module in model.modules() if isinstance(module, ConvNormAct)]
+    expected = get_act_layer(act_layer)
+    assert {type(act) for act in acts} == {expected, nn.Identity}
+    with torch.device("meta"):
+        timm.create_model("c8resnet50_fast", act_layer=act_layer)
+
+
+@pytest.mark.parametrize(("act_layer", "accepted"), [("silu", True), (nn.SiLU, True), (nn.Tanh, False)])
+def test_timms_resnet_takes_no_more(act_layer, accepted):
+    """The control: what timm's own takes is taken here, too, and some that it does not take."""
+    with contextlib.nullcontext() if accepted else pytest.raises(TypeError, match="inplace"):
+        timm.create_model("test_resnet", act_layer=act_layer)
+
+
+def test_activations_overwrite_where_they_can():
+    model = timm.create_model("test_c8resnet", act_layer=nn.ELU)
+    assert [model.layer1[0].conv2.act.inplace, model.layer1[0].conv1.act.inplace] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("norm_layer", "keywords", "says"),
+    [
+        ("batchnorn", {}, "unknown norm_layer 'batchnorn': use a name timm knows"),
+        ("", {}, "unknown norm_layer ''"),
+        (3, {}, "unknown norm_layer 3"),
+        (nn.InstanceNorm2d, {"zero_init_last": True}, "zero_init_last needs a norm with weights"),
+    ],
+)
+def test_norms_that_do_not_exist_or_have_no_weights(norm_layer, keywords, says):
+    with pytest.raises(ValueError, match=says):
+        timm.create_model("test_c8resnet", norm_layer=norm_layer, **keywords)
+    timm.create_model("test_c8resnet", norm_layer="batchnorm2d", **keywords)
+    timm.create_model("test_c8resnet", norm_layer=nn.InstanceNorm2d)
 
 
 def test_positions_break_what_they_should():
