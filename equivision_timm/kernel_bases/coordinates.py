@@ -47,6 +47,9 @@ def closed_form(kernel: Kernel) -> tuple[torch.Tensor, torch.Tensor]:
 
     The elements are ordered by the functions of the plane, then by s, the sign of the reflection, cos before sin.
 
+    Args:
+        kernel: without low pass, of which the coefficients know nothing.
+
     Raises:
         ValueError: the cut-off lets functions through that are not independent on so few pixels.
     """

@@ -37,7 +37,7 @@ def with_buffers(name, state, signs=None, kinds=("filter", "sampled_basis", "ind
     """`state` as an original network in eval mode would save it, its basis signed by the pattern `signs`."""
     state = dict(state)
     for key, conv in steerable(name).items():
-        basis = load_kernel_basis(Kernel(conv.group, conv.kernel_size, conv.input_type)).sample().float()
+        basis = load_kernel_basis(conv.kernel).sample().float()
         if signs:
             pattern = element_signs(conv.group, signs)
             basis = basis * pattern[f"{conv.group}/{conv.kernel_size}x{conv.kernel_size}/{conv.input_type}"].view(

@@ -19,18 +19,18 @@ from equivision_timm.kernel_bases.coordinates import closed_form
 from equivision_timm.kernel_bases.functions import harmonics, mix, pixels
 
 KERNELS = [
-    Kernel(group, size, input_type, cutoff, low_pass)
+    Kernel(group, size, input_type, cutoff)
     for group in ("c3", "c6", "c16", "d6", "d16")
-    for size, input_type, cutoff, low_pass in (
-        (1, "regular", None, False),
-        (1, "trivial", 2, False),
-        (3, "regular", 2, False),
-        (3, "trivial", 3, False),
-        (5, "regular", 3, False) if group in ("c3", "c6") else (3, "regular", 3, False),
-        (5, "regular" if group != "d16" else "trivial", None, True),
-        (7, "regular", 2, False) if group == "c3" else (7, "trivial", 2, False),
-        (7, "trivial", 3, False),
-        (7, "trivial", None, True),
+    for size, input_type, cutoff in (
+        (1, "regular", None),
+        (1, "trivial", 2),
+        (3, "regular", None if group != "d16" else 1),
+        (3, "regular", 2),
+        (3, "trivial", 3),
+        (5, "regular", 3) if group in ("c3", "c6") else (3, "regular", 3),
+        (5, "trivial", None),
+        (7, "regular", 2) if group == "c3" else (7, "trivial", 2),
+        (7, "trivial", 3),
     )
 ]
 by_name = pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
