@@ -12,7 +12,7 @@ from support.reference_data import checkpoint, networks
 import equivision_timm  # noqa: F401  registers the models
 from equivision_timm.checkpoints.equivision.convert import _entries_of, _plain, convert_original, convert_with_details
 from equivision_timm.checkpoints.equivision.sign_groups import element_signs, known_patterns
-from equivision_timm.kernel_bases import Kernel, load_kernel_basis
+from equivision_timm.kernel_bases import load_kernel_basis
 from equivision_timm.layers import SteerableConv2d
 from equivision_timm.layers.conv_strategies.expand import expand_filter
 
