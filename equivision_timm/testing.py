@@ -89,7 +89,7 @@ def equivariance_error(
     return errors
 
 
-def assert_equivariant(module: nn.Module, size: int = 225, tolerance: float = 1e-4, **kwargs) -> None:
+def assert_equivariant(module: nn.Module, size: int = 225, tolerance: float = 1e-4, **kwargs: Any) -> None:
     """Raises AssertionError where an element that is exact on the pixel grid has an error above `tolerance`.
 
     Other arguments as in `equivariance_error`.

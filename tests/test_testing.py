@@ -32,6 +32,16 @@ def test_unknown_type(argument):
         equivariance_error(Constant(1.0), **{argument: "vector"})
 
 
+@pytest.mark.parametrize("measure", [equivariance_error, assert_equivariant])
+def test_a_module_that_says_neither_group_nor_channels(measure):
+    pool = nn.AvgPool2d(3)
+    with pytest.raises(ValueError, match="AvgPool2d has no attribute 'group': give group="):
+        measure(pool, 9)
+    with pytest.raises(ValueError, match="has no attribute 'in_chans': give in_channels="):
+        measure(pool, 9, group="c4")
+    measure(pool, 9, group="c4", in_channels=2, output_type="trivial")
+
+
 def test_plain_network_is_rejected_and_the_mode_restored():
     model = timm.create_model("resnet18", num_classes=10).train()
     with pytest.raises(AssertionError, match=r"ResNet is not c4-equivariant at 65 x 65 pixels: .*\{1: .*, 2: .*, 3:"):

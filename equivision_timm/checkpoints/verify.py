@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -78,7 +79,7 @@ def as_table(checks: list[Check]) -> str:
     return "\n".join(one_line(f"{check.name:{width}}  {words[check.ok]:6}  {check.finding}") for check in checks)
 
 
-def as_json(checks: list[Check]) -> dict:
+def as_json(checks: list[Check]) -> dict[str, Any]:
     """The rows for machines."""
     return {"ok": all(check.ok is not False for check in checks), "checks": [asdict(check) for check in checks]}
 

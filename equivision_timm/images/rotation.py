@@ -75,7 +75,7 @@ def rotate_image(image: Image.Image, degrees: float) -> Image.Image:
     return to_pil_image(rotate(pixels, degrees)[0].round().byte(), mode=image.mode)
 
 
-class RotatedFolder(torch.utils.data.Dataset):
+class RotatedFolder(torch.utils.data.Dataset[tuple[Any, int]]):
     """A folder of images, one sub-folder per class, each image turned by a random angle.
 
     For training it is uniform in [-limit, limit] degrees and drawn anew each time, from PyTorch's generator, which the

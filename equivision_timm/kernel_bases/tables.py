@@ -10,6 +10,7 @@ import hashlib
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load
@@ -23,7 +24,7 @@ FOLDER = Path(__file__).parent
 
 
 @cache
-def manifest() -> dict:
+def manifest() -> dict[str, Any]:
     """Where the tables come from: escnn version, sha256, ring profiles, and the harmonics of every basis element."""
     return json.loads((FOLDER / "manifest.json").read_text())
 

@@ -37,8 +37,8 @@ class IrrepAttention(nn.Module):
         group: str,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.order = irreps_of(group).order

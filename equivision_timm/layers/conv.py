@@ -128,8 +128,8 @@ class SteerableConv2d(nn.Module):
         strategy: str = "auto",
         cutoff: int | None = None,
         low_pass: bool = False,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}

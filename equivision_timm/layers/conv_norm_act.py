@@ -55,8 +55,8 @@ class ConvNormAct(nn.Module):
         drop: nn.Module | None = None,
         cutoff: int | None = None,
         low_pass: bool = False,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}

@@ -33,8 +33,8 @@ class FieldAttention(nn.Module):
         fields: int,
         order: int,
         attn_layer: str | Callable[..., nn.Module] = "se",
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         make = _attention(attn_layer)

@@ -35,7 +35,14 @@ class IrrepNorm(nn.Module):
         ValueError: a group that square patches do not have.
     """
 
-    def __init__(self, fields: int, group: str, eps: float = 1e-5, device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        fields: int,
+        group: str,
+        eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         irreps = irreps_of(group)
         self.fields = fields
@@ -95,7 +102,14 @@ class IrrepScale(nn.Module):
         dtype: their type.
     """
 
-    def __init__(self, fields: int, group: str, init_values: float = 1e-4, device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        fields: int,
+        group: str,
+        init_values: float = 1e-4,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         irreps = irreps_of(group)
         self.init_values = init_values

@@ -37,7 +37,15 @@ class IrrepLinear(nn.Module):
     Source of the maths: Serre, Linear Representations of Finite Groups (1977), chapter 2.
     """
 
-    def __init__(self, in_fields: int, out_fields: int, group: str, to: str, device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        in_fields: int,
+        out_fields: int,
+        group: str,
+        to: str,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         irreps = irreps_of(group)

@@ -51,8 +51,8 @@ class IrrepMlp(nn.Module):
         group: str,
         act_layer: Callable[..., nn.Module] = nn.GELU,
         drop: float = 0.0,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.fc1 = IrrepLinear(fields, hidden_fields, group, "blocks", device=device, dtype=dtype)

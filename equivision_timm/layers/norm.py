@@ -37,8 +37,8 @@ class FieldNorm(nn.Module):
         fields: int,
         order: int,
         norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.fields = fields

@@ -37,8 +37,8 @@ class EquivariantPatchEmbed(nn.Module):
         fields: int,
         group: str,
         strict_img_size: bool = True,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.patch_size = (patch_size, patch_size)

@@ -135,7 +135,15 @@ class TileConv2d(nn.Module):
         ValueError: a group that square patches do not have, or tiles that do not divide the patch.
     """
 
-    def __init__(self, in_chans: int, fields: int, patch_size: int, group: str, device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        in_chans: int,
+        fields: int,
+        patch_size: int,
+        group: str,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         irreps = irreps_of(group)
         self.group = group

@@ -18,7 +18,8 @@ class WeightCache:
     """
 
     def __init__(self) -> None:
-        self.kept: tuple | None = None  # (key, fingerprint or copies, value), replaced as a whole: threads may share it
+        # (key, fingerprint or copies, value), replaced as a whole: threads may share it
+        self.kept: tuple[Any, ...] | None = None
 
     def get_by_version(self, sources: tuple[torch.Tensor, ...], key: Hashable, make: Callable[[], Any]) -> Any:
         """As `get`, on any device, without reading values: by what PyTorch counts, the changes in place, and by where
@@ -37,10 +38,10 @@ class WeightCache:
             kept = self.kept = (key, before, make())
         return kept[2]
 
-    def __deepcopy__(self, memo) -> "WeightCache":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "WeightCache":
         return WeightCache()
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type["WeightCache"], tuple[()]]:
         return WeightCache, ()
 
 

@@ -4,7 +4,7 @@ A family (`equivariant_resnet.py`) adds its blocks, its network and a table of v
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
@@ -49,7 +49,7 @@ class EquivariantBackbone(nn.Module):
         ValueError: an unknown group or `map_pool`.
     """
 
-    __jit_unused_properties__ = ("group_pool", "is_invariant")
+    __jit_unused_properties__: ClassVar[tuple[str, ...]] = ("group_pool", "is_invariant")
 
     def __init__(self, group: str, in_chans: int = 3, map_pool: str = "", drop_rate: float = 0.0) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class EquivariantBackbone(nn.Module):
         """Pooling and classifier on the last level; see `EquivariantResNet` for the arguments."""
         self.num_classes = num_classes
         self.map_pool = GroupPool(self._order, self._map_pool)
-        self.num_features = self.feature_info[-1]["num_chs"]
+        self.num_features: int = self.feature_info[-1]["num_chs"]
         self._check_classifier(num_classes, global_pool)
         self.global_pool = self._create_global_pool(global_pool, group_pool)
         self._create_classifier(**dd)
@@ -104,11 +104,12 @@ class EquivariantBackbone(nn.Module):
         """The pooling in front of the classifier; behind `map_pool` the group has no axis left."""
         return InvariantPool(pool_type, 1 if self.map_pool.pool_type else self.map_pool.order, group_pool)
 
-    def _create_classifier(self, device=None, dtype=None) -> None:
+    def _create_classifier(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         """The linear layer on what both poolings leave; its input is `head_hidden_size` wide."""
         group_axis = self.group_pool.order if self.group_pool.pool_type else 1
-        self.head_hidden_size = self.num_features // group_axis * self.global_pool.feat_mult()  # 'catavgmax': twice
-        self.fc = nn.Identity()
+        feat_mult = self.global_pool.feat_mult()  # 'catavgmax': twice
+        self.head_hidden_size: int = self.num_features // group_axis * feat_mult
+        self.fc: nn.Module = nn.Identity()
         if self.num_classes > 0:
             self.fc = nn.Linear(self.head_hidden_size, self.num_classes, device=device, dtype=dtype)
         self.fc.train(self.training)

@@ -279,8 +279,8 @@ class EquivariantResNet(EquivariantBackbone):
         zero_init_last: bool = False,
         cutoff: int | None = None,
         conv_strategy: str | dict[str, str] = "auto",
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(group, in_chans, map_pool, drop_rate)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}

@@ -85,8 +85,8 @@ class EquivariantBlock(nn.Module):
         proj_drop: float = 0.0,
         attn_drop: float = 0.0,
         drop_path: float = 0.0,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -116,7 +116,15 @@ class InvariantTokens(nn.Module):
         dtype: their type.
     """
 
-    def __init__(self, kind: str, fields: int, group: str, dim: int, device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        kind: str,
+        fields: int,
+        group: str,
+        dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.invariants = Invariants(kind, fields, group)
         self.proj = nn.Identity()
@@ -224,8 +232,8 @@ class EquivariantViT(nn.Module):
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         fix_init: bool = False,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}

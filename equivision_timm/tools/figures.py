@@ -1,6 +1,7 @@
 """Pictures that a command draws: text is drawn as it stands, the file is written whole."""
 
 import io
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import matplotlib
@@ -15,10 +16,10 @@ __all__ = ["FORMATS", "check_figure_file", "figure_bytes", "plain_text", "save_f
 FORMATS = tuple(f".{kind}" for kind in Figure().canvas.get_supported_filetypes() if kind not in ("pgf", "raw", "rgba"))
 
 
-def plain_text():
+def plain_text() -> AbstractContextManager[None]:
     """A context in which matplotlib takes text for text: a `$` in a name begins no formula.
 
-    Everything from the first title to the last `savefig` belongs into it; works as a decorator, too.
+    Everything from the first title to the last `savefig` belongs into it.
     """
     return matplotlib.rc_context({"text.parse_math": False, "text.usetex": False})
 

@@ -63,6 +63,7 @@ def test_where_the_weights_folder_is(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
     assert str(weights_folder()) == "/caches/equivision_timm"
     assert str(local_folder(NAME)) == f"/caches/equivision_timm/{TAGGED}"
+    assert str(local_folder("c1resnet18")) == "/caches/equivision_timm/c1resnet18"  # no weights, no tag
 
 
 def test_only_published_weights_are_listed():

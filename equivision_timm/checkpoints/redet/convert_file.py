@@ -4,6 +4,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from equivision_timm.checkpoints.folder import check_model_folder, versions, write_model_folder
 from equivision_timm.checkpoints.read_file import read_checkpoint
@@ -17,7 +18,7 @@ _TABLE = json.loads(Path(__file__).with_name("released.json").read_text(encoding
 SOURCE: str = _TABLE["source"]
 
 
-def released() -> dict[str, dict]:
+def released() -> dict[str, dict[str, Any]]:
     """The released checkpoints by the name of the model: 'drive_id', 'sha256' (its start), 'top1', 'top5'."""
     return _TABLE["checkpoints"]
 

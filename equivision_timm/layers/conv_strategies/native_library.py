@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -137,7 +137,7 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
 _loaded: dict[torch.dtype, ctypes.CDLL] = {}
 
 
-def fingerprint(tensors: Sequence[torch.Tensor]) -> tuple | None:
+def fingerprint(tensors: Sequence[torch.Tensor]) -> tuple[Hashable, ...] | None:
     """What tells these values from all others, but for a chance of 2^-64: of tensors on the CPU.
 
     None where nothing has been compiled so far, or a tensor does not lie in one stretch of memory.

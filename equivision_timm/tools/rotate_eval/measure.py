@@ -77,7 +77,7 @@ def _range(text: str, start: float, stop: float, step: float) -> list[float]:
     return [start + step * i for i in range(math.floor(steps) + 1)]
 
 
-class Folder(Dataset):
+class Folder(Dataset[tuple[torch.Tensor, int] | str]):
     """Images in one sub-folder per class, found by timm; an unreadable one comes as its name, not as an exception.
 
     Args:
@@ -116,7 +116,7 @@ class Folder(Dataset):
         return [name for name in self.reader.class_to_idx if name]
 
     @property
-    def targets(self) -> set:
+    def targets(self) -> set[Any]:
         """The class indices, which a class map may have made anything."""
         return set(self.reader.class_to_idx.values())
 
