@@ -101,12 +101,13 @@ class _FieldBatchNorm(torch.autograd.Function):
         return normalize(x, order, mean_f, var_f, weight, bias, eps), mean_f, var_f
 
     @staticmethod
-    def backward(ctx, dy, *_):
+    def backward(ctx, *grads):
         """With s1 = sum dy and s2 = sum dy (x - mean) over batch, group and space, n positions of each field, and
         inv = 1 / sqrt(var + eps):
 
         dx = weight inv (dy - s1 / n - (x - mean) inv^2 s2 / n)      dweight = s2 inv      dbias = s1
         """
+        dy, _, _ = grads
         x, weight, bias, mean, var = ctx.saved_tensors
         order = ctx.order
         if torch.is_grad_enabled():  # the gradient is to be differentiated

@@ -66,30 +66,31 @@ class FieldNorm(nn.Module):
     def _batch_norm(self, x: torch.Tensor) -> torch.Tensor:
         """What the batch norm `per_field` makes of the fields, its running statistics included."""
         norm, dtype = self.per_field, torch.float64 if x.dtype == torch.float64 else torch.float32
-        affine = (None if t is None else t.to(dtype) for t in (norm.weight, norm.bias))
-        if not norm.training and norm.running_mean is not None:
-            statistics = (norm.running_mean.to(dtype), norm.running_var.to(dtype))
-            return normalize(x, self.order, *statistics, *affine, norm.eps)
+        assert isinstance(norm, nn.BatchNorm2d)  # `_goes_by_channel`
+        weight, bias = (None if t is None else t.to(dtype) for t in (norm.weight, norm.bias))
+        if not norm.training and norm.running_mean is not None and norm.running_var is not None:
+            mean, var = norm.running_mean.to(dtype), norm.running_var.to(dtype)
+            return normalize(x, self.order, mean, var, weight, bias, norm.eps)
         values = x.numel() // self.fields
         if values == 1:
             raise ValueError(f"a batch norm in training needs more than one value for each field, but got {x.shape}")
-        weight, bias = (
-            x.new_full((self.fields,), default, dtype=dtype) if t is None else t
-            for t, default in zip(affine, (1.0, 0.0), strict=True)
-        )
+        weight = x.new_ones(self.fields, dtype=dtype) if weight is None else weight
+        bias = x.new_zeros(self.fields, dtype=dtype) if bias is None else bias
         by_channel = field_batch_norm_by_definition if torch.compiler.is_compiling() else field_batch_norm
         y, mean, var = by_channel(x, self.order, weight, bias, norm.eps)
         if norm.running_mean is not None:
             with torch.no_grad():
-                self._update(mean.detach(), var.detach() * (values / (values - 1)))  # the unbiased variance
+                _update(norm, mean.detach(), var.detach() * (values / (values - 1)))  # the unbiased variance
         return y
 
-    def _update(self, mean: torch.Tensor, var: torch.Tensor) -> None:
-        """running <- (1 - momentum) running + momentum now; without momentum the mean of all batches so far."""
-        norm = self.per_field
-        norm.num_batches_tracked.add_(1)
-        momentum = 1.0 / norm.num_batches_tracked.to(mean.dtype) if norm.momentum is None else norm.momentum
-        for running, now in ((norm.running_mean, mean), (norm.running_var, var)):
+
+def _update(norm: nn.BatchNorm2d, mean: torch.Tensor, var: torch.Tensor) -> None:
+    """running <- (1 - momentum) running + momentum now; without momentum the mean of all batches so far."""
+    assert norm.num_batches_tracked is not None  # as the running statistics are not
+    norm.num_batches_tracked.add_(1)
+    momentum = 1.0 / norm.num_batches_tracked.to(mean.dtype) if norm.momentum is None else norm.momentum
+    for running, now in ((norm.running_mean, mean), (norm.running_var, var)):
+        if running is not None:
             running.copy_(running + momentum * (now - running))
 
 

@@ -111,7 +111,7 @@ def _levels(encoder: nn.Module) -> list[dict[str, Any]]:
     info, name = getattr(encoder, "feature_info", None), type(encoder).__name__
     if not isinstance(info, FeatureInfo) or type(encoder) is FeatureDictNet:
         raise TypeError(f"{name} returns no list of maps: create the encoder with features_only=True, no feature_cls")
-    levels = info.get_dicts()
+    levels: list[dict[str, Any]] = [info.info[index] for index in info.out_indices]
     groups = [level.get("group", "c1") for level in levels]
     if "c1" in groups:
         raise ValueError(
