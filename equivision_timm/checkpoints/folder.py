@@ -82,7 +82,8 @@ def write_model_folder(
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
     try:
-        save_config_for_hf(model, str(staging / CONFIG_FILE), model_args=model_args)
+        config_path: Any = staging / CONFIG_FILE  # as old versions of timm need it; new ones say that it is a str
+        save_config_for_hf(model, config_path, model_args=model_args)
         _write(staging / CONFIG_FILE, (staging / CONFIG_FILE).read_bytes())
         _write(staging / WEIGHTS_FILE, save(tensors, metadata={"format": "pt", **provenance}))
         _sync_folder(staging)
