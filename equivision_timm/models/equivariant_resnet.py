@@ -158,11 +158,8 @@ class Bottleneck(nn.Module):
 
 
 def _in_place(act_layer: Layer) -> nn.Module:
-    """The activation, overwriting its input where it is one that can."""
-    try:
-        return act_layer(inplace=True)
-    except TypeError:  # it has no such argument
-        return act_layer()
+    """The activation; ReLU overwrites its input. For the gradient of others, such as SiLU, PyTorch would copy it first."""
+    return nn.ReLU(inplace=True) if act_layer is nn.ReLU else act_layer()
 
 
 def _zero_norm(unit: ConvNormAct) -> None:

@@ -15,11 +15,13 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import timm
 import torch
 import torch.nn as nn
+from timm.models import get_pretrained_cfg
 from tqdm import tqdm
 
 from equivision_timm.arguments import InputError, check_number
@@ -118,19 +120,22 @@ def tune(
     sides = (size, size) if isinstance(size, int) else size
     setting = Setting(batch_size, sides, amp, channels_last, train, compiled)
     group = torch.distributed.is_available() and torch.distributed.is_initialized()
-    result: list[dict[str, str] | Exception | None] = [None]
-    if not group or torch.distributed.get_rank() == 0:
+    choice = _measure_on_first_rank(model, setting) if group else measure(model, setting).choice
+    model.set_conv_strategy(choice)
+    return choice
+
+
+def _measure_on_first_rank(model: EquivariantBackbone, setting: Setting) -> dict[str, str]:
+    """The choice of the first rank, or its error, on all ranks, which wait for it."""
+    result: list[Any] = [None]
+    if torch.distributed.get_rank() == 0:
         try:
             result = [measure(model, setting).choice]
         except Exception as error:
-            if not group:
-                raise
-            result = [error]  # the others wait
-    if group:
-        torch.distributed.broadcast_object_list(result)
+            result = [error]
+    torch.distributed.broadcast_object_list(result)
     if isinstance(result[0], Exception):
         raise result[0]
-    model.set_conv_strategy(result[0])
     return result[0]
 
 
@@ -219,7 +224,9 @@ def _inputs(model: EquivariantBackbone, setting: Setting, device: torch.device) 
     """For each convolution of regular fields that 'auto' chooses for: the layer and the shape of its input."""
     found: dict[str, tuple[Layer, tuple]] = {}
 
-    def see(name: str, module: SteerableConv2d, x: torch.Tensor) -> None:
+    def see(name: str, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        assert isinstance(module, SteerableConv2d)
+        (x,) = args
         dtype = getattr(torch, setting.amp) if setting.amp else x.dtype
         last = x.is_contiguous(memory_format=torch.channels_last)
         layer = Layer(
@@ -229,7 +236,7 @@ def _inputs(model: EquivariantBackbone, setting: Setting, device: torch.device) 
         found[name] = (layer, tuple(x.shape))
 
     hooks = [
-        module.register_forward_pre_hook(lambda module, args, name=name: see(name, module, args[0]))
+        module.register_forward_pre_hook(partial(see, name))
         for name, module in _layers(model).items()
         if module.strategy == "auto" and module.input_type == "regular"
     ]
@@ -362,8 +369,9 @@ def run(name: str, size: int | None, device: str | None, **options: Any) -> None
     model = timm.create_model(name).to(place)
     if options["channels_last"]:
         model = model.to(memory_format=torch.channels_last)
-    if not hasattr(model, "set_conv_strategy"):
+    if not isinstance(model, EquivariantBackbone):
         raise InputError(f"{name!r} has no steerable convolutions to choose strategies for: use a ResNet")
-    side = size or model.exact_sizes(near=min(224, model.pretrained_cfg["input_size"][-1]))[1]
+    cfg = get_pretrained_cfg(name)
+    side = size or model.exact_sizes(near=min(224, cfg.input_size[-1]) if cfg else 224)[1]
     print(as_table(measure(model, Setting(size=(side, side), **options))))
     print(f"Measured with {options['batch_size']} images of {side} x {side} pixels; kept in {table_file(place)}")

@@ -97,13 +97,13 @@ def read_table(device: torch.device) -> dict[str, Any]:
     except FileNotFoundError:
         return empty
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        whole, reason = False, f"{type(error).__name__}: {error}"
-    else:
-        reason = "it is for other conditions, or not a table"
-    if not whole:
-        warnings.warn(f"{path} is ignored ({reason}): run `tune` again, or remove it", RuntimeWarning, stacklevel=2)
-        return empty
-    return table
+        return _ignored(path, f"{type(error).__name__}: {error}", empty)
+    return table if whole else _ignored(path, "it is for other conditions, or not a table", empty)
+
+
+def _ignored(path: Path, reason: str, empty: dict[str, Any]) -> dict[str, Any]:
+    warnings.warn(f"{path} is ignored ({reason}): run `tune` again, or remove it", RuntimeWarning, stacklevel=3)
+    return empty
 
 
 def update_table(device: torch.device, part: str, name: str, value: dict[str, Any]) -> None:
