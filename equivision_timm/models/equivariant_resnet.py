@@ -158,7 +158,7 @@ class Bottleneck(nn.Module):
 
 
 def _in_place(act_layer: Layer) -> nn.Module:
-    """The activation; ReLU overwrites its input. For the gradient of others, such as SiLU, PyTorch would copy it first."""
+    """The activation; ReLU overwrites its input, which PyTorch would copy first for the gradient of SiLU and others."""
     return nn.ReLU(inplace=True) if act_layer is nn.ReLU else act_layer()
 
 
