@@ -230,7 +230,8 @@ def _draw_digits(
             extent = (column + 0.04, column + 0.96, top + 0.96, top + 0.04)
             axes.imshow(image[0].numpy(), cmap="gray_r", vmin=0, vmax=1, extent=extent, interpolation="bilinear")
             for place, (network, predicted) in enumerate(predictions.items()):
-                answer, x = int(predicted[index, chosen[row]]), column + (2 * place + 1) / (2 * len(predictions))
+                answer = int(predicted[index, chosen[row]])
+                x = column + 0.06 + 0.88 * (place + 0.5) / len(predictions)  # a gap between the columns
                 _draw_answer(axes, x, top + 1.13, answer, answer == labels[chosen[row]], network.colour)
     axes.set(xlim=(0, len(shown)), ylim=(len(PICTURED) * row_height, -0.1), aspect="equal")
     axes.axis("off")
@@ -239,6 +240,6 @@ def _draw_digits(
 
 def _draw_answer(axes: Axes, x: float, y: float, answer: int, right: bool, colour: str) -> None:
     """A badge with a digit: filled where it is right, hollow where it is wrong."""
-    box = {"boxstyle": "round,pad=0.25", "facecolor": colour if right else "white", "edgecolor": colour}
-    style = {"color": "white" if right else colour, "fontweight": "bold", "fontsize": 7}
+    box = {"boxstyle": "round,pad=0.2", "facecolor": colour if right else "white", "edgecolor": colour}
+    style = {"color": "white" if right else colour, "fontweight": "bold", "fontsize": 6.5}
     axes.text(x, y, str(answer), ha="center", va="center", bbox=box, **style)
