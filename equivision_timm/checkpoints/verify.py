@@ -12,7 +12,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn as nn
-from timm.data import create_loader, resolve_data_config
+from timm.data import resolve_data_config
 from timm.models import resolve_pretrained_cfg
 from timm.utils import AverageMeter, accuracy
 from tqdm import tqdm
@@ -29,7 +29,8 @@ from equivision_timm.checkpoints.equivision.signs import (
 from equivision_timm.checkpoints.rooms import released
 from equivision_timm.checkpoints.strict_load import Loaded, load_strictly
 from equivision_timm.groups import Group
-from equivision_timm.images.from_timm import image_dataset
+from equivision_timm.images.folder import ImageFolder
+from equivision_timm.images.from_timm import preparation
 from equivision_timm.images.photographs import load_crops
 from equivision_timm.kernel_bases import are_bases, bases_sha256
 from equivision_timm.layers import ConvNormAct
@@ -251,7 +252,7 @@ def _accuracy(model: EquivariantBackbone | EquivariantViT, data: str | Path) -> 
         yield Check("accuracy", False, f"{data} is no folder of labelled images")
         return
     try:
-        dataset = image_dataset(str(data), "validation")
+        dataset = ImageFolder(str(data), "validation")
     except (OSError, RuntimeError, ValueError) as error:
         yield Check("accuracy", False, f"{data}: {error}")
         return
@@ -259,7 +260,8 @@ def _accuracy(model: EquivariantBackbone | EquivariantViT, data: str | Path) -> 
     if classes != model.num_classes:
         yield Check("accuracy", False, f"{data} has {classes} classes, the model {model.num_classes}")
         return
-    loader = create_loader(dataset, **_loader_options(config))
+    dataset.transform = preparation(config)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=32)
     meters = AverageMeter(), AverageMeter()
     with torch.no_grad():
         for batch, labels in tqdm(loader, desc="accuracy"):
@@ -274,14 +276,3 @@ def _accuracy(model: EquivariantBackbone | EquivariantViT, data: str | Path) -> 
             ok = meter.avg >= 100 * expected - slack
             finding += f", reported {100 * expected:.1f} % (at least {100 * expected - slack:.1f} % expected here)"
         yield Check(name, ok, finding)
-
-
-def _loader_options(config: dict) -> dict:
-    keys = ("input_size", "interpolation", "mean", "std", "crop_pct")
-    return {
-        **{key: config[key] for key in keys},
-        "batch_size": 32,
-        "num_workers": 0,
-        "use_prefetcher": False,
-        "device": torch.device("cpu"),
-    }

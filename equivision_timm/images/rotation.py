@@ -16,8 +16,6 @@ beyond that its reflection, not black triangles that tell the angle.
 
 import math
 import os
-import warnings
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -28,13 +26,11 @@ from PIL import Image
 from timm.data.dataset_factory import _TORCH_BASIC_DS
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from equivision_timm.images.from_timm import folder_reader
-from equivision_timm.images.pictures import PictureError, every_ending, open_rgb
+from equivision_timm.images.folder import ImageFolder
 
 __all__ = ["LIMITS", "RotatedFolder", "rotate", "rotate_image"]
 
 LIMITS = (90, 45, 30, 22.5, 15, 11.25)  # degrees: what groups of 2, 4, 6, 8, 12 and 16 rotations leave over
-_MOST_FAULTS = 50  # timm's own limit
 
 
 def rotate(images: torch.Tensor, degrees: float) -> torch.Tensor:
@@ -75,7 +71,7 @@ def rotate_image(image: Image.Image, degrees: float) -> Image.Image:
     return to_pil_image(rotate(pixels, degrees)[0].round().byte(), mode=image.mode)
 
 
-class RotatedFolder(torch.utils.data.Dataset[tuple[Any, int]]):
+class RotatedFolder(ImageFolder):
     """A folder of images, one sub-folder per class, each image turned by a random angle.
 
     For training it is uniform in [-limit, limit] degrees and drawn anew each time, from PyTorch's generator, which the
@@ -107,49 +103,17 @@ class RotatedFolder(torch.utils.data.Dataset[tuple[Any, int]]):
             raise ValueError(f"there is no folder {str(root)!r} of images: give another --data-dir")
         if not 0 < limit <= 180:
             raise ValueError(f"images cannot be turned by up to {limit} degrees: use a limit above 0 and up to 180")
-        with every_ending():
-            self.reader = folder_reader(root, "train" if train else "validation", **reader_options)
+        super().__init__(root, "train" if train else "validation", **reader_options)
         self.train = train
         self.limit = limit
-        self.transform: Callable[[Any], Any] | None = None  # set by timm's loader
-        self.target_transform: Callable[[Any], Any] | None = None
 
-    def __len__(self) -> int:
-        return len(self.reader)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        image, target = self._read(index)
+    def change(self, image: Image.Image, index: int) -> Image.Image:
+        """The picture, rotated."""
         if self.train:
             angle = self.limit * (2 * torch.rand(()).item() - 1)
         else:
             angle = 360 * np.random.default_rng(index).random()
-        image = rotate_image(image, angle)
-        image = image if self.transform is None else self.transform(image)
-        return image, target if self.target_transform is None else self.target_transform(target)
-
-    def _read(self, index: int) -> tuple[Image.Image, int]:
-        """The first picture from `index` on that can be read, as timm does it; the others are named in a warning."""
-        reader, faults = self.reader, []
-        for i in range(index, index + min(_MOST_FAULTS, len(reader))):
-            i %= len(reader)
-            try:
-                path, target = reader.samples[i]
-                image = open_rgb(path)
-            except PictureError as error:
-                faults.append(str(error))
-                continue
-            if faults:
-                warnings.warn(f"{len(faults)} picture(s) left out: {'; '.join(faults)}", stacklevel=2)
-            return image, target
-        raise PictureError(f"{len(faults)} pictures one after another cannot be read, such as: {faults[0]}")
-
-    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        """As in timm's `ImageDataset`."""
-        return str(self.reader.filename(index, basename, absolute))
-
-    def filenames(self, basename: bool = False, absolute: bool = False) -> list[str]:
-        """As in timm's `ImageDataset`."""
-        return list(map(str, self.reader.filenames(basename, absolute)))
+        return rotate_image(image, angle)
 
 
 _NAMES: dict[str, Any] = _TORCH_BASIC_DS
