@@ -93,6 +93,15 @@ def _check_name(name: object, path: Path) -> str:
     return name
 
 
+def _own_settings(name: str) -> dict[str, object]:
+    """What the model is without `model_args`, where timm writes it into a config all the same."""
+    with torch.device("meta"):
+        model = create(name, EquivariantBackbone, EquivariantViT)
+    if isinstance(model, EquivariantViT):
+        return {"global_pool": model.global_pool, "img_size": list(model.patch_embed.img_size)}
+    return {"global_pool": "avg"}
+
+
 def _weights_of(name: str) -> Path:
     """The weights that `create_model(name, pretrained=True)` loads."""
     cfg = resolve_pretrained_cfg(name)
@@ -115,9 +124,8 @@ def _read_config(path: Path) -> tuple[str, dict[str, int]]:
         raise ValueError(f"{path} is no config of timm: convert or save the model again")
     config, args, data = parts
     name = _check_name(config.get("architecture"), path)
-    other = {
-        key: value for key, value in args.items() if key not in _HARMLESS and (key, value) != ("global_pool", "avg")
-    }
+    own = _own_settings(name)
+    other = {key: value for key, value in args.items() if key not in _HARMLESS and value != own.get(key, ...)}
     if other:
         raise ValueError(
             f"{path} makes another network of {name}, by the model_args {other}: only {_HARMLESS} may be set"

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.reference_data import checkpoint
+from timm.models import save_for_hf
 
 import equivision_timm  # noqa: F401  registers the models
 from equivision_timm.checkpoints import verify as verify_module
@@ -19,6 +20,7 @@ from equivision_timm.checkpoints.equivision.sign_groups import known_patterns
 from equivision_timm.checkpoints.equivision.signs import AmbiguousSigns, SignSearch
 from equivision_timm.checkpoints.folder import read_provenance, write_model_folder
 from equivision_timm.checkpoints.rooms import Released
+from equivision_timm.checkpoints.strict_load import load_strictly
 from equivision_timm.checkpoints.verify import verify
 from equivision_timm.cli import main
 from equivision_timm.images.photographs import load_crops
@@ -316,3 +318,18 @@ def test_accuracy(tmp_path, photographs, monkeypatch):
     Image.new("RGB", (48, 48)).save(data / "0000" / "y.png")
     assert rows(verify(str(folder), photographs, tmp_path / "data"))["accuracy"].ok is False
     assert rows(verify(str(folder), photographs, tmp_path / "none"))["accuracy"].ok is False
+
+
+def test_a_transformer_saved_by_timm(tmp_path, photographs):
+    """timm writes its settings into the config, which may be those of the architecture and no others."""
+    save_for_hf(timm.create_model("test_d4vit", pretrained=True), tmp_path, safe_serialization=True)
+    found = rows(verify(str(tmp_path), photographs))
+    assert found["loads"].ok
+    assert found["equivariance"].ok
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model_args"]["img_size"] == [64, 64]
+    for key, value in (("img_size", [32, 64]), ("global_pool", "avg")):
+        other = {**config, "model_args": {**config["model_args"], key: value}}
+        (tmp_path / "config.json").write_text(json.dumps(other))
+        with pytest.raises(ValueError, match=f"makes another network of test_d4vit, by the model_args .*{key}"):
+            load_strictly(str(tmp_path))
