@@ -1,14 +1,14 @@
 """`tune` with a false clock: the choice, its margins and vetoes, the table, bad input, several ranks."""
 
 import json
-import os
 
 import pytest
 import timm
 import torch
 import torch.multiprocessing as mp
+from support.ranks import tune_in_group
 
-import equivision_timm
+import equivision_timm  # noqa: F401  registers the models
 from equivision_timm.arguments import InputError
 from equivision_timm.cli import main
 from equivision_timm.layers import SteerableConv2d
@@ -260,23 +260,8 @@ def test_the_command(monkeypatch, capsys, place):
     assert table(place)["layers"]
 
 
-def _rank(rank: int, folder: str) -> None:
-    os.environ["XDG_CACHE_HOME"] = f"{folder}/{rank}"
-    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    measured_by = []
-    tune_module.measure = lambda *args: (
-        measured_by.append(rank) or tune_module.Tuning({}, {"layer1.0.conv1.conv": "block_diagonal"}, {}, True)
-    )
-    model = timm.create_model("test_c8resnet")
-    choice = equivision_timm.tune(model, size=33, batch_size=1)
-    assert choice == {"layer1.0.conv1.conv": "block_diagonal"}
-    assert model.layer1[0].conv1.conv.strategy == "block_diagonal"
-    assert measured_by == ([0] if rank == 0 else [])
-    torch.distributed.destroy_process_group()
-
-
 def test_all_ranks_take_what_the_first_measured(tmp_path):
-    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
+    mp.spawn(tune_in_group, (str(tmp_path),), nprocs=2)
 
 
 def test_compiled_models_go_by_what_they_are_given(model, monkeypatch):

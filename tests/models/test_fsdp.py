@@ -6,7 +6,7 @@ import sys
 import pytest
 
 SCRIPT = """
-import copy, functools, sys
+import copy, functools, os, sys
 import timm, torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -53,7 +53,9 @@ for name, value in model.state_dict().items():
     dist.all_gather(both, value)
     own = name.endswith(("running_mean", "running_var"))  # of the last batch
     assert torch.equal(*both) is not own, name
+dist.barrier()
 dist.destroy_process_group()
+os._exit(0)  # threads of PyTorch that still run would abort the process, now and then
 """
 
 
