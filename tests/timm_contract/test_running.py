@@ -83,6 +83,29 @@ def test_autocast_to_bfloat16(name):
     assert 0 < error.norm() < 0.05 * expected.norm()
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("name", ["test_resnet", "test_c8resnet"])  # the control first
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scaled_gradients_in_mixed_precision(name, dtype, memory_format):
+    """A step with `GradScaler`: gradients as in float32 but for the precision, and the weights move along them."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10, zero_init_last=False).to(memory_format=memory_format)
+    x, labels = image((4, 3, 65, 65)).contiguous(memory_format=memory_format), torch.arange(4)
+    twin = copy.deepcopy(model)
+    F.cross_entropy(twin(x), labels).backward()
+    expected = torch.cat([p.grad.reshape(-1) for p in twin.parameters()])
+    optimizer, scaler = torch.optim.SGD(model.parameters(), 0.1), torch.amp.GradScaler("cpu", init_scale=256)
+    before = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    with torch.autocast("cpu", dtype):
+        loss = F.cross_entropy(model(x), labels)
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    moved = (before - torch.cat([p.detach().reshape(-1) for p in model.parameters()])) / 0.1
+    assert F.cosine_similarity(moved, expected, dim=0) > (0.99 if dtype == torch.float16 else 0.9)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_channels_last(name):
     model, x = create(name).eval(), image((2, 3, 65, 65))

@@ -22,6 +22,8 @@ OPTIONS = [
     *("--dataset", "torch/rotated_folder"),
 ]
 
+COMPILED = ["--torchcompile", *(option for option in OPTIONS if option != "--grad-checkpointing")]
+
 
 def _summary(folder: Path) -> list[dict[str, float]]:
     """The rows of train.py's summary.csv: an epoch each."""
@@ -38,7 +40,7 @@ def _assert_learns(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("processes", [0, 2])
-@pytest.mark.parametrize("options", [[], OPTIONS, ["--torchcompile"]], ids=["plain", "all", "compile"])
+@pytest.mark.parametrize("options", [[], OPTIONS, COMPILED], ids=["plain", "all", "compiled"])
 def test_options(options: list[str], processes: int, run, textures: Path, tmp_path: Path) -> None:
     """In one process, and in two under torchrun."""
     place = ["--data-dir", textures, "--output", tmp_path, "--experiment", "out"]
