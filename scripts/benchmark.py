@@ -3,6 +3,7 @@
     python scripts/benchmark.py                                      # the models of the README, eval and train
     python scripts/benchmark.py c8resnet50 'd8*' --modes eval --batch-size 4 --size 225
     python scripts/benchmark.py c8resnet50 --escnn                   # and the escnn network (extra `escnn`)
+    python scripts/benchmark.py d4vit_base_patch16_224               # against timm's ViT of the same size
     python scripts/benchmark.py c8resnet50 --layers                  # every layer, every strategy
     python scripts/benchmark.py c8resnet50 --device cuda --amp bfloat16 --channels-last --compile --batch-size 128
 
@@ -28,6 +29,7 @@ import fnmatch
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -143,11 +145,20 @@ def in_place(model: nn.Module) -> nn.Module:
     return model
 
 
+def timms_rival(name: str) -> str:
+    """timm's network of the same depth, and of the same width where it is a transformer."""
+    if "vit_" in name:
+        size, patch = name[name.index("vit_") :].split("_")[1:3]
+        return f"vit_{size}_{patch}_224"
+    same = name[name.index("resnet") :].split("_")[0]
+    return same if timm.is_model(same) else "resnet" + re.sub(r"\D", "", same)
+
+
 def build(form: str, name: str, mode: str, setting: Setting) -> nn.Module:
     """The network called `form`, in train or eval mode, on the device."""
     torch.manual_seed(0)
     if form == "timm":
-        model = timm.create_model(name[name.index("resnet") :].split("_")[0])
+        model = timm.create_model(timms_rival(name))
     else:
         model = timm.create_model(name)
         if form == "dense folded" or form == "dense folded channels-last":
@@ -498,8 +509,8 @@ def main() -> None:
     for name in (progress := tqdm(names)):
         for mode in args.modes:
             progress.set_description(f"{name} {mode}")
-            dense = [] if mode == "create" else list(DENSE_FORMS[: 2 if args.eager else 4])
-            if mode == "eval":
+            dense = [] if mode == "create" or "vit_" in name else list(DENSE_FORMS[: 2 if args.eager else 4])
+            if mode == "eval" and dense:
                 dense += ["dense folded", "dense folded channels-last"]
             others = [*(["escnn"] if args.escnn and mode != "create" else []), "timm"]
             results.append(compare(name, mode, dense, others, args.repeats, setting))

@@ -101,3 +101,21 @@ def test_writes_what_it_measured(benchmark, tmp_path, monkeypatch, capsys):
     assert result["ratio"]["dense"] == result["median"][result["best dense"]] / result["median"]["ours"]
     assert f"{result['ratio']['dense']:.2f}" in capsys.readouterr().out
     assert (tmp_path / "networks.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("name", "rival"),
+    [
+        ("c8resnet50", "resnet50"),
+        ("c8resnet18_fast", "resnet18"),
+        ("c8resnetaf50", "resnet50"),
+        ("c8resnetaa50d", "resnetaa50d"),
+        ("c8reresnet101", "resnet101"),
+        ("d4vit_base_patch16_224", "vit_base_patch16_224"),
+        ("d4vit_small_patch16_full_224", "vit_small_patch16_224"),
+        ("d4hybridvit_huge_patch14_224", "vit_huge_patch14_224"),
+    ],
+)
+def test_the_rival_in_timm(benchmark, name, rival):
+    assert benchmark.timms_rival(name) == rival
+    assert timm.is_model(rival)
