@@ -68,6 +68,7 @@ NETWORKS = {
     "C8": Network("test_c8resnet", 0, "#56b4e9"),
     "C8 alias-free": Network("test_c8resnetaf", 0, "#0072b2"),
     "C8 alias-free, up to 22.5°": Network("test_c8resnetaf", 22.5, "#0072b2", "--"),
+    "C8 alias-free, all rotations": Network("test_c8resnetaf", 180, "#0072b2", ":"),
 }
 
 
