@@ -147,6 +147,13 @@ def _check_drawing() -> None:
         raise InputError(f"pictures are drawn by matplotlib ({error}): pip install 'equivision-timm[tools]'") from error
 
 
+def _add_batches(parser: argparse.ArgumentParser, size: int) -> None:
+    """How many images to compute at a time, and where."""
+    add = parser.add_argument
+    add("-b", "--batch-size", type=int, default=size, metavar="N", help="images at a time (default: %(default)s)")
+    add("--device", help="where to compute (default: cuda if there is one, else cpu)")
+
+
 def _add_demo(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("demo", help="classify rotated digits with an equivariant model and its plain twin")
     parser.add_argument("--out", default="equivision_demo.png", help="picture to write (default: %(default)s)")
@@ -202,8 +209,7 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
     add("--format", choices=("csv", "json"), default="csv", help="what to write (default: %(default)s)")
     add("--out", type=Path, metavar="FILE", help="file to write (default: print)")
     add("--size", type=int, metavar="N", help="image size (default: that of the checkpoint's training, or the model's)")
-    add("-b", "--batch-size", type=int, default=32, metavar="N", help="images at a time (default: %(default)s)")
-    add("--device", help="where to compute (default: cuda if there is one, else cpu)")
+    _add_batches(parser, 32)
     parser.set_defaults(run=_predict, interrupted="nothing was written")
 
 
@@ -231,9 +237,8 @@ def _add_rotate_eval(commands: argparse._SubParsersAction) -> None:
     add("--class-map", default="", metavar="FILE", help="sub-folders in the order of the model's classes")
     add("--unlabelled", action="store_true", help="measure agreement and drift alone: the folders are no classes")
     add("--num-classes", type=int, metavar="N", help="classes of the models (default: their own)")
-    add("-b", "--batch-size", type=int, default=256, metavar="N", help="images at a time (default: %(default)s)")
+    _add_batches(parser, 256)
     add("-j", "--workers", type=int, default=4, metavar="N", help="processes that load images (default: %(default)s)")
-    add("--device", help="where to compute (default: cuda if there is one, else cpu)")
     add("--amp", action="store_true", help="mixed precision")
     add("--amp-dtype", choices=("float16", "bfloat16"), default="float16", help="its type (default: %(default)s)")
     add("--channels-last", action="store_true", help="memory format")
@@ -291,12 +296,11 @@ def _add_tune(commands: argparse._SubParsersAction) -> None:
     add = parser.add_argument
     add("name", metavar="MODEL", help="model of this package, e.g. c8resnet50")
     add("--size", type=int, metavar="N", help="image size (default: the exact size near 224)")
-    add("-b", "--batch-size", type=int, default=8, metavar="N", help="images at a time (default: %(default)s)")
+    _add_batches(parser, 8)
     add("--amp", choices=("bfloat16", "float16"), default="", help="mixed precision (default: none)")
     add("--channels-last", action="store_true", help="memory format")
     add("--train", action="store_true", help="forward and backward (default: inference)")
     add("--compile", dest="compiled", action="store_true", help="compile the model where it is measured as a whole")
-    add("--device", help="where to measure (default: cuda if there is one, else cpu)")
     parser.set_defaults(
         run=_tune, interrupted="the layers measured so far are kept, the same command goes on from there"
     )

@@ -146,7 +146,12 @@ def test_training_compares_gradients_and_keeps_statistics(model, monkeypatch, pl
     monkeypatch.setattr(Twin, "conv2d", lambda self, x, w, layer: conv2d(self, x, w.detach() + 0 * w, layer))
     Clock(model, monkeypatch, twin=0.01)
     state = {key: value.clone() for key, value in model.state_dict().items()}
+    own = torch.ones_like(model.fc.bias)
+    model.fc.bias.grad = own
     found = measure(model, Setting(2, (33, 33), train=True))
+    assert model.fc.bias.grad is own
+    assert torch.equal(own, torch.ones_like(own))
+    model.fc.bias.grad = None
     assert all(row["twin"] is None for row in found.layers.values())  # a wrong gradient
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())

@@ -146,6 +146,7 @@ def measure(model: EquivariantBackbone, setting: Setting) -> Tuning:
     before = {name: layer.strategy for name, layer in _layers(model).items()}
     was_training, gradients = model.training, [p.grad for p in model.parameters()]
     model = model.train(setting.train)
+    model.zero_grad(set_to_none=True)  # the caller's gradients are put back, and not added to
     statistics_before = [buffer.clone() for buffer in model.buffers()]
     try:
         found = _inputs(model, setting, device)
@@ -192,7 +193,7 @@ def as_table(tuning: Tuning) -> str:
     verdict = f"auto takes {ratios['auto']:.2f} times, expand {ratios['expand']:.2f} times the time of these choices"
     lines.append(f"\nThe whole model: {verdict}.")
     if tuning.won:
-        lines.append("They are kept: conv_strategy='auto' takes them here. As a mapping for conv_strategy=:")
+        lines.append("They win. As a mapping for conv_strategy=:")
         lines.append(json.dumps(tuning.choice))
     else:
         lines.append("That is too little: 'auto' stays as it is.")
@@ -374,4 +375,5 @@ def run(name: str, size: int | None, device: str | None, **options: Any) -> None
     cfg = get_pretrained_cfg(name)
     side = size or model.exact_sizes(near=min(224, cfg.input_size[-1]) if cfg else 224)[1]
     print(as_table(measure(model, Setting(size=(side, side), **options))))
-    print(f"Measured with {options['batch_size']} images of {side} x {side} pixels; kept in {table_file(place)}")
+    kept = "not kept, for torch.compile reads no table" if options["compiled"] else f"kept in {table_file(place)}"
+    print(f"Measured with {options['batch_size']} images of {side} x {side} pixels; {kept}")
