@@ -1,7 +1,8 @@
-"""The compiled strategy under AddressSanitizer and UBSan: random layers read and write nothing that is not theirs.
+"""The compiled strategy under sanitizers: random layers read and write nothing that is not theirs, nor without order.
 
-They run in processes of their own, which load the runtime of AddressSanitizer first. As control each sanitizer is shown
-what it must report. (ThreadSanitizer does not know the barriers of GNU OpenMP.)
+They run in processes of their own, which load the runtime of AddressSanitizer (with UBSan) or ThreadSanitizer first. As
+control each sanitizer is shown what it must report. ThreadSanitizer does not see the barriers of GNU OpenMP: under it
+the library has teams of its own, `watched_threads.c`.
 """
 
 import copy
@@ -11,6 +12,7 @@ import random
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ import torch
 from equivision_timm.layers import SteerableConv2d
 from equivision_timm.layers.conv_strategies import STRATEGIES, native, native_library
 
-LAYERS = 50
+LAYERS = 30
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-11}
 
 
@@ -30,41 +32,42 @@ def runtime(name):
     return printed if os.path.isabs(printed) else None
 
 
-PRELOADED = [runtime(name) for name in ("libasan.so", "libstdc++.so.6")]  # the second, since torch throws exceptions
+RUNTIMES = {  # the second library, since torch throws exceptions
+    sanitizer: [runtime(name) for name in (library, "libstdc++.so.6")]
+    for sanitizer, library in (("address", "libasan.so"), ("thread", "libtsan.so"))
+}
 
 pytestmark = pytest.mark.skipif(
-    shutil.which("cc") is None or None in PRELOADED,
-    reason="cc has no AddressSanitizer to load (Debian: apt install gcc)",
+    shutil.which("cc") is None or any(None in libraries for libraries in RUNTIMES.values()),
+    reason="cc has no AddressSanitizer or ThreadSanitizer to load (Debian: apt install gcc)",
 )
 
 
-@pytest.fixture(scope="module")
-def sanitized(tmp_path_factory):
-    """Runs one of the functions below under both sanitizers."""
-    folder = tmp_path_factory.mktemp("sanitized")
-    compiler = folder / "sanitizing-cc"  # the last -O counts: at -O3 it compiles for half a minute
-    compiler.write_text('#!/bin/sh\nexec cc "$@" -O1 -g -fsanitize=address,undefined\n')
+def sanitized(folder: Path, sanitizer: str, function, layers: int, options: str = ""):
+    """One of the functions below, run under a sanitizer whose compiler gets further `options`.
+
+    The last -O counts: at -O3 the sanitizers compile for half a minute.
+    """
+    compiler = folder / "sanitizing-cc"
+    compiler.write_text(f'#!/bin/sh\nexec cc "$@" -O1 -g {options}\n')
     compiler.chmod(0o755)
     environment = {
         "CC": str(compiler),
         "XDG_CACHE_HOME": str(folder),
-        "LD_PRELOAD": " ".join(PRELOADED),
+        "LD_PRELOAD": " ".join(RUNTIMES[sanitizer]),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
+        "TSAN_OPTIONS": "ignore_noninstrumented_modules=1",  # PyTorch's teams are GNU OpenMP's
         "OMP_NUM_THREADS": "2",
     }
-
-    def run(function):
-        command = [sys.executable, __file__, function.__name__]
-        return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, errors="replace")
-
-    return run
+    command = [sys.executable, __file__, function.__name__, str(layers)]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, errors="replace")
 
 
-def random_layers():
-    """Outputs and gradients of layers against the definition in float64."""
+def random_layers(count):
+    """Outputs and gradients of `count` layers against the definition in float64."""
     torch.manual_seed(0)
     draw = random.Random(0)
-    for index in range(LAYERS):
+    for index in range(count):
         dtype = draw.choice([torch.float32, torch.float64])
         group = draw.choice(["c1", "d1", "c3", "c4", "d4", "c6", "c8", "d8", "c16", "d10"])
         fields = [draw.choice([1, 2, 3, 5]) for _ in range(2)]
@@ -96,7 +99,7 @@ def random_layers():
         print("right:", index)
 
 
-def packed_too_short():
+def packed_too_short(_):
     """A size that overflows; then a product with packed weights that lack a column, of 14 rows at most."""
     x = torch.randn(1, 24, 9, 9)
     layer, shape = native._layer(x, 5, 3, "c8-3-regular", 1, 1)
@@ -114,15 +117,15 @@ def packed_too_short():
     print("not noticed")
 
 
-def test_random_layers(sanitized):
-    run = sanitized(random_layers)
+def test_memory_of_random_layers(tmp_path):
+    run = sanitized(tmp_path, "address", random_layers, LAYERS, "-fsanitize=address,undefined")
     assert run.returncode == 0, run.stderr[-5000:]
     assert run.stdout.count("right:") == LAYERS
     assert "runtime error:" not in run.stderr, run.stderr[-5000:]
 
 
-def test_what_is_wrong_is_reported(sanitized):
-    run = sanitized(packed_too_short)
+def test_wrong_memory_is_reported(tmp_path):
+    run = sanitized(tmp_path, "address", packed_too_short, 0, "-fsanitize=address,undefined")
     assert run.returncode != 0
     assert "not noticed" not in run.stdout
     assert "runtime error: signed integer overflow" in run.stderr, run.stderr[-5000:]
@@ -130,5 +133,23 @@ def test_what_is_wrong_is_reported(sanitized):
     assert "native.c" in run.stderr
 
 
+TEAMS = f"{Path(__file__).with_name('watched_threads.c')} -fsanitize=thread -DGOMP_parallel=watched_parallel "
+TEAMS += "-Domp_get_thread_num=watched_number -Domp_get_num_threads=watched_threads"
+
+
+def test_threads_of_random_layers(tmp_path):
+    run = sanitized(tmp_path, "thread", random_layers, LAYERS, TEAMS)
+    assert run.returncode == 0, run.stderr[-5000:]
+    assert run.stdout.count("right:") == LAYERS
+    assert "ThreadSanitizer" not in run.stderr, run.stderr[-5000:]
+
+
+def test_a_race_is_reported(tmp_path):
+    run = sanitized(tmp_path, "thread", random_layers, 3, f"{TEAMS} -DRACE")
+    assert "WARNING: ThreadSanitizer: data race" in run.stderr, run.stderr[-5000:]
+    assert "native.c" in run.stderr
+
+
 if __name__ == "__main__":
-    {function.__name__: function for function in (random_layers, packed_too_short)}[sys.argv[1]]()
+    os.environ.pop("LD_PRELOAD")  # not for the compiler
+    {function.__name__: function for function in (random_layers, packed_too_short)}[sys.argv[1]](int(sys.argv[2]))
