@@ -33,11 +33,36 @@ def test_probe(example) -> None:
     """Features of an equivariant network serve turned images as well as upright ones, those of a plain one do not."""
     probe = example("probe", needs=["sklearn"])
     models = (timm.create_model(name, pretrained=True).eval() for name in ("test_c8resnet", "test_c1resnet"))
-    equivariant, plain = (probe.probe(model, count=600, angles=(0, 90)) for model in models)
+    equivariant, plain = (probe.probe(model, count=600, views=("0°", "90°")) for model in models)
     for classifier in ("linear probe", "5 nearest neighbours"):
-        assert equivariant[classifier][0] > 0.7
-        assert abs(equivariant[classifier][90] - equivariant[classifier][0]) < 0.02
-        assert plain[classifier][90] < plain[classifier][0] - 0.2
+        assert equivariant[classifier]["0°"] > 0.7
+        assert abs(equivariant[classifier]["90°"] - equivariant[classifier]["0°"]) < 0.02
+        assert plain[classifier]["90°"] < plain[classifier]["0°"] - 0.2
+
+
+def test_nearest_neighbours_of_class_tokens(example) -> None:
+    """Of a D4 transformer they are as good in all eight orientations; C8 is lost under reflections, c1 under all.
+
+    A hybrid with the same weights, whose class token is not invariant, is the control of the kind.
+    """
+    probe = example("probe", needs=["sklearn"])
+    rotated, reflected = ["90°", "180°", "270°"], ["left-right", "upside down"]
+
+    def losses(model: torch.nn.Module) -> dict[str, float]:
+        scores = probe.probe(model.eval(), count=600, views=["0°", *rotated, *reflected])["5 nearest neighbours"]
+        assert scores["0°"] > 0.5
+        return {view: scores["0°"] - scores[view] for view in (*rotated, *reflected)}
+
+    transformer = timm.create_model("test_d4vit", pretrained=True)
+    hybrid = timm.create_model("test_d4vit", invariants="")
+    unused = hybrid.load_state_dict(transformer.state_dict(), strict=False).unexpected_keys
+    assert unused == ["hand_over.proj.weight", "hand_over.proj.bias"]
+    assert max(map(abs, losses(transformer).values())) < 0.01
+    assert min(losses(hybrid).values()) > 0.1
+    assert min(losses(timm.create_model("test_c1resnet", pretrained=True)).values()) > 0.2
+    chiral = losses(timm.create_model("test_c8resnet", pretrained=True))
+    assert max(abs(chiral[view]) for view in rotated) < 0.02
+    assert min(chiral[view] for view in reflected) > 0.2
 
 
 @pytest.mark.parametrize("method", ["grad_cam", "integrated_gradients"])
