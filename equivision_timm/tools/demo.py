@@ -168,10 +168,10 @@ def _meaning(predictions: dict[Network, torch.Tensor], labels: torch.Tensor, ang
     ours, plain = EQUIVARIANT.title, PLAIN.title
     paragraphs = (
         f"Quarter turns are exact: {ours} gives {same[0]} of {len(labels)} digits the same answer at each of them, "
-        f"{ALIAS_FREE.title} {same[1]}, {TRANSFORMER.title} {same[2]}. In between, 45° included, strides alias, which costs {ours} most where it "
-        f"reads {lowest[EQUIVARIANT]}. {ALIAS_FREE.title} is made for these angles, too, with smooth kernels and a low "
-        f"pass in front of each stride: {accuracy[ALIAS_FREE].mean():.1f} % on average, at the least "
-        f"{lowest[ALIAS_FREE]}.",
+        f"{ALIAS_FREE.title} {same[1]}, {TRANSFORMER.title} {same[2]}. In between, 45° included, strides alias, which "
+        f"costs {ours} most where it reads {lowest[EQUIVARIANT]}. {ALIAS_FREE.title} is made for these angles, too, "
+        f"with smooth kernels and a low pass in front of each stride: {accuracy[ALIAS_FREE].mean():.1f} % on average, "
+        f"at the least {lowest[ALIAS_FREE]}.",
         f"{TRANSFORMER.title} is a vision transformer that is equivariant under rotations by 90° and reflections. It "
         f"reads {accuracy[TRANSFORMER][quarter].min():.1f} % at the quarter turns, and at the angles in between, which "
         f"are not in its group, at the least {lowest[TRANSFORMER]}.",
