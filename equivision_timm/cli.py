@@ -340,8 +340,9 @@ def _add_publish(commands: argparse._SubParsersAction) -> None:
 
     parser = commands.add_parser(
         "publish",
-        help="upload converted weights to the Hub, or write what would be uploaded",
-        description="Uploads models of the local weights folder (config, weights, model card) under your own login "
+        help="upload weights to the Hub, or write what would be uploaded",
+        description="Uploads models of the local weights folder, or by name tiny test_* models, whose weights the "
+        "package carries, each as config, weights and model card, under your own login "
         "(`hf auth login`) and compares what the Hub then returns, bit by bit. The same call continues a broken one.",
     )
     _add_names(parser, "every model in the local weights folder")

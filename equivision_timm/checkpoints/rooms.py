@@ -33,6 +33,7 @@ class Released:
         source: the project's address.
         drive_id: of the file on Google Drive.
         reported: accuracies on ImageNet-1k at 224 x 224, between 0 and 1, by what they are of: 'top1', 'top5', ...
+        citation: of the works behind it, BibTeX.
         sha256: of the file, or its first digits; None where unknown.
     """
 
@@ -40,20 +41,25 @@ class Released:
     source: str
     drive_id: str
     reported: dict[str, float]
+    citation: str
     sha256: str | None = None
 
 
 def released() -> dict[str, Released]:
     """All released checkpoints by the name of the model."""
-    found = {
-        name: Released("equivision", EQUIVISION, entry.drive_id, {"top1": entry.top1, "top5": entry.top5}, entry.sha256)
-        for name, entry in equivision_released().items()
+    cite = {
+        room: Path(__file__).with_name(room).joinpath("citation.bib").read_text(encoding="utf-8")
+        for room in ("equivision", "redet", "octic")
     }
+    found: dict[str, Released] = {}
+    for name, entry in equivision_released().items():
+        reported = {"top1": entry.top1, "top5": entry.top5}
+        found[name] = Released("equivision", EQUIVISION, entry.drive_id, reported, cite["equivision"], entry.sha256)
     for name, entry in redet.released().items():
         reported = {"top1": entry["top1"], "top5": entry["top5"]}
-        found[name] = Released("ReDet", redet.SOURCE, entry["drive_id"], reported, entry["sha256"])
+        found[name] = Released("ReDet", redet.SOURCE, entry["drive_id"], reported, cite["redet"], entry["sha256"])
     for name, entry in octic_released().items():
-        found[name] = Released("octic-vits", OCTIC, entry.drive_id, entry.accuracy)
+        found[name] = Released("octic-vits", OCTIC, entry.drive_id, entry.accuracy, cite["octic"])
     return found
 
 
