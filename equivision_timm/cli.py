@@ -317,7 +317,7 @@ def _add_fetch(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "fetch",
         help="have released weights in the local weights folder",
-        description="Downloads released checkpoints (equivision's, ReDet's) from Google Drive, converts them and "
+        description="Downloads released checkpoints (of equivision, ReDet, octic-vits) from Google Drive, converts them and "
         "puts them into the local weights folder ($EQUIVISION_TIMM_WEIGHTS, by default equivision_timm in the user's "
         "cache folder), where create_model(NAME, pretrained=True) finds them. The signs of D4 and D8 are found on "
         "photographs. The same call continues a broken download.",
@@ -396,7 +396,9 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
         "pretrained=True) loads, and prints where the weights come from. A D4 or D8 checkpoint without its kernel "
         "basis is open up to signs, which are found on photographs.",
     )
-    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="checkpoint file of equivision or ReDet")
+    parser.add_argument(
+        "checkpoint", type=Path, metavar="CKPT", help="checkpoint file of equivision, ReDet or octic-vits"
+    )
     parser.add_argument("--model", required=True, metavar="NAME", help="the model, e.g. c8resnet50")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="model folder to write")
     parser.add_argument("--images", type=Path, metavar="DIR", help="photographs (default: those of scikit-image)")

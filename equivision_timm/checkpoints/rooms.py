@@ -15,13 +15,15 @@ from equivision_timm.checkpoints.equivision.released import SOURCE as EQUIVISION
 from equivision_timm.checkpoints.equivision.released import released as equivision_released
 from equivision_timm.checkpoints.equivision.sign_groups import parse_signs
 from equivision_timm.checkpoints.octic import convert_file as octic
+from equivision_timm.checkpoints.octic.read_file import read_octic
 from equivision_timm.checkpoints.octic.released import SOURCE as OCTIC
 from equivision_timm.checkpoints.octic.released import released as octic_released
+from equivision_timm.checkpoints.read_file import read_checkpoint
 from equivision_timm.checkpoints.redet import convert_file as redet
 from equivision_timm.images.photographs import find_photographs
 from equivision_timm.models import EquivariantResNet, family_of, model_names
 
-__all__ = ["Released", "check_options", "convert_file", "released"]
+__all__ = ["Released", "check_file", "check_options", "convert_file", "released"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,16 @@ def convert_file(
         InputError: there is no room for checkpoints of this model, or it takes neither photographs nor signs.
     """
     return _converter(model_name, images, signs)(checkpoint, model_name, folder)
+
+
+def check_file(checkpoint: Path, model_name: str) -> None:
+    """Find out whether a file is a sound checkpoint of the room that reads those of this model.
+
+    Raises:
+        ValueError: it is none.
+    """
+    read = read_octic if model_name in octic_released() else read_checkpoint
+    read(checkpoint)
 
 
 def check_options(model_name: str, images: Path | None, signs: str | None) -> None:
