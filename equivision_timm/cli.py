@@ -317,10 +317,10 @@ def _add_fetch(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "fetch",
         help="have released weights in the local weights folder",
-        description="Downloads released checkpoints (of equivision, ReDet, octic-vits) from Google Drive, converts them and "
-        "puts them into the local weights folder ($EQUIVISION_TIMM_WEIGHTS, by default equivision_timm in the user's "
-        "cache folder), where create_model(NAME, pretrained=True) finds them. The signs of D4 and D8 are found on "
-        "photographs. The same call continues a broken download.",
+        description="Downloads released checkpoints (of equivision, ReDet, octic-vits) from Google Drive, converts "
+        "them and puts them into the local weights folder ($EQUIVISION_TIMM_WEIGHTS, by default equivision_timm in "
+        "the user's cache folder), where create_model(NAME, pretrained=True) finds them. The signs of D4 and D8 "
+        "are found on photographs. The same call continues a broken download.",
     )
     _add_names(parser, "every model whose checkpoint was released")
     parser.add_argument("--images", type=Path, metavar="DIR", help="photographs (default: those of scikit-image)")
