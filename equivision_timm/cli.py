@@ -344,10 +344,10 @@ def _add_fetch(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "fetch",
         help="have released weights in the local weights folder",
-        description="Downloads released checkpoints (equivision's, ReDet's) from Google Drive, converts them and "
-        "puts them into the local weights folder ($EQUIVISION_TIMM_WEIGHTS, by default equivision_timm in the user's "
-        "cache folder), where create_model(NAME, pretrained=True) finds them. The signs of D4 and D8 are found on "
-        "photographs. The same call continues a broken download.",
+        description="Downloads released checkpoints (of equivision, ReDet, octic-vits) from Google Drive, converts "
+        "them and puts them into the local weights folder ($EQUIVISION_TIMM_WEIGHTS, by default equivision_timm in "
+        "the user's cache folder), where create_model(NAME, pretrained=True) finds them. The signs of D4 and D8 "
+        "are found on photographs. The same call continues a broken download.",
     )
     _add_names(parser, "every model whose checkpoint was released")
     parser.add_argument("--images", type=Path, metavar="DIR", help="photographs (default: those of scikit-image)")
@@ -367,8 +367,9 @@ def _add_publish(commands: argparse._SubParsersAction) -> None:
 
     parser = commands.add_parser(
         "publish",
-        help="upload converted weights to the Hub, or write what would be uploaded",
-        description="Uploads models of the local weights folder (config, weights, model card) under your own login "
+        help="upload weights to the Hub, or write what would be uploaded",
+        description="Uploads models of the local weights folder, or by name tiny test_* models, whose weights the "
+        "package carries, each as config, weights and model card, under your own login "
         "(`hf auth login`) and compares what the Hub then returns, bit by bit. The same call continues a broken one.",
     )
     _add_names(parser, "every model in the local weights folder")
@@ -422,7 +423,9 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
         "pretrained=True) loads, and prints where the weights come from. A D4 or D8 checkpoint without its kernel "
         "basis is open up to signs, which are found on photographs.",
     )
-    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="checkpoint file of equivision or ReDet")
+    parser.add_argument(
+        "checkpoint", type=Path, metavar="CKPT", help="checkpoint file of equivision, ReDet or octic-vits"
+    )
     parser.add_argument("--model", required=True, metavar="NAME", help="the model, e.g. c8resnet50")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="model folder to write")
     parser.add_argument("--images", type=Path, metavar="DIR", help="photographs (default: those of scikit-image)")

@@ -2,7 +2,7 @@
 
     python scripts/model_table.py
 
-What is counted: `equivision_timm.checkpoints.publish.complexity`. Reported by: the `released.json` of the rooms in
+What is counted: `equivision_timm.checkpoints.model_card.complexity`. Reported by: the `released.json` of the rooms in
 `checkpoints/`.
 """
 
@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 import equivision_timm
-from equivision_timm.checkpoints.publish import complexity
+from equivision_timm.checkpoints.model_card import complexity
 from equivision_timm.checkpoints.rooms import released
 from equivision_timm.models import model_names
 

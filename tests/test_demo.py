@@ -29,6 +29,8 @@ def test_prints_measured_accuracies_and_draws_a_picture(tmp_path: Path, capsys: 
     digits, labels = (tensor[::10] for tensor in demo.load_digits())
     printed = capsys.readouterr().out
     assert f"{len(labels)} held-out" in printed
+    assert re.search("^angle .* test_d4vit .* test_c1resnet ", printed, re.MULTILINE)
+    assert f"test_d4vit {len(labels)}. In between" in printed  # the same answer at 0, 90 and 180 degrees
     for angle in ANGLES:
         row = re.search(rf"^ *{angle}°" + r" +([\d.]+)" * len(demo.NETWORKS) + " ", printed, re.MULTILINE)
         for network, figure in zip(demo.NETWORKS, row.groups(), strict=True):

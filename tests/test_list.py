@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 
-from equivision_timm.checkpoints.publish import complexity
+from equivision_timm.checkpoints.model_card import complexity
 from equivision_timm.cli import main
 from equivision_timm.models import model_names, pretrained
 from equivision_timm.models.pretrained import WEIGHTS_FILE, local_folder

@@ -11,8 +11,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from equivision_timm.checkpoints.folder import check_model_folder
-from equivision_timm.checkpoints.read_file import read_checkpoint
-from equivision_timm.checkpoints.rooms import check_options, convert_file, released
+from equivision_timm.checkpoints.rooms import check_file, check_options, convert_file, released
 from equivision_timm.files import check_writable
 from equivision_timm.models.pretrained import WEIGHTS_FILE, local_folder, weights_folder
 
@@ -51,7 +50,7 @@ def fetch(model_name: str, images: Path | None = None, signs: str | None = None)
         check_model_folder(folder, model_name)
         if not checkpoint.exists():
             _download(model_name, checkpoint)
-        _check_kind(checkpoint)
+        _check_kind(model_name, checkpoint)
         _check_hash(model_name, checkpoint, folder)
         try:
             print(convert_file(checkpoint, model_name, folder, images=images, signs=signs))
@@ -82,10 +81,10 @@ def _download(model_name: str, checkpoint: Path) -> None:
         ) from error
 
 
-def _check_kind(checkpoint: Path) -> None:
+def _check_kind(model_name: str, checkpoint: Path) -> None:
     """Delete what is no sound checkpoint, such as a download continued after the file on Drive had changed."""
     try:
-        read_checkpoint(checkpoint)
+        check_file(checkpoint, model_name)
     except ValueError as error:
         checkpoint.unlink()
         raise ValueError(f"Google Drive gave something else than a sound checkpoint, deleted again: {error}") from error

@@ -23,7 +23,7 @@ from equivision_timm.arguments import InputError
 from equivision_timm.files import check_writable
 from equivision_timm.models.pretrained import WEIGHTS_FILE
 
-__all__ = ["CONFIG_FILE", "check_model_folder", "read_provenance", "versions", "write_model_folder"]
+__all__ = ["CONFIG_FILE", "check_model_folder", "read_provenance", "versions", "write_config", "write_model_folder"]
 
 CONFIG_FILE = "config.json"
 
@@ -82,8 +82,7 @@ def write_model_folder(
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
     try:
-        config_path: Any = staging / CONFIG_FILE  # as old versions of timm need it; new ones say that it is a str
-        save_config_for_hf(model, config_path, model_args=model_args)
+        write_config(model, staging / CONFIG_FILE, model_args)
         _write(staging / CONFIG_FILE, (staging / CONFIG_FILE).read_bytes())
         _write(staging / WEIGHTS_FILE, save(tensors, metadata={"format": "pt", **provenance}))
         _sync_folder(staging)
@@ -94,6 +93,12 @@ def write_model_folder(
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return folder
+
+
+def write_config(model: torch.nn.Module, path: Path, model_args: dict[str, Any] | None = None) -> None:
+    """Write timm's `config.json` of a model, and the keywords that it was made with, if they are not its own."""
+    config_path: Any = path  # as old versions of timm need it; new ones say that it is a str
+    save_config_for_hf(model, config_path, model_args=model_args)
 
 
 def read_provenance(path: str | Path) -> dict[str, str]:

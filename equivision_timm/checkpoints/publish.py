@@ -1,33 +1,31 @@
-"""Publish converted weights: a folder with all that a Hub repository needs, and its upload.
+"""Publish weights: a folder with all that a Hub repository needs, and its upload.
 
-A publication is `config.json` and `model.safetensors` of the local weights folder, bit by bit, and a model card. The
-card is the same whenever it is written, so that publishing again uploads nothing.
+A publication is `config.json`, `model.safetensors` and a model card. Converted weights and their config are those of
+the local weights folder, bit by bit; those that the package carries, of the tiny `test_*` models, the package's own
+file. All files are the same whenever they are written, so that publishing again uploads nothing.
 """
 
 import filecmp
 import shutil
 from pathlib import Path
-from string import Template
 from tempfile import TemporaryDirectory
 
 import timm
 import torch
-from huggingface_hub import EvalResult, HfApi, ModelCardData
+from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
-from timm.models import model_entrypoint
-from timm.utils import reparameterize_model
-from torch.utils.flop_counter import FlopCounterMode
+from timm.models import resolve_pretrained_cfg
 
-from equivision_timm.arguments import one_line
-from equivision_timm.checkpoints.folder import CONFIG_FILE
-from equivision_timm.checkpoints.rooms import Released, released
+from equivision_timm.checkpoints.folder import CONFIG_FILE, write_config
+from equivision_timm.checkpoints.model_card import model_card
+from equivision_timm.checkpoints.rooms import released
 from equivision_timm.checkpoints.strict_load import load_strictly
 from equivision_timm.files import check_writable
-from equivision_timm.models.attributes import attribute
+from equivision_timm.models import model_names
 from equivision_timm.models.pretrained import WEIGHTS_FILE, local_folder
 from equivision_timm.models.tensor_hash import TENSORS_SHA256, hash_tensors
 
-__all__ = ["FILES", "complexity", "models_in_weights_folder", "upload", "write_publication"]
+__all__ = ["FILES", "models_in_weights_folder", "upload", "write_publication"]
 
 FILES = (CONFIG_FILE, WEIGHTS_FILE, "README.md")
 
@@ -38,7 +36,7 @@ def upload(model_name: str, organisation: str, private: bool = False) -> str:
     What the Hub has already is not sent again: a run that broke off goes on where it stopped.
 
     Args:
-        model_name: a model in the local weights folder.
+        model_name: a model in the local weights folder, or one whose weights the package carries.
         organisation: user or organisation on the Hub that will hold the repository.
         private: create the repository as a private one; one that exists stays what it is.
 
@@ -66,7 +64,7 @@ def write_publication(model_name: str, parent: Path, organisation: str) -> Path:
     """Write what would be uploaded to a sub-folder of `parent`, named as the repository.
 
     Args:
-        model_name: a model in the local weights folder.
+        model_name: a model in the local weights folder, or one whose weights the package carries.
         parent: where to make the folder.
         organisation: who will hold the repository; the card names it.
 
@@ -80,7 +78,7 @@ def write_publication(model_name: str, parent: Path, organisation: str) -> Path:
     """
     source = _folder(model_name)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (source / name).is_file():
+        if model_name not in _packaged() and not (source / name).is_file():
             raise FileNotFoundError(
                 f"there is no {source / name} to publish: run `python -m equivision_timm fetch {model_name}`"
             )
@@ -89,9 +87,10 @@ def write_publication(model_name: str, parent: Path, organisation: str) -> Path:
         check_writable(parent / source.name / name, make_folders=True)
     parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=parent, prefix=".writing-") as staging:
-        for name in (CONFIG_FILE, WEIGHTS_FILE):
-            shutil.copyfile(source / name, Path(staging) / name)
-        provenance = _check_files(Path(staging), model_name, source)  # the copies, which nobody else changes
+        if model_name in _packaged():
+            provenance = _take_packaged(Path(staging), model_name)
+        else:
+            provenance = _take_converted(Path(staging), model_name, source)
         card = model_card(model_name, f"{organisation}/{source.name}", provenance)
         (Path(staging) / "README.md").write_text(card, encoding="utf-8")
         publication = parent / source.name
@@ -101,10 +100,24 @@ def write_publication(model_name: str, parent: Path, organisation: str) -> Path:
     return publication
 
 
-def _check_files(folder: Path, model_name: str, source: Path) -> dict[str, str]:
-    """Where the weights in `folder`, a copy of `source`, come from; raises ValueError unless they are the model's."""
+def _take_packaged(folder: Path, model_name: str) -> dict[str, str]:
+    """Write config and weights of a model whose weights the package carries; returns where they come from."""
+    with torch.device("meta"):
+        write_config(timm.create_model(model_name), folder / CONFIG_FILE)
+    shutil.copyfile(_packaged()[model_name], folder / WEIGHTS_FILE)
+    return load_strictly(str(folder)).provenance
+
+
+def _take_converted(folder: Path, model_name: str, source: Path) -> dict[str, str]:
+    """Copy config and weights from `source`; returns where they come from.
+
+    Raises:
+        ValueError: they are not the model's, or not with the tensors of its conversion.
+    """
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        shutil.copyfile(source / name, folder / name)
     remedy = f"run `python -m equivision_timm fetch {model_name}` again"
-    loaded = load_strictly(str(folder))
+    loaded = load_strictly(str(folder))  # the copies, which nobody else changes
     if loaded.name != model_name:
         raise ValueError(f"{source} holds {loaded.name}, not {model_name}: {remedy}")
     expected, found = loaded.provenance.get(TENSORS_SHA256), hash_tensors(loaded.state_dict)
@@ -115,92 +128,20 @@ def _check_files(folder: Path, model_name: str, source: Path) -> dict[str, str]:
     return loaded.provenance
 
 
-def model_card(model_name: str, repository: str, provenance: dict[str, str]) -> str:
-    """The model card, Markdown with the Hub's metadata in front."""
-    entry = released()[model_name]
-    parameters, gmacs = complexity(model_name)
-    with torch.device("meta"):
-        model = timm.create_model(model_name)
-    fields, channels = attribute(model, "feature_info", list)[-1]["num_fields"], attribute(model, "num_features", int)
-    license = attribute(model, "pretrained_cfg", dict)["license"]
-    metadata = ModelCardData(
-        license=license,
-        library_name="timm",
-        pipeline_tag="image-classification",
-        tags=["image-classification", "timm", "equivariance", "group-convolution"],
-        datasets=["imagenet-1k"],
-        model_name=repository.split("/")[1],
-        eval_results=[_reported(entry, kind) for kind in entry.reported],
-    )
-    template = Template(Path(__file__).with_name("model_card.md").read_text(encoding="utf-8"))
-    return template.substitute(
-        metadata=metadata.to_yaml(),
-        name=repository.split("/")[1],
-        license=license,
-        description=model_entrypoint(model_name).__doc__,
-        project=entry.project,
-        source=entry.source,
-        repository=repository,
-        channels=channels,
-        fields=fields,
-        order=channels // fields,
-        parameters=f"{parameters / 1e6:.2f}",
-        gmacs=f"{gmacs:.2f}",
-        reported="\n".join(
-            f"| Reported {_KINDS[kind]} on ImageNet-1k at 224 x 224 | {100 * value:.1f} % |"
-            for kind, value in entry.reported.items()
-        ),
-        provenance="\n".join(f"| {_cell(key)} | {_cell(value)} |" for key, value in provenance.items()),
-    )
-
-
-def _cell(text: str) -> str:
-    """Text as text in a table of Markdown: neither line breaks nor markup."""
-    return "`" + one_line(text).replace("`", "'").replace("|", "\\|") + "`"
-
-
 def models_in_weights_folder() -> list[str]:
     """Names of the released models that the local weights folder holds."""
     return [name for name in released() if (local_folder(name) / WEIGHTS_FILE).is_file()]
 
 
-def complexity(model_name: str, size: int = 224) -> tuple[int, float]:
-    """Number of parameters, and 10^9 multiply-accumulates of one image of size x size pixels.
-
-    Counted with PyTorch's flop counter on the fused network, whose convolutions have expanded filters: convolutions and
-    matrix products, attention included. Nothing is computed: the tensors are on the meta device.
-    """
-    with torch.device("meta"), torch.no_grad():
-        model = timm.create_model(model_name).eval()
-        parameters = sum(p.numel() for p in model.parameters())
-        fused = reparameterize_model(model.requires_grad_(False))  # the counter follows what asks for gradients
-        with FlopCounterMode(display=False) as counter:
-            fused(torch.empty(1, 3, size, size))
-    return parameters, counter.get_total_flops() / 2 / 1e9
+def _packaged() -> dict[str, Path]:
+    """The files that the package carries, by model name."""
+    files = {name: resolve_pretrained_cfg(name).file for name in model_names()}
+    return {name: Path(file) for name, file in files.items() if file}
 
 
 def _folder(model_name: str) -> Path:
-    if model_name not in released():
-        raise ValueError(f"{model_name} has no weights to publish; there are: {', '.join(released())}")
+    """The folder of the local weights folder; its name is that of the publication."""
+    names = (*released(), *_packaged())
+    if model_name not in names:
+        raise ValueError(f"{model_name} has no weights to publish; there are: {', '.join(names)}")
     return local_folder(model_name)
-
-
-_KINDS = {
-    "top1": "top-1 accuracy",
-    "top5": "top-5 accuracy",
-    "linear": "top-1 accuracy of a linear classifier on frozen features",
-    "knn": "top-1 accuracy of nearest neighbours of frozen features",
-}
-
-
-def _reported(entry: Released, kind: str) -> EvalResult:
-    return EvalResult(
-        task_type="image-classification",
-        dataset_type="imagenet-1k",
-        dataset_name="ImageNet-1k",
-        metric_type="accuracy",
-        metric_name=_KINDS[kind],
-        metric_value=entry.reported[kind],
-        source_name=f"{entry.project}, as reported",
-        source_url=entry.source,
-    )

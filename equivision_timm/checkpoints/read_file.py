@@ -1,14 +1,16 @@
-"""Read a foreign checkpoint file without running anything in it: a file -> {name: tensor}, names bare.
+"""Read a foreign checkpoint file without running anything in it, for every room: a file -> {name: tensor}.
 
-Both formats in use are taken: what `torch.save` wrote (a bare state dict, or a checkpoint of Lightning or mmcv with a
-`state_dict`) and safetensors. Files from strangers are read with `weights_only=True`, which refuses every object that
-could run code, and nothing that is not plainly a set of finite tensors comes out.
+Both formats in use are taken: what `torch.save` wrote and safetensors. Files from strangers are read with
+`weights_only=True`, which refuses every object that could run code; what a room's training script writes beside its
+network it names itself, as `allowed`. Archives are compared with their checksums and pickles are measured before
+torch sees them, and nothing that is not plainly a set of finite tensors comes out.
 """
 
 import io
 import re
 import stat
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,9 +19,9 @@ from safetensors.torch import load as load_safetensors
 
 from equivision_timm.checkpoints.pickle_size import check_pickle
 
-__all__ = ["read_checkpoint"]
+__all__ = ["check_tensor", "load_content", "read_checkpoint", "strip_names"]
 
-_MAX_BYTES = 4 << 30  # the largest published checkpoint has 0.2 GB
+_MAX_BYTES = 8 << 30  # a ViT-H has 1.4 GB, and four times as much with its average and the state of its optimiser
 _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _DTYPES |= {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _LEGACY_PICKLES = 5  # magic number, version, system, the object, the names of its storages
@@ -30,7 +32,8 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint file, on the CPU, in the file's own types, `model.` and `module.` stripped.
 
     Args:
-        path: a file written by `torch.save`, or a safetensors file; a symlink to one will do.
+        path: a bare state dict or a checkpoint of Lightning or mmcv with a `state_dict`, written by `torch.save`; or a
+            safetensors file; a symlink to one will do.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
@@ -38,20 +41,50 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
             NaN or infinity.
     """
     path = Path(path)
-    state_dict = _unwrap(_load(path), path)
-    names: dict[str, str] = {}
+    content = load_content(path)
+    state_dict = content["state_dict"] if isinstance(content.get("state_dict"), dict) else content
+    if not state_dict:
+        raise ValueError(f"{path} holds an empty state dict: it is no checkpoint")
     for name, value in state_dict.items():
-        _check_tensor(name, value, path)
-        bare = re.sub(r"^((model|module)\.)+", "", name)
+        check_tensor(name, value, path)
+    return strip_names(state_dict, r"^((model|module)\.)+", path)
+
+
+def load_content(path: Path, allowed: tuple[type, ...] = ()) -> dict:
+    """The dictionary that a file holds, on the CPU; what is in it is not looked at.
+
+    Args:
+        path: written by `torch.save`, or a safetensors file.
+        allowed: classes that may stand beside tensors, numbers and texts; making one must do nothing.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: empty, damaged, no dictionary, or with objects of other classes in it.
+    """
+    content = _load(path, allowed)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict: it is no checkpoint")
+    return content
+
+
+def strip_names(tensors: Mapping[str, torch.Tensor], prefix: str, path: Path) -> dict[str, torch.Tensor]:
+    """The tensors with the pattern `prefix` taken off their names.
+
+    Raises:
+        ValueError: two of them then have one name.
+    """
+    names: dict[str, str] = {}
+    for name in tensors:
+        bare = re.sub(prefix, "", name)
         if bare in names:
             raise ValueError(
                 f"{path} has two entries for {bare[:60]}: {names[bare][:60]!r} and {name[:60]!r}; remove one of them"
             )
         names[bare] = name
-    return {bare: state_dict[name] for bare, name in names.items()}
+    return {bare: tensors[name] for bare, name in names.items()}
 
 
-def _load(path: Path) -> object:
+def _load(path: Path, allowed: tuple[type, ...]) -> object:
     info = path.stat()
     if not stat.S_ISREG(info.st_mode):
         kind = "a folder" if stat.S_ISDIR(info.st_mode) else "a device or pipe"
@@ -63,10 +96,10 @@ def _load(path: Path) -> object:
     if start.startswith(_ZIP):
         _check_archive(path)
         _check_pickles(path, is_archive=True)
-        return _load_torch(path)
+        return _load_torch(path, allowed)
     if start.startswith(_PICKLE):
         _check_pickles(path, is_archive=False)
-        return _load_torch(path)
+        return _load_torch(path, allowed)
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < info.st_size:
         try:
             return load_safetensors(path.read_bytes())
@@ -112,15 +145,16 @@ def _check_pickles(path: Path, is_archive: bool) -> None:
         raise ValueError(f"{path} is no checkpoint: {error}") from error
 
 
-def _load_torch(path: Path) -> object:
+def _load_torch(path: Path, allowed: tuple[type, ...]) -> object:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(list(allowed)):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a stranger's pickle or a cut-off file can provoke; never executed
         reason = _one_line(error)
         if re.search(r"Unsupported (global|class|operand)|WeightsUnpickler error|weights_only", str(error), re.I):
             raise ValueError(
                 f"{path} holds something else than tensors and is not read, for such a file can run code ({reason}). "
-                "If you trust its origin, save its state dict alone: torch.save(checkpoint['state_dict'], ...)"
+                "If you trust its origin, load it and save its state dict alone: torch.save(checkpoint[...], ...)"
             ) from error
         raise ValueError(f"{path} is damaged or no checkpoint ({type(error).__name__}: {reason})") from error
 
@@ -131,18 +165,8 @@ def _one_line(error: Exception) -> str:
     return (named or lines or [type(error).__name__])[0][:200]
 
 
-def _unwrap(content: object, path: Path) -> dict:
-    """The state dict itself: `content`, or what a Lightning checkpoint calls `state_dict`."""
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict: it is no checkpoint")
-    if not content:
-        raise ValueError(f"{path} holds an empty state dict: it is no checkpoint")
-    return content
-
-
-def _check_tensor(name: object, value: object, path: Path) -> None:
+def check_tensor(name: object, value: object, path: Path) -> None:
+    """Raise ValueError unless this entry of a state dict is a dense, finite tensor of real numbers, with a name."""
     if not isinstance(name, str):
         raise ValueError(
             f"{path} has an entry whose name is a {type(name).__name__}, not a string: it is no checkpoint"

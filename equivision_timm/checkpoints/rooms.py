@@ -15,13 +15,15 @@ from equivision_timm.checkpoints.equivision.released import SOURCE as EQUIVISION
 from equivision_timm.checkpoints.equivision.released import released as equivision_released
 from equivision_timm.checkpoints.equivision.sign_groups import parse_signs
 from equivision_timm.checkpoints.octic import convert_file as octic
+from equivision_timm.checkpoints.octic.read_file import read_octic
 from equivision_timm.checkpoints.octic.released import SOURCE as OCTIC
 from equivision_timm.checkpoints.octic.released import released as octic_released
+from equivision_timm.checkpoints.read_file import read_checkpoint
 from equivision_timm.checkpoints.redet import convert_file as redet
 from equivision_timm.images.photographs import find_photographs
 from equivision_timm.models import EquivariantResNet, family_of, model_names
 
-__all__ = ["Released", "check_options", "convert_file", "released"]
+__all__ = ["Released", "check_file", "check_options", "convert_file", "released"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Released:
         source: the project's address.
         drive_id: of the file on Google Drive.
         reported: accuracies on ImageNet-1k at 224 x 224, between 0 and 1, by what they are of: 'top1', 'top5', ...
+        citation: of the works behind it, BibTeX.
         sha256: of the file, or its first digits; None where unknown.
     """
 
@@ -40,20 +43,25 @@ class Released:
     source: str
     drive_id: str
     reported: dict[str, float]
+    citation: str
     sha256: str | None = None
 
 
 def released() -> dict[str, Released]:
     """All released checkpoints by the name of the model."""
-    found = {
-        name: Released("equivision", EQUIVISION, entry.drive_id, {"top1": entry.top1, "top5": entry.top5}, entry.sha256)
-        for name, entry in equivision_released().items()
+    cite = {
+        room: Path(__file__).with_name(room).joinpath("citation.bib").read_text(encoding="utf-8")
+        for room in ("equivision", "redet", "octic")
     }
+    found: dict[str, Released] = {}
+    for name, entry in equivision_released().items():
+        reported = {"top1": entry.top1, "top5": entry.top5}
+        found[name] = Released("equivision", EQUIVISION, entry.drive_id, reported, cite["equivision"], entry.sha256)
     for name, entry in redet.released().items():
         reported = {"top1": entry["top1"], "top5": entry["top5"]}
-        found[name] = Released("ReDet", redet.SOURCE, entry["drive_id"], reported, entry["sha256"])
+        found[name] = Released("ReDet", redet.SOURCE, entry["drive_id"], reported, cite["redet"], entry["sha256"])
     for name, entry in octic_released().items():
-        found[name] = Released("octic-vits", OCTIC, entry.drive_id, entry.accuracy)
+        found[name] = Released("octic-vits", OCTIC, entry.drive_id, entry.accuracy, cite["octic"])
     return found
 
 
@@ -73,6 +81,16 @@ def convert_file(
         InputError: there is no room for checkpoints of this model, or it takes neither photographs nor signs.
     """
     return _converter(model_name, images, signs)(checkpoint, model_name, folder)
+
+
+def check_file(checkpoint: Path, model_name: str) -> None:
+    """Find out whether a file is a sound checkpoint of the room that reads those of this model.
+
+    Raises:
+        ValueError: it is none.
+    """
+    read = read_octic if model_name in octic_released() else read_checkpoint
+    read(checkpoint)
 
 
 def check_options(model_name: str, images: Path | None, signs: str | None) -> None:

@@ -1,6 +1,6 @@
 """The models of this package, what they cost, and where their weights are: what `equivision-timm list` calls.
 
-Parameters and multiply-accumulates are those of `checkpoints.publish.complexity`, at the model's own image size: of
+Parameters and multiply-accumulates are those of `checkpoints.model_card.complexity`, at the model's own image size: of
 the expanded convolutions and the classifier. That runs the fused network on the meta device, which takes a second for
 a deep one. Here every convolution only says the shape of its output, and of blocks that are alike one is run, so that
 all models take a few.

@@ -7,9 +7,16 @@ import torch
 __all__ = ["coins"]
 
 
-def coins() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The image [3, 288, 384] in 0 ... 1, a mask of the coins [288, 384], and their boxes [N, 4] (x1, y1, x2, y2)."""
-    image = skimage.data.coins()[:288].copy()
+def coins(
+    rows: slice = slice(0, 288), columns: slice = slice(0, 384)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A crop [3, H, W] in 0 ... 1, a mask of its coins [H, W], and their boxes [N, 4] (x1, y1, x2, y2).
+
+    Args:
+        rows: of 303 pixels.
+        columns: of 384 pixels.
+    """
+    image = skimage.data.coins()[rows, columns].copy()
     smooth = skimage.filters.gaussian(image, 2)
     mask = smooth > skimage.filters.threshold_local(smooth, 151)
     mask = skimage.morphology.opening(mask, skimage.morphology.disk(7))

@@ -1,8 +1,14 @@
 """Feature maps in a feature pyramid: a RetinaNet of torchvision on an equivariant backbone learns to find coins.
 
+The maps of the backbone rotate with the image, exactly by quarter turns, for every side n = 1 mod 32: so the images
+here have 289 x 193 pixels, and the detector leaves them as they are. The pyramid and the heads are torchvision's
+ordinary ones; ReDet puts rotated regions of interest there.
+
 pip install 'equivision-timm[examples]'
-python scripts/examples/detection.py
+python scripts/examples/detection.py c8reresnet50         # or c8resnet50_fast, or any other backbone of timm
 """
+
+import sys
 
 import timm
 import torch
@@ -14,9 +20,12 @@ from torchvision.ops import FeaturePyramidNetwork
 
 import equivision_timm  # noqa: F401  registers the models
 
+HEIGHT, WIDTH = 289, 193  # both 1 mod 32
+PARTS = (0, 191)  # where the crops of the photograph begin, left half and right half
+
 
 class PyramidBackbone(nn.Module):
-    """Images -> {level: map [B, out_channels, H / reduction, W / reduction]} of three levels, 8 to 32.
+    """Images -> {level: map [B, out_channels, h, w]} of three levels, h = (H - 1) / r + 1 for r = 8, 16, 32, so w.
 
     Args:
         name: a model of timm.
@@ -35,20 +44,26 @@ class PyramidBackbone(nn.Module):
 
 
 def detector(name: str, **options) -> RetinaNet:
-    """RetinaNet of two classes, background and coin, with an anchor size per level."""
+    """RetinaNet of two classes, background and coin, with anchor sizes per level; `size_divisible=1` pads nothing."""
     anchors = AnchorGenerator(sizes=((24, 32), (48, 64), (96, 128)), aspect_ratios=((1.0,),) * 3)
-    backbone = PyramidBackbone(name, **options)
-    return RetinaNet(backbone, num_classes=2, anchor_generator=anchors, min_size=288, max_size=384)
+    sizes = {"min_size": WIDTH, "max_size": HEIGHT, "size_divisible": 1}
+    return RetinaNet(PyramidBackbone(name, **options), num_classes=2, anchor_generator=anchors, **sizes)
+
+
+def photographs() -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
+    """Both halves of the photograph, [3, 289, 193], and the boxes and labels of their coins."""
+    halves = [coins(slice(14, 14 + HEIGHT), slice(start, start + WIDTH)) for start in PARTS]
+    targets = [{"boxes": boxes, "labels": torch.ones(len(boxes), dtype=torch.int64)} for _, _, boxes in halves]
+    return [image for image, _, _ in halves], targets
 
 
 def train(model: RetinaNet, steps: int) -> list[float]:
-    """Steps on the one image; returns the loss of each."""
-    image, _, boxes = coins()
-    target = {"boxes": boxes, "labels": torch.ones(len(boxes), dtype=torch.int64)}
+    """Steps on both halves; returns the loss of each."""
+    images, targets = photographs()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
     losses = []
     for _ in range(steps):
-        loss = sum(model.train()([image], [target]).values())
+        loss = sum(model.train()(images, targets).values())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -56,11 +71,11 @@ def train(model: RetinaNet, steps: int) -> list[float]:
     return losses
 
 
-def main() -> None:
+def main(name: str) -> None:
     torch.manual_seed(0)
-    losses = train(detector("c4resnet18_fast"), steps=20)
+    losses = train(detector(name), steps=20)
     print("  ".join(f"{loss:.2f}" for loss in losses[::4]))
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:] or ["c8reresnet50"])

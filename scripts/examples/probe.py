@@ -1,13 +1,17 @@
 """Frozen invariant features in scikit-learn: a linear probe and k nearest neighbours, tested on turned images.
 
-The networks were trained on MNIST's digits; here they see those of the UCI repository, which scikit-learn ships
-(8 x 8 pixels). Classifiers are fitted on upright digits and tested on upright and on turned ones.
+Of a ResNet the features are the pooled map, of a vision transformer the class token. The networks were trained on
+MNIST's digits; here they see those of the UCI repository, which scikit-learn ships (8 x 8 pixels). Classifiers are
+fitted on upright digits, and tested on upright, rotated and reflected ones: D4 leaves the features alone under both,
+C8 under rotations, c1 under nothing.
 
     pip install 'equivision-timm[examples]'
-    python scripts/examples/probe.py test_c8resnet test_c1resnet
+    python scripts/examples/probe.py test_d4vit test_c8resnet test_c1resnet
 """
 
 import sys
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import timm
 import torch
@@ -20,6 +24,12 @@ from sklearn.preprocessing import StandardScaler
 
 import equivision_timm  # noqa: F401  registers the models
 from equivision_timm.images.rotation import rotate
+
+VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    **{f"{angle}°": partial(rotate, degrees=angle) for angle in (0, 45, 90, 180, 270)},
+    "left-right": partial(torch.flip, dims=(-1,)),
+    "upside down": partial(torch.flip, dims=(-2,)),
+}
 
 
 def load_images(config: dict) -> tuple[torch.Tensor, list[int]]:
@@ -34,13 +44,13 @@ def load_images(config: dict) -> tuple[torch.Tensor, list[int]]:
 
 @torch.inference_mode()
 def features(model: torch.nn.Module, images: torch.Tensor):
-    """[N, head_hidden_size]: pooled over space, then over the group; a rotation leaves them (nearly) unchanged."""
+    """[N, head_hidden_size]: what the classifier reads, the same (but for rounding) under the group of the model."""
     batches = [model.forward_head(model.forward_features(x), pre_logits=True) for x in images.split(100)]
     return torch.cat(batches).numpy()
 
 
-def probe(model: torch.nn.Module, count: int = 1797, angles: tuple[float, ...] = (0, 45, 90, 180)) -> dict:
-    """{classifier: {angle: accuracy}}, fitted on the first two thirds upright, tested on the rest at every angle."""
+def probe(model: torch.nn.Module, count: int = 1797, views: Iterable[str] = VIEWS) -> dict[str, dict[str, float]]:
+    """{classifier: {view: accuracy}}, fitted on the first two thirds upright, tested on the rest in every view."""
     images, classes = load_images(timm.data.resolve_data_config(model=model))
     images, classes, train = images[:count], classes[:count], 2 * count // 3
     classifiers = {
@@ -48,20 +58,20 @@ def probe(model: torch.nn.Module, count: int = 1797, angles: tuple[float, ...] =
         "5 nearest neighbours": KNeighborsClassifier(5, metric="cosine"),
     }
     upright = features(model, images[:train])
-    tests = {angle: features(model, rotate(images[train:], angle)) for angle in angles}
+    tests = {view: features(model, VIEWS[view](images[train:])) for view in views}
     accuracies = {}
     for name, classifier in classifiers.items():
         classifier.fit(upright, classes[:train])
-        accuracies[name] = {angle: classifier.score(test, classes[train:]) for angle, test in tests.items()}
+        accuracies[name] = {view: classifier.score(test, classes[train:]) for view, test in tests.items()}
     return accuracies
 
 
 def main(names: list[str]) -> None:
     for name in names:
         for classifier, accuracies in probe(timm.create_model(name, pretrained=True).eval()).items():
-            row = "  ".join(f"{angle:g}°: {accuracy:.1%}" for angle, accuracy in accuracies.items())
+            row = "  ".join(f"{view}: {accuracy:.1%}" for view, accuracy in accuracies.items())
             print(f"{name:16} {classifier:22} {row}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or ["test_c8resnet", "test_c1resnet"])
+    main(sys.argv[1:] or ["test_d4vit", "test_c8resnet", "test_c1resnet"])

@@ -8,15 +8,19 @@ import pytest
 import timm
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from support import octic_data
 
+from equivision_timm.checkpoints.fetch import fetch
 from equivision_timm.checkpoints.octic import convert_file as convert_module
 from equivision_timm.checkpoints.octic import translate as translate_module
 from equivision_timm.checkpoints.octic.convert_file import convert_file
 from equivision_timm.checkpoints.octic.read_file import read_octic
 from equivision_timm.checkpoints.octic.released import Released, released
 from equivision_timm.checkpoints.octic.translate import fitting_models, invariants_of, translate, translate_to
+from equivision_timm.checkpoints.read_file import read_checkpoint
 from equivision_timm.models.equivariant_vit import VARIANTS, Variant
+from equivision_timm.models.pretrained import local_folder
 
 SIZE = {"img_size": 64, "embed_dim": 64, "depth": 4, "num_heads": 2}
 TABLE = {  # the published models at the size of the small reference cases
@@ -153,8 +157,11 @@ class Stranger:
         ({"model": {"norm.weight": "text"}}, "is a str, not a tensor"),
         ({"model": {}}, "holds no network"),
         ([torch.ones(1)], "holds a list, not a state dict"),
-        ({"model": {"norm.weight": torch.ones(1).expand(1000)}}, "is no dense tensor of real numbers"),
+        ({"model": {"norm.weight": torch.ones(1).expand(1000)}}, "claims shape"),
+        ({"model": {"norm.weight": torch.ones(3, dtype=torch.complex64)}}, "is of type complex64"),
+        ({"model": {"norm.weight": torch.ones(3).long()}}, "is of type torch.int64, and octic-vits has none such"),
         ({"norm.weight": torch.ones(1), "module.norm.weight": torch.ones(1)}, "two entries for norm.weight"),
+        ({"norm.weight": torch.ones(1), "backbone.norm.weight": torch.ones(1)}, "two entries for norm.weight"),
         ({"model": {"a": torch.ones(1)}, "args": Stranger()}, "is not read, for such a file can run code"),
     ],
 )
@@ -171,9 +178,41 @@ def test_files_that_are_none(tmp_path):
         read_octic(tmp_path / "page.pth")
     whole = save(tmp_path, {"model": {"a": torch.ones(1000)}}).read_bytes()
     (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="is damaged or no checkpoint"):
+    with pytest.raises(ValueError, match="is a damaged archive"):
         read_octic(tmp_path / "cut.pth")
     assert zipfile.is_zipfile(tmp_path / "checkpoint.pth")
+    spoilt = bytearray(whole)
+    spoilt[len(whole) // 2] ^= 1  # in the tensor: torch alone would not see it
+    (tmp_path / "spoilt.pth").write_bytes(spoilt)
+    assert not torch.equal(torch.load(tmp_path / "spoilt.pth")["model"]["a"], torch.ones(1000))
+    with pytest.raises(ValueError, match="has the wrong checksum"):
+        read_octic(tmp_path / "spoilt.pth")
+    save_file({"norm.weight": torch.ones(3)}, tmp_path / "x.safetensors")
+    assert list(read_octic(tmp_path / "x.safetensors").tensors) == ["norm.weight"]
+
+
+def test_only_this_room_allows_the_options_of_a_training_script(tmp_path):
+    """And only while it reads: nothing stays allowed in the process."""
+    path = save(tmp_path, {"model": {"a": torch.ones(1)}, "args": argparse.Namespace(lr=3e-3)})
+    assert list(read_octic(path).tensors) == ["a"]
+    with pytest.raises(ValueError, match="can run code"):
+        read_checkpoint(path)
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_fetch_takes_the_files_of_the_training_scripts(tmp_path, monkeypatch, name):
+    """A download that is whole is read by this room's reader, converted, and found by `create_model`."""
+    monkeypatch.setenv("EQUIVISION_TIMM_WEIGHTS", str(tmp_path))
+    (tmp_path / "downloads").mkdir()
+    content = wrappers(theirs(name))["dinov2" if "dinov2" in name else "deit"]
+    save(tmp_path / "downloads", content, f"{name}.ckpt")
+    fetch(name)
+    assert not (tmp_path / "downloads" / f"{name}.ckpt").exists()
+    weights = load_file(local_folder(name) / "model.safetensors")
+    expected, _ = translate(theirs(name), name)
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[key], value) for key, value in expected.items())
 
 
 def test_nothing_is_written_where_something_is_wrong(tmp_path):

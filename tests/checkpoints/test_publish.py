@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import huggingface_hub
 import numpy as np
@@ -16,6 +17,7 @@ from support.hub_server import TOKEN, Hub
 
 from equivision_timm.checkpoints import publish
 from equivision_timm.checkpoints.folder import write_model_folder
+from equivision_timm.checkpoints.model_card import complexity, model_card
 from equivision_timm.cli import main
 from equivision_timm.models.pretrained import HUB_ORG
 from equivision_timm.models.tensor_hash import TENSORS_SHA256, hash_tensors
@@ -92,7 +94,7 @@ def test_what_would_be_uploaded(weights, tmp_path, capsys):
 
 
 def test_model_card():
-    card = publish.model_card("c8resnet50", f"{HUB_ORG}/c8resnet50.equivision_in1k", PROVENANCE)
+    card = model_card("c8resnet50", f"{HUB_ORG}/c8resnet50.equivision_in1k", PROVENANCE)
     metadata = huggingface_hub.ModelCard(card, ignore_metadata_errors=False).data
     assert (metadata.license, metadata.library_name, metadata.pipeline_tag) == ("mit", "timm", "image-classification")
     assert [result.metric_value for result in metadata.eval_results] == [0.787, 0.945]
@@ -118,6 +120,63 @@ def test_model_card():
     assert max(map(len, body.splitlines())) <= 120
 
 
+CARDS = {  # what the body says, what it does not
+    "c8resnet50": (
+        ["the group C8, and whose feature maps rotate along", "klee2023equivision"],
+        ["NOT", "octic", "han2"],
+    ),
+    "c8reresnet50": (["**Its logits are NOT invariant", "maps rotate with the image", "han2021redet"], ["klee2023"]),
+    "d4vit_large_patch16_224": (
+        ["logits do not change", "group D4", "[1, 197, 1024]", "| 84.0 % |", "224 x 224 pixels", "nordstrom2025octic"],
+        ["NOT", "mod 32", "klee2023", "regular fields"],
+    ),
+    "d4vit_large_patch16_dinov2": (["pooled features do not change", "linear classifier", "vector = model("], ["NOT"]),
+    "d4hybridvit_large_patch16_224": (
+        ["**Its logits are NOT invariant", "There are none", "nordstrom2025octic"],
+        ["do not change", "exact,", "mod 32"],
+    ),
+    "test_d4vit": (["handwritten digits (MNIST)", "[1, 17, 48]", "64 x 64 pixels"], ["ImageNet", "NOT", "mod 32"]),
+    "test_c1resnet": (["without symmetry", "There is no symmetry"], ["do not change", "ImageNet"]),
+}
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_the_card_says_what_the_model_is(name):
+    card = model_card(name, f"{HUB_ORG}/{name}.tag", PROVENANCE)
+    metadata = huggingface_hub.ModelCard(card, ignore_metadata_errors=False).data
+    assert metadata.pipeline_tag == ("image-feature-extraction" if "dinov2" in name else "image-classification")
+    assert metadata.datasets == ["ylecun/mnist" if name.startswith("test_") else "imagenet-1k"]
+    body = card.split("---\n", 2)[2]
+    says, omits = CARDS[name]
+    text = " ".join(body.split())
+    assert [words for words in says if words not in text] == []
+    assert [words for words in omits if words in text] == []
+    assert "$" not in card
+    assert max(map(len, body.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("name", ["test_d4vit", "test_c8resnet"])
+def test_a_model_whose_weights_the_package_carries(name, tmp_path, monkeypatch):
+    """From the package's own file, whatever the weights folder holds; the folder is a model that `verify` passes."""
+    monkeypatch.setenv("EQUIVISION_TIMM_WEIGHTS", str(tmp_path / "nothing here"))
+    assert main(["publish", name, "--to", str(tmp_path / "out")]) == 0
+    written, folder = content(tmp_path / "out"), tmp_path / "out" / f"{name}.digits"
+    assert sorted(written) == [f"{name}.digits/{file}" for file in ("README.md", "config.json", "model.safetensors")]
+    packaged = timm.get_pretrained_cfg(name).file
+    assert (folder / "model.safetensors").read_bytes() == Path(packaged).read_bytes()
+    assert packaged not in (folder / "config.json").read_text()
+    model, expected = (timm.create_model(x, pretrained=True).eval() for x in (f"local-dir:{folder}", name))
+    x = torch.rand(1, 3, *expected.pretrained_cfg["input_size"][1:])
+    with torch.no_grad():
+        assert torch.equal(model(x), expected(x))
+        assert not torch.allclose(timm.create_model(name).eval()(x), expected(x))
+    assert main(["verify", str(folder)]) == 0
+    assert main(["publish", name, "--to", str(tmp_path / "out")]) == 0
+    assert content(tmp_path / "out") == written
+    (folder / "config.json").write_text((folder / "config.json").read_text().replace(name, "test_c1resnet"))
+    assert main(["verify", str(folder)]) == 1  # the control
+
+
 def test_complexity_by_hand():
     """d8resnet18 at 224 x 224: the convolutions of a plain ResNet-18 with 20 * 16 channels, layer by layer."""
     macs = 3 * 320 * 7**2 * 112**2 + 160 * 1000  # stem; classifier on 8 * 20 fields
@@ -126,7 +185,7 @@ def test_complexity_by_hand():
         macs += size**2 * 3**2 * (previous * width + 3 * width**2)  # two blocks of two 3 x 3 convolutions
         macs += size**2 * previous * width * (width != previous)  # shortcut
         previous = width
-    parameters, gmacs = publish.complexity("d8resnet18")
+    parameters, gmacs = complexity("d8resnet18")
     assert parameters == sum(p.numel() for p in timm.create_model("d8resnet18").parameters())
     assert gmacs == pytest.approx(macs / 1e9, rel=1e-9)
 
@@ -219,14 +278,15 @@ def test_a_hub_that_returns_other_bytes(hub, run):
     assert "the Hub returned another config.json than was sent" in errors
 
 
-def test_the_snippet_of_the_card(hub, run, logged_in):
-    assert run("publish", "c4resnet18")[0] == 0
-    card = hub.repositories[f"{HUB_ORG}/{TAGGED}"].head_files()["README.md"].decode()
+@pytest.mark.parametrize(("name", "tagged"), [("c4resnet18", TAGGED), ("test_d4vit", "test_d4vit.digits")])
+def test_the_snippet_of_the_card(hub, run, logged_in, name, tagged):
+    assert run("publish", name)[0] == 0
+    card = hub.repositories[f"{HUB_ORG}/{tagged}"].head_files()["README.md"].decode()
     snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
     picture = np.random.default_rng(0).integers(0, 256, (240, 320, 3), dtype=np.uint8)
     names = {"image": Image.fromarray(picture)}
     shapes = FreshProcess(logged_in, run_snippet, snippet, names, ("logits", "features")).result()
-    assert shapes["logits"] == (1, 1000)
+    assert shapes["logits"] == (1, timm.get_pretrained_cfg(name).num_classes)
     assert f"# {list(shapes['features'])}\n" in snippet
 
 

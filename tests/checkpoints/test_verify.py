@@ -307,7 +307,7 @@ def test_accuracy(tmp_path, photographs, monkeypatch):
     monkeypatch.setattr(
         verify_module,
         "released",
-        lambda: {"test_d4resnet": Released("nobody", "nowhere", "id", {"top1": 1.0, "top5": 1.0})},
+        lambda: {"test_d4resnet": Released("nobody", "nowhere", "id", {"top1": 1.0, "top5": 1.0}, "")},
     )
     found = rows(verify(str(folder), photographs, tmp_path / "data"))
     assert found["top-1"].ok is False

@@ -56,6 +56,49 @@ def test_our_feature_maps_as_geometric_tensors():
         assert len(from_escnn.to_geometric_tensor(features, "d4").type) == fields
 
 
+@needs_escnn
+@pytest.mark.parametrize("group", ["d4", "d1"])
+def test_maps_of_vision_transformers_move_as_geometric_tensors(group):
+    """For every element, the map of g x is the tensor of the map of x, moved by escnn; an escnn layer takes it.
+
+    Field-major is what it says: the same channels element by element are no such tensor, nor are the ordinary blocks'.
+    """
+    import escnn.nn as enn
+    import timm
+
+    order = Group.from_name(group).order
+    keywords = {"group": group, "img_size": 96, "embed_dim": 6 * order, "num_heads": 3, "depth": 3}
+    model = timm.create_model("test_d4vit", equivariant_depth=2, **keywords).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))  # biases and scales other than 0 and 1
+
+    def maps(x):
+        with torch.no_grad():
+            return model.forward_intermediates(x, intermediates_only=True)  # [B, 6 * order, 6, 6] each
+
+    def error(tensor, element, moved):
+        return (tensor.transform(element).tensor - moved).abs().max() / moved.abs().max()
+
+    x = torch.randn(2, 3, 96, 96)
+    conv, wrong_order, ordinary = None, [], []
+    for element, g in zip(from_escnn.gspace(group).testing_elements, Group.from_name(group).grid_elements, strict=True):
+        pairs = list(zip(maps(x), maps(Group.from_name(group).transform_image(x, g)), strict=True))
+        for features, moved in pairs[:2]:
+            tensor = from_escnn.to_geometric_tensor(features, group)
+            assert tensor.tensor is features
+            assert len(tensor.type) == 6
+            assert error(tensor, element, moved) < 1e-4
+            conv = conv or enn.R2Conv(tensor.type, from_escnn.field_type(group, 2), 3, padding=1)
+            theirs = conv(from_escnn.to_geometric_tensor(moved, group)).tensor
+            assert error(conv(tensor), element, theirs) < 1e-4
+            elementwise = [y.unflatten(1, (6, order)).transpose(1, 2).flatten(1, 2) for y in (features, moved)]
+            wrong_order.append(error(from_escnn.to_geometric_tensor(elementwise[0], group), element, elementwise[1]))
+        features, moved = pairs[2]
+        ordinary.append(error(from_escnn.to_geometric_tensor(features, group), element, moved))
+    assert max(wrong_order) > 0.1 < max(ordinary)
+
+
 def machine_signs(group, size, input_type):
     """The sign of each basis element as this machine's escnn computes it, relative to the frozen one."""
     found = from_escnn.sample_kernels(Kernel(group, size, input_type))

@@ -1,13 +1,16 @@
 """The ViT trained on digits: it loads without a network, reads held-out digits, and is as invariant as it says."""
 
+import csv
 import re
 from importlib.resources import files
 
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors import safe_open
 
+from equivision_timm.cli import main
 from equivision_timm.groups import Group
 from equivision_timm.testing import assert_equivariant
 from equivision_timm.tools.demo import load_digits, predict, turn
@@ -51,3 +54,22 @@ def test_larger_images_from_the_same_weights():
     larger = timm.create_model("test_d4vit", pretrained=True, img_size=96).eval()
     assert larger(torch.rand(1, 3, 96, 96)).shape == (1, 10)
     assert_equivariant(larger, 96, 1e-5)
+
+
+def test_the_commands_take_it(tmp_path):
+    """`verify`, `show` and `rotate-eval`: every digit keeps its class at 90 degrees, with the plain network few do."""
+    digits, labels = (tensor[::10] for tensor in load_digits())
+    for index, (digit, label) in enumerate(zip(digits, labels, strict=True)):
+        folder = tmp_path / "digits" / "validation" / str(label.item())
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(digit.numpy()).save(folder / f"{index}.png")
+    assert main(["verify", "test_d4vit"]) == 0
+    picture = str(next((tmp_path / "digits").rglob("*.png")))
+    assert main(["show", picture, "--model", "test_d4vit", "--out", str(tmp_path / "show.png")]) == 0
+    assert (tmp_path / "show.png").stat().st_size > 10_000
+    models, data = ["test_d4vit", "test_c1resnet"], str(tmp_path / "digits")
+    options = ["--angles", "0,90", "-j", "0", "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert main(["rotate-eval", "--models", *models, "--data", data, *options]) == 0
+    rows = csv.DictReader((tmp_path / "out" / "results.csv").read_text().splitlines())
+    agreement = {row["model"]: float(row["agreement"]) for row in rows if row["angle"] == "90"}
+    assert agreement["test_d4vit"] == 100 > 50 > agreement["test_c1resnet"]
