@@ -32,7 +32,7 @@ from equivision_timm.testing import angle_error
 from equivision_timm.tools.figures import plain_text
 from equivision_timm.tools.rotate_eval import run
 from equivision_timm.tools.rotate_eval.measure import Folder, averaged, parse_angles
-from equivision_timm.tools.rotate_eval.pictures import _curve, _style, draw, draw_samples
+from equivision_timm.tools.rotate_eval.pictures import _curve, _style, draw, draw_samples, label
 from equivision_timm.tools.rotate_eval.report import write_report
 from equivision_timm.tools.rotate_eval.results import Cell, Results
 from equivision_timm.tools.rotate_eval.run import rotate_eval
@@ -165,6 +165,13 @@ def test_curves_that_coincide_are_told_apart() -> None:
     assert len(looks) == 10
     assert all(a["linewidth"] > b["linewidth"] for a, b in itertools.pairwise(styles))
     assert _style(0, 1)["linewidth"] > 0
+
+
+def test_long_names_are_cut_before_what_tells_them_apart() -> None:
+    cell = Cell("c8resnet18=" + "x" * 99, 225, 4)
+    assert label(cell).endswith("x, 225 px, mean of 4 rotations")
+    assert label(cell, 50) == "c8resnet18=xxxxxxxxx…, 225 px, mean of 4 rotations"
+    assert len(label(cell, 50)) == 50
 
 
 def test_samples_show_the_images_as_they_were_turned(textures: str) -> None:

@@ -1,5 +1,7 @@
 """Pictures of what rotate-eval measured: curves against the angle, and samples of the images as they were turned."""
 
+import sys
+
 import matplotlib
 import numpy as np
 import torch
@@ -50,7 +52,7 @@ def draw(results: Results, metrics: list[str]) -> Figure:
         _dress(axes, results.settings["angles"])
         axes.set_title(TITLES[metric] if len(metrics) > 1 else "", fontsize=12)
         axes.set_ylim(0, None if metric == "drift" else 102)
-    labels = [shortened(label(cell), 60) for cell in cells]
+    labels = [label(cell, 60 if len(metrics) > 1 else 36) for cell in cells]
     fitting = int(40 * len(metrics) / (max(map(len, labels)) + 6))  # characters of a line, and those of an entry
     columns = max(1, min(len(cells), fitting, 4))
     lines = [Line2D([], [], **_style(i, len(cells))) for i in range(len(cells))]
@@ -76,7 +78,7 @@ def draw_stages(results: Results, cells: list[Cell]) -> Figure:
             (line,) = axes.plot(angles, errors, **{**_style(i, len(cell.stages)), "color": colour})
             line.set_label(f"\u200b{one_line(stage)}")  # matplotlib leaves labels out that begin with '_'
         _dress(axes, results.settings["angles"])
-        axes.set_title(shortened(label(cell), 44), fontsize=11)
+        axes.set_title(label(cell, 42), fontsize=11)
         axes.set_ylim(0, 1.05 * worst or 1)
         axes.legend(fontsize=9)
     for axes in panels[len(cells) :]:
@@ -146,10 +148,10 @@ def _curve(angles: list[float], values: list[float]) -> tuple[list[float], list[
     return angles, values
 
 
-def label(cell: Cell) -> str:
-    """What a curve or a row is called."""
-    averaged = f", mean of {cell.turns} rotations" if cell.turns > 1 else ""
-    return f"{one_line(short_name(cell.model))}, {cell.size} px{averaged}"
+def label(cell: Cell, most: int = sys.maxsize) -> str:
+    """What a curve or a row is called; of more than `most` characters the model's name is cut."""
+    words = f", {cell.size} px" + (f", mean of {cell.turns} rotations" if cell.turns > 1 else "")
+    return shortened(short_name(cell.model), most - len(words)) + words
 
 
 def headline(results: Results) -> str:

@@ -52,7 +52,7 @@ th:first-child, td:first-child { text-align: left; padding-left: 0; }
 td { white-space: nowrap; } thead th { border-bottom: 2px solid #888; }
 .left td { text-align: left; white-space: normal; } .wide { overflow-x: auto; } .note { color: #555; font-size: .9rem; }
 .side { display: flex; flex-wrap: wrap; gap: 1rem 2rem; } .side > section { flex: 1 1 20rem; max-width: 36rem; }
-summary { cursor: pointer; }
+.names td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 9rem; } summary { cursor: pointer; }
 """
 
 
@@ -69,7 +69,7 @@ def _page(results: Results, samples: Figure | None) -> str:
 <title>{title}</title><style>{_STYLE}</style></head><body>
 <h1>{title}</h1>
 {_notes(results)}
-<h2>Summary</h2><div class="wide">{_summary(results)}</div>
+<h2>Summary</h2><div class="wide names">{_summary(results)}</div>
 <h2>Against the angle</h2>
 <div class="side">{"".join(_by_angle(results, metric) for metric in metrics)}</div>
 <p class="note">Agreement: the predicted class is the one of the unturned image. Drift: |z - z0| / |z0|, z the logits
@@ -143,7 +143,7 @@ def _stages(results: Results) -> str:
             worst = results.settings["angles"][int(np.argmax(errors))]
             rows.append([label(cell), one_line(stage), f"{np.mean(errors):.3f}", f"{max(errors):.3f} (at {worst:g}°)"])
     return f"""<h2>By stage</h2><div class="side">{"".join(pictures)}</div>
-<div class="wide">{_table(["model", "stage", "error, mean", "error, worst"], rows)}</div>
+<div class="wide names">{_table(["model", "stage", "error, mean", "error, worst"], rows)}</div>
 <p class="note">Error: |f(g x) - g f(x)| / |g f(x)| of the maps f of a stage, in a disc of 0.8 times the inscribed
 radius, behind a smooth circular mask on the image; g the rotation. 0: the map turns with the image. 1: it has next to
 nothing in common with the turned map.</p>
