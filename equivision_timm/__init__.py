@@ -11,7 +11,13 @@ from equivision_timm.groups import Group  # noqa: E402
 from equivision_timm.images import rotation as _rotation  # noqa: E402, F401
 from equivision_timm.kernel_bases.from_escnn import to_geometric_tensor  # noqa: E402
 from equivision_timm.layers import ConvNormAct, FieldNorm, GroupPool, SteerableConv2d  # noqa: E402
-from equivision_timm.models import EquivariantBackbone, EquivariantFPN, EquivariantResNet, model_names  # noqa: E402
+from equivision_timm.models import (  # noqa: E402
+    EquivariantBackbone,
+    EquivariantFPN,
+    EquivariantResNet,
+    fuse_blocks,
+    model_names,
+)
 from equivision_timm.testing import assert_equivariant, equivariance_error  # noqa: E402
 from equivision_timm.tools.tune import tune  # noqa: E402
 
@@ -26,6 +32,7 @@ __all__ = [
     "SteerableConv2d",
     "assert_equivariant",
     "equivariance_error",
+    "fuse_blocks",
     "model_names",
     "to_geometric_tensor",
     "tune",

@@ -126,6 +126,7 @@ def _parser() -> tuple[_Parser, argparse._SubParsersAction]:
     _add_demo(commands)
     _add_list(commands)
     _add_predict(commands)
+    _add_export(commands)
     _add_rotate_eval(commands)
     _add_show(commands)
     _add_tune(commands)
@@ -219,6 +220,32 @@ def _predict(args: argparse.Namespace) -> int:
     from equivision_timm.tools.predict import predict
 
     return 0 if predict(**_options(args)) else 1
+
+
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "export",
+        help="a model as an ONNX file, checked against the model",
+        description="Writes a classifier as an ONNX file of standard operators, block diagonal where that costs less: "
+        "images [batch, channels, N, N] -> logits [batch, classes]. Its metadata say how images are to be prepared and "
+        "what the classes are called. onnxruntime must give the logits of the model, else nothing is written.",
+    )
+    add = parser.add_argument
+    add("model", metavar="NAME[=CHECKPOINT]", help="timm model, maybe with own weights")
+    add("out", type=Path, metavar="FILE", help="ONNX file to write")
+    add("--size", type=int, metavar="N", help="image size (default: that of the checkpoint's training, or the model's)")
+    add("--class-map", type=Path, metavar="FILE|DIR", help="names of the classes, one a line, or the training folder")
+    parser.set_defaults(run=_export, interrupted="{out} was not written")
+
+
+def _export(args: argparse.Namespace) -> int:
+    from equivision_timm.tools.export import export
+
+    done = export(**_options(args))
+    print(f"{one_line(str(args.out))}: {done.megabytes:.1f} MB, logits within {done.error:.0e} of the model's")
+    print(f"rotated by 90 degrees at {done.size} pixels they change by {done.turned:.0e} of the largest", end="")
+    print(f"; --size {' or '.join(map(str, done.exact_sizes))} is exact" if done.exact_sizes else "")
+    return 0
 
 
 def _add_rotate_eval(commands: argparse._SubParsersAction) -> None:

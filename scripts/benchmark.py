@@ -209,18 +209,30 @@ def make_step(model: nn.Module, form: str, mode: str, setting: Setting) -> Calla
     return step
 
 
+def prepare_step(form: str, name: str, mode: str, setting: Setting) -> Callable[[], None]:
+    """What is timed of the network called `form`."""
+    if mode == "create":
+        return partial(build, form, name, "eval", setting)
+    return make_step(build(form, name, mode, setting), form, mode, setting)
+
+
 class Runner:
     """A network in a process of its own, warm, that takes a step when asked.
+
+    Args:
+        form: what to call it.
+        prepare: makes the step, in the process; a function of a module, or a `partial` of one.
+        setting: threads and device.
 
     Raises:
         RuntimeError: the process ended, most likely for want of memory.
     """
 
-    def __init__(self, form: str, name: str, mode: str, setting: Setting) -> None:
+    def __init__(self, form: str, prepare: Callable[[], Callable[[], None]], setting: Setting) -> None:
         self.form = form
         context = get_context("spawn")  # starts with the allocator's settings
         self.connection, other = context.Pipe()
-        self.process = context.Process(target=serve, args=(other, form, name, mode, setting), daemon=True)
+        self.process = context.Process(target=serve, args=(other, prepare, setting), daemon=True)
         self.process.start()
         other.close()
         self.memory = self._receive()  # MB that the process gained
@@ -245,14 +257,11 @@ class Runner:
             ) from None
 
 
-def serve(connection, form: str, name: str, mode: str, setting: Setting) -> None:
+def serve(connection, prepare: Callable[[], Callable[[], None]], setting: Setting) -> None:
     """What the process of a `Runner` does."""
     torch.set_num_threads(setting.threads)
     before = peak_memory(setting.device)
-    if mode == "create":
-        step = partial(build, form, name, "eval", setting)
-    else:
-        step = make_step(build(form, name, mode, setting), form, mode, setting)
+    step = prepare()
     for _ in range(3):
         step()
     connection.send(peak_memory(setting.device) - before)
@@ -275,15 +284,15 @@ def peak_memory(device: str) -> float:
 
 
 def in_turns(
-    forms: list[str], repeats: int, name: str, mode: str, setting: Setting
+    steps: dict[str, Callable[[], Callable[[], None]]], repeats: int, setting: Setting
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Seconds of each form and its peak memory in MB."""
+    """Seconds of each form and its peak memory in MB, for what prepares its step."""
     with contextlib.ExitStack() as stack:
         runners = []
-        for form in forms:
-            runners.append(Runner(form, name, mode, setting))
+        for form, prepare in steps.items():
+            runners.append(Runner(form, prepare, setting))
             stack.callback(runners[-1].close)
-        seconds: dict[str, list[float]] = {form: [] for form in forms}
+        seconds: dict[str, list[float]] = {form: [] for form in steps}
         for _ in range(repeats):
             for runner in runners:
                 seconds[runner.form].append(runner.step())
@@ -292,10 +301,11 @@ def in_turns(
 
 def compare(name: str, mode: str, dense: list[str], others: list[str], repeats: int, setting: Setting) -> dict:
     """Our network, the fastest of the forms `dense`, and `others`, as one row of results."""
-    tried = {form: statistics.median(in_turns([form], 3, name, mode, setting)[0][form]) for form in dense}
+    prepare = {form: partial(prepare_step, form, name, mode, setting) for form in ("ours", *dense, *others)}
+    tried = {form: statistics.median(in_turns({form: prepare[form]}, 3, setting)[0][form]) for form in dense}
     best = min(tried, key=tried.__getitem__) if tried else None
     forms = ["ours", *([best] if best else []), *others]
-    seconds, memory = in_turns(forms, repeats, name, mode, setting)
+    seconds, memory = in_turns({form: prepare[form] for form in forms}, repeats, setting)
     median = {form: statistics.median(values) for form, values in seconds.items()}
     compared = {"dense": best, **{form: form for form in others}}
     ratio = {key: median[form] / median["ours"] for key, form in compared.items() if form}

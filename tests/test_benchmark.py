@@ -4,6 +4,7 @@ import importlib.util
 import json
 import sys
 import timeit
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,9 @@ def test_forms_take_turns(benchmark, mode, monkeypatch):
     taken = []
     step = benchmark.Runner.step
     monkeypatch.setattr(benchmark.Runner, "step", lambda self: taken.append(self.form) or step(self))
-    seconds, memory = benchmark.in_turns(["ours", "dense"], 2, "test_c8resnet", mode, benchmark.Setting(1, 65))
+    setting = benchmark.Setting(1, 65)
+    steps = {form: partial(benchmark.prepare_step, form, "test_c8resnet", mode, setting) for form in ("ours", "dense")}
+    seconds, memory = benchmark.in_turns(steps, 2, setting)
     assert taken == ["ours", "dense"] * 2
     assert all(len(values) == 2 and min(values) > 0 for values in seconds.values())
     assert all(1 < memory[form] < 2000 for form in ("ours", "dense"))  # MB
@@ -53,8 +56,10 @@ def test_forms_take_turns(benchmark, mode, monkeypatch):
 
 def test_a_process_that_ends_is_no_result(benchmark, monkeypatch, capfd):
     monkeypatch.syspath_prepend(SCRIPT.parent)
+    setting = benchmark.Setting(1, 65)
+    step = partial(benchmark.prepare_step, "ours", "no_such_model", "eval", setting)
     with pytest.raises(RuntimeError, match=r"measures 'ours' ended with exit code 1: .* a smaller --batch-size"):
-        benchmark.in_turns(["ours"], 1, "no_such_model", "eval", benchmark.Setting(1, 65))
+        benchmark.in_turns({"ours": step}, 1, setting)
     assert "no_such_model" in capfd.readouterr().err
 
 
@@ -79,14 +84,15 @@ def test_layers(benchmark):
 
 
 def test_writes_what_it_measured(benchmark, tmp_path, monkeypatch, capsys):
-    def in_turns(forms, repeats, name, mode, setting):
+    def in_turns(steps, repeats, setting):
         """In this process, in which only our models are at hand."""
         seconds = {}
-        for form in forms:
+        for form, prepare in steps.items():
+            _, name, mode, _ = prepare.args
             model = benchmark.build("dense" if form == "timm" else form, name, mode, setting)
             step = benchmark.make_step(model, form, mode, setting)
             seconds[form] = [timeit.timeit(step, number=1) for _ in range(repeats)]
-        return seconds, dict.fromkeys(forms, 1.0)
+        return seconds, dict.fromkeys(steps, 1.0)
 
     monkeypatch.setattr(benchmark, "in_turns", in_turns)
     arguments = ["test_c8resnet", "--modes", "eval", "--eager", "--repeats", "1", "--size", "65", "--batch-size", "1"]

@@ -18,6 +18,7 @@ from timm.data import ImageNetInfo, create_transform, resolve_data_config
 import equivision_timm.tools.predict as module
 from equivision_timm.cli import main
 from equivision_timm.tools.demo import load_digits
+from equivision_timm.tools.trained import class_names
 
 MODEL = "test_c8resnet"
 DEVICE = ["--device", "cpu"]
@@ -143,12 +144,12 @@ def test_classes_of_the_training_folder(digits: Path, tmp_path: Path, capsys: py
 def test_names_of_pretrained_weights_are_not_those_of_a_checkpoint() -> None:
     """Ten classes of digits, or ten of the user's own: the number alone does not tell."""
     digits, imagenet = timm.create_model(MODEL), timm.create_model("c4resnet18_fast", width=1)
-    assert module._class_names(MODEL, digits, None) == list("0123456789")
-    assert module._class_names(f"{MODEL}=own.pth", digits, None) == [str(i) for i in range(10)]
+    assert class_names(MODEL, digits, None) == list("0123456789")
+    assert class_names(f"{MODEL}=own.pth", digits, None) == [str(i) for i in range(10)]
     digits.pretrained_cfg["label_names"] = list("abcdefghij")
-    assert module._class_names(MODEL, digits, None)[0] == "a"
-    assert module._class_names(f"{MODEL}=own.pth", digits, None)[0] == "0"
-    assert module._class_names("c4resnet18_fast", imagenet, None)[1] == ImageNetInfo().index_to_description(1)
+    assert class_names(MODEL, digits, None)[0] == "a"
+    assert class_names(f"{MODEL}=own.pth", digits, None)[0] == "0"
+    assert class_names("c4resnet18_fast", imagenet, None)[1] == ImageNetInfo().index_to_description(1)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from timm.layers import register_notrace_module
 
 from equivision_timm.constants import constant, constant_like
 from equivision_timm.layers.conv_strategies.context import leaves_python, needs_plain_operations
+from equivision_timm.layers.stock import remember
 
 __all__ = ["Blur2d", "get_aa_layer"]
 
@@ -62,6 +63,7 @@ class Blur2d(nn.Module):
         return f"taps={self.taps}, stride={self.stride}, padding={self.padding!r}"
 
 
+remember(Blur2d)
 register_notrace_module(Blur2d)  # one node where timm traces a model for its features
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 from timm.layers import DropBlock2d, DropPath, register_notrace_module
 
+from equivision_timm.layers.block_conv import element_major_conv
 from equivision_timm.layers.conv import SteerableConv2d
 from equivision_timm.layers.conv_strategies.context import inference_only
 from equivision_timm.layers.norm import FieldNorm
@@ -138,13 +139,27 @@ class ConvNormAct(nn.Module):
         The convolution becomes one `nn.Conv2d`, and a batch norm with running statistics part of it: the same output in
         eval mode. Any other norm stays. A unit that has hooks, or whose convolution was replaced, stays as it is.
         """
-        if is_stock(self, ConvNormAct) and is_stock(self.conv, SteerableConv2d):
-            if self._is_batch_norm():
-                self.add_module("conv", self.conv.plain_conv(*self._with_norm(self.conv.weight)).train(self.training))
-                self.add_module("norm", nn.Identity())
-            else:
-                self.add_module("conv", self.conv.plain_conv(self.conv.weight, None).train(self.training))
+        if self.fuses():
+            self._replace(self.conv.plain_conv(*self._with_norm(self.conv.weight)))
+        elif is_stock(self, ConvNormAct) and is_stock(self.conv, SteerableConv2d):
+            self.add_module("conv", self.conv.plain_conv(self.conv.weight, None).train(self.training))
         return self
+
+    @torch.jit.unused
+    def fuses(self) -> bool:
+        """Whether `fuse` makes one convolution of convolution and norm."""
+        return is_stock(self, ConvNormAct) and is_stock(self.conv, SteerableConv2d) and self._is_batch_norm()
+
+    @torch.jit.unused
+    def fuse_element_major(self) -> None:
+        """Becomes plain where it `fuses`, for element-major maps, in blocks where they cost less (`block_conv.py`)."""
+        self._replace(element_major_conv(self.conv, *self._with_norm(self.conv.weight)))
+
+    @torch.jit.unused
+    def _replace(self, conv: nn.Module) -> None:
+        """Take `conv` for convolution and norm."""
+        self.add_module("conv", conv.train(self.training))
+        self.add_module("norm", nn.Identity())
 
 
 remember(ConvNormAct)

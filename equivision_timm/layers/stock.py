@@ -40,4 +40,4 @@ def remember(*classes: type[nn.Module]) -> None:
     _METHODS.update({cls: _methods(cls) for cls in classes})
 
 
-remember(nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.Identity, DropPath, DropBlock2d)
+remember(nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.Identity, nn.Sequential, nn.MaxPool2d, DropPath, DropBlock2d)

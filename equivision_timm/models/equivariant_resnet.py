@@ -29,6 +29,7 @@ from equivision_timm.layers import (
     check_positionwise,
     get_aa_layer,
 )
+from equivision_timm.layers.stock import remember
 from equivision_timm.models.backbone import EquivariantBackbone
 from equivision_timm.models.pretrained import WEIGHTS_FILE, build_pretrained, hub_id
 from equivision_timm.models.variants import Variant, register_family
@@ -155,6 +156,9 @@ class Bottleneck(nn.Module):
         x = self.conv1(x)
         x = self.aa(self.conv2(x))
         return self.conv3(x, shortcut)
+
+
+remember(BasicBlock, Bottleneck)
 
 
 def _in_place(act_layer: Layer) -> nn.Module:

@@ -1,0 +1,190 @@
+"""Steerable convolutions for deployment: block diagonal, constant weights, standard operators alone.
+
+    T = P * x             to the irreps basis, through the functions of the plane
+    y^ = W T + b^         a convolution in groups of two rows
+    y = Q^T y^            back
+
+The algorithm of `conv_strategies/block_diagonal.py`, whose words stand there. Runtimes such as onnxruntime know neither
+blocks nor fields, so that both are laid out for them: maps are element-major, [B, |G| * fields, H, W] with channel =
+element * fields + field, where a change of basis is one product of matrices; and blocks of one row are joined in pairs,
+so that all are of one size, the groups of a grouped convolution.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from equivision_timm.layers.conv import SteerableConv2d
+from equivision_timm.layers.conv_strategies.basis import basis_for, block_shapes
+from equivision_timm.layers.conv_strategies.block_diagonal import block_weights
+
+__all__ = ["BlockConv2d", "ElementMajor", "element_major_conv", "swap_major"]
+
+
+def swap_major(x: torch.Tensor, first: int) -> torch.Tensor:
+    """[B, first * second, H, W], channel = i * second + j -> the same with channel = j * first + i."""
+    B, C, H, W = x.shape
+    x = x.reshape(B, first, C // first, H * W).transpose(1, 2)  # [B, first * second, H, W] -> [B, second, first, H * W]
+    return x.reshape(B, C, H, W)
+
+
+class ElementMajor(nn.Module):
+    """`stage` on element-major maps, between field-major ones: [B, fields * |G|, H, W] in and out.
+
+    Args:
+        stage: works on element-major maps.
+        order: |G|.
+    """
+
+    def __init__(self, stage: nn.Module, order: int) -> None:
+        super().__init__()
+        self.stage = stage
+        self.order = order
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return swap_major(self.stage(swap_major(x, x.shape[1] // self.order)), self.order)
+
+
+class BlockConv2d(nn.Module):
+    """The convolution of a steerable layer with constant coefficients and a bias, in the irreps basis.
+
+    Element-major maps: [B, |G| * in_fields, H, W] -> [B, |G| * out_fields, H', W'].
+
+    Args:
+        conv: the layer, with regular input.
+        weight: its coefficients [O, I, n_basis, 1].
+        bias: [O], added to each field.
+    """
+
+    def __init__(self, conv: SteerableConv2d, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        super().__init__()
+        self.order, self.in_fields, self.out_fields = conv.order, conv.in_fields, conv.out_fields
+        self.kernel_size, self.stride, self.padding, self.dilation = (
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+        )
+        weight, bias, name = weight.detach(), bias.detach(), conv.kernel.name
+        groups = _groups(block_weights(weight, name), name)
+        self.groups = len(groups)
+        rows = [row for group in groups for row in group.rows]
+        back = _rows(basis_for(weight, name, "fourier"), rows)  # Q [rows, |G|], its rows in the order of the groups
+        lifting = _rows(basis_for(weight, name, "lifting"), [row for group in groups for row in group.lifted])
+        self.lifting = _constant(lifting[:, :, 0, 0] if conv.kernel_size == 1 else lifting)
+        self.weight = _constant(torch.cat([group.matrix for group in groups])[..., None, None])
+        self.bias = _constant((back.sum(1)[:, None] * bias).flatten())  # b^ = Q b, equal for all elements: [rows * O]
+        self.fourier = _constant(back.T)  # [|G|, rows]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        t = self._lift_pixels(x) if self.kernel_size == 1 else self._lift(x)
+        y = F.conv2d(t, self.weight, self.bias, groups=self.groups)  # y^ = W T + b^: [B, rows * O, H', W']
+        B, _, H, W = y.shape
+        y = y.reshape(B, -1, self.out_fields * H * W)  # [B, rows, O * H' * W']
+        y = self.fourier @ y  # y = Q^T y^: [B, |G|, O * H' * W']
+        return y.reshape(B, self.order * self.out_fields, H, W)
+
+    def _lift_pixels(self, x: torch.Tensor) -> torch.Tensor:
+        """T = Q x of 1 x 1 kernels: [B, |G| * I, H, W] -> [B, rows * I, H', W']."""
+        if self.stride > 1:
+            x = x[:, :, :: self.stride, :: self.stride]
+        B, _, H, W = x.shape
+        t = self.lifting @ x.reshape(B, self.order, self.in_fields * H * W)  # [B, rows, I * H' * W']
+        return t.reshape(B, -1, H, W)
+
+    def _lift(self, x: torch.Tensor) -> torch.Tensor:
+        """T = P * x: [B, |G| * I, H, W] -> [B, rows * I, H', W']."""
+        B, _, H, W = x.shape
+        fields = swap_major(x, self.order).reshape(B * self.in_fields, self.order, H, W)  # from [B, I * |G|, H, W]
+        t = F.conv2d(fields, self.lifting, None, self.stride, self.padding, self.dilation)  # [B * I, rows, H', W']
+        _, rows, H, W = t.shape
+        return swap_major(t.reshape(B, self.in_fields * rows, H, W), self.in_fields)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_fields}, {self.out_fields}, order={self.order}, kernel_size={self.kernel_size}"
+
+
+def element_major_conv(conv: SteerableConv2d, weight: torch.Tensor, bias: torch.Tensor) -> nn.Conv2d | BlockConv2d:
+    """The convolution of a steerable layer on element-major maps, in the form that costs less: blocks, or one filter.
+
+    Arguments as for `BlockConv2d`.
+    """
+    if _pays(conv):
+        return BlockConv2d(conv, weight, bias)
+    dense, order = conv.plain_conv(weight, bias), conv.order
+    filters = dense.weight.unflatten(1, (-1, order)).unflatten(0, (-1, order))  # [O, |G|, I, |G|, k, k]
+    filters = filters.permute(1, 0, 3, 2, 4, 5).flatten(2, 3).flatten(0, 1)  # [|G| * O, |G| * I, k, k]
+    dense.weight = _constant(filters.detach())
+    dense.bias = _constant(bias.detach().to(filters).repeat(order))  # [|G| * O]
+    return dense
+
+
+def _pays(conv: SteerableConv2d) -> bool:
+    """Whether blocks cost less than the dense filter by a margin, counted in products at a pixel of the output.
+
+    Fitted to onnxruntime 1.32 on an AMD EPYC, for 60 layers of five networks: a value that is lifted costs as much as
+    100 products, or its own at three quarters of the speed; one that is only changed in basis, 25.
+    """
+    order, pairs, pixels = conv.order, conv.in_fields * conv.out_fields, conv.kernel_size**2
+    shapes = block_shapes(conv.kernel.name)
+    functions, size = shapes[0][1], max(size for _, _, size in shapes)
+    dense = pairs * pixels * order**2
+    lift = 25 if pixels == 1 else max(100, 1.3 * pixels * order)
+    blocks = pairs * functions * order * size + lift * conv.in_fields * functions * order + 25 * conv.out_fields * order
+    return order > 1 and dense > 1.2 * blocks
+
+
+@dataclass(frozen=True)
+class _Group:
+    """One group of the convolution.
+
+    Attributes:
+        matrix: W [rows * O, lifted * I].
+        lifted: its rows of T.
+        rows: its rows of y^. In both -1 stands for a row of zeros.
+    """
+
+    matrix: torch.Tensor
+    lifted: list[int]
+    rows: list[int]
+
+
+def _groups(entries: torch.Tensor, kernel: str) -> list[_Group]:
+    """The blocks W as groups of equal size: those of one row in pairs, where there are others.
+
+    Args:
+        entries: those of `block_weights`, [entries, O, I].
+        kernel: name of the kernels.
+    """
+    single: list[_Group] = []
+    groups: list[_Group] = []
+    entry = lifted = row = 0
+    for copies, n, size in block_shapes(kernel):
+        w = entries[entry : entry + size * n * size].unflatten(0, (size, n * size))  # [size, n * size, O, I]
+        matrix = w.permute(0, 2, 1, 3).flatten(2, 3).flatten(0, 1)  # [size * O, n * size * I]
+        entry += size * n * size
+        for _ in range(copies):
+            group = _Group(matrix, list(range(lifted, lifted + n * size)), list(range(row, row + size)))
+            (single if size == 1 else groups).append(group)
+            lifted, row = lifted + n * size, row + size
+    if not groups:
+        return single
+    if len(single) % 2:
+        empty = torch.zeros_like(single[0].matrix)
+        single.append(_Group(empty, [-1] * len(single[0].lifted), [-1]))
+    pairs = [
+        _Group(torch.block_diag(a.matrix, b.matrix), a.lifted + b.lifted, a.rows + b.rows)
+        for a, b in zip(single[::2], single[1::2], strict=True)
+    ]
+    return pairs + groups
+
+
+def _rows(matrix: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """Those rows of `matrix`, zeros for -1."""
+    return torch.stack([torch.zeros_like(matrix[0]) if row < 0 else matrix[row] for row in rows])
+
+
+def _constant(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.contiguous(), requires_grad=False)

@@ -1,0 +1,102 @@
+"""`equivision-timm export`: an ONNX file that computes what the model does, or no file."""
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from packaging.version import Version
+
+import equivision_timm.tools.export as module
+from equivision_timm.cli import main
+
+pytestmark = pytest.mark.skipif(Version(torch.__version__) < Version("2.9"), reason="its exporter cannot write ViTs")
+for _name in ("onnx", "onnxscript", "onnxruntime"):
+    pytest.importorskip(_name, reason="ONNX export needs the extra `export`")
+
+
+def _run(file: Path, images: torch.Tensor) -> torch.Tensor:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(["logits"], {"images": images.contiguous().numpy()})[0])
+
+
+def _images(batch: int, size: int) -> torch.Tensor:
+    return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["test_c8resnet", "test_d4vit"])
+def test_any_batch_and_metadata(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    import onnx
+
+    file = tmp_path / "new" / "model.onnx"
+    classes = tmp_path / "classes.txt"
+    classes.write_text("\n".join(f"digit {i}" for i in range(10)))
+    assert main(["export", name, str(file), "--class-map", str(classes)]) == 0
+    model = timm.create_model(name, pretrained=True).eval()
+    size = model.pretrained_cfg["input_size"][-1]
+    for batch in (1, 5):
+        torch.testing.assert_close(_run(file, _images(batch, size)), model(_images(batch, size)), rtol=1e-4, atol=1e-4)
+    turned = _run(file, _images(5, size).rot90(dims=(2, 3)))
+    torch.testing.assert_close(turned, _run(file, _images(5, size)), rtol=1e-4, atol=1e-4)
+    metadata = {entry.key: entry.value for entry in onnx.load(file).metadata_props}
+    assert metadata["model"] == name
+    assert json.loads(metadata["classes"])[3] == "digit 3"
+    assert json.loads(metadata["mean"]) == [0, 0, 0]
+    out = capsys.readouterr().out
+    assert f"{file}: " in out
+    assert f"at {size} pixels they change by" in out
+    assert "is exact" not in out
+
+
+def test_checkpoint_and_size(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The classes are those of the checkpoint; at a size that is not exact the exact ones are named."""
+    torch.manual_seed(0)
+    model = timm.create_model("c4resnet18_fast", num_classes=3).eval()
+    torch.save({"arch": "c4resnet18_fast", "state_dict": model.state_dict()}, tmp_path / "last.pth.tar")
+    file = tmp_path / "model.onnx"
+    assert main(["export", f"c4resnet18_fast={tmp_path / 'last.pth.tar'}", str(file), "--size", "64"]) == 0
+    with torch.no_grad():
+        torch.testing.assert_close(_run(file, _images(2, 64)), model(_images(2, 64)), rtol=1e-4, atol=1e-4)
+    assert "--size 33 or 65 is exact" in capsys.readouterr().out
+
+
+def test_wrong_file_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def damaged(model: nn.Module) -> nn.Module:
+        fused = original(model)
+        with torch.no_grad():
+            fused.layer4.stage[0].conv2.conv.weight.mul_(1.01)
+        return fused
+
+    original = module.fuse_blocks
+    monkeypatch.setattr(module, "fuse_blocks", damaged)
+    file = tmp_path / "model.onnx"
+    file.write_bytes(b"older")
+    assert main(["export", "test_c8resnet", str(file)]) == 1
+    assert "gives other logits than 'test_c8resnet'" in capsys.readouterr().err
+    assert file.read_bytes() == b"older"
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["test_c8resne", "m.onnx"], "did you mean test_c8resnet"),
+        (["test_c8resnet=none.pth", "m.onnx"], "there is no file 'none.pth'"),
+        (["test_c8resnet", "folder"], "is a folder"),
+        (["test_c8resnet", "m.onnx", "--size", "2"], "does not take images of 2 x 2 pixels"),
+        (["test_c8resnet", "m.onnx", "--class-map", "two.txt"], "has 2 names"),
+        (["c8resnet50", "m.onnx"], "give a file, c8resnet50=CHECKPOINT"),
+    ],
+)
+def test_bad_input(arguments: list[str], words: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "two.txt").write_text("a\nb\n")
+    assert main(["export", *arguments]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "m.onnx").exists()
