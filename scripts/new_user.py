@@ -13,6 +13,7 @@ without PyTorch. Turned by 90, 180 and 270 degrees the images must get the same 
 
 import argparse
 import csv
+import json
 import subprocess
 import sys
 import time
@@ -29,7 +30,7 @@ import torch.nn.functional as F
 from PIL import Image
 from skimage import data
 from timm.data import create_dataset, create_loader, resolve_data_config
-from timm.utils import random_seed, reparameterize_model
+from timm.utils import random_seed
 from tqdm import tqdm
 
 import equivision_timm  # noqa: F401  registers the models
@@ -123,24 +124,25 @@ def predict(name: str, checkpoint: Path, folder: Path) -> dict[str, np.ndarray]:
     return probabilities
 
 
-def export(name: str, checkpoint: Path) -> Path:
-    """Fuse every convolution and its norm, and write an ONNX file for any number of images; returns it."""
-    model = timm.create_model(name, num_classes=len(CLASSES), checkpoint_path=str(checkpoint))
-    plain, path = reparameterize_model(model.eval()), checkpoint.with_name("model.onnx")
-    batch = {0: torch.export.Dim("batch", min=1, max=1024)}
-    images = torch.randn(2, 3, SIZE, SIZE)
-    options = {"input_names": ["image"], "external_data": False, "verbose": False, "dynamo": True}
-    torch.onnx.export(plain, (images,), path, dynamic_shapes=(batch,), **options)
+def export(name: str, checkpoint: Path, folder: Path) -> Path:
+    """The ONNX file that `equivision-timm export` writes."""
+    path = folder / "model.onnx"
+    command = [sys.executable, "-m", "equivision_timm", "export", f"{name}={checkpoint}", str(path)]
+    subprocess.run([*command, "--class-map", str(folder / "train")], check=True, stdout=subprocess.DEVNULL)
     return path
 
 
 def deployed(path: Path, files: list[Path]) -> np.ndarray:
-    """Probabilities [files, classes] of an ONNX file: numpy, Pillow and onnxruntime alone."""
-    images = np.stack([np.asarray(Image.open(file).convert("RGB"), np.float32) / 255 for file in files])
+    """Probabilities [files, CLASSES] of an ONNX file, which says all that is needed; without PyTorch."""
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (logits,) = session.run(None, {"image": np.ascontiguousarray(images.transpose(0, 3, 1, 2))})  # [B, 3, H, W]
+    about = session.get_modelmeta().custom_metadata_map
+    mean, std = (np.float32(json.loads(about[key])) for key in ("mean", "std"))
+    images = np.stack([np.asarray(Image.open(file).convert("RGB"), np.float32) / 255 for file in files])
+    batch = np.ascontiguousarray(((images - mean) / std).transpose(0, 3, 1, 2))  # [B, 3, H, W]
+    (logits,) = session.run(["logits"], {"images": batch})
     exponential = np.exp(logits - logits.max(1, keepdims=True))
-    return exponential / exponential.sum(1, keepdims=True)
+    order = [json.loads(about["classes"]).index(name) for name in CLASSES]
+    return (exponential / exponential.sum(1, keepdims=True))[:, order]
 
 
 def accuracy(probabilities: dict[str, np.ndarray]) -> float:
@@ -177,7 +179,7 @@ def main() -> int:
             predicted = predict(args.model, checkpoint, folder)
             said.append(f"{accuracy(predicted):.1%} of {len(predicted)} new images right")
         with step("export") as said:
-            path = export(args.model, checkpoint)
+            path = export(args.model, checkpoint, folder)
             said.append(f"{path.name}, {path.stat().st_size / 1e6:.1f} MB")
         with step("deploy") as said:
             files = [folder / "new" / file for file in predicted]
