@@ -6,6 +6,7 @@ One function a sub-command; the work is done elsewhere.
 import argparse
 import difflib
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -27,7 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     first = arguments[0] if arguments else ""
-    args, label = argparse.Namespace(interrupted="nothing was done"), "equivision_timm"
+    typed = shlex.join([*_program().split(), *arguments])
+    args, label = argparse.Namespace(interrupted="nothing was done", typed=typed), "equivision_timm"
     try:
         parser, commands = _parser()
         if not first or first.startswith("-") or first in commands.choices:
@@ -137,7 +139,7 @@ def _parser() -> tuple[_Parser, argparse._SubParsersAction]:
 
 def _options(args: argparse.Namespace) -> dict:
     """What was given, without what `main` needs."""
-    return {name: value for name, value in vars(args).items() if name not in ("command", "run", "interrupted")}
+    return {name: value for name, value in vars(args).items() if name not in ("command", "run", "interrupted", "typed")}
 
 
 def _check_drawing() -> None:
@@ -282,7 +284,7 @@ def _rotate_eval(args: argparse.Namespace) -> int:
     from equivision_timm.tools.rotate_eval.measure import parse_angles
     from equivision_timm.tools.rotate_eval.run import rotate_eval
 
-    rotate_eval(**{**_options(args), "angles": parse_angles(args.angles)})
+    rotate_eval(**{**_options(args), "angles": parse_angles(args.angles), "command": args.typed})
     print(one_line(f"{args.out}/report.html"))
     return 0
 

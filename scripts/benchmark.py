@@ -5,6 +5,7 @@
     python scripts/benchmark.py c8resnet50 --escnn                   # and the escnn network (extra `escnn`)
     python scripts/benchmark.py d4vit_base_patch16_224               # against timm's ViT of the same size
     python scripts/benchmark.py c8resnet50 --layers                  # every layer, every strategy
+    python scripts/benchmark.py --draw                               # only the picture, of what was measured before
     python scripts/benchmark.py c8resnet50 --device cuda --amp bfloat16 --channels-last --compile --batch-size 128
 
 The dense network has plain `nn.Conv2d` and `nn.BatchNorm2d` of the same number of channels in place of ours, ReLU and
@@ -420,32 +421,54 @@ def result_table(results: list[dict]) -> str:
     return markdown(columns, rows)
 
 
+BARS = {"ours": ("ours", "#0072b2"), "dense": ("dense, as many channels, at its best", "0.65"), "timm": ("", "#d55e00")}
+
+
 def picture(results: list[dict], path: Path, title: str) -> None:
-    """Bars: how many times faster than the best dense form, by model and mode."""
+    """Bars: the time of a step of ours, of the best dense form and of timm's network, a panel for each mode."""
     modes = [mode for mode in ("eval", "train") if any(result["mode"] == mode for result in results)]
     names = list(dict.fromkeys(result["model"] for result in results))
-    figure, axis = plt.subplots(figsize=(8, 0.5 * len(names) + 1.6), layout="constrained")
-    height = 0.8 / len(modes)
-    for place, mode in enumerate(modes):
-        found = {r["model"]: r["ratio"]["dense"] for r in results if r["mode"] == mode and "dense" in r["ratio"]}
-        rows = [row for row, name in enumerate(names) if name in found]
-        values = [found[names[row]] for row in rows]
-        offset = (place - (len(modes) - 1) / 2) * height
-        label = {"eval": "inference", "train": "training step"}[mode]
-        bars = axis.barh(
-            [row + offset for row in rows], values, height, label=label, color=("#1f6f8b", "#e6a93b")[place]
-        )
-        axis.bar_label(bars, fmt="%.1f×", padding=3, fontsize=9)
-    axis.axvline(1, color="0.3", linewidth=1)
-    axis.set_yticks(range(len(names)), names)
-    axis.invert_yaxis()
-    axis.set_xlim(0, axis.get_xlim()[1] * 1.08)
-    axis.set_xlabel("times faster than the dense network with as many channels, at its best")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, loc="lower right")
-    axis.set_title(textwrap.fill(title, 90), fontsize=9, loc="left", color="0.35")
-    figure.savefig(path, dpi=150)
+    figure, panels = plt.subplots(
+        1,
+        len(modes),
+        figsize=(5.2 * len(modes), 0.75 * len(names) + 1.8),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    height = 0.8 / len(BARS)
+    for axis, mode in zip(panels[0], modes, strict=True):
+        for place, (key, (label, colour)) in enumerate(BARS.items()):
+            found = {r["model"]: r for r in results if r["mode"] == mode and (key == "ours" or key in r["ratio"])}
+            rows = [row for row, name in enumerate(names) if name in found]
+            ours = [1e3 * found[names[row]]["median"]["ours"] for row in rows]
+            ratios = [found[names[row]]["ratio"].get(key, 1) for row in rows]
+            values = [milliseconds * ratio for milliseconds, ratio in zip(ours, ratios, strict=True)]
+            bars = axis.barh(
+                [row + (place - 1) * height for row in rows], values, height, label=label or rivals(names), color=colour
+            )
+            words = [
+                f"{v:.0f}" + ("" if key == "ours" else f" ({r:.{1 if r >= 1 else 2}f}×)")
+                for v, r in zip(values, ratios, strict=True)
+            ]
+            axis.bar_label(bars, words, padding=3, fontsize=9)
+        axis.set_title({"eval": "inference", "train": "training step"}[mode], fontsize=12)
+        axis.set_xlabel("milliseconds (times ours)", fontsize=11)
+        axis.set_xlim(0, axis.get_xlim()[1] * 1.16)  # room for the last label
+        axis.spines[["top", "right"]].set_visible(False)
+    panels[0, 0].set_yticks(range(len(names)), names, fontsize=11)
+    panels[0, 0].invert_yaxis()
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(BARS), frameon=False, fontsize=11)
+    figure.supxlabel(textwrap.fill(title, 60 * len(modes)), fontsize=9, color="0.35")
+    figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def rivals(names: list[str]) -> str:
+    """What timm's networks are called beside ours."""
+    families = {"ViT" if "vit_" in name else "ResNet" for name in names}
+    return f"timm's {' or '.join(sorted(families))} of the same depth"
 
 
 def processor() -> str:
@@ -476,9 +499,16 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="leave out the compiled forms, which take minutes to make")
     parser.add_argument("--escnn", action="store_true", help="also the network as escnn builds it, in minutes")
     parser.add_argument("--layers", action="store_true", help="a table of layers instead of networks")
+    parser.add_argument("--draw", action="store_true", help="measure nothing, draw the picture of NAME.json again")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "benchmarks")
     parser.add_argument("--name", default="networks", help="of the files written (default: %(default)s)")
     args = parser.parse_args()
+    stem = args.out / args.name
+    if args.draw:
+        about = json.loads(stem.with_suffix(".json").read_text())
+        results = about.pop("results")
+        picture(results, stem.with_suffix(".png"), ", ".join(v for k, v in about.items() if k != "import"))
+        return
     os.environ.update(ALLOCATOR)  # for the processes that measure
     known = model_names()
     names = [name for pattern in args.models for name in fnmatch.filter(known, pattern)]
@@ -502,7 +532,6 @@ def main() -> None:
     if "create" in args.modes and not args.layers:
         about["import"] = f"{import_seconds(args.repeats):.3f} s for `import equivision_timm` after `import timm`"
     args.out.mkdir(parents=True, exist_ok=True)
-    stem = args.out / args.name
 
     if args.layers:
         layers = {

@@ -171,6 +171,7 @@ def table(results: dict[str, dict]) -> str:
         upright = [run["upright"] for run in results["runs"].get(title, {}).get(str(LABELS[-1]), {}).values()]
         cells.append(f"{statistics.mean(upright):.1f}" if upright else "")
         lines.append(f"| {title} | {' | '.join(cells)} |")
+    lines += ["", f"![The same as curves]({RESULTS.stem}.png)"]
     return "\n".join(lines) + "\n"
 
 
@@ -206,8 +207,6 @@ def main() -> None:
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": {}}
 
     def keep() -> None:
-        versions = f"torch {torch.__version__.split('+')[0]}, equivision_timm {equivision_timm.__version__}"
-        results["about"] = f"{date.today().isoformat()}, {versions}"
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
         RESULTS.with_suffix(".md").write_text(table(results))
         picture(results).savefig(RESULTS.with_suffix(".png"), dpi=110)
@@ -218,6 +217,8 @@ def main() -> None:
         if str(seed) not in done:
             model = train(NETWORKS[title], count, seed)
             done[str(seed)] = {"rotated": accuracy(model, 180), "upright": accuracy(model, 0)}
+            versions = f"torch {torch.__version__.split('+')[0]}, equivision_timm {equivision_timm.__version__}"
+            results["about"] = f"{date.today().isoformat()}, {versions}"
             keep()
     keep()
 

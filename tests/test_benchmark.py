@@ -109,6 +109,24 @@ def test_writes_what_it_measured(benchmark, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "networks.png").stat().st_size > 5000
 
 
+def test_the_picture_is_drawn_again_from_what_was_measured(benchmark, tmp_path, monkeypatch):
+    """Nothing is measured; bars are as long as the medians, timm's network among them."""
+    figures = []
+    monkeypatch.setattr(benchmark.plt, "close", figures.append)
+    monkeypatch.setattr(benchmark, "compare", lambda *_: pytest.fail("measured"))
+    written = SCRIPT.parent / "benchmarks" / "networks.json"
+    (tmp_path / "networks.json").write_bytes(written.read_bytes())
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--draw", "--out", str(tmp_path)])
+    benchmark.main()
+    assert (tmp_path / "networks.png").stat().st_size > 5000
+    results = [result for result in json.loads(written.read_text())["results"] if result["mode"] == "eval"]
+    axes = figures[0].axes[0]
+    for bars, form in zip(axes.containers, ("ours", "best dense", "timm"), strict=True):
+        expected = [result["median"][result.get(form, form)] for result in results]
+        assert [bar.get_width() for bar in bars] == pytest.approx([1e3 * seconds for seconds in expected])
+    assert [text.get_text() for text in axes.get_yticklabels()] == [result["model"] for result in results]
+
+
 @pytest.mark.parametrize(
     ("name", "rival"),
     [

@@ -95,7 +95,7 @@ def _commands(config: Path) -> list[list[str]]:
 
 
 # The smallest run: what is given last counts
-SMALL = ["--device", "cpu", "--img-size", "65", "--epochs", "1", "-j", "0", "-b", "16"]
+SMALL = ["--device", "cpu", "--img-size", "65", "--epochs", "1", "-j", "1", "-b", "16"]
 
 
 @pytest.mark.parametrize("name", ["finetune", "scratch"])

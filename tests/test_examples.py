@@ -1,6 +1,8 @@
 """The examples in scripts/examples run and do what they say."""
 
 import importlib.util
+import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -164,3 +166,69 @@ def test_segment(example, tmp_path: Path) -> None:
     assert min(ours["scores"]) > 0.3
     segment.draw(models, tmp_path / "masks.png")
     assert (tmp_path / "masks.png").stat().st_size > 10_000
+
+
+# The notebook
+
+TOUR = EXAMPLES / "tour.ipynb"
+LIBRARIES = ("nbclient", "ipykernel", "matplotlib", "sklearn", "skimage", "onnx", "onnxscript", "onnxruntime")
+
+
+@pytest.fixture
+def run_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`run_notebook(text)`: run a notebook, given as JSON, beside the examples; returns it as it is then."""
+    for library in LIBRARIES:
+        pytest.importorskip(library, reason=f"scripts/examples/tour.ipynb needs {library}")
+    import nbclient
+    import nbformat
+
+    for variable in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR"):
+        monkeypatch.setenv(variable, str(tmp_path / variable))
+
+    def run(text: str):
+        notebook = nbformat.reads(text, as_version=4)
+        resources = {"metadata": {"path": str(EXAMPLES)}}
+        nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
+        return notebook
+
+    return run
+
+
+def _without_numbers(notebook: dict) -> list[list[str]]:
+    """For every cell what it printed, digits as 0: what a machine changes are the figures."""
+    outputs = [[o for o in cell.get("outputs", []) if o["output_type"] == "stream"] for cell in notebook["cells"]]
+    printed = [["".join(output["text"]) for output in of_cell] for of_cell in outputs]
+    return [[re.sub(r"[\d.,e+-]+", "0", text) for text in of_cell] for of_cell in printed]
+
+
+def test_notebook(run_notebook) -> None:
+    """Its assertions hold, and what is stored in it is what it prints."""
+    text = TOUR.read_text(encoding="utf-8")
+    done = run_notebook(text)
+    print(*(output.get("text", "") for cell in done.cells for output in cell.get("outputs", [])))
+    assert sum("assert " in cell.source for cell in done.cells) >= 7
+    assert _without_numbers(done) == _without_numbers(json.loads(text))
+
+
+def test_a_broken_notebook_fails(run_notebook) -> None:
+    """With the plain network in place of the equivariant one the first assertion ends it."""
+    from nbclient.exceptions import CellExecutionError
+
+    text, ours = TOUR.read_text(encoding="utf-8"), r"ours = timm.create_model(\"test_c8resnet\""
+    assert ours in text
+    with pytest.raises(CellExecutionError, match="AssertionError"):
+        run_notebook(text.replace(ours, ours.replace("c8", "c1")))
+
+
+def test_notebook_is_small_and_names_no_machine() -> None:
+    """Outputs are stored, in order, so that it can be read where it cannot be run."""
+    text = TOUR.read_text(encoding="utf-8")
+    assert len(text) < 300_000
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    assert {output["name"] for output in outputs if output["output_type"] == "stream"} == {"stdout"}  # no warnings
+    said = "".join("".join(output.get("text", "")) for output in outputs)
+    assert "equivariant" in said
+    assert not re.search(r"site-packages|/home/|/root/|/tmp/|/Users/|[A-Z]:\\", text)

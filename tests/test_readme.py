@@ -128,6 +128,19 @@ def test_files_that_it_names_exist() -> None:
     assert not [name for name in sorted(named) if not (ROOT / name).exists()]
 
 
+def test_pictures_are_there_and_none_lies_unused() -> None:
+    """Those of the README have absolute addresses, which the package index needs; those of tables lie beside them."""
+    address = "https://raw.githubusercontent.com/equivision-timm/equivision_timm/main/"
+    shown = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)
+    assert shown
+    assert not [link for link in shown if not link.startswith(address)]
+    used = {ROOT / link.removeprefix(address) for link in shown}
+    for page in (ROOT / "scripts").rglob("*.md"):
+        used |= {page.parent / link for link in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page.read_text(encoding="utf-8"))}
+    kept = {path for path in (ROOT / "scripts").rglob("*") if path.suffix in (".png", ".jpg", ".svg")}
+    assert used == kept
+
+
 def test_models_that_it_names_exist() -> None:
     named = set(re.findall(r"`((?:test_)?[cd]\d+(?:re)?resnet\w*)`", README))
     assert named

@@ -1,6 +1,8 @@
 """rotate-eval: the figures are right, an interrupted run goes on, and what cannot be used gets a clear error."""
 
 import csv
+import datetime
+import itertools
 import json
 import math
 import os
@@ -25,11 +27,13 @@ from torchvision.datasets import ImageFolder
 
 from equivision_timm.arguments import InputError
 from equivision_timm.cli import main
+from equivision_timm.models.tensor_hash import hash_tensors
 from equivision_timm.testing import angle_error
 from equivision_timm.tools.figures import plain_text
 from equivision_timm.tools.rotate_eval import run
 from equivision_timm.tools.rotate_eval.measure import Folder, averaged, parse_angles
-from equivision_timm.tools.rotate_eval.report import _curve, draw, write_report
+from equivision_timm.tools.rotate_eval.pictures import _curve, _style, draw, draw_samples, label
+from equivision_timm.tools.rotate_eval.report import write_report
 from equivision_timm.tools.rotate_eval.results import Cell, Results
 from equivision_timm.tools.rotate_eval.run import rotate_eval
 
@@ -119,13 +123,68 @@ class _Page(HTMLParser):
 def test_report_is_one_page_that_loads_nothing(measured: Path) -> None:
     text = (measured / "report.html").read_text()
     page = _Page(text)
-    assert [load[:22] for load in page.loads] == ["data:image/png;base64,"]
+    assert [load[:22] for load in page.loads] == 4 * ["data:image/png;base64,"]  # three metrics, samples
     assert "http" not in text
     assert "@import" not in text
-    assert page.rows == (1 + 4) + 4 * (1 + 5)  # summary, and a table for each metric
+    assert page.rows == (1 + 4) + 4 * (1 + 5) + (3 + 4)  # summary, a table for each metric, how it was measured
     assert "Top-1 accuracy" in page.words
     with Image.open(measured / "rotation.png") as picture:
         assert picture.size[0] > 1000
+
+
+def test_report_says_how_it_was_measured(measured: Path, c4: str, c1: str) -> None:
+    page = _Page((measured / "report.html").read_text())
+    assert 'name="viewport" content="width=device-width' in (measured / "report.html").read_text()
+    assert f"rotate-eval --models {c4} {c1} --size 33 32" in page.words
+    assert datetime.date.today().isoformat() in page.words
+    assert f"timm {timm.__version__}, torch {torch.__version__}; cpu" in page.words
+    for name in (c4, c1):
+        assert page.words.count(hash_tensors(timm.create_model(name, pretrained=True).state_dict())) == 2  # sizes
+
+
+def test_other_weights_of_the_same_name_do_not_mix(textures: str, tmp_path: Path) -> None:
+    """Refused before the work; the same weights go on."""
+    spec, common = f"test_resnet={tmp_path}/model.pth", (textures, [0.0, 90.0], str(tmp_path / "out"), [33])
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), tmp_path / f"{seed}.pth")
+    shutil.copy(tmp_path / "0.pth", tmp_path / "model.pth")
+    rotate_eval([spec], *common, workers=0, device="cpu")
+    before = (tmp_path / "out" / "results.json").read_bytes()
+    rotate_eval([spec], *common, workers=0, device="cpu")
+    shutil.copy(tmp_path / "1.pth", tmp_path / "model.pth")
+    with pytest.raises(InputError, match=r"with other weights \(\w{8}\.\.\. there, .*choose another --out"):
+        rotate_eval([spec], *common, workers=0, device="cpu")
+    assert (tmp_path / "out" / "results.json").read_bytes() == before
+
+
+def test_curves_that_coincide_are_told_apart() -> None:
+    """No two of ten look alike, and a later one leaves an earlier one visible at its sides."""
+    styles = [_style(i, 10) for i in range(10)]
+    looks = {(style["color"], style["marker"], style["linestyle"]) for style in styles}
+    assert len(looks) == 10
+    assert all(a["linewidth"] > b["linewidth"] for a, b in itertools.pairwise(styles))
+    assert _style(0, 1)["linewidth"] > 0
+
+
+def test_long_names_are_cut_before_what_tells_them_apart() -> None:
+    cell = Cell("c8resnet18=" + "x" * 99, 225, 4)
+    assert label(cell).endswith("x, 225 px, mean of 4 rotations")
+    assert label(cell, 50) == "c8resnet18=xxxxxxxxx…, 225 px, mean of 4 rotations"
+    assert len(label(cell, 50)) == 50
+
+
+def test_samples_show_the_images_as_they_were_turned(textures: str) -> None:
+    folder = Folder(textures, "validation", "")
+    angles = parse_angles("0:360:90")
+    reflected, circle = (draw_samples(folder, angles, corners) for corners in ("reflect", "circle"))
+    assert [axes.get_title() for axes in reflected.axes[:4]] == ["0°", "90°", "180°", "270°"]
+    assert len(reflected.axes) == 3 * 4  # an image of each class
+    upright, quarter = (axes.images[0].get_array() for axes in reflected.axes[:2])
+    assert np.array_equal(quarter, np.rot90(upright))
+    assert not np.array_equal(quarter, upright)
+    assert (circle.axes[0].images[0].get_array()[0, 0] == 0.5).all()
+    assert not np.array_equal(reflected.axes[0].images[0].get_array(), reflected.axes[4].images[0].get_array())
 
 
 def test_circle_hides_the_corners(textures: str, c1: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,7 +452,7 @@ def test_two_runs_share_one_folder(
     assert both.keys() == whole.keys()
     for key, row in whole.items():
         assert both[key] == pytest.approx(row, rel=1e-5)
-    assert _Page((tmp_path / "report.html").read_text()).rows == (1 + 4) + 4 * (1 + 5)
+    assert _Page((tmp_path / "report.html").read_text()).rows == (1 + 4) + 4 * (1 + 5) + 2 * (3 + 2)
 
 
 def test_other_settings_in_the_meantime_change_nothing(
@@ -481,7 +540,7 @@ def test_text_is_text_in_every_file(tmp_path: Path) -> None:
     assert "'@x" in models
     assert not [model for model in models if model[0] in "=+-@"]
     with plain_text():
-        (legend,) = draw(results).legends
+        (legend,) = draw(results, ["top1"]).legends
     assert [entry.get_text() for entry in legend.get_texts()][:2] == ["$\\nosuch$, 33 px", "_hidden, 33 px"]
 
 
@@ -553,8 +612,8 @@ def test_stages(textures: str, c4: str, c1: str, tmp_path: Path) -> None:
     with Image.open(tmp_path / "stages.png") as picture:
         assert len(picture.convert("L").getcolors()) > 50
     page = _Page((tmp_path / "report.html").read_text())
-    assert len(page.loads) == 2
-    assert page.rows == (1 + 2) + 4 * (1 + 3) + (1 + 2 * len(stages))
+    assert len(page.loads) == 3 + 2 + 1  # metrics, models by stage, samples
+    assert page.rows == (1 + 2) + 4 * (1 + 3) + (1 + 2 * len(stages)) + (3 + 2)
     assert main(command) == 0  # everything is there already
     assert main([*command[:-1], str(tmp_path / "other"), "--test-time-turns", "4"]) == 2
     assert not (tmp_path / "other").exists()

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+from matplotlib.text import Text
 from PIL import Image
 from support.small_models import save_small_model
 
+import equivision_timm.tools.show as module
 from equivision_timm.arguments import shortened
 from equivision_timm.cli import main
 from equivision_timm.images.rotation import rotate
@@ -66,6 +68,36 @@ def test_picture_of_two_models(photograph: str, tmp_path: Path) -> None:
         assert len(picture.getcolors(1 << 24)) > 1000
 
 
+def test_differences_have_one_scale_for_all_models(
+    photograph: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends where the largest difference is, that of the plain network; and the text can be read."""
+    figures = []
+    monkeypatch.setattr(module, "save_figure", lambda figure, path, dpi: figures.append(figure))
+    models = ["test_c8resnet", "test_c1resnet"]
+    module.show(photograph, models, [0.0, 90.0], str(tmp_path / "show.png"))
+    ours, plain = figures[0].subfigs
+    rows = [[block.axes[6].images[0], block.axes[7].images[0]] for block in (ours, plain)]  # upright, rotated
+    assert {image.norm.vmax for row in rows for image in row} == {rows[1][1].get_array().max()}
+    assert rows[0][1].get_array().max() < 1e-4 < 0.1 < rows[1][1].get_array().max()
+    assert rows[1][0].get_array().max() == 0  # against itself
+    for block in (ours, plain):
+        scale = block.axes[-1]
+        assert "difference" in scale.get_xlabel()
+        assert scale.get_xlim()[1] == rows[0][0].norm.vmax
+    texts = [text for block in (ours, plain) for text in block.findobj(Text) if text.get_text()]
+    assert len(texts) >= 2 * (2 + 4 + 2)  # predictions, rows, errors
+    assert min(text.get_fontsize() for text in texts) >= 12
+
+
+def test_differences_of_nothing_stay_dark(photograph: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = []
+    monkeypatch.setattr(module, "save_figure", lambda figure, path, dpi: figures.append(figure))
+    module.show(photograph, ["test_c8resnet"], [0.0, 90.0], str(tmp_path / "show.png"))
+    rotated = figures[0].subfigs[0].axes[7].images[0]
+    assert rotated.norm.vmax == 0.01 > 100 * rotated.get_array().max() > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -98,5 +130,5 @@ def test_class_names_are_drawn_as_they_stand(name: str, photograph: str, tmp_pat
     with matplotlib.rc_context({"svg.fonttype": "none"}):  # text as text
         assert main(["show", photograph, "--model", f"local-dir:{folder}", "--angles", "0,90", "--out", str(out)]) == 0
     drawn = html.unescape(out.read_text())
-    assert shortened(f"reads {name}", _LONGEST) + ":" in drawn
+    assert shortened(f"reads {name}", _LONGEST) in drawn
     assert "$\\x$, 33 px, level 1" in drawn

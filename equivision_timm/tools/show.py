@@ -6,16 +6,25 @@ map, the same map turned back, and its distance from the upright one:
 
     |g^-1 f(g x) - f(x)| / |f(x)|        inside the circle that every turn keeps
 
+The last row shows where it differs, in parts of the range of the upright map, to one scale for all models, on which
+small values are drawn apart.
+
 The map of an equivariant model is the mean over one regular field, which is a plain scalar map; that of another model
 is one channel. Shown is the field or channel with the largest variance over the upright image.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import PercentFormatter
 from PIL import Image
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 
@@ -31,7 +40,9 @@ from equivision_timm.tools.trial import MOST_CLASSES, MOST_PIXELS, check_memory,
 __all__ = ["map_error", "scalar_maps", "show"]
 
 _DPI = 100
+_COLUMN, _HEIGHT = 1.75, 9.0  # inches
 _LONGEST = 16  # letters of a class name that fit over a column
+_LEAST = 0.01  # the scale of the differences ends there at least: rounding errors stay dark
 _WIDEST = 160  # inches; WebP holds 16383 pixels
 
 
@@ -60,7 +71,7 @@ def show(
         OSError: the picture could not be written after all; the old one is untouched.
     """
     models = list(dict.fromkeys(models))
-    width = (1.6 * len(angles) + 0.5) * len(models)  # inches
+    width = (_COLUMN * len(angles) + 0.5) * len(models)  # inches
     if width > _WIDEST:
         raise InputError(
             f"{len(angles)} angles of {len(models)} model(s) make a picture of {width * _DPI:.0f} pixels, more than "
@@ -75,11 +86,16 @@ def show(
         picture = open_rgb(image)
     except PictureError as error:
         raise InputError(f"cannot read the image: {error}") from error
+    columns = [_measure(name, load_model(name, num_classes), picture, angles, level, size) for name in models]
+    most = max(_LEAST, *(column.difference.max() for found in columns for column in found))
     with plain_text():
-        figure = Figure(figsize=(width, 7.2), layout="constrained")
+        figure = Figure(figsize=(width, _HEIGHT), layout="constrained")
         blocks = figure.subfigures(1, len(models), squeeze=False, wspace=0.03)
-        for block, name in zip(blocks[0], models, strict=True):
-            _draw_model(block, name, load_model(name, num_classes), picture, angles, level, size)
+        for block, name, found in zip(blocks[0], models, columns, strict=True):
+            _draw_model(block, found, most)
+            shown = f"{found[0].image.shape[0]} px, level {level}"
+            title = f"{shortened(short_name(name).partition('=')[0], 20 * len(angles))}, {shown}"
+            block.suptitle(title, fontsize=15, fontweight="bold")
         save_figure(figure, Path(out), _DPI)
 
 
@@ -102,8 +118,33 @@ def map_error(turned_back: torch.Tensor, upright: torch.Tensor) -> float:
     return ((turned_back - upright)[inside].norm() / upright[inside].norm()).item()
 
 
-def _draw_model(block, name: str, model: nn.Module, picture: Image.Image, angles: list[float], level, size) -> None:
-    """Four rows in `block`, a column per angle: image, map, map turned back, difference."""
+@dataclass(frozen=True)
+class _Column:
+    """One model at one angle.
+
+    Attributes:
+        title: the angle and the prediction.
+        image: the turned image as it looks, [H, W, C] or [H, W].
+        map: its feature map, [h, w].
+        returned: the map turned back, outside the circle masked.
+        difference: from the upright map, in parts of its range, outside the circle masked.
+        error: see `map_error`.
+        limits: smallest and largest value of the upright map.
+    """
+
+    title: str
+    image: np.ndarray
+    map: np.ndarray
+    returned: np.ma.MaskedArray
+    difference: np.ma.MaskedArray
+    error: float
+    limits: tuple[float, float]
+
+
+def _measure(
+    name: str, model: nn.Module, picture: Image.Image, angles: list[float], level: int, size: int | None
+) -> list[_Column]:
+    """What the picture shows of a model, by angle."""
     config = resolve_data_config({}, model=model)
     size = size or config["input_size"][-1]
     check_memory("--size", len(angles), size)
@@ -116,29 +157,54 @@ def _draw_model(block, name: str, model: nn.Module, picture: Image.Image, angles
         chosen = int(reference.flatten(1).var(1, correction=0).argmax())
         maps = [scalar_maps(model, x, level)[0, chosen] for x in images]  # [h, w]
     reference = reference[chosen]
-    returned = [rotate(m[None, None], -angle)[0, 0] for m, angle in zip(maps, angles, strict=True)]
+    limits = reference.min().item(), reference.max().item()
+    extent = max(limits[1] - limits[0], torch.finfo(reference.dtype).tiny)  # a flat map has no range
+    names, columns = _class_names(model), []
+    for angle, image, prediction, found in zip(angles, images, predictions, maps, strict=True):
+        returned = rotate(found[None, None], -angle)[0, 0]
+        best = int(prediction.argmax())
+        columns.append(
+            _Column(
+                title=f"{angle:g}°\n{names(best)}\n{prediction[best]:.0%}",
+                image=_pixels(image[0], config),
+                map=found.numpy(),
+                returned=_masked(returned),
+                difference=_masked((returned - reference).abs() / extent),
+                error=map_error(returned, reference),
+                limits=limits,
+            )
+        )
+    return columns
 
-    shown = [_pixels(x[0], config) for x in images]
-    low, high = reference.min().item(), reference.max().item()
-    scale = {"cmap": "viridis", "vmin": low, "vmax": high}
-    axes = block.subplots(4, len(angles), squeeze=False)
-    names = _class_names(model)
-    for column, angle in enumerate(angles):
-        best = int(predictions[column].argmax())
-        axes[0, column].imshow(shown[column], cmap="gray")
-        axes[0, column].set_title(f"{angle:g}°\n{names(best)} {predictions[column][best]:.0%}", fontsize=9)
-        axes[1, column].imshow(maps[column].numpy(), **scale)
-        axes[2, column].imshow(_masked(returned[column]), **scale)
-        difference = _masked((returned[column] - reference).abs())
-        axes[3, column].imshow(difference, cmap="magma", vmin=0, vmax=high - low)
-        axes[3, column].set_title(f"{map_error(returned[column], reference):.1%}", fontsize=9)
-    for row, label in enumerate(("image", "feature map", "turned back", "difference")):
-        axes[row, 0].set_ylabel(label)
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-        axis.spines[:].set_visible(False)
-    title = f"{shortened(short_name(name).partition('=')[0], 30 * len(angles))}, {size} px, level {level}"
-    block.suptitle(title, fontsize=11, fontweight="bold")
+
+def _draw_model(block: SubFigure, columns: list[_Column], most: float) -> None:
+    """Four rows, a column per angle: image, map, map turned back, difference; below it its scale, from 0 to `most`."""
+    norm = PowerNorm(0.5, 0, most)
+    grid = block.add_gridspec(5, len(columns), height_ratios=(1, 1, 1, 1, 0.09))
+    axes = [[block.add_subplot(grid[row, place]) for place in range(len(columns))] for row in range(4)]
+    for place, column in enumerate(columns):
+        image, found, returned, difference = (row[place] for row in axes)
+        low, high = column.limits
+        image.imshow(column.image, cmap="gray")
+        image.set_title(column.title, fontsize=13)
+        found.imshow(column.map, cmap="viridis", vmin=low, vmax=high)
+        returned.imshow(column.returned, cmap="viridis", vmin=low, vmax=high)
+        difference.imshow(column.difference, cmap="inferno", norm=norm)
+        difference.set_title(f"{column.error:.1%}", fontsize=13)
+    for row, label in zip(axes, ("image", "feature map", "turned back", "difference"), strict=True):
+        row[0].set_ylabel(label, fontsize=13)
+        for axis in row:
+            _bare(axis)
+    scale = block.colorbar(ScalarMappable(norm, "inferno"), cax=block.add_subplot(grid[4, :]), orientation="horizontal")
+    scale.set_ticks([most * part for part in (0, 0.05, 0.25, 0.5, 1)])
+    scale.ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0 if most > 0.2 else 2))
+    scale.ax.tick_params(labelsize=12)
+    scale.set_label("difference, of the range of the upright map", fontsize=12)
+
+
+def _bare(axes: Axes) -> None:
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
 
 
 def _prepare(picture: Image.Image, config: dict, size: int) -> torch.Tensor:
@@ -171,13 +237,13 @@ def _pixels(image: torch.Tensor, config: dict) -> np.ndarray:
     return (image * std + mean).clamp(0, 1).permute(1, 2, 0).squeeze(-1).numpy()
 
 
-def _class_names(model: nn.Module):
+def _class_names(model: nn.Module) -> Callable[[int], str]:
     """Class index -> name: the model's own names, ImageNet's first word for its classifiers, else the number."""
     own = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
     if isinstance(own, list | tuple) and len(own) == model.num_classes:
-        return lambda index: shortened(f"reads {own[index]}", _LONGEST) + ":"
+        return lambda index: shortened(f"reads {own[index]}", _LONGEST)
     subset = infer_imagenet_subset(model)
     if subset is None:
-        return lambda index: f"class {index}:"
+        return lambda index: f"class {index}"
     info = ImageNetInfo(subset)
-    return lambda index: shortened(info.index_to_description(index).split(",")[0], _LONGEST) + ":"
+    return lambda index: shortened(info.index_to_description(index).split(",")[0], _LONGEST)

@@ -31,7 +31,7 @@ from equivision_timm.images.rotation import rotate
 from equivision_timm.testing import angle_error
 from equivision_timm.tools.rotate_eval.results import Cell
 
-__all__ = ["CORNERS", "TURNS", "Folder", "averaged", "measure", "parse_angles"]
+__all__ = ["CORNERS", "TURNS", "Folder", "averaged", "in_circle", "measure", "parse_angles"]
 
 CORNERS = ("reflect", "circle")
 TURNS = (1, 2, 4)  # whose rotations move whole pixels
@@ -241,7 +241,7 @@ def _sums(
     corners: str,
 ) -> dict[str, list[float]]:
     """The sums of all metrics over one batch, by angle."""
-    show = _in_circle if corners == "circle" else nn.Identity()
+    show = in_circle if corners == "circle" else nn.Identity()
     reference = predict(show(images)).float()
     sums: dict[str, list[float]] = {}
     for angle in angles:
@@ -265,7 +265,7 @@ def _compare(logits: torch.Tensor, reference: torch.Tensor, targets: torch.Tenso
     return sums
 
 
-def _in_circle(images: torch.Tensor) -> torch.Tensor:
+def in_circle(images: torch.Tensor) -> torch.Tensor:
     """Zero, the mean colour after normalisation, outside the circle inscribed in images [B, C, H, W]."""
     height, width = images.shape[-2:]
     y = torch.arange(height, device=images.device)[:, None] - (height - 1) / 2

@@ -34,6 +34,10 @@ class Cell:
         unreadable: names of the others.
         sums: for each of `METRICS` the sum over the images, by angle; top1 and top5 are missing without labels.
         stages: for each stage the sum of its errors over the images, by angle; empty where they were not asked for.
+        weights: SHA-256 of the model's tensors, see `hash_tensors`.
+        command: what the user typed; '' where the call came from Python.
+        versions: of the libraries, and the device.
+        date: of the last batch.
     """
 
     model: str
@@ -44,6 +48,10 @@ class Cell:
     unreadable: tuple[str, ...] = ()
     sums: dict[str, list[float]] = field(default_factory=dict)
     stages: dict[str, list[float]] = field(default_factory=dict)
+    weights: str = ""
+    command: str = ""
+    versions: str = ""
+    date: str = ""
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -108,10 +116,20 @@ class Results:
         self._lock = FileLock(path.with_name(f".{path.stem}.lock"), timeout=_PATIENCE)
         self.merge()
 
-    def cell(self, model: str, size: int, turns: int) -> Cell:
-        """What has been measured of a model at a size, by this process or another."""
+    def cell(self, model: str, size: int, turns: int, weights: str) -> Cell:
+        """What has been measured of a model with these weights at a size, by this process or another.
+
+        Raises:
+            InputError: what has been measured under this name had other weights.
+        """
         self.merge()
-        return self.cells.get((model, size, turns), Cell(model, size, turns))
+        cell = self.cells.get((model, size, turns), Cell(model, size, turns, weights=weights))
+        if cell.weights != weights:
+            raise InputError(
+                f"{self.path} holds figures of {model!r} with other weights ({cell.weights[:8]}... there, "
+                f"{weights[:8]}... here): choose another --out"
+            )
+        return cell
 
     def merge(self) -> None:
         """Take over what other processes have put into the file; of two states of a cell the one that is further.
@@ -207,6 +225,7 @@ def _cell(entry: dict[str, Any], settings: dict[str, Any]) -> Cell:
         unreadable=tuple(str(name) for name in entry["unreadable"]),
         sums=sums,
         stages=stages,
+        **{name: str(entry[name]) for name in ("weights", "command", "versions", "date")},
     )
     if bool(stages) != bool(settings["by_stage"] and cell.images):
         raise ValueError(f"{cell.model!r} has the stages {list(stages)}")

@@ -4,20 +4,26 @@ import contextlib
 import hashlib
 import os
 import sys
+from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
+import timm
 import torch
 import torch.nn as nn
 from timm.data import resolve_data_config
 from timm.utils import reparameterize_model
 from tqdm import tqdm
 
+import equivision_timm
 from equivision_timm.arguments import InputError, check_number, one_line
 from equivision_timm.files import check_writable
 from equivision_timm.images.pictures import PictureError
 from equivision_timm.models.attributes import attribute
+from equivision_timm.models.tensor_hash import hash_tensors
 from equivision_timm.tools.loading import check_model_name, load_model, split_spec
 from equivision_timm.tools.rotate_eval.measure import CORNERS, TURNS, Folder, measure
+from equivision_timm.tools.rotate_eval.pictures import draw_samples
 from equivision_timm.tools.rotate_eval.report import FILES, STAGE_FILES, write_report
 from equivision_timm.tools.rotate_eval.results import Cell, Results
 from equivision_timm.tools.trial import MOST_CLASSES, MOST_PIXELS, check_memory, explained, find_device, try_model
@@ -49,6 +55,7 @@ def rotate_eval(
     reparam: bool = False,
     by_stage: bool = False,
     test_time_turns: int = 1,
+    command: str = "",
 ) -> None:
     """Measure models on images turned by every angle; writes results.json, results.csv, rotation.png, report.html.
 
@@ -77,6 +84,7 @@ def rotate_eval(
             stages.csv and stages.png.
         test_time_turns: average the logits over 1, 2 or 4 rotations of each image; one `out` may hold models measured
             with and without.
+        command: what the user typed, for the report.
 
     Raises:
         InputError: something given cannot be used, or there is too little memory; nothing measured is lost.
@@ -92,6 +100,8 @@ def rotate_eval(
     settings = _settings(folder, data, angles, corners, unlabelled, amp_dtype if amp else "float32", by_stage)
     results = Results(Path(out, "results.json"), settings)
     target = find_device(device)
+    origin = {"command": command, "versions": _versions(target), "date": date.today().isoformat()}
+    weights: dict[str, str] = {}  # of each model their hash
 
     def load(name: str) -> tuple[nn.Module, list[dict]]:
         """The model where it computes, and its data config at every size."""
@@ -102,6 +112,7 @@ def rotate_eval(
             raise InputError(f"{name!r} shows no maps of its stages: leave --by-stage out, or measure it alone")
         config = resolve_data_config({}, model=model, use_test_size=True)
         channels, own = config["input_size"][0], config["input_size"][-1]
+        weights[name] = hash_tensors(model.state_dict())
         model = reparameterize_model(model) if reparam else model
         model = model.to(target)
         model = model.to(memory_format=torch.channels_last) if channels_last else model
@@ -119,6 +130,7 @@ def rotate_eval(
         for config in configs:
             size = config["input_size"][-1]
             check_memory("--batch-size or --size", batch_size, size)
+            results.cell(name, size, test_time_turns, weights[name])  # refuses other weights before the work
             with computing(name, 1, size):
                 try_model(name, model, lambda config=config: folder.prepare_for(config).sample(), size, target)
     try:
@@ -127,7 +139,7 @@ def rotate_eval(
             for config in configs:
                 size = config["input_size"][-1]
                 folder.prepare_for(config)
-                cell = results.cell(name, size, test_time_turns)
+                cell = replace(results.cell(name, size, test_time_turns, weights[name]), **origin)
                 with computing(name, batch_size, size):
                     progress = measure(
                         cell, model, folder, angles, corners, not unlabelled, by_stage, batch_size, workers, target
@@ -136,9 +148,16 @@ def rotate_eval(
     finally:
         if results.measured():
             with results.locked():
-                write_report(results, Path(out))
+                write_report(results, Path(out), draw_samples(folder, angles, corners))
     if not results.measured():
         raise InputError(f"none of the {len(folder)} images in {data!r} can be read, such as {_first_fault(folder)}")
+
+
+def _versions(device: torch.device) -> str:
+    """What the figures may depend on."""
+    versions = {"equivision_timm": equivision_timm.__version__, "timm": timm.__version__, "torch": torch.__version__}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{', '.join(' '.join(pair) for pair in versions.items())}; {name}"
 
 
 def _check_ways(by_stage: bool, test_time_turns: int) -> None:

@@ -1,0 +1,198 @@
+"""A new user's way, step by step and timed: a folder of images, fine-tuned, predicted, exported, deployed.
+
+    pip install 'equivision-timm[export]' scikit-image
+    python scripts/new_user.py                                       # fine-tunes by the plain loop below
+    python scripts/new_user.py --train-script CLONE/train.py         # by timm's script, with configs/finetune.yaml
+    python scripts/new_user.py --model test_c1resnet                 # the plain twin, which fails at the last step
+
+The images are pieces of three photographs of scikit-image, trained on their left halves, tested on their right halves.
+A model of the package starts from its weights, which know handwritten digits. What is deployed is an ONNX file, run
+without PyTorch. Turned by 90, 180 and 270 degrees the images must get the same probabilities to 1e-4, from
+`equivision-timm predict` and from the ONNX file: exit status 1 where they do not.
+"""
+
+import argparse
+import csv
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import onnxruntime
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from skimage import data
+from timm.data import create_dataset, create_loader, resolve_data_config
+from timm.utils import random_seed
+from tqdm import tqdm
+
+import equivision_timm  # noqa: F401  registers the models
+
+CLASSES = ("brick", "grass", "gravel")
+SIZE = 65  # pixels, 1 mod 32: quarter turns are exact
+ANGLES = (0, 90, 180, 270)
+EPOCHS, BATCH_SIZE = 6, 16
+TOLERANCE = 1e-4
+CONFIG = Path(__file__).parents[1] / "configs" / "finetune.yaml"
+
+
+@contextmanager
+def step(title: str) -> Iterator[list[str]]:
+    """Print how many seconds the body took, with what it appends to the list."""
+    said, start = [], time.perf_counter()
+    yield said
+    print(f"{title:12} {time.perf_counter() - start:5.1f} s  {' '.join(said)}", flush=True)
+
+
+def write_pictures(folder: Path) -> None:
+    """`folder`/train and `folder`/val with a folder for each class; `folder`/new/ANGLE/CLASS: those of val, turned."""
+    random = np.random.default_rng(0)
+    for name in CLASSES:
+        photograph = getattr(data, name)()  # [512, 512]
+        half = photograph.shape[1] // 2
+        for split, count, left in (("train", 48, 0), ("val", 16, half)):
+            for i in range(count):
+                y, x = random.integers(0, photograph.shape[0] - SIZE), left + random.integers(0, half - SIZE)
+                crop = photograph[y : y + SIZE, x : x + SIZE]
+                _save(crop, folder / split / name / f"{i:03}.png")
+                for angle in ANGLES if split == "val" else ():
+                    _save(np.rot90(crop, angle // 90), folder / "new" / str(angle) / name / f"{i:03}.png")
+
+
+def _save(pixels: np.ndarray, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def fine_tune(name: str, folder: Path) -> Path:
+    """Train on `folder`/train from the pretrained weights of model `name`; returns the file of the checkpoint."""
+    random_seed(0)
+    model = timm.create_model(name, pretrained=True, num_classes=len(CLASSES))
+    config = resolve_data_config(model=model)
+    images = {key: config[key] for key in ("input_size", "interpolation", "mean", "std", "crop_pct")}
+    loader = create_loader(
+        create_dataset("", str(folder), split="train"),
+        batch_size=BATCH_SIZE,
+        is_training=True,
+        scale=(0.5, 1.0),
+        num_workers=0,
+        persistent_workers=False,
+        device=torch.device("cpu"),
+        **images,
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=EPOCHS * len(loader))
+    with tqdm(total=EPOCHS * len(loader), desc=name, unit="batch") as progress:
+        for _ in range(EPOCHS):
+            for batch, classes in loader:
+                optimizer.zero_grad()
+                F.cross_entropy(model(batch), classes).backward()
+                optimizer.step()
+                scheduler.step()
+                progress.update()
+    path = folder / "model_best.pth.tar"
+    torch.save({"arch": name, "state_dict": model.state_dict()}, path)
+    return path
+
+
+def fine_tune_by_timm(train_script: Path, name: str, folder: Path) -> Path:
+    """The same by timm's train.py, as configs/finetune.yaml says."""
+    command = [sys.executable, str(train_script), "--config", str(CONFIG), "--data-dir", ".", "--model", name]
+    command += ["--num-classes", str(len(CLASSES)), "--experiment", "first", "--device", "cpu"]
+    command += ["--img-size", str(SIZE), "--epochs", str(EPOCHS), "--warmup-epochs", "1", "-b", str(BATCH_SIZE)]
+    command += ["-j", "1", "--lr", "2e-3", "--layer-decay", "1"]  # small images, and few
+    subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    return folder / "output" / "train" / "first" / "model_best.pth.tar"
+
+
+def predict(name: str, checkpoint: Path, folder: Path) -> dict[str, np.ndarray]:
+    """{ANGLE/CLASS/FILE: probabilities [classes]} of `folder`/new, by `equivision-timm predict`."""
+    command = [sys.executable, "-m", "equivision_timm", "predict", str(folder / "new")]
+    command += ["--model", f"{name}={checkpoint}", "--class-map", str(folder / "train"), "--device", "cpu"]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    probabilities: dict[str, np.ndarray] = {}
+    for row in csv.DictReader(done.stdout.splitlines()):
+        file = Path(row["file"]).relative_to(folder / "new").as_posix()
+        probabilities.setdefault(file, np.zeros(len(CLASSES)))[CLASSES.index(row["name"])] = float(row["probability"])
+    return probabilities
+
+
+def export(name: str, checkpoint: Path, folder: Path) -> Path:
+    """The ONNX file that `equivision-timm export` writes."""
+    path = folder / "model.onnx"
+    command = [sys.executable, "-m", "equivision_timm", "export", f"{name}={checkpoint}", str(path)]
+    subprocess.run([*command, "--class-map", str(folder / "train")], check=True, stdout=subprocess.DEVNULL)
+    return path
+
+
+def deployed(path: Path, files: list[Path]) -> np.ndarray:
+    """Probabilities [files, CLASSES] of an ONNX file, which says all that is needed; without PyTorch."""
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    about = session.get_modelmeta().custom_metadata_map
+    mean, std = (np.float32(json.loads(about[key])) for key in ("mean", "std"))
+    images = np.stack([np.asarray(Image.open(file).convert("RGB"), np.float32) / 255 for file in files])
+    batch = np.ascontiguousarray(((images - mean) / std).transpose(0, 3, 1, 2))  # [B, 3, H, W]
+    (logits,) = session.run(["logits"], {"images": batch})
+    exponential = np.exp(logits - logits.max(1, keepdims=True))
+    order = [json.loads(about["classes"]).index(name) for name in CLASSES]
+    return (exponential / exponential.sum(1, keepdims=True))[:, order]
+
+
+def accuracy(probabilities: dict[str, np.ndarray]) -> float:
+    """The fraction of ANGLE/CLASS/FILE whose most probable class is CLASS."""
+    return np.mean([CLASSES[row.argmax()] == Path(file).parts[1] for file, row in probabilities.items()]).item()
+
+
+def change_under_rotation(probabilities: dict[str, np.ndarray]) -> float:
+    """The largest difference of a probability between a turned image and the image as it was."""
+    turned = [(row, probabilities["0/" + file.partition("/")[2]]) for file, row in probabilities.items()]
+    return max(np.abs(row - upright).max().item() for row, upright in turned)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="test_c8resnet", help="of the package, with weights (default: %(default)s)")
+    parser.add_argument("--train-script", type=Path, help="timm's train.py (default: a plain loop)")
+    args = parser.parse_args()
+    if args.train_script and not args.train_script.is_file():
+        parser.error(f"--train-script {args.train_script} is no file: give train.py of a clone of timm's repository")
+
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        with step("pictures") as said:
+            write_pictures(folder)
+            said.append(f"{len(list(folder.rglob('train/*/*')))} of {', '.join(CLASSES)}")
+        with step("fine-tune") as said:
+            if args.train_script:
+                checkpoint = fine_tune_by_timm(args.train_script.resolve(), args.model, folder)
+            else:
+                checkpoint = fine_tune(args.model, folder)
+            said.append(f"{args.model}, {EPOCHS} epochs")
+        with step("predict") as said:
+            predicted = predict(args.model, checkpoint, folder)
+            said.append(f"{accuracy(predicted):.1%} of {len(predicted)} new images right")
+        with step("export") as said:
+            path = export(args.model, checkpoint, folder)
+            said.append(f"{path.name}, {path.stat().st_size / 1e6:.1f} MB")
+        with step("deploy") as said:
+            files = [folder / "new" / file for file in predicted]
+            answers = dict(zip(predicted, deployed(path, files), strict=True))
+            apart = max(np.abs(answers[file] - predicted[file]).max() for file in predicted)
+            said.append(f"{accuracy(answers):.1%} right, probabilities {apart:.1e} from those of predict")
+    changes = {"predict": change_under_rotation(predicted), "deploy": change_under_rotation(answers)}
+    print("turned images: probabilities change by " + ", ".join(f"{v:.1e} in {k}" for k, v in changes.items()))
+    if max(*changes.values(), apart) > TOLERANCE:
+        print(f"turned images do not get the same probabilities to {TOLERANCE:g}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
