@@ -26,27 +26,30 @@ from equivision_timm.models.variants import create
 __all__ = ["complexity", "model_card"]
 
 
-def model_card(model_name: str, repository: str, provenance: dict[str, str]) -> str:
+def model_card(model_name: str, repository: str, provenance: dict[str, str], has_classifier: bool = True) -> str:
     """The model card, Markdown with the Hub's metadata in front.
 
     Args:
         model_name: a model with weights, released ones or those of the package.
         repository: where they will be, 'organisation/name'.
         provenance: of the weights, a row each.
+        has_classifier: whether the weights have the classifier that the model has by default.
     """
     entry = released().get(model_name)  # None: the package's own weights
-    model = create(model_name, EquivariantBackbone, EquivariantViT, device="meta").eval()
+    arguments: dict[str, Any] = {} if has_classifier else {"num_classes": 0}
+    model = create(model_name, EquivariantBackbone, EquivariantViT, device="meta", **arguments).eval()
     cfg = attribute(model, "pretrained_cfg", dict)
     cost_size = cfg["input_size"][-1]
-    parameters, gmacs = complexity(model_name, cost_size)
+    parameters, gmacs = complexity(model_name, cost_size, **arguments)
     size = model.exact_sizes(cost_size)[1]
     fused: Any = reparameterize_model(model)  # plain convolutions, which know the meta device
     with torch.no_grad():
         features = fused.forward_features(torch.empty(1, model.in_chans, size, size, device="meta"))
     classifies = model.num_classes > 0
+    reported = entry.reported if entry and has_classifier else {}
     template = Template(Path(__file__).with_name("model_card.md").read_text(encoding="utf-8"))
     return template.substitute(
-        metadata=_metadata(entry, repository, cfg["license"], classifies).to_yaml(),
+        metadata=_metadata(entry, repository, cfg["license"], classifies, reported).to_yaml(),
         name=repository.split("/")[1],
         description=fill(model_entrypoint(model_name).__doc__ or "", 120),
         symmetry=fill(_symmetry(model), 120),
@@ -59,7 +62,7 @@ def model_card(model_name: str, repository: str, provenance: dict[str, str]) -> 
         parameters=f"{parameters / 1e6:.4g}",
         cost_size=cost_size,
         gmacs=f"{gmacs:.4g}",
-        reported=_reported_rows(entry),
+        reported=_reported_rows(entry, reported),
         exact=fill(_exact_sizes(model, size), 120),
         provenance="\n".join(f"| {_cell(key)} | {_cell(value)} |" for key, value in provenance.items()),
         license=f"{'That of the original' if entry else 'That of the package'}: {cfg['license']}.",
@@ -67,14 +70,14 @@ def model_card(model_name: str, repository: str, provenance: dict[str, str]) -> 
     )
 
 
-def complexity(model_name: str, size: int = 224) -> tuple[int, float]:
-    """Number of parameters, and 10^9 multiply-accumulates of one image of size x size pixels.
+def complexity(model_name: str, size: int = 224, **arguments: Any) -> tuple[int, float]:
+    """Number of parameters, and 10^9 multiply-accumulates of one image of size x size pixels; `arguments` of the model.
 
     Counted with PyTorch's flop counter on the fused network, whose convolutions have expanded filters: convolutions and
     matrix products, attention included. Nothing is computed: the tensors are on the meta device.
     """
     with torch.device("meta"), torch.no_grad():
-        model = timm.create_model(model_name).eval()
+        model = timm.create_model(model_name, **arguments).eval()
         parameters = sum(p.numel() for p in model.parameters())
         fused = reparameterize_model(model.requires_grad_(False))  # the counter follows what asks for gradients
         with FlopCounterMode(display=False) as counter:
@@ -82,7 +85,9 @@ def complexity(model_name: str, size: int = 224) -> tuple[int, float]:
     return parameters, counter.get_total_flops() / 2 / 1e9
 
 
-def _metadata(entry: Released | None, repository: str, license: str, classifies: bool) -> ModelCardData:
+def _metadata(
+    entry: Released | None, repository: str, license: str, classifies: bool, reported: dict[str, float]
+) -> ModelCardData:
     task = "image-classification" if classifies else "image-feature-extraction"
     return ModelCardData(
         license=license,
@@ -91,7 +96,7 @@ def _metadata(entry: Released | None, repository: str, license: str, classifies:
         tags=[task, "timm", "equivariance"],
         datasets=["imagenet-1k" if entry else "ylecun/mnist"],
         model_name=repository.split("/")[1],
-        eval_results=[_reported(entry, kind) for kind in entry.reported] if entry else None,
+        eval_results=[_reported(entry, kind) for kind in reported] if entry and reported else None,
     )
 
 
@@ -160,12 +165,10 @@ def _exact_sizes(model: EquivariantBackbone | EquivariantViT, size: int) -> str:
     return f"{text} The other rotations of the group hold approximately at any size: the pixel grid resamples."
 
 
-def _reported_rows(entry: Released | None) -> str:
-    if entry is None:
+def _reported_rows(entry: Released | None, reported: dict[str, float]) -> str:
+    if entry is None or not reported:
         return ""
-    rows = [
-        f"| Reported {_KINDS[k]} on ImageNet-1k at 224 x 224 | {100 * v:.1f} % |\n" for k, v in entry.reported.items()
-    ]
+    rows = [f"| Reported {_KINDS[k]} on ImageNet-1k at 224 x 224 | {100 * v:.1f} % |\n" for k, v in reported.items()]
     source = f"The accuracies are those that [{entry.project}]({entry.source}) reports for its checkpoint."
     return f"{''.join(rows)}\n{source}\n"
 

@@ -6,6 +6,7 @@ file. All files are the same whenever they are written, so that publishing again
 """
 
 import filecmp
+import json
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -91,7 +92,9 @@ def write_publication(model_name: str, parent: Path, organisation: str) -> Path:
             provenance = _take_packaged(Path(staging), model_name)
         else:
             provenance = _take_converted(Path(staging), model_name, source)
-        card = model_card(model_name, f"{organisation}/{source.name}", provenance)
+        config = json.loads((Path(staging) / CONFIG_FILE).read_text(encoding="utf-8"))
+        has_classifier = config.get("model_args", {}).get("num_classes") != 0  # a detector's backbone has none
+        card = model_card(model_name, f"{organisation}/{source.name}", provenance, has_classifier)
         (Path(staging) / "README.md").write_text(card, encoding="utf-8")
         publication = parent / source.name
         publication.mkdir(exist_ok=True)

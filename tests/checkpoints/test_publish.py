@@ -19,7 +19,7 @@ from equivision_timm.checkpoints import publish
 from equivision_timm.checkpoints.folder import write_model_folder
 from equivision_timm.checkpoints.model_card import complexity, model_card
 from equivision_timm.cli import main
-from equivision_timm.models.pretrained import HUB_ORG
+from equivision_timm.models.pretrained import HUB_ORG, local_folder
 from equivision_timm.models.tensor_hash import TENSORS_SHA256, hash_tensors
 
 NAMES = ("c4resnet18", "d1resnet18")
@@ -153,6 +153,31 @@ def test_the_card_says_what_the_model_is(name):
     assert [words for words in omits if words in text] == []
     assert "$" not in card
     assert max(map(len, body.splitlines())) <= 120
+
+
+def test_the_backbone_of_a_detector_has_no_classifier(tmp_path, monkeypatch):
+    """The card promises neither classes nor accuracies, and counts no classifier."""
+    monkeypatch.setenv("EQUIVISION_TIMM_WEIGHTS", str(tmp_path / "weights"))
+    name = "c8reresnet50"
+    for classes, says, omits in (
+        (1000, ["logits = model(", "| 71.2 % |", "NOT invariant"], []),
+        (0, ["vector = model(", "pooled features do not change"], ["**Its logits", " % |"]),
+    ):
+        arguments = {} if classes else {"num_classes": 0}
+        state_dict = timm.create_model(name, **arguments).state_dict()
+        provenance = {**PROVENANCE, TENSORS_SHA256: hash_tensors(state_dict)}
+        folder = tmp_path / "weights" / local_folder(name).name
+        shutil.rmtree(folder, ignore_errors=True)
+        write_model_folder(folder, name, state_dict, provenance, arguments or None)
+        card = (publish.write_publication(name, tmp_path / str(classes), HUB_ORG) / "README.md").read_text(
+            encoding="utf-8"
+        )
+        body = card.split("---\n", 2)[2]
+        assert [words for words in says if words not in " ".join(body.split())] == []
+        assert [words for words in omits if words in body] == []
+        parameters = sum(tensor.numel() for tensor in timm.create_model(name, **arguments).parameters())
+        assert f"| Parameters | {parameters / 1e6:.4g} million |" in body
+        assert ("eval_results" in card or "model-index" in card) == bool(classes)
 
 
 @pytest.mark.parametrize("name", ["test_d4vit", "test_c8resnet"])
