@@ -52,6 +52,7 @@ import torch.nn.functional as F
 from timm.utils.model import reparameterize_model
 from tqdm import tqdm
 
+from equivision_timm.checkpoints.model_card import complexity
 from equivision_timm.kernel_bases import block_products
 from equivision_timm.layers import ConvNormAct, MaxPool2d, SteerableConv2d
 from equivision_timm.layers.conv_strategies import STRATEGIES
@@ -312,6 +313,8 @@ def compare(name: str, mode: str, dense: list[str], others: list[str], repeats: 
     result = {"model": name, "mode": mode, "median": median, "best dense": best, "ratio": ratio}
     if best:
         result |= {"memory": {"ours": memory["ours"], "dense": memory[best]}, "dense forms, alone": tried}
+    if "vit_" in name:
+        result["operations"] = {"ours": complexity(name)[1], "timm": complexity(timms_rival(name))[1]}
     return {**result, "seconds": seconds}
 
 
@@ -418,6 +421,18 @@ def result_table(results: list[dict]) -> str:
         keys = ("dense", "escnn", "timm") if "than escnn" in columns else ("dense", "timm")
         row += [f"{result['ratio'][key]:.2f}" if key in result["ratio"] else None for key in keys]
         rows.append(row + [f"{memory[key]:.0f}" if key in memory else None for key in ("ours", "dense")])
+    return markdown(columns, rows)
+
+
+def transformer_table(results: list[dict]) -> str:
+    """Ours as a multiple of timm's ViT of the same size: measured time, and 10^9 multiply-accumulates of an image."""
+    columns = ["model", "mode", "ours, ms", "timm's ViT, ms", "**time, of timm's**", "operations, of timm's"]
+    rows = []
+    for result in results:
+        median, operations = result["median"], result["operations"]
+        row = [f"`{result['model']}`", result["mode"], f"{1e3 * median['ours']:.0f}", f"{1e3 * median['timm']:.0f}"]
+        counts = f"{operations['ours']:.1f} / {operations['timm']:.1f} = {operations['ours'] / operations['timm']:.2f}"
+        rows.append([*row, f"{median['ours'] / median['timm']:.2f}", counts])
     return markdown(columns, rows)
 
 
@@ -551,9 +566,12 @@ def main() -> None:
             dense = [] if mode == "create" or "vit_" in name else list(DENSE_FORMS[: 2 if args.eager else 4])
             if mode == "eval" and dense:
                 dense += ["dense folded", "dense folded channels-last"]
-            others = [*(["escnn"] if args.escnn and mode != "create" else []), "timm"]
-            results.append(compare(name, mode, dense, others, args.repeats, setting))
-            text = f"{title}\n\n{result_table(results)}\n" + (f"\n{about['import']}\n" if "import" in about else "")
+            also = [*(["escnn"] if args.escnn and mode != "create" else []), "timm"]
+            results.append(compare(name, mode, dense, also, args.repeats, setting))
+            transformers = [result for result in results if "operations" in result]
+            others = [result for result in results if "operations" not in result]
+            tables = [transformer_table(transformers)] * bool(transformers) + [result_table(others)] * bool(others)
+            text = "\n\n".join([title, *tables]) + "\n" + (f"\n{about['import']}\n" if "import" in about else "")
             stem.with_suffix(".json").write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
             stem.with_suffix(".md").write_text(text)
     if any(result["mode"] != "create" for result in results):

@@ -143,3 +143,15 @@ def test_the_picture_is_drawn_again_from_what_was_measured(benchmark, tmp_path, 
 def test_the_rival_in_timm(benchmark, name, rival):
     assert benchmark.timms_rival(name) == rival
     assert timm.is_model(rival)
+
+
+def test_transformers_are_compared_with_timms(benchmark):
+    """As fast as timm's with fewer operations: the counts are those of the two networks, at the same size."""
+    row = {"model": "d4vit_small_patch16_224", "mode": "eval", "median": {"ours": 0.3, "timm": 0.4}}
+    row["operations"] = {
+        "ours": benchmark.complexity(row["model"])[1],
+        "timm": benchmark.complexity(benchmark.timms_rival(row["model"]))[1],
+    }
+    assert benchmark.timms_rival("d4vit_base_patch16_full_224") == "vit_base_patch16_224"
+    assert 0.5 < row["operations"]["ours"] / row["operations"]["timm"] < 0.8
+    assert "| 300 | 400 | 0.75 |" in benchmark.transformer_table([row])
