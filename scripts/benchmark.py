@@ -152,6 +152,8 @@ def timms_rival(name: str) -> str:
     if "vit_" in name:
         size, patch = name[name.index("vit_") :].split("_")[1:3]
         return f"vit_{size}_{patch}_224"
+    if name.startswith("test_"):
+        return "test_resnet"
     same = name[name.index("resnet") :].split("_")[0]
     return same if timm.is_model(same) else "resnet" + re.sub(r"\D", "", same)
 

@@ -2,19 +2,24 @@
 # Everything that is to be known about a GPU, in about half an hour: networks in both precisions, eager and compiled,
 # against the dense network of equal width and timm's ResNet; the batch norm of fields alone; what `tune` finds.
 #
-#     scripts/benchmark_gpu.sh cuda out/          # device and folder of the results
-#     scripts/benchmark_gpu.sh cpu out/ --size 65 --batch-size 2 --repeats 1    # a rehearsal; further options of benchmark.py
+#     scripts/benchmark_gpu.sh cuda out/                                                # device, folder of the results
+#     MODELS=test_c8resnet BATCH=2 SIZE=65 scripts/benchmark_gpu.sh cpu out/            # a rehearsal
 set -euo pipefail
-device=$1 out=$2
-shift 2
+device=$1 out=$(mkdir -p "$2" && cd "$2" && pwd)
 cd "$(dirname "$0")"
-models=(c8resnet50 d4resnet50 c8resnet18 d8resnet18)
+read -ra models <<< "${MODELS:-c8resnet50 d4resnet50 c8resnet18 d8resnet18}"
+images=(--device "$device" --channels-last --batch-size "${BATCH:-128}" --size "${SIZE:-224}")
 for amp in "" bfloat16; do
-    for form in eager compile; do
-        options=(--device "$device" --batch-size 128 --channels-last --modes eval train --out "$out")
-        [ -z "$amp" ] || options+=(--amp "$amp")
-        [ "$form" = eager ] && options+=(--eager) || options+=(--compile)
-        python benchmark.py "${models[@]}" "${options[@]}" --name "networks-${amp:-float32}-$form" "$@"
+    precision=(${amp:+--amp "$amp"})
+    for form in --eager --compile; do
+        python benchmark.py "${models[@]}" "${images[@]}" "${precision[@]}" "$form" \
+            --modes eval train --out "$out" --name "networks-${amp:-float32}$form"
     done
     python benchmark_norm.py --device "$device" --dtype "${amp:-float32}" > "$out/norm-${amp:-float32}.md"
+    for model in "${models[@]}"; do
+        for mode in "" --train; do
+            python -m equivision_timm tune "$model" "${images[@]}" "${precision[@]}" $mode \
+                | tee "$out/tune-$model-${amp:-float32}$mode.txt"
+        done
+    done
 done
