@@ -85,9 +85,11 @@ class UnfoldTiles(nn.Module):
         super().__init__()
         irreps = irreps_of(group)
         self.group = group
-        self.down, self.right = _tiles_per_side(irreps)
-        self.quarter_turns = [irreps.group.quarter_turns(g) or 0 for g in range(irreps.order)]
-        self.reflects = [g >= irreps.group.rotations for g in range(irreps.order)]
+        down, right = _tiles_per_side(irreps)
+        self.down: int = down
+        self.right: int = right
+        self.quarter_turns: list[int] = [irreps.group.quarter_turns(g) or 0 for g in range(irreps.order)]
+        self.reflects: list[bool] = [g >= irreps.group.rotations for g in range(irreps.order)]
         self._weights = _coupling(group, torch.float64, torch.device("cpu"))  # no state: what TorchScript takes along
 
     def forward(self, tiles: torch.Tensor) -> torch.Tensor:
@@ -149,14 +151,14 @@ class TileConv2d(nn.Module):
         self.group = group
         self.fields = fields
         self.patch_size = patch_size
-        self.order = irreps.order
-        self.ones = irreps.ones
-        self.tiles = tile_count(group)
+        self.order: int = irreps.order
+        self.ones: int = irreps.ones
+        self.tiles: int = tile_count(group)
         height, width = tile_size(patch_size, patch_size, group)
         shape = self.tiles * fields, in_chans, height, width
-        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(fields, device=device, dtype=dtype))
-        self.unfold = UnfoldTiles(group)
+        self.weight: nn.Parameter = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.bias: nn.Parameter = nn.Parameter(torch.empty(fields, device=device, dtype=dtype))
+        self.unfold: UnfoldTiles = UnfoldTiles(group)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
