@@ -11,6 +11,8 @@ reflection maps the tile onto itself (D4) the one-dimensional irreps only see th
 the parameters of octic-vits (https://github.com/davnords/octic-vits), whose weights fit as they are.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.fx
 import torch.nn as nn
@@ -88,8 +90,9 @@ class UnfoldTiles(nn.Module):
         down, right = _tiles_per_side(irreps)
         self.down: int = down
         self.right: int = right
-        self.quarter_turns: list[int] = [irreps.group.quarter_turns(g) or 0 for g in range(irreps.order)]
-        self.reflects: list[bool] = [g >= irreps.group.rotations for g in range(irreps.order)]
+        # Lists, but torch.jit warns where the annotation says so
+        self.quarter_turns: Sequence[int] = [irreps.group.quarter_turns(g) or 0 for g in range(irreps.order)]
+        self.reflects: Sequence[bool] = [g >= irreps.group.rotations for g in range(irreps.order)]
         self._weights = _coupling(group, torch.float64, torch.device("cpu"))  # no state: what TorchScript takes along
 
     def forward(self, tiles: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ Rotations by 90 degrees and reflections are exact, to rounding, for every image 
 included: there is no padding and no stride that skips a pixel. Angles in between are not in the group.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -299,7 +299,7 @@ class EquivariantViT(nn.Module):
                 for _ in range(depth - equivariant_depth)
             ],
         )
-        self.feature_info: list[dict[str, Any]] = [
+        self.feature_info: Sequence[dict[str, Any]] = [  # a list, but torch.jit warns where the annotation says so
             _feature_info(index, embed_dim, patch_size, group if index < equivariant_depth else "c1")
             for index in range(depth)
         ]
