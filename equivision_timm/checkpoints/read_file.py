@@ -12,6 +12,7 @@ import stat
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -50,7 +51,7 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     return strip_names(state_dict, r"^((model|module)\.)+", path)
 
 
-def load_content(path: Path, allowed: tuple[type, ...] = ()) -> dict:
+def load_content(path: Path, allowed: tuple[type, ...] = ()) -> dict[Any, Any]:
     """The dictionary that a file holds, on the CPU; what is in it is not looked at.
 
     Args:

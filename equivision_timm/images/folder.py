@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 
 from equivision_timm.images.from_timm import folder_reader
 from equivision_timm.images.pictures import PictureError, every_ending, open_rgb
@@ -30,7 +31,7 @@ class ImageFolder(torch.utils.data.Dataset[tuple[Any, int]]):
 
     def __init__(self, root: str, split: str, **reader_options: Any) -> None:
         with every_ending():
-            self.reader = folder_reader(root, split, **reader_options)
+            self.reader: ReaderImageFolder = folder_reader(root, split, **reader_options)
         self.transform: Callable[[Any], Any] | None = None  # set by timm's loader
         self.target_transform: Callable[[Any], Any] | None = None
 

@@ -41,7 +41,7 @@ class IrrepAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.order = irreps_of(group).order
+        self.order: int = irreps_of(group).order
         if num_heads < 1 or fields % num_heads:
             dim = self.order * fields
             raise ValueError(
@@ -49,11 +49,11 @@ class IrrepAttention(nn.Module):
                 f"{group}, does not divide: embed_dim must be a multiple of {self.order} * num_heads"
             )
         self.num_heads = num_heads
-        self.head_fields = fields // num_heads
-        self.qkv = IrrepLinear(fields, 3 * fields, group, "blocks", device=device, dtype=dtype)
-        self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = IrrepLinear(fields, fields, group, "tokens", device=device, dtype=dtype)
-        self.proj_drop = nn.Dropout(proj_drop)
+        self.head_fields: int = fields // num_heads
+        self.qkv: IrrepLinear = IrrepLinear(fields, 3 * fields, group, "blocks", device=device, dtype=dtype)
+        self.attn_drop: nn.Dropout = nn.Dropout(attn_drop)
+        self.proj: IrrepLinear = IrrepLinear(fields, fields, group, "tokens", device=device, dtype=dtype)
+        self.proj_drop: nn.Dropout = nn.Dropout(proj_drop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         qkv = self.qkv(x).unflatten(3, (3, self.num_heads, self.head_fields))  # [|G|, B, N, 3, heads, head_fields]

@@ -60,23 +60,25 @@ class BlockConv2d(nn.Module):
 
     def __init__(self, conv: SteerableConv2d, weight: torch.Tensor, bias: torch.Tensor) -> None:
         super().__init__()
-        self.order, self.in_fields, self.out_fields = conv.order, conv.in_fields, conv.out_fields
-        self.kernel_size, self.stride, self.padding, self.dilation = (
-            conv.kernel_size,
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-        )
+        self.order: int = conv.order
+        self.in_fields: int = conv.in_fields
+        self.out_fields: int = conv.out_fields
+        self.kernel_size: int = conv.kernel_size
+        self.stride: int = conv.stride
+        self.padding: int = conv.padding
+        self.dilation: int = conv.dilation
         weight, bias, name = weight.detach(), bias.detach(), conv.kernel.name
         groups = _groups(block_weights(weight, name), name)
-        self.groups = len(groups)
+        self.groups: int = len(groups)
         rows = [row for group in groups for row in group.rows]
         back = _rows(basis_for(weight, name, "fourier"), rows)  # Q [rows, |G|], its rows in the order of the groups
         lifting = _rows(basis_for(weight, name, "lifting"), [row for group in groups for row in group.lifted])
-        self.lifting = _constant(lifting[:, :, 0, 0] if conv.kernel_size == 1 else lifting)
-        self.weight = _constant(torch.cat([group.matrix for group in groups])[..., None, None])
-        self.bias = _constant((back.sum(1)[:, None] * bias).flatten())  # b^ = Q b, equal for all elements: [rows * O]
-        self.fourier = _constant(back.T)  # [|G|, rows]
+        self.lifting: nn.Parameter = _constant(lifting[:, :, 0, 0] if conv.kernel_size == 1 else lifting)
+        self.weight: nn.Parameter = _constant(torch.cat([group.matrix for group in groups])[..., None, None])
+        self.bias: nn.Parameter = _constant(
+            (back.sum(1)[:, None] * bias).flatten()
+        )  # b^ = Q b, equal for all elements: [rows * O]
+        self.fourier: nn.Parameter = _constant(back.T)  # [|G|, rows]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         t = self._lift_pixels(x) if self.kernel_size == 1 else self._lift(x)

@@ -135,15 +135,15 @@ class SteerableConv2d(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.in_fields = in_fields
         self.out_fields = out_fields
-        self.kernel = Kernel(group, kernel_size, input_type, cutoff, low_pass)
+        self.kernel: Kernel = Kernel(group, kernel_size, input_type, cutoff, low_pass)
         self.stride = stride
         self.dilation = dilation
-        self.padding = dilation * (kernel_size // 2)
-        self.order = group_order(group)
+        self.padding: int = dilation * (kernel_size // 2)
+        self.order: int = group_order(group)
 
         basis = sample_kernels(self.kernel, torch.float64, torch.device("cpu"))
         self._basis = basis  # shared by all layers; no state: what TorchScript takes along
-        self.weight = nn.Parameter(torch.empty(out_fields, in_fields, len(basis), 1, **dd))
+        self.weight: nn.Parameter = nn.Parameter(torch.empty(out_fields, in_fields, len(basis), 1, **dd))
         self.check_strategy(strategy)
         self.strategy = strategy
         self.caches_by_version = False

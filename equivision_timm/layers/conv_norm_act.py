@@ -66,9 +66,9 @@ class ConvNormAct(nn.Module):
             in_fields, out_fields, kernel_size, group, stride=stride, dilation=dilation, **kernel, **dd
         )
         self.norm: FieldNorm = FieldNorm(out_fields, self.conv.order, norm_layer, **dd)
-        self.attn = nn.Identity() if attn is None else attn
-        self.drop = nn.Identity() if drop is None else drop
-        self.act = nn.Identity() if act_layer is None else act_layer()
+        self.attn: nn.Module = nn.Identity() if attn is None else attn
+        self.drop: nn.Module = nn.Identity() if drop is None else drop
+        self.act: nn.Module = nn.Identity() if act_layer is None else act_layer()
 
     def forward(self, x: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
         if not torch.jit.is_scripting() and self._norm_fuses(x):

@@ -47,7 +47,7 @@ class FieldAttention(nn.Module):
             ) from error
         self.fields = fields
         self.order = order
-        self.per_field = make(fields, device=device, dtype=dtype)
+        self.per_field: nn.Module = make(fields, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, C, H, W = x.shape

@@ -37,10 +37,10 @@ class Invariants(nn.Module):
             raise ValueError(f"invariants 'polynomial' are those of 'd4', but the group is {group!r}: use 'power'")
         self.kind = kind
         self.fields = fields
-        self.order = irreps.order
-        self.ones = irreps.ones
-        self.rows = irreps.rows
-        self.out_features = {"power": irreps.scales, "polynomial": 32, "trivial": 1}[kind] * fields
+        self.order: int = irreps.order
+        self.ones: int = irreps.ones
+        self.rows: int = irreps.rows
+        self.out_features: int = {"power": irreps.scales, "polynomial": 32, "trivial": 1}[kind] * fields
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.kind == "trivial":

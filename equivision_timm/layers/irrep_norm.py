@@ -47,12 +47,12 @@ class IrrepNorm(nn.Module):
         irreps = irreps_of(group)
         self.fields = fields
         self.eps = eps
-        self.order = irreps.order
-        self.ones = irreps.ones
-        self.rows = irreps.rows
-        self.multiplicity = irreps.multiplicity
-        self.weight = nn.Parameter(torch.empty(irreps.scales * fields, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(fields, device=device, dtype=dtype))
+        self.order: int = irreps.order
+        self.ones: int = irreps.ones
+        self.rows: int = irreps.rows
+        self.multiplicity: int = irreps.multiplicity
+        self.weight: nn.Parameter = nn.Parameter(torch.empty(irreps.scales * fields, device=device, dtype=dtype))
+        self.bias: nn.Parameter = nn.Parameter(torch.empty(fields, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -113,8 +113,8 @@ class IrrepScale(nn.Module):
         super().__init__()
         irreps = irreps_of(group)
         self.init_values = init_values
-        self.plane = irreps.multiplicity * fields
-        self.gamma = nn.Parameter(torch.empty(irreps.scales * fields, device=device, dtype=dtype))
+        self.plane: int = irreps.multiplicity * fields
+        self.gamma: nn.Parameter = nn.Parameter(torch.empty(irreps.scales * fields, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -132,7 +132,7 @@ class ChangeBasis(nn.Module):
         super().__init__()
         self.group = group
         self.to_basis = to
-        self.transposed = to == "regular"
+        self.transposed: bool = to == "regular"
         self._matrix = irreps_matrix(group, torch.float64, torch.device("cpu"))  # no state: for TorchScript
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -53,16 +53,16 @@ class IrrepLinear(nn.Module):
         self.out_fields = out_fields
         self.group = group
         self.to_form = to
-        self.to_blocks = to == "blocks"
-        self.ones = irreps.ones
-        self.multiplicity = irreps.multiplicity
-        self.weight = nn.Parameter(torch.empty(irreps.ones, out_fields, in_fields, **dd))
-        self.weight_plane = None
+        self.to_blocks: bool = to == "blocks"
+        self.ones: int = irreps.ones
+        self.multiplicity: int = irreps.multiplicity
+        self.weight: nn.Parameter = nn.Parameter(torch.empty(irreps.ones, out_fields, in_fields, **dd))
+        self.weight_plane: nn.Parameter | None = None
         if irreps.multiplicity == 2:
             self.weight_plane = nn.Parameter(torch.empty(2 * out_fields, 2 * in_fields, **dd))
         elif irreps.multiplicity == 1:
             self.weight_plane = nn.Parameter(torch.empty(2, out_fields, in_fields, **dd))
-        self.bias = nn.Parameter(torch.empty(out_fields, **dd))
+        self.bias: nn.Parameter = nn.Parameter(torch.empty(out_fields, **dd))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -23,9 +23,9 @@ class RegularAct(nn.Module):
 
     def __init__(self, act: nn.Module, group: str) -> None:
         super().__init__()
-        self.to_regular = ChangeBasis(group, "regular")
+        self.to_regular: ChangeBasis = ChangeBasis(group, "regular")
         self.act = act
-        self.to_irreps = ChangeBasis(group, "irreps")
+        self.to_irreps: ChangeBasis = ChangeBasis(group, "irreps")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.to_irreps(self.act(self.to_regular(x)))
@@ -55,11 +55,11 @@ class IrrepMlp(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.fc1 = IrrepLinear(fields, hidden_fields, group, "blocks", device=device, dtype=dtype)
-        self.act = RegularAct(act_layer(), group)
-        self.drop1 = nn.Dropout(drop)
-        self.fc2 = IrrepLinear(hidden_fields, fields, group, "tokens", device=device, dtype=dtype)
-        self.drop2 = nn.Dropout(drop)
+        self.fc1: IrrepLinear = IrrepLinear(fields, hidden_fields, group, "blocks", device=device, dtype=dtype)
+        self.act: RegularAct = RegularAct(act_layer(), group)
+        self.drop1: nn.Dropout = nn.Dropout(drop)
+        self.fc2: IrrepLinear = IrrepLinear(hidden_fields, fields, group, "tokens", device=device, dtype=dtype)
+        self.drop2: nn.Dropout = nn.Dropout(drop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.drop1(self.act(self.fc1(x)))  # [|G|, ..., hidden_fields]

@@ -41,9 +41,9 @@ class EquivariantPatchEmbed(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.patch_size = (patch_size, patch_size)
+        self.patch_size: tuple[int, int] = (patch_size, patch_size)
         self.strict_img_size = strict_img_size
-        self.proj = TileConv2d(in_chans, fields, patch_size, group, device=device, dtype=dtype)
+        self.proj: TileConv2d = TileConv2d(in_chans, fields, patch_size, group, device=device, dtype=dtype)
         self.set_input_size(img_size)
 
     @torch.jit.unused
@@ -56,9 +56,9 @@ class EquivariantPatchEmbed(nn.Module):
                 f"img_size {height} x {width} is no multiple of the patch of {p} x {p} pixels: use, for example, "
                 f"{max(1, round(height / p)) * p} x {max(1, round(width / p)) * p}"
             )
-        self.img_size = (height, width)
-        self.grid_size = (height // p, width // p)
-        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.img_size: tuple[int, int] = (height, width)
+        self.grid_size: tuple[int, int] = (height // p, width // p)
+        self.num_patches: int = self.grid_size[0] * self.grid_size[1]
 
     @torch.jit.unused
     def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:

@@ -86,7 +86,7 @@ class InvariantPool(SelectAdaptivePool2d):
 
     def __init__(self, pool_type: str, order: int, group_pool: str) -> None:
         super().__init__(pool_type=pool_type, flatten=bool(pool_type))
-        self.group_pool = GroupPool(order, group_pool)
+        self.group_pool: GroupPool = GroupPool(order, group_pool)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.group_pool(self.flatten(self.pool(x)))

@@ -11,6 +11,8 @@ reflection maps the tile onto itself (D4) the one-dimensional irreps only see th
 the parameters of octic-vits (https://github.com/davnords/octic-vits), whose weights fit as they are.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.fx
 import torch.nn as nn
@@ -85,9 +87,12 @@ class UnfoldTiles(nn.Module):
         super().__init__()
         irreps = irreps_of(group)
         self.group = group
-        self.down, self.right = _tiles_per_side(irreps)
-        self.quarter_turns = [irreps.group.quarter_turns(g) or 0 for g in range(irreps.order)]
-        self.reflects = [g >= irreps.group.rotations for g in range(irreps.order)]
+        down, right = _tiles_per_side(irreps)
+        self.down: int = down
+        self.right: int = right
+        # Lists, but torch.jit warns where the annotation says so
+        self.quarter_turns: Sequence[int] = [irreps.group.quarter_turns(g) or 0 for g in range(irreps.order)]
+        self.reflects: Sequence[bool] = [g >= irreps.group.rotations for g in range(irreps.order)]
         self._weights = _coupling(group, torch.float64, torch.device("cpu"))  # no state: what TorchScript takes along
 
     def forward(self, tiles: torch.Tensor) -> torch.Tensor:
@@ -149,14 +154,14 @@ class TileConv2d(nn.Module):
         self.group = group
         self.fields = fields
         self.patch_size = patch_size
-        self.order = irreps.order
-        self.ones = irreps.ones
-        self.tiles = tile_count(group)
+        self.order: int = irreps.order
+        self.ones: int = irreps.ones
+        self.tiles: int = tile_count(group)
         height, width = tile_size(patch_size, patch_size, group)
         shape = self.tiles * fields, in_chans, height, width
-        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(fields, device=device, dtype=dtype))
-        self.unfold = UnfoldTiles(group)
+        self.weight: nn.Parameter = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.bias: nn.Parameter = nn.Parameter(torch.empty(fields, device=device, dtype=dtype))
+        self.unfold: UnfoldTiles = UnfoldTiles(group)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

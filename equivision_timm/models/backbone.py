@@ -58,12 +58,12 @@ class EquivariantBackbone(nn.Module):
         self.group = group
         self.in_chans = in_chans
         self.drop_rate = drop_rate
-        self.grad_checkpointing = False
+        self.grad_checkpointing: bool = False
         self.feature_info: list[dict[str, Any]] = []
         self._order = Group.from_name(group).order
         self._map_group = "c1" if map_pool else group  # pooled, a field is one channel that nothing permutes
         self._map_pool = map_pool
-        self.check_image = CheckImage(in_chans)
+        self.check_image: CheckImage = CheckImage(in_chans)
 
     # Building
 
@@ -79,11 +79,11 @@ class EquivariantBackbone(nn.Module):
         self, num_classes: int, global_pool: str, group_pool: str, conv_strategy: str | dict[str, str], **dd: Any
     ) -> None:
         """Pooling and classifier on the last level; see `EquivariantResNet` for the arguments."""
-        self.num_classes = num_classes
-        self.map_pool = GroupPool(self._order, self._map_pool)
+        self.num_classes: int = num_classes
+        self.map_pool: GroupPool = GroupPool(self._order, self._map_pool)
         self.num_features: int = self.feature_info[-1]["num_chs"]
         self._check_classifier(num_classes, global_pool)
-        self.global_pool = self._create_global_pool(global_pool, group_pool)
+        self.global_pool: InvariantPool = self._create_global_pool(global_pool, group_pool)
         self._create_classifier(**dd)
         self.set_conv_strategy(conv_strategy)
 

@@ -31,8 +31,8 @@ class PyramidLevel(nn.Module):
 
     def __init__(self, in_fields: int, fields: int, group: str) -> None:
         super().__init__()
-        self.lateral = ConvNormAct(in_fields, fields, 1, group)
-        self.smooth = ConvNormAct(fields, fields, 3, group)
+        self.lateral: ConvNormAct = ConvNormAct(in_fields, fields, 1, group)
+        self.smooth: ConvNormAct = ConvNormAct(fields, fields, 3, group)
 
     def forward(self, c: torch.Tensor, x: torch.Tensor | None = None) -> torch.Tensor:
         return self.smooth(self.lateral(c, None if x is None else _resize(x, c)))
@@ -79,11 +79,11 @@ class EquivariantFPN(nn.Module):
         self.group: str = levels[0]["group"]
         self.num_classes = num_classes
         self.encoder = encoder
-        self.levels = nn.ModuleList(  # coarse to fine
+        self.levels: nn.ModuleList = nn.ModuleList(  # coarse to fine
             PyramidLevel(level["num_fields"], fields, self.group) for level in reversed(levels)
         )
-        self.group_pool = GroupPool(Group.from_name(self.group).order, "max")
-        self.classifier = nn.Conv2d(fields, num_classes, 1)
+        self.group_pool: GroupPool = GroupPool(Group.from_name(self.group).order, "max")
+        self.classifier: nn.Conv2d = nn.Conv2d(fields, num_classes, 1)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         maps = self.encoder(image)  # fine to coarse

@@ -75,8 +75,9 @@ class BasicBlock(nn.Module):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
-        conv_stride, self.aa = _split_stride(stride, aa_layer)
-        self.conv1 = unit(
+        conv_stride, aa = _split_stride(stride, aa_layer)
+        self.aa: nn.Module = aa
+        self.conv1: ConvNormAct = unit(
             in_fields,
             fields,
             3,
@@ -85,7 +86,7 @@ class BasicBlock(nn.Module):
             act_layer=act_layer,
             drop=drop_block and drop_block(),
         )
-        self.conv2 = unit(
+        self.conv2: ConvNormAct = unit(
             fields,
             fields,
             3,
@@ -94,7 +95,7 @@ class BasicBlock(nn.Module):
             attn=attn_layer and attn_layer(fields),
             drop=DropPath(drop_path) if drop_path else None,
         )
-        self.downsample = _shortcut(unit, in_fields, fields, stride, avg_down)
+        self.downsample: nn.Module = _shortcut(unit, in_fields, fields, stride, avg_down)
 
     def zero_init_last(self) -> None:
         _zero_norm(self.conv2)
@@ -127,9 +128,10 @@ class Bottleneck(nn.Module):
     ) -> None:
         super().__init__()
         out_fields = fields * self.expansion
-        conv_stride, self.aa = _split_stride(stride, aa_layer)
-        self.conv1 = unit(in_fields, fields, 1, act_layer=act_layer)
-        self.conv2 = unit(
+        conv_stride, aa = _split_stride(stride, aa_layer)
+        self.aa: nn.Module = aa
+        self.conv1: ConvNormAct = unit(in_fields, fields, 1, act_layer=act_layer)
+        self.conv2: ConvNormAct = unit(
             fields,
             fields,
             3,
@@ -138,7 +140,7 @@ class Bottleneck(nn.Module):
             act_layer=act_layer,
             drop=drop_block and drop_block(),
         )
-        self.conv3 = unit(
+        self.conv3: ConvNormAct = unit(
             fields,
             out_fields,
             1,
@@ -146,7 +148,7 @@ class Bottleneck(nn.Module):
             attn=attn_layer and attn_layer(out_fields),
             drop=DropPath(drop_path) if drop_path else None,
         )
-        self.downsample = _shortcut(unit, in_fields, out_fields, stride, avg_down)
+        self.downsample: nn.Module = _shortcut(unit, in_fields, out_fields, stride, avg_down)
 
     def zero_init_last(self) -> None:
         _zero_norm(self.conv3)
@@ -300,7 +302,7 @@ class EquivariantResNet(EquivariantBackbone):
         self.add_module("conv1", _stem(unit, in_chans, width, act_layer, stem_type, stem_width, low_pass))
         self.add_level("act1", nn.Identity(), width, reduction=2)  # in conv1; as many children as timm's, for cuts [:n]
         spatial = partial(_spatial, unit, low_pass=low_pass)
-        self.maxpool = _stem_pool(spatial, width, act_layer, aa, blur, stem_pool, replace_stem_pool)
+        self.maxpool: nn.Module = _stem_pool(spatial, width, act_layer, aa, blur, stem_pool, replace_stem_pool)
 
         # Stages
         drop_rates = [drop_path_rate * index / max(1, sum(layers) - 1) for index in range(sum(layers))]

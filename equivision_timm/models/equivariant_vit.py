@@ -14,7 +14,7 @@ Rotations by 90 degrees and reflections are exact, to rounding, for every image 
 included: there is no padding and no stride that skips a pixel. Angles in between are not in the group.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -90,14 +90,16 @@ class EquivariantBlock(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.norm1 = IrrepNorm(fields, group, eps=eps, **dd)
-        self.attn = IrrepAttention(fields, num_heads, group, attn_drop=attn_drop, proj_drop=proj_drop, **dd)
-        self.ls1 = IrrepScale(fields, group, init_values, **dd)
-        self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
-        self.norm2 = IrrepNorm(fields, group, eps=eps, **dd)
-        self.mlp = IrrepMlp(fields, int(fields * mlp_ratio), group, act_layer=act_layer, drop=proj_drop, **dd)
-        self.ls2 = IrrepScale(fields, group, init_values, **dd)
-        self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
+        self.norm1: IrrepNorm = IrrepNorm(fields, group, eps=eps, **dd)
+        self.attn: IrrepAttention = IrrepAttention(
+            fields, num_heads, group, attn_drop=attn_drop, proj_drop=proj_drop, **dd
+        )
+        self.ls1: IrrepScale = IrrepScale(fields, group, init_values, **dd)
+        self.drop_path1: nn.Module = DropPath(drop_path) if drop_path else nn.Identity()
+        self.norm2: IrrepNorm = IrrepNorm(fields, group, eps=eps, **dd)
+        self.mlp: IrrepMlp = IrrepMlp(fields, int(fields * mlp_ratio), group, act_layer=act_layer, drop=proj_drop, **dd)
+        self.ls2: IrrepScale = IrrepScale(fields, group, init_values, **dd)
+        self.drop_path2: nn.Module = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
@@ -126,9 +128,9 @@ class InvariantTokens(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.invariants = Invariants(kind, fields, group)
-        self.proj = nn.Identity()
-        self.out_features = self.invariants.out_features
+        self.invariants: Invariants = Invariants(kind, fields, group)
+        self.proj: nn.Module = nn.Identity()
+        self.out_features: int = self.invariants.out_features
         if kind != "trivial":
             self.proj = nn.Linear(self.out_features, dim, device=device, dtype=dtype)
             self.out_features = dim
@@ -146,10 +148,10 @@ class ChannelsAsTheyAre(nn.Module):
     def __init__(self, group: str) -> None:
         super().__init__()
         irreps = irreps_of(group)
-        self.order = irreps.order
-        self.ones = irreps.ones
-        self.rows = irreps.rows
-        self.multiplicity = irreps.multiplicity
+        self.order: int = irreps.order
+        self.ones: int = irreps.ones
+        self.rows: int = irreps.rows
+        self.multiplicity: int = irreps.multiplicity
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         blocks = x.unflatten(-1, (self.order, -1))  # [..., |G|, fields]
@@ -239,36 +241,44 @@ class EquivariantViT(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         equivariant_depth = depth // 2 if equivariant_depth is None else equivariant_depth
         self.group = group
-        self.order = irreps_of(group).order
+        self.order: int = irreps_of(group).order
         self._check(embed_dim, depth, equivariant_depth, invariants)
         act_layer = check_pointwise(act_layer)
-        self.fields = fields = embed_dim // self.order
-        self.num_classes = num_classes
+        fields = embed_dim // self.order
+        self.fields: int = fields
+        self.num_classes: int = num_classes
         self.in_chans = in_chans
-        self.num_features = self.embed_dim = embed_dim
+        self.num_features: int = embed_dim
+        self.embed_dim: int = embed_dim
         self.has_class_token = class_token
         self.no_embed_class = True  # the position map is for patches alone
         self.num_reg_tokens = reg_tokens
-        self.num_prefix_tokens = int(class_token) + reg_tokens
+        self.num_prefix_tokens: int = int(class_token) + reg_tokens
         self.dynamic_img_size = dynamic_img_size
         self.equivariant_depth = equivariant_depth
         self.fix_init = fix_init
-        self.grad_checkpointing = False
+        self.grad_checkpointing: bool = False
         self._check_pool(global_pool)
-        self.global_pool = global_pool
+        self.global_pool: str = global_pool
 
         # Images -> tokens in the irreps basis
-        self.check_image = CheckImage(in_chans, min_size=patch_size)
-        self.patch_embed = EquivariantPatchEmbed(
+        self.check_image: CheckImage = CheckImage(in_chans, min_size=patch_size)
+        self.patch_embed: EquivariantPatchEmbed = EquivariantPatchEmbed(
             img_size, patch_size, in_chans, fields, group, strict_img_size=not dynamic_img_size, **dd
         )
-        self.cls_token = nn.Parameter(torch.empty(1, 1, fields, **dd)) if class_token else None  # trivial irrep
-        self.reg_token = nn.Parameter(torch.empty(1, reg_tokens, fields, **dd)) if reg_tokens else None
+        self.cls_token: nn.Parameter | None = None  # trivial irrep, as the registers
+        if class_token:
+            self.cls_token = nn.Parameter(torch.empty(1, 1, fields, **dd))
+        self.reg_token: nn.Parameter | None = None
+        if reg_tokens:
+            self.reg_token = nn.Parameter(torch.empty(1, reg_tokens, fields, **dd))
         tiles = self._position_tiles(self.patch_embed.grid_size)
-        self.pos_embed = nn.Parameter(torch.empty(tile_count(group), fields, *tiles, **dd))
-        self.unfold = UnfoldTiles(group)
-        self.pos_drop = nn.Dropout(pos_drop_rate)
-        self.patch_drop = PatchDropout(patch_drop_rate, self.num_prefix_tokens) if patch_drop_rate else nn.Identity()
+        self.pos_embed: nn.Parameter = nn.Parameter(torch.empty(tile_count(group), fields, *tiles, **dd))
+        self.unfold: UnfoldTiles = UnfoldTiles(group)
+        self.pos_drop: nn.Dropout = nn.Dropout(pos_drop_rate)
+        self.patch_drop: nn.Module = (
+            PatchDropout(patch_drop_rate, self.num_prefix_tokens) if patch_drop_rate else nn.Identity()
+        )
 
         # Blocks: equivariant ones, the hand-over, ordinary ones
         shared: dict[str, Any] = {
@@ -282,38 +292,40 @@ class EquivariantViT(nn.Module):
             **dd,
         }
         norm_layer: Any = partial(nn.LayerNorm, eps=1e-6)  # timm's Block says that it takes classes alone
-        self.blocks = nn.Sequential(
+        self.blocks: nn.Sequential = nn.Sequential(
             *[EquivariantBlock(fields, group=group, eps=equivariant_eps, **shared) for _ in range(equivariant_depth)],
             *[
                 Block(embed_dim, qkv_bias=True, norm_layer=norm_layer, **shared)
                 for _ in range(depth - equivariant_depth)
             ],
         )
-        self.feature_info = [
+        self.feature_info: Sequence[dict[str, Any]] = [  # a list, but torch.jit warns where the annotation says so
             _feature_info(index, embed_dim, patch_size, group if index < equivariant_depth else "c1")
             for index in range(depth)
         ]
-        self.is_invariant = bool(invariants)  # of the group: not so a hybrid's logits
+        self.is_invariant: bool = bool(invariants)  # of the group: not so a hybrid's logits
+        self.hand_over: nn.Module
         if invariants:
             self.hand_over = InvariantTokens(invariants, fields, group, embed_dim, **dd)
         else:
             self.hand_over = ChannelsAsTheyAre(group)
-        self.ends_equivariant = equivariant_depth == depth  # then the hand-over is part of the head
-        self.to_regular = ChangeBasis(group, "regular")
-        self.to_irreps = ChangeBasis(group, "irreps")
+        self.ends_equivariant: bool = equivariant_depth == depth  # then the hand-over is part of the head
+        self.to_regular: ChangeBasis = ChangeBasis(group, "regular")
+        self.to_irreps: ChangeBasis = ChangeBasis(group, "irreps")
+        self.norm: nn.Module
         if self.ends_equivariant:
             self.norm = IrrepNorm(fields, group, eps=equivariant_eps, **dd)
         else:
             self.norm = norm_layer(embed_dim, **dd)
 
         # Head
-        self.reads_fields = self.ends_equivariant
-        self.head_hidden_size = fields if invariants == "trivial" else embed_dim
-        self.fc_norm = nn.Identity()
+        self.reads_fields: bool = self.ends_equivariant
+        self.head_hidden_size: int = fields if invariants == "trivial" else embed_dim
+        self.fc_norm: nn.Module = nn.Identity()
         if self.reads_fields and invariants != "trivial":
             self.fc_norm = norm_layer(embed_dim, **dd)
-        self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.head_drop: nn.Dropout = nn.Dropout(drop_rate)
+        self.head: nn.Module = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
 
         self.init_weights()
 

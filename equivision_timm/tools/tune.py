@@ -59,7 +59,7 @@ class Setting:
     train: bool = False
     compiled: bool = False
 
-    def running(self, device: torch.device) -> contextlib.AbstractContextManager:
+    def running(self, device: torch.device) -> contextlib.ExitStack:
         """Gradients or none, mixed precision or none."""
         stack = contextlib.ExitStack()
         stack.enter_context(torch.enable_grad() if self.train else torch.inference_mode())

@@ -4,7 +4,7 @@ The way back is `convert_original` on the `state_dict()` of that network, which 
 `escnn`; nothing here runs when a model is built or used.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
@@ -58,21 +58,23 @@ class EscnnResNet(nn.Module):
         super().__init__()
         enn = import_escnn().nn
         space = gspace(model.group)
-        self.in_type = enn.FieldType(space, model.in_chans * [space.trivial_repr])
-        self.conv1, self.bn1 = _conv_norm(model.conv1, self.in_type)
-        self.relu = enn.ReLU(self.conv1.out_type)
-        self.maxpool = enn.PointwiseMaxPool(self.conv1.out_type, kernel_size=3, stride=2, padding=1)
-        in_type = self.conv1.out_type
+        self.in_type: Any = enn.FieldType(space, model.in_chans * [space.trivial_repr])  # a FieldType
+        conv, norm = _conv_norm(model.conv1, self.in_type)
+        self.conv1: nn.Module = conv
+        self.bn1: nn.Module = norm
+        self.relu: nn.Module = enn.ReLU(conv.out_type)
+        self.maxpool: nn.Module = enn.PointwiseMaxPool(conv.out_type, kernel_size=3, stride=2, padding=1)
+        in_type = conv.out_type
         for name in _STAGES:
             blocks = []
             for block in model.get_submodule(name).children():
                 blocks.append(EscnnBlock(block, in_type))
                 in_type = blocks[-1].out_type
             self.add_module(name, nn.Sequential(*blocks))
-        self.avgpool = enn.PointwiseAdaptiveAvgPool(in_type, 1)
-        self.gpool = enn.GroupPooling(in_type)
+        self.avgpool: nn.Module = enn.PointwiseAdaptiveAvgPool(in_type, 1)
+        self.gpool: nn.Module = enn.GroupPooling(in_type)
         weight = model.fc.get_parameter("weight")  # [num_classes, fields]
-        self.fc = nn.Linear(weight.shape[1], weight.shape[0])
+        self.fc: nn.Linear = nn.Linear(weight.shape[1], weight.shape[0])
         self.fc.load_state_dict(model.fc.state_dict())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -90,7 +92,8 @@ class EscnnBlock(nn.Module):
     def __init__(self, block: nn.Module, in_type: "FieldType") -> None:
         super().__init__()
         enn = import_escnn().nn
-        self.depth, self.out_type = 0, in_type
+        self.depth: int = 0
+        self.out_type: Any = in_type  # a FieldType, unknown where escnn is not installed
         while hasattr(block, f"conv{self.depth + 1}"):
             self.depth += 1
             conv, norm = _conv_norm(block.get_submodule(f"conv{self.depth}"), self.out_type)
@@ -98,7 +101,7 @@ class EscnnBlock(nn.Module):
             self.add_module(f"bn{self.depth}", norm)
             self.add_module(f"relu{self.depth}", enn.ReLU(conv.out_type))
             self.out_type = conv.out_type
-        self.downsample = nn.Identity()
+        self.downsample: nn.Module = nn.Identity()
         if isinstance(shortcut := block.get_submodule("downsample"), ConvNormAct):
             self.downsample = nn.Sequential(*_conv_norm(shortcut, in_type))
 

@@ -6,6 +6,7 @@ compiles it. It works on plain arrays of float32 or float64, in PyTorch's own th
 
 import ctypes
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -143,7 +144,7 @@ def _backward(
     return [gradient.to(dtype) for gradient in (dx, dw) if gradient is not None]
 
 
-convolve = operator("native_conv2d", _forward, _backward)
+convolve: Callable[..., torch.Tensor] = operator("native_conv2d", _forward, _backward)
 
 
 def _real(dtype: torch.dtype) -> torch.dtype:

@@ -17,7 +17,9 @@ from equivision_timm.layers.conv_strategies.basis import named_kernel
 __all__ = ["operator"]
 
 
-def operator(name: str, forward: Callable, backward: Callable) -> Callable:
+def operator(
+    name: str, forward: Callable[..., torch.Tensor], backward: Callable[..., list[torch.Tensor]]
+) -> Callable[..., torch.Tensor]:
     """The operator conv2d(x, weights, kernel, stride, dilation) of a strategy.
 
     Steerable convolution of x [B, I * |G|, height, width], regular fields, field-major, by `block_weights`, with the

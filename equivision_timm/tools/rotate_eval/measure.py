@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 from PIL import Image
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -94,7 +95,7 @@ class Folder(Dataset[tuple[torch.Tensor, int] | str]):
             raise InputError(f"no images to measure in {root!r}: there is no such folder")
         try:
             with every_ending():
-                self.reader = folder_reader(root, split, class_map=class_map)
+                self.reader: ReaderImageFolder = folder_reader(root, split, class_map=class_map)
         except Exception as error:  # of the folder, or of the class map, which may be a pickle
             reason = str(error) or type(error).__name__
             raise InputError(f"no images to measure in {root!r}: {reason}") from error
@@ -102,7 +103,7 @@ class Folder(Dataset[tuple[torch.Tensor, int] | str]):
         if not found and split != "validation":  # the default may be missing
             raise InputError(f"{root!r} has no sub-folder {split!r}: name another --split, or leave it out")
         self.transform: Callable[[Image.Image], torch.Tensor] = pil_to_tensor  # until `prepare_for`
-        self.mode = "RGB"
+        self.mode: str = "RGB"
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -126,17 +127,18 @@ class Folder(Dataset[tuple[torch.Tensor, int] | str]):
         Raises:
             ValueError: the model takes neither grey nor RGB images.
         """
-        channels, *size = data_config["input_size"]
+        channels, height, width = data_config["input_size"]
         if channels not in (1, 3):
             raise ValueError(f"it takes {channels} channels, and pictures have 1 or 3")
-        self.size = tuple(size)
+        self.size: tuple[int, int] = (height, width)
         self.mode = "L" if channels == 1 else "RGB"
         self.transform = preparation(data_config)
         return self
 
     def sample(self) -> torch.Tensor:
         """A grey image [C, H, W], prepared for the model."""
-        return self.transform(Image.new(self.mode, self.size[::-1], "gray"))
+        height, width = self.size
+        return self.transform(Image.new(self.mode, (width, height), "gray"))
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int] | str:
         try:
