@@ -1,4 +1,4 @@
-"""Shared by all tests: a fixed seed, no network, and slow tests only where they are asked for."""
+"""Shared by all tests: a fixed seed, no network, no test that fails for time, slow ones only where they are asked for."""
 
 import os
 
@@ -6,6 +6,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: a t
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("no_deadline", settings(), deadline=None)  # a busy machine is no failure
+settings.load_profile("no_deadline")
 
 
 def pytest_collection_modifyitems(items):
