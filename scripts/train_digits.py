@@ -44,6 +44,7 @@ class Recipe:
         epochs: over the training digits.
         learning_rate: the largest.
         limit: digits are turned by up to so many degrees, either way.
+        batch_size: digits of a step.
         arguments: of the model.
     """
 
@@ -51,6 +52,7 @@ class Recipe:
     epochs: int = 12
     learning_rate: float = 5e-3
     limit: float = 0.0
+    batch_size: int = 128
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
@@ -62,7 +64,6 @@ RECIPES = {  # by file
     "test_c1resnet_rotated": Recipe("test_c1resnet", limit=180),  # what users of a plain network do instead
     "test_d4vit": Recipe("test_d4vit", epochs=60, learning_rate=2e-3),
 }
-BATCH_SIZE = 128
 
 
 class Digits(torch.utils.data.Dataset):
@@ -102,7 +103,7 @@ def train(recipe: Recipe, digits: Digits, seed: int) -> nn.Module:
     )
     loader = create_loader(
         digits,
-        batch_size=BATCH_SIZE,
+        batch_size=recipe.batch_size,
         is_training=True,
         scale=(0.8, 1.0),
         ratio=(0.9, 1.1),
@@ -149,7 +150,7 @@ def turn_each(images: torch.Tensor, limit: float) -> torch.Tensor:
 @torch.inference_mode()
 def upright_accuracy(model: nn.Module, digits: Digits) -> float:
     """The fraction of upright digits that `model` classifies rightly."""
-    loader = create_loader(digits, batch_size=BATCH_SIZE, **_loader_config(model))
+    loader = create_loader(digits, batch_size=250, **_loader_config(model))
     right = sum((model(images).argmax(1) == labels).sum().item() for images, labels in loader)
     return right / len(digits)
 

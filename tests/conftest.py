@@ -1,4 +1,4 @@
-"""Shared by all tests: a fixed seed, no network, no test that fails for time, slow ones only where they are asked for."""
+"""Shared by all tests: a fixed seed, no network, no limit of time for examples, slow tests only where asked for."""
 
 import os
 
