@@ -75,9 +75,8 @@ class BlockConv2d(nn.Module):
         lifting = _rows(basis_for(weight, name, "lifting"), [row for group in groups for row in group.lifted])
         self.lifting: nn.Parameter = _constant(lifting[:, :, 0, 0] if conv.kernel_size == 1 else lifting)
         self.weight: nn.Parameter = _constant(torch.cat([group.matrix for group in groups])[..., None, None])
-        self.bias: nn.Parameter = _constant(
-            (back.sum(1)[:, None] * bias).flatten()
-        )  # b^ = Q b, equal for all elements: [rows * O]
+        spread = back.sum(1)[:, None] * bias  # b^ = Q b, where b is equal for all elements: [rows, O]
+        self.bias: nn.Parameter = _constant(spread.flatten())
         self.fourier: nn.Parameter = _constant(back.T)  # [|G|, rows]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,11 @@
-"""OpenVINO and PT2E quantisation: what they make of a model and of its folded form."""
+"""OpenVINO and PT2E quantisation: what they make of a model and of its fused forms."""
 
 import pytest
 import timm
 import torch
 from timm.utils.model import reparameterize_model
+
+from equivision_timm import fuse_blocks
 
 
 def model(fold):
@@ -11,12 +13,12 @@ def model(fold):
     return reparameterize_model(plain) if fold else plain
 
 
-@pytest.mark.parametrize("fold", [False, True])
-def test_openvino(images, fold):
+@pytest.mark.parametrize("fuse", [lambda model: model, reparameterize_model, fuse_blocks])
+def test_openvino(images, fuse):
     openvino = pytest.importorskip("openvino", reason="extra `libraries`: openvino")
     with torch.no_grad():
         expected = model(False)(images)
-    compiled = openvino.compile_model(openvino.convert_model(model(fold), example_input=images), "CPU")
+    compiled = openvino.compile_model(openvino.convert_model(fuse(model(False)), example_input=images), "CPU")
     found = torch.from_numpy(compiled(images.numpy())[0])
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
