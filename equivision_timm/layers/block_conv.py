@@ -25,9 +25,7 @@ __all__ = ["BlockConv2d", "ElementMajor", "element_major_conv", "swap_major"]
 
 def swap_major(x: torch.Tensor, first: int) -> torch.Tensor:
     """[B, first * second, H, W], channel = i * second + j -> the same with channel = j * first + i."""
-    B, C, H, W = x.shape
-    x = x.reshape(B, first, C // first, H * W).transpose(1, 2)  # [B, first * second, H, W] -> [B, second, first, H * W]
-    return x.reshape(B, C, H, W)
+    return x.unflatten(1, (first, -1)).transpose(1, 2).flatten(1, 2)  # through [B, second, first, H, W]
 
 
 class ElementMajor(nn.Module):
@@ -97,11 +95,9 @@ class BlockConv2d(nn.Module):
 
     def _lift(self, x: torch.Tensor) -> torch.Tensor:
         """T = P * x: [B, |G| * I, H, W] -> [B, rows * I, H', W']."""
-        B, _, H, W = x.shape
-        fields = swap_major(x, self.order).reshape(B * self.in_fields, self.order, H, W)  # from [B, I * |G|, H, W]
+        fields = x.unflatten(1, (self.order, -1)).transpose(1, 2).flatten(0, 1)  # [B * I, |G|, H, W]
         t = F.conv2d(fields, self.lifting, None, self.stride, self.padding, self.dilation)  # [B * I, rows, H', W']
-        _, rows, H, W = t.shape
-        return swap_major(t.reshape(B, self.in_fields * rows, H, W), self.in_fields)
+        return t.unflatten(0, (-1, self.in_fields)).transpose(1, 2).flatten(1, 2)  # [B, rows * I, H', W']
 
     def extra_repr(self) -> str:
         return f"{self.in_fields}, {self.out_fields}, order={self.order}, kernel_size={self.kernel_size}"
