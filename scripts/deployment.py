@@ -6,7 +6,8 @@
 
 Forms of a network: `eager`, as `create_model` makes it; `dense`, what timm's `reparameterize_model` makes of it, a
 plain network; `blocks`, what `equivision_timm.fuse_blocks` makes of it. The latter two also as ONNX files, in
-onnxruntime and OpenVINO. Each runs in a process of its own, and they take turns, as in `benchmark.py`; medians count.
+onnxruntime and OpenVINO. Each runs in a process of its own, and they take turns, as in `benchmark.py`, two steps each,
+of which the second counts; with several threads after a pause, since those of the one before go on looking for work.
 Ratios are to timm's ResNet-18 as an ONNX file in onnxruntime. Images have 225 pixels a side for ours, an exact size,
 and 224 for timm's.
 
@@ -20,6 +21,7 @@ import logging
 import os
 import statistics
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -51,6 +53,7 @@ FORMS = (
     "OpenVINO: dense",
     "OpenVINO: blocks",
 )
+PAUSE = 0.5  # seconds
 
 
 def forms_of(name: str) -> list[str]:
@@ -133,6 +136,8 @@ def measure(name: str, threads: int, repeats: int, folder: str) -> dict[str, Any
         seconds: dict[str, list[float]] = {runner.form: [] for runner in runners}
         for _ in range(repeats):
             for runner in runners:
+                time.sleep(PAUSE if threads > 1 else 0)
+                runner.step()
                 seconds[runner.form].append(runner.step())
     median = {form: statistics.median(values) for form, values in seconds.items()}
     reference = median.pop("reference")
