@@ -3,6 +3,7 @@
 import os
 import secrets
 import shutil
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,9 +26,8 @@ def check_writable(path: Path, make_folders: bool = False) -> None:
         folder, names = _target(path).parent, [path.name]
         while make_folders and not os.path.lexists(folder):
             folder, names = folder.parent, [folder.name, *names]
-        probe = _beside(folder)
-        probe.touch(exist_ok=False)
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):  # without a name where the system can: a kill leaves nothing behind
+            pass
         for place in (*(folder / name for name in names), path):
             with suppress(FileNotFoundError):  # other errors count: a name that is too long, a loop of links
                 os.stat(place)

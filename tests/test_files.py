@@ -2,6 +2,7 @@
 
 import os
 import stat
+import tempfile
 import threading
 from pathlib import Path
 
@@ -89,3 +90,18 @@ def test_text_is_text(tmp_path: Path) -> None:
     with plain_text():
         assert _drawn(r"$\nosuch$")
         assert _drawn("$a_b$") != formula
+
+
+def test_what_is_tried_has_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process killed while `check_writable` tries to write leaves nothing behind."""
+    seen = []
+
+    def spy(**options):
+        file = temporary(**options)
+        seen.append(os.listdir(tmp_path))
+        return file
+
+    temporary = tempfile.TemporaryFile
+    monkeypatch.setattr("equivision_timm.files.tempfile.TemporaryFile", spy)
+    check_writable(tmp_path / "result.csv")
+    assert seen == [[]]
