@@ -1,6 +1,7 @@
 """`tune` with a false clock: the choice, its margins and vetoes, the table, bad input, several ranks."""
 
 import json
+from functools import partial
 
 import pytest
 import timm
@@ -269,14 +270,48 @@ def test_all_ranks_take_what_the_first_measured(tmp_path):
     mp.spawn(tune_in_group, (str(tmp_path),), nprocs=2)
 
 
-def test_compiled_models_go_by_what_they_are_given(model, monkeypatch):
-    """torch.compile reads no table; a mapping it follows."""
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("tuned_compiled", [False, True])
+def test_compiled_models_go_by_what_was_measured_compiled(tuned_compiled, dynamic, model, monkeypatch, place):
+    """Each way to run a model has its own choices; a graph that leaves the batch open goes by the estimates."""
+    compile_model = partial(torch.compile, backend="eager", fullgraph=True)
+    monkeypatch.setattr(tune_module.torch, "compile", compile_model)
     Clock(model, monkeypatch, twin=0.5)
-    measure(model, SETTING)
+    torch.compiler.reset()
+    assert measure(model, Setting(batch_size=2, size=(33, 33), compiled=tuned_compiled)).won
+    (name,) = table(place)["models"]
+    assert name.endswith(", compiled") == tuned_compiled
+
+    calls = []
+    infer = Twin.infer
+    monkeypatch.setattr(Twin, "infer", lambda self, *a, **k: calls.append(1) or infer(self, *a, **k))
+    images = torch.rand(2, 3, 33, 33)
+    torch.compiler.reset()
+    with torch.no_grad():
+        expected = model(images)
+        assert bool(calls) == (not tuned_compiled)
+        calls.clear()
+        compiled = compile_model(model, dynamic=dynamic)
+        assert torch.allclose(compiled(images), expected, atol=1e-5)
+        assert bool(calls) == (tuned_compiled and not dynamic)
+        calls.clear()
+        compiled(torch.rand(3, 3, 33, 33))  # another size: nothing was measured
+    assert not calls
+
+
+def test_training_while_compiled_has_choices_of_its_own(model, monkeypatch, place):
+    compile_model = partial(torch.compile, backend="eager", fullgraph=True)
+    monkeypatch.setattr(tune_module.torch, "compile", compile_model)
+    Clock(model, monkeypatch, twin=0.5)
+    torch.compiler.reset()
+    assert measure(model, Setting(batch_size=2, size=(33, 33), compiled=True, train=True)).won
     calls = []
     infer = Twin.infer
     monkeypatch.setattr(Twin, "infer", lambda self, *a, **k: calls.append(1) or infer(self, *a, **k))
     torch.compiler.reset()
+    compiled, images = compile_model(model.train()), torch.rand(2, 3, 33, 33)
     with torch.no_grad():
-        torch.compile(model, backend="eager")(torch.rand(2, 3, 33, 33))
+        compiled(images)
     assert not calls
+    compiled(images).sum().backward()
+    assert calls

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+import torch.fx
 import torch.nn as nn
 from timm.layers import get_act_layer
-from torch import _assert
 from torch.func import functional_call
 
-__all__ = ["CheckImage", "check_pointwise", "check_positionwise"]
+__all__ = ["CheckImage", "check_image", "check_pointwise", "check_positionwise"]
 
 
 class CheckImage(nn.Module):
@@ -30,18 +30,31 @@ class CheckImage(nn.Module):
         self.min_size = min_size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        _assert(x.ndim == 4, f"expected a batch of images [B, C, H, W], got {x.ndim} dimension(s): add the batch axis")
-        _assert(
-            x.shape[1] == self.in_chans,
-            f"expected {self.in_chans} image channel(s), got {x.shape[1]}: create the model with in_chans={x.shape[1]}",
+        return check_image(x, self.in_chans, self.min_size)
+
+
+@torch.fx.wrap  # one node in a graph of torch.fx, which knows no sizes
+def check_image(x: torch.Tensor, in_chans: int, min_size: int) -> torch.Tensor:
+    """x, if it is a batch of images as `CheckImage` expects it.
+
+    A message that quotes a size would make torch.compile take it for a constant, so each is written where it is raised.
+
+    Raises:
+        AssertionError: it is not.
+    """
+    if x.ndim != 4:
+        raise AssertionError(f"expected a batch of images [B, C, H, W], got {x.ndim} dimension(s): add the batch axis")
+    if x.shape[1] != in_chans:
+        raise AssertionError(
+            f"expected {in_chans} image channel(s), got {x.shape[1]}: create the model with in_chans={x.shape[1]}"
         )
-        _assert(
-            x.is_floating_point(),
-            f"expected floating-point images, got {x.dtype}: convert with x.float() and normalise",
-        )
-        _assert(x.shape[2] >= self.min_size, f"image height {x.shape[2]} is too small: use at least {self.min_size}")
-        _assert(x.shape[3] >= self.min_size, f"image width {x.shape[3]} is too small: use at least {self.min_size}")
-        return x
+    if not x.is_floating_point():
+        raise AssertionError(f"expected floating-point images, got {x.dtype}: convert with x.float() and normalise")
+    if x.shape[2] < min_size:
+        raise AssertionError(f"image height {x.shape[2]} is too small: use at least {min_size}")
+    if x.shape[3] < min_size:
+        raise AssertionError(f"image width {x.shape[3]} is too small: use at least {min_size}")
+    return x
 
 
 def check_pointwise(act_layer: str | Callable[..., nn.Module]) -> Callable[..., nn.Module]:

@@ -1,12 +1,12 @@
 """Images -> tokens in the irreps basis, with the interface of timm's PatchEmbed."""
 
 import torch
+import torch.fx
 import torch.nn as nn
-from torch import _assert
 
 from equivision_timm.layers.tiles import TileConv2d
 
-__all__ = ["EquivariantPatchEmbed"]
+__all__ = ["EquivariantPatchEmbed", "check_patches"]
 
 
 class EquivariantPatchEmbed(nn.Module):
@@ -70,15 +70,27 @@ class EquivariantPatchEmbed(nn.Module):
         return img_size[0] // self.patch_size[0], img_size[1] // self.patch_size[1]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        height, width, p = x.shape[2], x.shape[3], self.patch_size[0]
-        if self.strict_img_size:
-            size = f"{self.img_size[0]} x {self.img_size[1]}"
-            hint = f"the model takes {size} pixels: resize the image, or create the model with dynamic_img_size=True"
-            _assert(height == self.img_size[0], f"image height {height}, but {hint}")
-            _assert(width == self.img_size[1], f"image width {width}, but {hint}")
-        else:
-            _assert(
-                height % p == 0, f"image height {height} is no multiple of the patch, {p}: resize or crop the image"
-            )
-            _assert(width % p == 0, f"image width {width} is no multiple of the patch, {p}: resize or crop the image")
+        x = check_patches(x, self.patch_size[0], self.img_size if self.strict_img_size else None)
         return self.proj(x).flatten(2).transpose(1, 2)  # [B, C, H / p, W / p] -> [B, N, C]
+
+
+@torch.fx.wrap  # one node in a graph of torch.fx, which knows no sizes
+def check_patches(x: torch.Tensor, patch: int, img_size: tuple[int, int] | None) -> torch.Tensor:
+    """x, if its pixels are `img_size`; without one, if patches of `patch` pixels divide them.
+
+    A message that quotes a size would make torch.compile take it for a constant, so each is written where it is raised.
+
+    Raises:
+        AssertionError: they do not.
+    """
+    height, width = x.shape[2], x.shape[3]
+    if img_size is not None and (height != img_size[0] or width != img_size[1]):
+        raise AssertionError(
+            f"image of {height} x {width} pixels, but the model takes {img_size[0]} x {img_size[1]}: resize the image, "
+            "or create the model with dynamic_img_size=True"
+        )
+    if height % patch != 0 or width % patch != 0:
+        raise AssertionError(
+            f"image of {height} x {width} pixels is no multiple of the patch, {patch}: resize or crop the image"
+        )
+    return x

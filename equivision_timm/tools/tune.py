@@ -108,8 +108,7 @@ def tune(
         amp: type of mixed precision, 'bfloat16' or 'float16'; '' for none.
         channels_last: whether `model` and its images lie so.
         train: measure a training step without optimizer, not inference.
-        compiled: compile the whole model where it is measured. `torch.compile` does not read the table: pass what this
-            returns as `conv_strategy=`.
+        compiled: compile the whole model where it is measured; the choices are for compiled models alone.
 
     Returns:
         {name of a convolution: strategy}, what `set_conv_strategy` takes.
@@ -161,9 +160,9 @@ def measure(model: EquivariantBackbone, setting: Setting) -> Tuning:
             seconds = _measure_model(model, forms, setting, device)
         won = bool(seconds) and seconds["choice"] < MODEL_MARGIN * min(seconds["auto"], seconds["expand"])
         choice = fastest if won else estimates
-        if not setting.compiled:
-            keys = {layer_key(*found[name], setting.train): strategy for name, strategy in fastest.items()}
-            update_table(device, "models", _model_key(model, setting), {"won": won, "seconds": seconds, "choice": keys})
+        mode = (setting.train, setting.compiled)
+        keys = {layer_key(*found[name], *mode): strategy for name, strategy in fastest.items()}
+        update_table(device, "models", _model_key(model, setting), {"won": won, "seconds": seconds, "choice": keys})
         return Tuning(layers, choice, seconds, won)
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise InputError(f"no memory for --batch-size {setting.batch_size}: lower it, or --size") from error
@@ -212,7 +211,8 @@ def _model_key(model: EquivariantBackbone, setting: Setting) -> str:
     """The name of a tuned model in the table; the layers' own keys say what their times depend on."""
     name = getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__)
     mode, amp = "train" if setting.train else "eval", setting.amp or "float32"
-    return f"{name}, {setting.batch_size}x{setting.size[0]}x{setting.size[1]}, {amp}, {mode}"
+    compiled = ", compiled" if setting.compiled else ""
+    return f"{name}, {setting.batch_size}x{setting.size[0]}x{setting.size[1]}, {amp}, {mode}{compiled}"
 
 
 def _images(model: EquivariantBackbone, setting: Setting, device: torch.device) -> torch.Tensor:
@@ -375,5 +375,4 @@ def run(name: str, size: int | None, device: str | None, **options: Any) -> None
     cfg = get_pretrained_cfg(name)
     side = size or model.exact_sizes(near=min(224, cfg.input_size[-1]) if cfg else 224)[1]
     print(as_table(measure(model, Setting(size=(side, side), **options))))
-    kept = "not kept, for torch.compile reads no table" if options["compiled"] else f"kept in {table_file(place)}"
-    print(f"Measured with {options['batch_size']} images of {side} x {side} pixels; {kept}")
+    print(f"Measured with {options['batch_size']} images of {side} x {side} pixels; kept in {table_file(place)}")

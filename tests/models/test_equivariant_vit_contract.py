@@ -305,7 +305,7 @@ def test_unknown_keyword():
     [
         (
             torch.zeros(1, 3, 64, 80),
-            r"image width 80, but the model takes 64 x 64 pixels: resize.*dynamic_img_size=True",
+            r"image of 64 x 80 pixels, but the model takes 64 x 64: resize.*dynamic_img_size=True",
         ),
         (torch.zeros(1, 1, 64, 64), r"expected 3 image channel\(s\), got 1: create the model with in_chans=1"),
         (torch.zeros(3, 64, 64), "add the batch axis"),
@@ -317,7 +317,7 @@ def test_image_that_does_not_fit(x, message):
 
 
 def test_image_that_the_patch_does_not_divide():
-    with pytest.raises(AssertionError, match="image height 70 is no multiple of the patch, 16: resize or crop"):
+    with pytest.raises(AssertionError, match="image of 70 x 64 pixels is no multiple of the patch, 16: resize or crop"):
         create(dynamic_img_size=True)(torch.zeros(1, 3, 70, 64))
 
 

@@ -9,9 +9,10 @@ the definition alone has an estimate: many small matrices are no fast path on a 
 import math
 
 import torch
+from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from equivision_timm.layers.conv_strategies.contract import STRATEGIES, Layer
-from equivision_timm.layers.conv_strategies.measured import measured_choice
+from equivision_timm.layers.conv_strategies.measured import measured_choice, measured_choice_compiled
 
 __all__ = ["choose", "estimated"]
 
@@ -19,11 +20,16 @@ __all__ = ["choose", "estimated"]
 def choose(layer: Layer, shape: tuple[int, ...], training: bool) -> str:
     """The name of a strategy for an input of `shape` [B, I * H, height, width], with gradients or without.
 
-    A network that torch.compile traces goes by the estimate: give it what `tune` returns.
+    In torch.compile it is chosen once for each graph, and by the estimate where a graph leaves the shape open.
     """
     if torch.compiler.is_compiling():
-        return estimated(layer, shape)
-    return measured_choice(layer, tuple(shape), training) or estimated(layer, shape)
+        fixed = all([has_static_value(length) for length in shape])  # a list, which torch.compile can read
+        fields = (layer.kernel.name, layer.in_fields, layer.out_fields, layer.stride, layer.dilation)
+        where = (layer.dtype, layer.device, layer.memory_format)
+        measured = measured_choice_compiled(*fields, *where, shape, training) if fixed else None
+    else:
+        measured = measured_choice(layer, tuple(shape), training)
+    return measured or estimated(layer, shape)
 
 
 def estimated(layer: Layer, shape: tuple[int, ...]) -> str:

@@ -24,21 +24,55 @@ from filelock import FileLock
 
 from equivision_timm.files import write_file
 from equivision_timm.layers.conv_strategies import native_library
+from equivision_timm.layers.conv_strategies.basis import named_kernel
 from equivision_timm.layers.conv_strategies.contract import STRATEGIES, Layer
 
-__all__ = ["conditions", "layer_key", "measured_choice", "read_table", "table_file", "update_table"]
+__all__ = [
+    "conditions",
+    "layer_key",
+    "measured_choice",
+    "measured_choice_compiled",
+    "read_table",
+    "table_file",
+    "update_table",
+]
 
 
-def measured_choice(layer: Layer, shape: tuple[int, ...], training: bool) -> str | None:
-    """The strategy that won for `layer` and an input of `shape`, with gradients or without; None where none did."""
+def measured_choice(layer: Layer, shape: tuple[int, ...], training: bool, compiled: bool = False) -> str | None:
+    """The strategy that won for `layer` and an input of `shape`; None where none did.
+
+    Args:
+        layer: the layer.
+        shape: [B, I * H, height, width].
+        training: with gradients, or without.
+        compiled: inside torch.compile, where a model is another competition, or outside.
+    """
     choices = _choices(layer.device, torch.get_num_threads())
     if not choices:
         return None
-    name = choices.get(layer_key(layer, shape, training))
+    name = choices.get(layer_key(layer, shape, training, compiled))
     return name if name in STRATEGIES and STRATEGIES[name].supports(layer) is None else None
 
 
-def layer_key(layer: Layer, shape: tuple[int, ...], training: bool) -> str:
+@torch.compiler.assume_constant_result
+def measured_choice_compiled(
+    kernel: str,
+    in_fields: int,
+    out_fields: int,
+    stride: int,
+    dilation: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    memory_format: torch.memory_format,
+    shape: tuple[int, ...],
+    training: bool,
+) -> str | None:
+    """`measured_choice` while torch.compile traces, which calls it with plain values, the fields of the layer."""
+    layer = Layer(named_kernel(kernel), in_fields, out_fields, stride, dilation, dtype, device, memory_format)
+    return measured_choice(layer, tuple(shape), training, compiled=True)
+
+
+def layer_key(layer: Layer, shape: tuple[int, ...], training: bool, compiled: bool = False) -> str:
     """The name of a layer in the table: what its time depends on besides the conditions.
 
     On the CPU a strategy takes maps as they come and leaves them as it likes, so the format of a layer's input follows
@@ -55,6 +89,7 @@ def layer_key(layer: Layer, shape: tuple[int, ...], training: bool) -> str:
         memory_format,
         "x".join(map(str, shape)),
         "train" if training else "eval",
+        *(["compiled"] if compiled else []),
     )
     return ", ".join(parts)
 

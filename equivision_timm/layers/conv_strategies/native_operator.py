@@ -48,7 +48,7 @@ def operator(
     @conv2d.register_fake
     def _(x, weights, kernel, stride, dilation):
         height, width = ((size - 1) // stride + 1 for size in x.shape[2:])
-        return x.new_empty(len(x), weights.shape[1] * group_order(named_kernel(kernel).group), height, width)
+        return x.new_empty(x.shape[0], weights.shape[1] * group_order(named_kernel(kernel).group), height, width)
 
     @gradients.register_fake
     def _(grad, x, weights, kernel, stride, dilation, for_x, for_weights):

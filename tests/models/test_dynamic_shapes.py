@@ -1,0 +1,78 @@
+"""torch.compile with open sizes: a graph serves every number of images and every size, as that of timm's ResNet-18."""
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from torch.fx.experimental.symbolic_shapes import has_static_value
+
+import equivision_timm  # noqa: F401  registers the models
+from equivision_timm.layers.conv_strategies import STRATEGIES
+
+SHAPES = [(2, 3, 33, 33), (3, 3, 65, 65)]
+PATCHES = [(2, 3, 32, 32), (3, 3, 64, 64)]
+
+
+class QuotesItsInput(nn.Module):
+    """The control: a message that nobody reads, which quotes a length."""
+
+    def __init__(self, model: nn.Module, axis: int) -> None:
+        super().__init__()
+        self.model, self.axis = model, axis
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch._assert(x.shape[self.axis] > 1, f"got {x.shape[self.axis]}")
+        return self.model(x)
+
+
+def fixed_axes(model: nn.Module, shapes: list[tuple[int, ...]], gradients: bool = False) -> set[int]:
+    """Which axes of the images a graph takes as constants; checks the numbers of each call against eager ones."""
+    found = set()
+
+    def look(graph, inputs):
+        (images,) = (n for n in graph.graph.nodes if n.op == "placeholder" and n.name.strip("_").lower() == "l_x")
+        shape = images.meta["example_value"].shape
+        found.update(axis for axis, length in enumerate(shape) if has_static_value(length))
+        return graph
+
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend=look, dynamic=True, fullgraph=True)
+    for shape in shapes:
+        images = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+        with torch.set_grad_enabled(gradients):
+            torch.testing.assert_close(compiled(images), model(images), atol=1e-4, rtol=1e-4)
+    return found
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_strategies(strategy):
+    torch.manual_seed(0)
+    model = timm.create_model("test_c8resnet", conv_strategy=strategy).eval()
+    assert fixed_axes(model, SHAPES) == {1}  # the channels, which a model knows
+
+
+def test_gradients():
+    torch.manual_seed(0)
+    assert fixed_axes(timm.create_model("test_c8resnet").eval(), SHAPES, gradients=True) == {1}
+
+
+@pytest.mark.parametrize(
+    ("name", "keywords", "shapes"),
+    [
+        ("resnet18", {}, SHAPES),
+        ("test_c1resnet", {}, SHAPES),
+        ("test_c8resnetaf", {}, SHAPES),
+        ("test_c8resnet", {"output_stride": 8}, SHAPES),
+        ("test_c8resnet", {"features_only": True, "map_pool": "max"}, SHAPES),
+        ("test_d4vit", {"dynamic_img_size": True}, PATCHES),
+    ],
+)
+def test_other_models(name, keywords, shapes):
+    torch.manual_seed(0)
+    assert fixed_axes(timm.create_model(name, **keywords).eval(), shapes) == {1}
+
+
+@pytest.mark.parametrize("axis", [0, 2])
+def test_control(axis):
+    torch.manual_seed(0)
+    assert fixed_axes(QuotesItsInput(timm.create_model("resnet18").eval(), axis), SHAPES) >= {axis, 1}
