@@ -128,9 +128,9 @@ def _interrupt(*_, **__) -> None:
 @pytest.mark.parametrize(
     ("module", "name", "arguments"),
     [
-        (show_module, "load_model", SHOW),
+        (show_module, "load_trained", SHOW),
         (demo_module, "load_digits", ["demo", "--out", "demo.png"]),
-        (rotate_eval_module, "load_model", ROTATE_EVAL),
+        (rotate_eval_module, "load_trained", ROTATE_EVAL),
         (convert_module, "convert_file", ["convert", "other.pth", "--model", "c4resnet18", "--out", "out"]),
     ],
 )
@@ -185,7 +185,7 @@ def test_ctrl_c_raises_again_once_the_command_runs(monkeypatch: pytest.MonkeyPat
 
 def test_a_fault_of_ours_is_one_line_too(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(show_module, "load_model", lambda *_: {}["missing\nkey"])
+    monkeypatch.setattr(show_module, "load_trained", lambda *_: {}["missing\nkey"])
     assert main(SHOW) == 1
     assert capsys.readouterr().err == "show: KeyError: 'missing\\nkey'\n"
 
