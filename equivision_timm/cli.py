@@ -5,6 +5,7 @@ One function a sub-command; the work is done elsewhere.
 
 import argparse
 import difflib
+import io
 import os
 import shlex
 import sys
@@ -35,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not first or first.startswith("-") or first in commands.choices:
             label = first if first in commands.choices else label
             parser.parse_args(arguments, args)
+            _prepare_output()
             status = args.run(args)
             sys.stdout.flush()  # here, so that a pipe closed early is noticed here
             return status
@@ -44,6 +46,14 @@ def main(arguments: list[str] | None = None) -> int:
         return _report(label, error, args)
     run_script(first, arguments[1:])
     return 0
+
+
+def _prepare_output() -> None:
+    """Let stdout write out what its encoding lacks, as stderr does; raises InputError where it is closed."""
+    if sys.stdout is None:
+        raise InputError("standard output is closed: leave it open, or send it to a file")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _check_command(word: str, commands: Iterable[str]) -> None:

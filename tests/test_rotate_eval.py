@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -146,6 +147,15 @@ def test_report_is_one_page_that_loads_nothing(measured: Path) -> None:
     assert "Top-1 accuracy" in page.words
     with Image.open(measured / "rotation.png") as picture:
         assert picture.size[0] > 1000
+
+
+def test_cells_know_their_columns(measured: Path) -> None:
+    """A telephone shows a row of the summary as lines, each with the name of its column."""
+    summary = (measured / "report.html").read_text().partition("<h2>Summary</h2>")[2].partition("</table>")[0]
+    columns = re.findall("<th>(.*?)</th>", summary)
+    cells = re.findall('<td data-column="(.*?)">', summary)
+    assert columns[:2] == ["model", "images"]
+    assert cells == columns * 4  # two models, two sizes
 
 
 def test_report_says_how_it_was_measured(measured: Path, c4: str, c1: str) -> None:
