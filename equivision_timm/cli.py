@@ -5,6 +5,7 @@ One function a sub-command; the work is done elsewhere.
 
 import argparse
 import difflib
+import io
 import os
 import shlex
 import sys
@@ -35,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not first or first.startswith("-") or first in commands.choices:
             label = first if first in commands.choices else label
             parser.parse_args(arguments, args)
+            _prepare_output()
             status = args.run(args)
             sys.stdout.flush()  # here, so that a pipe closed early is noticed here
             return status
@@ -44,6 +46,14 @@ def main(arguments: list[str] | None = None) -> int:
         return _report(label, error, args)
     run_script(first, arguments[1:])
     return 0
+
+
+def _prepare_output() -> None:
+    """Let stdout write out what its encoding lacks, as stderr does; raises InputError where it is closed."""
+    if sys.stdout is None:
+        raise InputError("standard output is closed: leave it open, or send it to a file")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _check_command(word: str, commands: Iterable[str]) -> None:
@@ -260,12 +270,19 @@ def _add_rotate_eval(commands: argparse._SubParsersAction) -> None:
     add("--data", required=True, metavar="DIR", help="folder with one sub-folder of images per class")
     add("--angles", default="0:360:15", help="START:STOP:STEP or A,B,C in degrees (default: %(default)s)")
     add("--out", default="rotate_eval", metavar="DIR", help="folder to write (default: %(default)s)")
-    add("--size", dest="sizes", type=int, nargs="+", metavar="N", help="image sizes (default: the model's own)")
+    add(
+        "--size",
+        dest="sizes",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="image sizes (default: as trained, or the model's)",
+    )
     add("--corners", choices=("reflect", "circle"), default="reflect", help="how corners are kept from deciding")
     add("--split", default="validation", help="sub-folder of DIR to look for (default: %(default)s)")
     add("--class-map", default="", metavar="FILE", help="sub-folders in the order of the model's classes")
     add("--unlabelled", action="store_true", help="measure agreement and drift alone: the folders are no classes")
-    add("--num-classes", type=int, metavar="N", help="classes of the models (default: their own)")
+    add("--num-classes", type=int, metavar="N", help="classes of the models (default: as trained, or the model's)")
     _add_batches(parser, 256)
     add("-j", "--workers", type=int, default=4, metavar="N", help="processes that load images (default: %(default)s)")
     add("--amp", action="store_true", help="mixed precision")
@@ -298,8 +315,8 @@ def _add_show(commands: argparse._SubParsersAction) -> None:
     add("--model", dest="models", nargs="+", required=True, metavar="NAME[=CHECKPOINT]", help="timm models")
     add("--angles", default="0,45,90,180", help="START:STOP:STEP or A,B,C in degrees (default: %(default)s)")
     add("--level", type=int, default=1, metavar="N", help="which feature map, 0 being the stem (default: %(default)s)")
-    add("--size", type=int, metavar="N", help="image size (default: the model's own)")
-    add("--num-classes", type=int, metavar="N", help="classes of the models (default: their own)")
+    add("--size", type=int, metavar="N", help="image size (default: as trained, or the model's)")
+    add("--num-classes", type=int, metavar="N", help="classes of the models (default: as trained, or the model's)")
     add("--out", default="equivision_show.png", metavar="FILE", help="picture to write (default: %(default)s)")
     parser.set_defaults(run=_show, interrupted="{out} was not written")
 

@@ -1,5 +1,6 @@
 """Every command: bad arguments, damaged files and Ctrl-C end with one line, the right status, and nothing written."""
 
+import io
 import os
 import re
 import resource
@@ -128,9 +129,9 @@ def _interrupt(*_, **__) -> None:
 @pytest.mark.parametrize(
     ("module", "name", "arguments"),
     [
-        (show_module, "load_model", SHOW),
+        (show_module, "load_trained", SHOW),
         (demo_module, "load_digits", ["demo", "--out", "demo.png"]),
-        (rotate_eval_module, "load_model", ROTATE_EVAL),
+        (rotate_eval_module, "load_trained", ROTATE_EVAL),
         (convert_module, "convert_file", ["convert", "other.pth", "--model", "c4resnet18", "--out", "out"]),
     ],
 )
@@ -185,7 +186,7 @@ def test_ctrl_c_raises_again_once_the_command_runs(monkeypatch: pytest.MonkeyPat
 
 def test_a_fault_of_ours_is_one_line_too(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(show_module, "load_model", lambda *_: {}["missing\nkey"])
+    monkeypatch.setattr(show_module, "load_trained", lambda *_: {}["missing\nkey"])
     assert main(SHOW) == 1
     assert capsys.readouterr().err == "show: KeyError: 'missing\\nkey'\n"
 
@@ -262,6 +263,23 @@ def test_a_file_named_like_a_command_is_a_script(tmp_path: Path, monkeypatch: py
     (tmp_path / "lists").write_text("print('the script')")
     assert main(["lists"]) == 0
     assert capsys.readouterr().out == "the script\n"
+
+
+def test_output_of_few_letters(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the encoding of stdout lacks is written out, as in a pipe under Windows."""
+    (tmp_path / "ü🌀.png").write_bytes((folder / "image.png").read_bytes())
+    monkeypatch.chdir(folder)
+    output = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, "latin-1"))
+    assert main(["predict", str(tmp_path), "--model", MODEL]) == 0
+    assert "/ü\\U0001f300.png,1,".encode("latin-1") in output.getvalue()
+
+
+def test_closed_output_is_known_before_the_work(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["predict", "image.png", "--model", MODEL]) == 2
+    assert capsys.readouterr().err == "predict: standard output is closed: leave it open, or send it to a file\n"
 
 
 def test_a_closed_pipe_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -1,6 +1,5 @@
 """`equivision-timm predict`: the classes of the model, whatever the files, and nothing is written by halves."""
 
-import argparse
 import csv
 import io
 import json
@@ -12,7 +11,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from support.small_models import save_small_model
+from support.small_models import save_small_model, save_training
 from timm.data import ImageNetInfo, create_transform, resolve_data_config
 
 import equivision_timm.tools.predict as module
@@ -102,24 +101,14 @@ def test_unreadable_files_are_named_and_left_out(digits: Path, tmp_path: Path, c
 # What decides names and number of classes
 
 
-def _checkpoint(folder: Path, width: int = 2, classes: int = 3, **arguments) -> str:
-    """As timm's train.py writes it."""
-    torch.manual_seed(0)
-    model = timm.create_model("c4resnet18_fast", num_classes=classes, width=width)
-    with torch.no_grad():
-        model.train()(torch.randn(8, 3, 33, 33))
-    given = argparse.Namespace(model="c4resnet18_fast", model_kwargs={"width": width}, gp=None, mean=None, **arguments)
-    content = {"arch": "c4resnet18_fast", "state_dict": model.state_dict(), "args": given, "epoch": 1}
-    torch.save(content, folder / "model_best.pth.tar")
-    return f"c4resnet18_fast={folder}/model_best.pth.tar"
-
-
 def test_checkpoint_of_training(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Number of classes, width, image size and crop come from the checkpoint; --size overrides its size."""
-    spec = _checkpoint(tmp_path, img_size=33, crop_pct=1.0)
+    """Number of classes, width, epsilon, image size and crop come from the checkpoint; --size overrides its size."""
+    spec = save_training(tmp_path, img_size=33, crop_pct=1.0, bn_eps=0.5)
     file = str(next(digits.rglob("*.png")))
-    (tmp_path / "names.txt").write_text("brick\ngrass\ngravel\n")
-    model = timm.create_model("c4resnet18_fast", num_classes=3, width=2, checkpoint_path=spec.partition("=")[2])
+    (tmp_path / "names.txt").write_text("brick\ngrass\ngravel\n", encoding="utf-8-sig")  # as Windows writes it
+    model = timm.create_model(
+        "c4resnet18_fast", num_classes=3, width=2, bn_eps=0.5, checkpoint_path=spec.partition("=")[2]
+    )
     for options, size in (([], 33), (["--size", "65"], 65)):
         assert main(["predict", file, "--model", spec, "--class-map", str(tmp_path / "names.txt"), *options]) == 0
         rows = _rows(capsys.readouterr().out)
@@ -133,7 +122,7 @@ def test_classes_of_the_training_folder(digits: Path, tmp_path: Path, capsys: py
     for name in ("class10", "class2", "class1"):
         (tmp_path / "train" / name).mkdir(parents=True)
         Image.new("L", (9, 9)).save(tmp_path / "train" / name / "image.png")
-    arguments = ["predict", str(next(digits.rglob("*.png"))), "--model", _checkpoint(tmp_path, img_size=33)]
+    arguments = ["predict", str(next(digits.rglob("*.png"))), "--model", save_training(tmp_path, img_size=33)]
     assert main([*arguments, "--class-map", str(tmp_path / "train")]) == 0
     names = {row["index"]: row["name"] for row in _rows(capsys.readouterr().out)}
     assert names == {"0": "class1", "1": "class2", "2": "class10"}
@@ -177,7 +166,7 @@ def test_names_of_pretrained_weights_are_not_those_of_a_checkpoint() -> None:
 def test_bad_input(arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     save_small_model(tmp_path / "model", width=1)
-    _checkpoint(tmp_path, width=1)
+    save_training(tmp_path, width=1)
     (tmp_path / "nothing").mkdir()
     (tmp_path / "text").write_text("text")
     (tmp_path / "two").write_text("one\ntwo")

@@ -1,11 +1,13 @@
 """rotate-eval: the figures are right, an interrupted run goes on, and what cannot be used gets a clear error."""
 
+import argparse
 import csv
 import datetime
 import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +23,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from support.small_models import TEXTURES, save_small_model, write_textures
+from support.small_models import TEXTURES, save_small_model, save_training, write_textures
 from timm.data import create_transform, resolve_data_config
 from torchvision.datasets import ImageFolder
 
@@ -36,6 +38,7 @@ from equivision_timm.tools.rotate_eval.pictures import _curve, _style, draw, dra
 from equivision_timm.tools.rotate_eval.report import write_report
 from equivision_timm.tools.rotate_eval.results import Cell, Results
 from equivision_timm.tools.rotate_eval.run import rotate_eval
+from equivision_timm.tools.trained import load_trained
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,20 @@ def c4(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def c1(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_small_model(tmp_path_factory.mktemp("c1"), "c1resnet18_fast", width=4)
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The batches that the models read; the first of each is the trial."""
+    batches: list[torch.Tensor] = []
+
+    def watch(*arguments) -> tuple[torch.nn.Module, dict]:
+        model, training = load_trained(*arguments)
+        model.register_forward_pre_hook(lambda module, inputs: batches.append(inputs[0]))
+        return model, training
+
+    monkeypatch.setattr(run, "load_trained", watch)
+    return batches
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +149,15 @@ def test_report_is_one_page_that_loads_nothing(measured: Path) -> None:
         assert picture.size[0] > 1000
 
 
+def test_cells_know_their_columns(measured: Path) -> None:
+    """A telephone shows a row of the summary as lines, each with the name of its column."""
+    summary = (measured / "report.html").read_text().partition("<h2>Summary</h2>")[2].partition("</table>")[0]
+    columns = re.findall("<th>(.*?)</th>", summary)
+    cells = re.findall('<td data-column="(.*?)">', summary)
+    assert columns[:2] == ["model", "images"]
+    assert cells == columns * 4  # two models, two sizes
+
+
 def test_report_says_how_it_was_measured(measured: Path, c4: str, c1: str) -> None:
     page = _Page((measured / "report.html").read_text())
     assert 'name="viewport" content="width=device-width' in (measured / "report.html").read_text()
@@ -187,15 +213,7 @@ def test_samples_show_the_images_as_they_were_turned(textures: str) -> None:
     assert not np.array_equal(reflected.axes[0].images[0].get_array(), reflected.axes[4].images[0].get_array())
 
 
-def test_circle_hides_the_corners(textures: str, c1: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-
-    def watch(name: str, num_classes: int | None) -> torch.nn.Module:
-        model = timm.create_model(name, pretrained=True).eval()
-        model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-        return model
-
-    monkeypatch.setattr(run, "load_model", watch)
+def test_circle_hides_the_corners(textures: str, c1: str, tmp_path: Path, seen: list[torch.Tensor]) -> None:
     rotate_eval([c1], textures, [0.0, 30.0], str(tmp_path), corners="circle", workers=0, device="cpu")
     assert len(seen) == 3
     for images in seen[1:]:  # the first is the trial
@@ -317,7 +335,7 @@ def test_too_little_memory_says_what_to_lower(
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return run_out(x)
 
-    monkeypatch.setattr(run, "load_model", lambda name, num_classes: Model())
+    monkeypatch.setattr(run, "load_trained", lambda name, num_classes: (Model(), {}))
     with pytest.raises(InputError, match=r"too little memory for 4 images of 33 x 33 pixels.*lower --batch-size"):
         rotate_eval([c4], textures, [0.0, 90.0], str(tmp_path), batch_size=4, workers=0, device="cpu")
     assert json.loads((tmp_path / "results.json").read_text())["cells"][0]["images"] == 4
@@ -390,6 +408,30 @@ def test_other_timm_models_with_a_checkpoint(textures: str, tmp_path: Path) -> N
     (upright, turned) = _rows(tmp_path / "out").values()
     assert upright["drift"] == 0
     assert turned["drift"] > 1e-2
+
+
+def test_checkpoint_of_training(textures: str, tmp_path: Path, seen: list[torch.Tensor]) -> None:
+    """Model, image size and normalisation are those of the training, as in predict."""
+    spec = save_training(tmp_path, img_size=33, mean=[0.2, 0.3, 0.4], crop_pct=1.0)
+    rotate_eval([spec], textures, [0.0], str(tmp_path / "out"), workers=0, device="cpu")
+    ((_, size, _),) = _rows(tmp_path / "out")
+    assert size == 33
+    model = timm.create_model("c4resnet18_fast")
+    options = {"img_size": 33, "mean": [0.2, 0.3, 0.4], "crop_pct": 1.0}
+    transform = create_transform(**resolve_data_config(options, model=model), is_training=False)
+    folder = Folder(textures, "validation", "")
+    expected = torch.stack([transform(Image.open(path).convert("RGB")) for path, _ in folder.reader.samples])
+    assert torch.equal(seen[1], expected)
+
+
+def test_classifier_of_a_distilled_model(tmp_path: Path) -> None:
+    """It has two heads, and the checkpoint shows the classes of both."""
+    model = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=3, depth=1)
+    torch.save(
+        {"state_dict": model.state_dict(), "args": argparse.Namespace(model_kwargs={"depth": 1})}, tmp_path / "d"
+    )
+    model, _ = load_trained(f"deit_tiny_distilled_patch16_224={tmp_path}/d")
+    assert model.num_classes == 3
 
 
 @pytest.mark.parametrize("folder", ["nowhere", "empty"])
@@ -633,6 +675,6 @@ def test_model_without_maps(textures: str, tmp_path: Path, monkeypatch: pytest.M
     class Model(torch.nn.Module):
         num_classes, pretrained_cfg = 3, {"input_size": (3, 33, 33)}
 
-    monkeypatch.setattr(run, "load_model", lambda name, num_classes: Model())
+    monkeypatch.setattr(run, "load_trained", lambda name, num_classes: (Model(), {}))
     with pytest.raises(InputError, match="'resnet18' shows no maps of its stages: leave --by-stage out"):
         rotate_eval(["resnet18"], textures, [0.0], str(tmp_path), workers=0, device="cpu", by_stage=True)

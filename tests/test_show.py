@@ -11,7 +11,7 @@ import timm
 import torch
 from matplotlib.text import Text
 from PIL import Image
-from support.small_models import save_small_model
+from support.small_models import save_small_model, save_training
 
 import equivision_timm.tools.show as module
 from equivision_timm.arguments import shortened
@@ -66,6 +66,12 @@ def test_picture_of_two_models(photograph: str, tmp_path: Path) -> None:
     with Image.open(out) as picture:
         assert picture.size[0] > picture.size[1] > 500
         assert len(picture.getcolors(1 << 24)) > 1000
+
+
+def test_checkpoint_of_training(tmp_path: Path) -> None:
+    """Model and image size are those of the training, as in predict."""
+    (column,) = module._measure(save_training(tmp_path, img_size=33), None, Image.new("RGB", (40, 40)), [0.0], 1, None)
+    assert column.image.shape[:2] == (33, 33)
 
 
 def test_differences_have_one_scale_for_all_models(

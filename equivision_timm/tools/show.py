@@ -34,7 +34,8 @@ from equivision_timm.images.from_timm import preparation
 from equivision_timm.images.pictures import PictureError, open_rgb
 from equivision_timm.images.rotation import rotate
 from equivision_timm.tools.figures import check_figure_file, plain_text, save_figure
-from equivision_timm.tools.loading import check_model_name, load_model, short_name
+from equivision_timm.tools.loading import check_model_name, short_name
+from equivision_timm.tools.trained import load_trained
 from equivision_timm.tools.trial import MOST_CLASSES, MOST_PIXELS, check_memory, explained, try_model
 
 __all__ = ["map_error", "scalar_maps", "show"]
@@ -63,8 +64,8 @@ def show(
         angles: in degrees, counter-clockwise.
         out: PNG, PDF, SVG, ... file; folders that are missing above it are made.
         level: which feature map, as in timm's `forward_intermediates`; 0 is the stem.
-        size: side of the image in pixels, the model's own where None.
-        num_classes: classes of the models, their own where None.
+        size: side of the image in pixels; that of the checkpoint's training, or the model's own, where None.
+        num_classes: classes of the models; those that a checkpoint shows, or their own, where None.
 
     Raises:
         InputError: the image cannot be read, a model or the level does not exist, the picture cannot be written.
@@ -86,7 +87,7 @@ def show(
         picture = open_rgb(image)
     except PictureError as error:
         raise InputError(f"cannot read the image: {error}") from error
-    columns = [_measure(name, load_model(name, num_classes), picture, angles, level, size) for name in models]
+    columns = [_measure(name, num_classes, picture, angles, level, size) for name in models]
     most = max(_LEAST, *(column.difference.max() for found in columns for column in found))
     with plain_text():
         figure = Figure(figsize=(width, _HEIGHT), layout="constrained")
@@ -142,10 +143,11 @@ class _Column:
 
 
 def _measure(
-    name: str, model: nn.Module, picture: Image.Image, angles: list[float], level: int, size: int | None
+    name: str, num_classes: int | None, picture: Image.Image, angles: list[float], level: int, size: int | None
 ) -> list[_Column]:
     """What the picture shows of a model, by angle."""
-    config = resolve_data_config({}, model=model)
+    model, training = load_trained(name, num_classes)
+    config = resolve_data_config(training, model=model)
     size = size or config["input_size"][-1]
     check_memory("--size", len(angles), size)
     with explained(name, 1, size, torch.device("cpu"), "lower --size"), torch.inference_mode():

@@ -24,11 +24,19 @@ from equivision_timm.tools.loading import load_model, split_spec
 __all__ = ["class_names", "load_trained", "read_class_map"]
 
 
-def load_trained(spec: str) -> tuple[nn.Module, dict[str, Any]]:
-    """The model, and the arguments of the training that wrote its checkpoint; {} where nothing is known of it."""
+def load_trained(spec: str, num_classes: int | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    """The model, and the arguments of the training that wrote its checkpoint; {} where nothing is known of it.
+
+    Args:
+        spec: `NAME` or `NAME=CHECKPOINT`.
+        num_classes: classes of the classifier; those that the checkpoint shows, or the model's own, where None.
+
+    Raises:
+        InputError: a checkpoint of another model, or what `load_model` refuses.
+    """
     name, checkpoint = split_spec(spec)
     if not checkpoint:
-        return load_model(spec), {}
+        return load_model(spec, num_classes), {}
     content = _open_checkpoint(checkpoint)
     architecture, trained = name.partition(".")[0], content.get("arch")
     if isinstance(trained, str) and trained.partition(".")[0] != architecture:
@@ -37,10 +45,10 @@ def load_trained(spec: str) -> tuple[nn.Module, dict[str, Any]]:
     given = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
     training = {key: value for key, value in given.items() if value is not None}
     # what train.py hands to create_model, as far as it shapes the entries or what they compute
-    options = {**training.get("model_kwargs", {}), **{k: training[k] for k in ("in_chans",) if k in training}}
+    options = {**training.get("model_kwargs", {}), **{k: training[k] for k in ("in_chans", "bn_eps") if k in training}}
     if "gp" in training:
         options["global_pool"] = training["gp"]
-    return load_model(spec, _classes_of(content, name), **options), training
+    return load_model(spec, num_classes or _classes_of(content, name), **options), training
 
 
 def _open_checkpoint(path: str) -> dict[str, Any]:
@@ -60,7 +68,8 @@ def _classes_of(content: dict[str, Any], name: str) -> int | None:
     states = (content.get(key) for key in ("state_dict_ema", "model_ema", "state_dict", "model"))
     state = clean_state_dict(next((state for state in states if isinstance(state, dict)), content))
     cfg = None if ":" in name else get_pretrained_cfg(name)
-    weight = state.get(f"{cfg.classifier}.weight") if cfg else None
+    classifier = cfg.classifier if cfg else None  # two, of which the first counts, where a model was distilled
+    weight = state.get(f"{classifier[0] if isinstance(classifier, tuple) else classifier}.weight")
     return weight.shape[0] if isinstance(weight, torch.Tensor) else None
 
 
@@ -93,7 +102,7 @@ def read_class_map(path: Path) -> list[str]:
             raise InputError(f"--class-map {path}: no sub-folders of images in it; name a file, or another folder")
         return names
     try:
-        names = path.read_text(encoding="utf-8").splitlines()
+        names = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is no text in UTF-8"
         raise InputError(

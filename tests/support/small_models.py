@@ -1,5 +1,6 @@
 """Small real data and saved models for the tests of commands: photographs of three textures from scikit-image."""
 
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -42,3 +43,16 @@ def save_small_model(
     model.pretrained_cfg.update(input_size=(3, size, size), crop_pct=1.0)
     save_for_hf(model, str(folder), model_args=model_args, safe_serialization=True)
     return f"local-dir:{folder}"
+
+
+def save_training(folder: Path, width: int = 2, classes: int = 3, bn_eps: float | None = None, **arguments) -> str:
+    """`NAME=CHECKPOINT` of a small network as timm's train.py writes it; `arguments` are those of its command line."""
+    torch.manual_seed(0)
+    model = timm.create_model("c4resnet18_fast", num_classes=classes, width=width, bn_eps=bn_eps)
+    with torch.no_grad():
+        model.train()(torch.randn(8, 3, 33, 33))
+    always = {"model": "c4resnet18_fast", "model_kwargs": {"width": width}, "bn_eps": bn_eps, "gp": None, "mean": None}
+    given = argparse.Namespace(**{**always, **arguments})
+    content = {"arch": "c4resnet18_fast", "state_dict": model.state_dict(), "args": given, "epoch": 1}
+    torch.save(content, folder / "model_best.pth.tar")
+    return f"c4resnet18_fast={folder}/model_best.pth.tar"

@@ -53,6 +53,13 @@ td { white-space: nowrap; } thead th { border-bottom: 2px solid #888; }
 .left td { text-align: left; white-space: normal; } .wide { overflow-x: auto; } .note { color: #555; font-size: .9rem; }
 .side { display: flex; flex-wrap: wrap; gap: 1rem 2rem; } .side > section { flex: 1 1 20rem; max-width: 36rem; }
 .names td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 9rem; } summary { cursor: pointer; }
+@media (max-width: 40rem) { /* each row below the other, with the name of the column in front of each value */
+  .names thead { display: none; } .names tr { display: block; padding: .5rem 0; border-bottom: 1px solid #ddd; }
+  .names table, .names tbody { display: block; }
+  .names td { display: flex; justify-content: space-between; padding: 0; border: 0; }
+  .names td::before { content: attr(data-column); } .names td:first-child { font-weight: bold; }
+  .names td:first-child::before { content: none; }
+}
 """
 
 
@@ -164,8 +171,11 @@ def _origins(results: Results) -> str:
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
-    def row(cells: list[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+    def row(cells: list[str]) -> str:
+        """Each cell with its column, which a narrow page writes before it."""
+        names = [f' data-column="{html.escape(name)}"' for name in head] or [""] * len(cells)
+        pairs = zip(names, cells, strict=True)
+        return "<tr>" + "".join(f"<td{name}>{html.escape(cell)}</td>" for name, cell in pairs) + "</tr>"
 
-    top = f"<thead>{row(head, 'th')}</thead>" if head else ""
-    return f"<table>{top}<tbody>{''.join(row(cells, 'td') for cells in rows)}</tbody></table>"
+    top = f"<thead><tr>{''.join(f'<th>{html.escape(name)}</th>' for name in head)}</tr></thead>" if head else ""
+    return f"<table>{top}<tbody>{''.join(map(row, rows))}</tbody></table>"

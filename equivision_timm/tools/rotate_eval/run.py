@@ -21,11 +21,12 @@ from equivision_timm.files import check_writable
 from equivision_timm.images.pictures import PictureError
 from equivision_timm.models.attributes import attribute
 from equivision_timm.models.tensor_hash import hash_tensors
-from equivision_timm.tools.loading import check_model_name, load_model, split_spec
+from equivision_timm.tools.loading import check_model_name
 from equivision_timm.tools.rotate_eval.measure import CORNERS, TURNS, Folder, measure
 from equivision_timm.tools.rotate_eval.pictures import draw_samples
 from equivision_timm.tools.rotate_eval.report import FILES, STAGE_FILES, write_report
 from equivision_timm.tools.rotate_eval.results import Cell, Results
+from equivision_timm.tools.trained import load_trained
 from equivision_timm.tools.trial import MOST_CLASSES, MOST_PIXELS, check_memory, explained, find_device, try_model
 
 __all__ = ["rotate_eval"]
@@ -67,12 +68,13 @@ def rotate_eval(
         data: folder of images, one sub-folder per class.
         angles: in degrees, counter-clockwise.
         out: folder to write.
-        sizes: sides of the images in pixels; the size each model is validated at where None.
+        sizes: sides of the images in pixels; that of the checkpoint's training, or the size each model is validated
+            at, where None.
         corners: 'reflect' or 'circle', see `measure`.
         split: sub-folder of `data` to look for.
         class_map: file that maps sub-folders to class indices.
         unlabelled: measure agreement and drift alone, on images whose classes are not those of the model.
-        num_classes: classes of the models, their own where None, or those of the folder with a checkpoint.
+        num_classes: classes of the models; those that a checkpoint shows, or their own, where None.
         batch_size: images at a time.
         workers: processes that load images.
         device: where to compute; the GPU where None and there is one.
@@ -105,12 +107,11 @@ def rotate_eval(
 
     def load(name: str) -> tuple[nn.Module, list[dict]]:
         """The model where it computes, and its data config at every size."""
-        classes = num_classes or (len(folder.classes) if split_spec(name)[1] and not unlabelled else None)
-        model = load_model(name, classes)
+        model, training = load_trained(name, num_classes)
         _check_classes(name, model, folder, unlabelled, class_map)
         if by_stage and not (hasattr(model, "forward_intermediates") and hasattr(model, "feature_info")):
             raise InputError(f"{name!r} shows no maps of its stages: leave --by-stage out, or measure it alone")
-        config = resolve_data_config({}, model=model, use_test_size=True)
+        config = resolve_data_config(training, model=model, use_test_size=True)
         channels, own = config["input_size"][0], config["input_size"][-1]
         weights[name] = hash_tensors(model.state_dict())
         model = reparameterize_model(model) if reparam else model
