@@ -9,7 +9,7 @@ from equivision_timm.kernel_bases.basis import (
     load_kernel_basis,
     sample_kernels,
 )
-from equivision_timm.kernel_bases.irreps_basis import IrrepsBasis, block_coefficients, block_products, load_irreps_basis
+from equivision_timm.kernel_bases.irreps_basis import IrrepsBasis, block_coefficients, load_irreps_basis
 from equivision_timm.kernel_bases.kernel import Kernel, Ring
 from equivision_timm.kernel_bases.tables import manifest
 
@@ -21,7 +21,6 @@ __all__ = [
     "are_bases",
     "bases_sha256",
     "block_coefficients",
-    "block_products",
     "initial_std",
     "load_irreps_basis",
     "load_kernel_basis",
