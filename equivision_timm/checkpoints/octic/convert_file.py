@@ -4,8 +4,8 @@ from pathlib import Path
 
 from equivision_timm.checkpoints.folder import Report, check_model_folder, versions, write_model_folder
 from equivision_timm.checkpoints.octic.read_file import read_octic
-from equivision_timm.checkpoints.octic.released import SOURCE, released
 from equivision_timm.checkpoints.octic.translate import invariants_of, translate
+from equivision_timm.checkpoints.released import find_released
 from equivision_timm.files import file_sha256
 from equivision_timm.models.tensor_hash import TENSORS_SHA256, hash_tensors
 
@@ -25,8 +25,7 @@ def convert_file(checkpoint_path: str | Path, model_name: str, out_folder: str |
         ValueError: not a checkpoint, one of another model, or a model that octic-vits has no weights of.
         OSError: a file cannot be read or written.
     """
-    if model_name not in released():
-        raise ValueError(f"octic-vits has no weights of {model_name}; there are: {', '.join(released())}")
+    released = find_released("octic", model_name)
     check_model_folder(out_folder, model_name)
     checkpoint_path = Path(checkpoint_path)
     file = read_octic(checkpoint_path)
@@ -34,7 +33,7 @@ def convert_file(checkpoint_path: str | Path, model_name: str, out_folder: str |
     dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in file.tensors.values()} - {"float32"})
     provenance = {
         "model": model_name,
-        "source": SOURCE,
+        "source": released.source,
         "source_file": checkpoint_path.name,
         "source_sha256": file_sha256(checkpoint_path),
         TENSORS_SHA256: hash_tensors(state_dict),
