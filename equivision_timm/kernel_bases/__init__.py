@@ -11,7 +11,7 @@ from equivision_timm.kernel_bases.basis import (
 )
 from equivision_timm.kernel_bases.irreps_basis import IrrepsBasis, block_coefficients, load_irreps_basis
 from equivision_timm.kernel_bases.kernel import Kernel, Ring
-from equivision_timm.kernel_bases.tables import manifest
+from equivision_timm.kernel_bases.tables import manifest, table_key
 
 __all__ = [
     "IrrepsBasis",
@@ -26,4 +26,5 @@ __all__ = [
     "load_kernel_basis",
     "manifest",
     "sample_kernels",
+    "table_key",
 ]
