@@ -73,6 +73,7 @@ class Group:
 
     @property
     def name(self) -> str:
+        """'c8' for C_8, 'd4' for D_4; see `from_name`."""
         return f"{'d' if self.reflections else 'c'}{self.rotations}"
 
     @property

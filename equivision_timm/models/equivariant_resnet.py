@@ -98,6 +98,7 @@ class BasicBlock(nn.Module):
         self.downsample: nn.Module = _shortcut(unit, in_fields, fields, stride, avg_down)
 
     def zero_init_last(self) -> None:
+        """Start the residual branch at zero."""
         _zero_norm(self.conv2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -151,6 +152,7 @@ class Bottleneck(nn.Module):
         self.downsample: nn.Module = _shortcut(unit, in_fields, out_fields, stride, avg_down)
 
     def zero_init_last(self) -> None:
+        """Start the residual branch at zero."""
         _zero_norm(self.conv3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -355,6 +357,7 @@ class EquivariantResNet(EquivariantBackbone):
         return self.layer4(x)
 
     def remove_stem_pool(self) -> None:
+        """See `EquivariantBackbone`."""
         self.maxpool = nn.Identity()
 
     @torch.jit.unused

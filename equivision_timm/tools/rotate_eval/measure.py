@@ -109,6 +109,7 @@ class Folder(Dataset[tuple[torch.Tensor, int] | str]):
         return len(self.reader)
 
     def names(self) -> list[str]:
+        """The files, relative to the folder."""
         return list(map(str, self.reader.filenames()))
 
     @property
