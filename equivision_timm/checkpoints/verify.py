@@ -168,7 +168,7 @@ def _equivariance(model: EquivariantBackbone | EquivariantViT) -> Iterator[Check
         return
     worst = max(errors[g] for g in group.grid_elements)
     where = f"of the {'logits' if invariant else 'maps'} at {size} x {size} pixels"
-    finding = f"{worst:.1e} {where}, quarter turns and mirrors in {group.name} (at most {_TOLERANCE:.0e})"
+    finding = f"{worst:.1e} {where}, rotations by 90 degrees and reflections in {group.name} (at most {_TOLERANCE:.0e})"
     yield Check("equivariance", worst <= _TOLERANCE, finding)
     others = [errors[g] for g in errors if g not in group.grid_elements]
     if others:

@@ -1,11 +1,11 @@
-"""Equivariant ResNets: residual networks whose features turn and mirror with the image.
+"""Equivariant ResNets: residual networks whose features rotate and reflect with the image.
 
 The network is the one of equivision (Klee, https://github.com/dmklee/equivision): a ResNet of steerable convolutions
 on regular fields; after the spatial pooling the maximum over the group makes the logits invariant. Every feature map
 is a plain tensor [B, fields * |G|, H, W], field-major (channel = field * |G| + element).
 
-Quarter turns and mirrors in the group are exact where every stride-2 layer sees an odd size: images of n x n pixels
-with n = 1 mod 32 (225, 257, ...). Turns by 45 degrees are approximate: the pixel grid resamples.
+Rotations by 90 degrees and reflections in the group are exact where every stride-2 layer sees an odd size: images of
+n x n pixels with n = 1 mod 32 (225, 257, ...). Rotations by 45 degrees are approximate: the pixel grid resamples.
 """
 
 from collections.abc import Callable
