@@ -1,5 +1,9 @@
-"""Files that a command writes: whole or not at all, and checked before the work whose result they are to hold."""
+"""Files that a command writes: whole or not at all, and checked before the work whose result they are to hold.
 
+And where this package keeps its own, and the hash of one.
+"""
+
+import hashlib
 import os
 import secrets
 import shutil
@@ -9,7 +13,31 @@ from pathlib import Path
 
 from equivision_timm.arguments import InputError
 
-__all__ = ["check_writable", "write_file"]
+__all__ = ["cache_folder", "check_writable", "file_sha256", "sync_folder", "write_file"]
+
+
+def cache_folder() -> Path:
+    """`equivision_timm` in the user's cache folder: $XDG_CACHE_HOME where that is an absolute path, else ~/.cache.
+
+    Raises:
+        FileNotFoundError: this user has no home folder.
+    """
+    cache_home = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(cache_home):
+        cache_home = os.path.expanduser("~/.cache")
+    if not os.path.isabs(cache_home):
+        home = os.environ.get("HOME")
+        raise FileNotFoundError(f"this user has no home folder, HOME is {home!r}: name one, or set XDG_CACHE_HOME")
+    return Path(cache_home, "equivision_timm")
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, 64 hexadecimal digits; read piece by piece, so that it may be of any size."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def check_writable(path: Path, make_folders: bool = False) -> None:
@@ -62,7 +90,7 @@ def write_file(path: Path, content: bytes) -> None:
         if target.exists():
             shutil.copymode(target, partial)
         os.replace(partial, target)
-        _keep_name(target.parent)
+        sync_folder(target.parent)
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror}; a file that was there is unchanged") from error
     finally:
@@ -79,8 +107,8 @@ def _beside(folder: Path) -> Path:
     return folder / f".{secrets.token_hex(8)}.part"
 
 
-def _keep_name(folder: Path) -> None:
-    """Make the new name survive a power cut; only POSIX can open folders."""
+def sync_folder(folder: Path) -> None:
+    """Make new names in a folder survive a power cut; only POSIX can open folders."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -2,7 +2,7 @@
 
 C_N holds the rotations by 360/N degrees; D_N adds the reflections (order 2N). An element is r^k f^p, the reflection
 f : (x, y) -> (-x, y) applied p times, then the rotation r by 360/N degrees, counter-clockwise, applied k times; its
-index is p * N + k. The order of elements, the mirror axis and the names are those of escnn (`C_N`:
+index is p * N + k. The order of elements, the axis of reflection and the names are those of escnn (`C_N`:
 `gspaces.rot2dOnR2(N)`, `D_N`: `gspaces.flipRot2dOnR2(N)`, `D_1`: `gspaces.flip2dOnR2()`), so that a feature map can
 be handed over as it is.
 """
@@ -73,6 +73,7 @@ class Group:
 
     @property
     def name(self) -> str:
+        """'c8' for C_8, 'd4' for D_4; see `from_name`."""
         return f"{'d' if self.reflections else 'c'}{self.rotations}"
 
     @property
@@ -136,14 +137,14 @@ class Group:
     def inverse_angle(self, g: int, angle: torch.Tensor) -> torch.Tensor:
         """The polar angle (radians) of g^-1 x for points x at polar angle `angle`.
 
-        (r^k f^p)^-1 = f^p r^-k: turn back by 2 pi k / N, then mirror, angle -> pi - angle.
+        (r^k f^p)^-1 = f^p r^-k: rotate back by 2 pi k / N, then reflect, angle -> pi - angle.
         """
         p, k = divmod(g, self.rotations)
-        turned = angle - 2 * math.pi * k / self.rotations
-        return math.pi - turned if p else turned
+        rotated = angle - 2 * math.pi * k / self.rotations
+        return math.pi - rotated if p else rotated
 
     def quarter_turns(self, g: int) -> int | None:
-        """How often the rotation part of `g` turns by 90 degrees; None where it is no multiple of 90 degrees."""
+        """The rotation part of `g` in units of 90 degrees; None where it is no multiple of 90 degrees."""
         turns, remainder = divmod(4 * (g % self.rotations), self.rotations)
         return None if remainder else turns
 
@@ -156,13 +157,13 @@ class Group:
         """Move the pixels of `image` [..., H, W], H = W, by the element `g` of `grid_elements`.
 
         Raises:
-            ValueError: `g` does not map the pixel grid onto itself (a turn by 45 degrees, say).
+            ValueError: `g` does not map the pixel grid onto itself (a rotation by 45 degrees, say).
         """
         turns = self.quarter_turns(g)
         if turns is None:
             raise ValueError(f"element {g} of {self.name} is no symmetry of the pixel grid: use {self.grid_elements}")
-        mirrored = image.flip(-1) if g >= self.rotations else image
-        return mirrored.rot90(turns, dims=(-2, -1))
+        reflected = image.flip(-1) if g >= self.rotations else image
+        return reflected.rot90(turns, dims=(-2, -1))
 
     def transform_fields(self, features: torch.Tensor, g: int) -> torch.Tensor:
         """Act with `g` on regular fields: move the pixels and permute the channels, (g f)[h] = g . f[g^-1 h].

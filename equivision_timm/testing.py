@@ -4,8 +4,9 @@ For an element g of the group and an input x, f is equivariant when f(g x) = g f
 
     max |f(g x) - g f(x)| / max |f(x)|
 
-over a batch of smooth random images. Elements that map the pixel grid onto itself (quarter turns, mirrors) should
-reach float accuracy at exact sizes (n = 1 mod 32 for the ResNets); other elements only up to resampling.
+over a batch of smooth random images. Elements that map the pixel grid onto itself (rotations by 90 degrees,
+reflections) should reach float accuracy at exact sizes (n = 1 mod 32 for the ResNets); other elements only up to
+resampling.
 
 How far they are from it between the quarter turns, at any angle and stage by stage, says `angle_error`, for any model
 of timm.

@@ -53,9 +53,9 @@ from timm.utils.model import reparameterize_model
 from tqdm import tqdm
 
 from equivision_timm.checkpoints.model_card import complexity
-from equivision_timm.kernel_bases import block_products
 from equivision_timm.layers import ConvNormAct, MaxPool2d, SteerableConv2d
 from equivision_timm.layers.conv_strategies import STRATEGIES
+from equivision_timm.layers.conv_strategies.basis import block_counts
 from equivision_timm.models import model_names
 
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
@@ -367,7 +367,7 @@ def measure_layers(name: str, batch_size: int, size: int, repeats: int, threads:
                     seconds.setdefault((s, "train"), []).append(time.perf_counter() - middle)
         pixels = batch_size * y.shape[2] * y.shape[3]
         dense = pixels * y.shape[1] * channels * k * k
-        blocks = pixels * i * o * block_products(layer.kernel) if input_type == "regular" else 0
+        blocks = pixels * i * o * block_counts(layer.kernel.name)[0] if input_type == "regular" else 0
         products = {s: dense if s == "expand" else blocks for s in strategies}
         auto = layer.strategy_for(x.shape, x.device)
         row = {"layer": names[0], "count": len(names), "fields": f"{i} -> {o}", "kernel": k, "stride": stride}

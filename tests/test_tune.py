@@ -12,8 +12,9 @@ from support.ranks import tune_in_group
 import equivision_timm  # noqa: F401  registers the models
 from equivision_timm.arguments import InputError
 from equivision_timm.cli import main
+from equivision_timm.kernel_bases import Kernel
 from equivision_timm.layers import SteerableConv2d
-from equivision_timm.layers.conv_strategies import STRATEGIES, auto, measured
+from equivision_timm.layers.conv_strategies import STRATEGIES, Layer, auto, measured
 from equivision_timm.layers.conv_strategies.contract import register
 from equivision_timm.layers.conv_strategies.expand import Expand
 from equivision_timm.tools import tune as tune_module
@@ -41,6 +42,20 @@ def place(monkeypatch, tmp_path):
     yield tmp_path
     del STRATEGIES["twin"]
     measured._choices.cache_clear()
+
+
+@pytest.mark.parametrize("cache_home", [None, f"/{'x' * 5000}"], ids=["no home", "too long"])
+def test_auto_needs_no_cache_folder(monkeypatch, cache_home):
+    """No home folder, or one that cannot be looked into: nothing was tuned, and a model runs all the same."""
+    if cache_home is None:  # a user that the system does not know
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr("pwd.getpwuid", lambda user: {}[user])
+    else:
+        monkeypatch.setenv("XDG_CACHE_HOME", cache_home)
+    assert measured.measured_choice(Layer(Kernel("c4", 3), 2, 2), (1, 8, 9, 9), training=False) is None
+    with pytest.raises(OSError, match=r"this user has no home folder|File name too long"):
+        measured._folder().stat()
 
 
 class Clock:

@@ -5,14 +5,13 @@ converted; the model's own folder appears only once everything is in it. A file 
 the first instead of downloading twice.
 """
 
-import hashlib
 from pathlib import Path
 
 from filelock import FileLock
 
 from equivision_timm.checkpoints.folder import check_model_folder
 from equivision_timm.checkpoints.rooms import check_file, check_options, convert_file, released
-from equivision_timm.files import check_writable
+from equivision_timm.files import check_writable, file_sha256
 from equivision_timm.models.pretrained import WEIGHTS_FILE, local_folder, weights_folder
 
 __all__ = ["fetch"]
@@ -92,7 +91,7 @@ def _check_kind(model_name: str, checkpoint: Path) -> None:
 
 def _check_hash(model_name: str, checkpoint: Path, folder: Path) -> None:
     """Print the hash; delete a file that is another one than was released."""
-    sha256, entry = hashlib.sha256(checkpoint.read_bytes()).hexdigest(), released()[model_name]
+    sha256, entry = file_sha256(checkpoint), released()[model_name]
     if not sha256.startswith(entry.sha256 or ""):
         checkpoint.unlink()
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Write a model folder that timm's `local-dir:` loads, all or nothing; read the provenance of its weights.
+"""Write a model folder that timm's `local-dir:` loads, all or nothing; the provenance of its weights.
 
 The files are written to a hidden folder beside the target, flushed to the disk, and only then moved into place: a full
 disk, a crash or a kill leaves the target as it was. What a killed process may leave is the hidden folder alone.
@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -20,12 +21,37 @@ from safetensors.torch import save
 from timm.models._hub import save_config_for_hf
 
 from equivision_timm.arguments import InputError
-from equivision_timm.files import check_writable
+from equivision_timm.files import check_writable, sync_folder, write_file
 from equivision_timm.models.pretrained import WEIGHTS_FILE
 
-__all__ = ["CONFIG_FILE", "check_model_folder", "read_provenance", "versions", "write_config", "write_model_folder"]
+__all__ = [
+    "CONFIG_FILE",
+    "Report",
+    "check_model_folder",
+    "read_provenance",
+    "versions",
+    "write_config",
+    "write_model_folder",
+]
 
 CONFIG_FILE = "config.json"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was converted, for people: as text a row for each entry.
+
+    Attributes:
+        folder: the model folder that was written.
+        provenance: where the weights come from, as written into the file.
+    """
+
+    folder: Path
+    provenance: dict[str, str]
+
+    def __str__(self) -> str:
+        rows = {"written": str(self.folder), **self.provenance}
+        return "\n".join(f"{name:18} {value}" for name, value in rows.items())
 
 
 def check_model_folder(folder: str | Path, model_name: str) -> None:
@@ -83,13 +109,12 @@ def write_model_folder(
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
     try:
         write_config(model, staging / CONFIG_FILE, model_args)
-        _write(staging / CONFIG_FILE, (staging / CONFIG_FILE).read_bytes())
-        _write(staging / WEIGHTS_FILE, save(tensors, metadata={"format": "pt", **provenance}))
-        _sync_folder(staging)
+        write_file(staging / CONFIG_FILE, (staging / CONFIG_FILE).read_bytes())  # flushed
+        write_file(staging / WEIGHTS_FILE, save(tensors, metadata={"format": "pt", **provenance}))
         folder.mkdir(exist_ok=True)
         for name in (CONFIG_FILE, WEIGHTS_FILE):  # the same config as before, so any order is consistent
             os.replace(staging / name, folder / name)
-        _sync_folder(folder)
+        sync_folder(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return folder
@@ -131,20 +156,3 @@ def _check_fit(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]
     names += [name for name in expected if name in found and expected[name].shape != found[name].shape]
     if names:
         raise ValueError(f"these weights do not fit {model_name}: {len(names)} entries differ, {', '.join(names[:3])}")
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut; only POSIX can open folders."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -1,68 +1,30 @@
-"""The foreign checkpoints that models of ours are made from: where they lie, what is reported, which room reads them.
+"""The foreign checkpoints that models of ours are made from: which there are, which room reads them.
 
 Nothing but this file knows more than one room; a new format is a folder beside it and a line in `released`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from equivision_timm.arguments import InputError
 from equivision_timm.checkpoints.equivision import convert_file as equivision
-from equivision_timm.checkpoints.equivision.released import SOURCE as EQUIVISION
-from equivision_timm.checkpoints.equivision.released import released as equivision_released
 from equivision_timm.checkpoints.equivision.sign_groups import parse_signs
 from equivision_timm.checkpoints.octic import convert_file as octic
 from equivision_timm.checkpoints.octic.read_file import read_octic
-from equivision_timm.checkpoints.octic.released import SOURCE as OCTIC
-from equivision_timm.checkpoints.octic.released import released as octic_released
 from equivision_timm.checkpoints.read_file import read_checkpoint
 from equivision_timm.checkpoints.redet import convert_file as redet
+from equivision_timm.checkpoints.released import Released, released_in
 from equivision_timm.images.photographs import find_photographs
 from equivision_timm.models import EquivariantResNet, family_of, model_names
 
 __all__ = ["Released", "check_file", "check_options", "convert_file", "released"]
 
 
-@dataclass(frozen=True)
-class Released:
-    """A checkpoint that somebody released.
-
-    Attributes:
-        project: its name.
-        source: the project's address.
-        drive_id: of the file on Google Drive.
-        reported: accuracies on ImageNet-1k at 224 x 224, between 0 and 1, by what they are of: 'top1', 'top5', ...
-        citation: of the works behind it, BibTeX.
-        sha256: of the file, or its first digits; None where unknown.
-    """
-
-    project: str
-    source: str
-    drive_id: str
-    reported: dict[str, float]
-    citation: str
-    sha256: str | None = None
-
-
 def released() -> dict[str, Released]:
     """All released checkpoints by the name of the model."""
-    cite = {
-        room: Path(__file__).with_name(room).joinpath("citation.bib").read_text(encoding="utf-8")
-        for room in ("equivision", "redet", "octic")
-    }
-    found: dict[str, Released] = {}
-    for name, entry in equivision_released().items():
-        reported = {"top1": entry.top1, "top5": entry.top5}
-        found[name] = Released("equivision", EQUIVISION, entry.drive_id, reported, cite["equivision"], entry.sha256)
-    for name, entry in redet.released().items():
-        reported = {"top1": entry["top1"], "top5": entry["top5"]}
-        found[name] = Released("ReDet", redet.SOURCE, entry["drive_id"], reported, cite["redet"], entry["sha256"])
-    for name, entry in octic_released().items():
-        found[name] = Released("octic-vits", OCTIC, entry.drive_id, entry.accuracy, cite["octic"])
-    return found
+    return {name: entry for room in ("equivision", "redet", "octic") for name, entry in released_in(room).items()}
 
 
 def convert_file(
@@ -89,7 +51,7 @@ def check_file(checkpoint: Path, model_name: str) -> None:
     Raises:
         ValueError: it is none.
     """
-    read = read_octic if model_name in octic_released() else read_checkpoint
+    read = read_octic if model_name in released_in("octic") else read_checkpoint
     read(checkpoint)
 
 
@@ -115,8 +77,8 @@ def _converter(model_name: str, images: Path | None, signs: str | None) -> Calla
     if images is not None or signs is not None:
         option = "--images" if images is not None else "--signs"
         raise InputError(f"{option} is for checkpoints of equivision, and {model_name} has none: leave it out")
-    if model_name in redet.released():
+    if model_name in released_in("redet"):
         return redet.convert_file
-    if model_name in octic_released():
+    if model_name in released_in("octic"):
         return octic.convert_file
     raise InputError(f"there are no checkpoints of {model_name} to convert")

@@ -64,7 +64,7 @@ def load_strictly(target: str) -> Loaded:
         name, sizes = _read_config(path / CONFIG_FILE)
     elif path.is_file():
         name, weights = _check_name(read_provenance(path).get("model"), path), path
-    elif architecture in _our_models():
+    elif architecture in model_names():
         name, weights = architecture, _weights_of(target)
     elif os.sep in target or path.suffix:
         raise FileNotFoundError(f"there is no file or folder {target}")
@@ -81,14 +81,10 @@ def load_strictly(target: str) -> Loaded:
     return replace(loaded, model=_as_timm_builds_it(path, loaded)) if path.is_dir() else loaded
 
 
-def _our_models() -> list[str]:
-    return model_names()
-
-
 def _check_name(name: object, path: Path) -> str:
     if name is None:
         raise ValueError(f"{path} does not say which model it is for: verify its folder, with {CONFIG_FILE}")
-    if not isinstance(name, str) or name not in _our_models():
+    if not isinstance(name, str) or name not in model_names():
         raise ValueError(f"{path} says that it is for {name!r}, which is not one of our models")
     return name
 

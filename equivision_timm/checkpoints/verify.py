@@ -2,7 +2,6 @@
 
 import copy
 import fnmatch
-import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -28,6 +27,7 @@ from equivision_timm.checkpoints.equivision.signs import (
 )
 from equivision_timm.checkpoints.rooms import released
 from equivision_timm.checkpoints.strict_load import Loaded, load_strictly
+from equivision_timm.files import file_sha256
 from equivision_timm.groups import Group
 from equivision_timm.images.folder import ImageFolder
 from equivision_timm.images.from_timm import preparation
@@ -100,7 +100,7 @@ def check_files(target: str) -> tuple[list[Check], Loaded | None]:
 
 
 def _origin(loaded: Loaded) -> Iterator[Check]:
-    yield Check("sha256", None, hashlib.sha256(loaded.weights.read_bytes()).hexdigest())
+    yield Check("sha256", None, file_sha256(loaded.weights))
     provenance, found = dict(loaded.provenance), hash_tensors(loaded.state_dict)
     expected = provenance.pop(TENSORS_SHA256, None)
     if expected is None:
@@ -168,7 +168,7 @@ def _equivariance(model: EquivariantBackbone | EquivariantViT) -> Iterator[Check
         return
     worst = max(errors[g] for g in group.grid_elements)
     where = f"of the {'logits' if invariant else 'maps'} at {size} x {size} pixels"
-    finding = f"{worst:.1e} {where}, quarter turns and mirrors in {group.name} (at most {_TOLERANCE:.0e})"
+    finding = f"{worst:.1e} {where}, rotations by 90 degrees and reflections in {group.name} (at most {_TOLERANCE:.0e})"
     yield Check("equivariance", worst <= _TOLERANCE, finding)
     others = [errors[g] for g in errors if g not in group.grid_elements]
     if others:

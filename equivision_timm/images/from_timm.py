@@ -9,7 +9,7 @@ from timm.data import ImageDataset, create_dataset, create_transform
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torchvision.transforms import Compose
 
-__all__ = ["folder_reader", "image_dataset", "preparation"]
+__all__ = ["folder_reader", "image_dataset", "picture_mode", "preparation"]
 
 
 def image_dataset(root: str, split: str, **options: Any) -> ImageDataset:
@@ -39,6 +39,18 @@ def folder_reader(root: str, split: str, **options: Any) -> ReaderImageFolder:
     if not isinstance(reader, ReaderImageFolder):
         raise ValueError(f"{root!r} is no folder of images, timm reads it by {type(reader).__name__}")
     return reader
+
+
+def picture_mode(config: dict[str, Any]) -> str:
+    """The mode of pictures for the model of a timm data config, 'L' or 'RGB'.
+
+    Raises:
+        ValueError: the model takes neither grey nor RGB images.
+    """
+    channels = config["input_size"][0]
+    if channels not in (1, 3):
+        raise ValueError(f"it takes images of {channels} channels, and pictures have 1 or 3: use another model")
+    return "L" if channels == 1 else "RGB"
 
 
 def preparation(config: dict[str, Any]) -> Callable[[Image.Image], torch.Tensor]:

@@ -28,7 +28,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from equivision_timm.images.folder import ImageFolder
 
-__all__ = ["LIMITS", "RotatedFolder", "rotate", "rotate_image"]
+__all__ = ["LIMITS", "RotatedFolder", "inscribed_circle", "rotate", "rotate_image"]
 
 LIMITS = (90, 45, 30, 22.5, 15, 11.25)  # degrees: what groups of 2, 4, 6, 8, 12 and 16 rotations leave over
 
@@ -63,6 +63,14 @@ def rotate(images: torch.Tensor, degrees: float) -> torch.Tensor:
     source = torch.stack([2 * source_x / width, 2 * source_y / height], dim=-1)  # [H, W, 2], borders at -1 and 1
     source = source.expand(images.shape[0], -1, -1, -1)
     return F.grid_sample(images, source, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+def inscribed_circle(images: torch.Tensor) -> torch.Tensor:
+    """[H, W], which pixels of images [..., H, W] lie inside the inscribed circle, that every rotation keeps."""
+    height, width = images.shape[-2:]
+    y = torch.arange(height, device=images.device)[:, None] - (height - 1) / 2
+    x = torch.arange(width, device=images.device)[None, :] - (width - 1) / 2
+    return torch.hypot(x, y) <= min(height, width) / 2
 
 
 def rotate_image(image: Image.Image, degrees: float) -> Image.Image:

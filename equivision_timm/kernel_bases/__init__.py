@@ -9,9 +9,9 @@ from equivision_timm.kernel_bases.basis import (
     load_kernel_basis,
     sample_kernels,
 )
-from equivision_timm.kernel_bases.irreps_basis import IrrepsBasis, block_coefficients, block_products, load_irreps_basis
+from equivision_timm.kernel_bases.irreps_basis import IrrepsBasis, block_coefficients, load_irreps_basis
 from equivision_timm.kernel_bases.kernel import Kernel, Ring
-from equivision_timm.kernel_bases.tables import manifest
+from equivision_timm.kernel_bases.tables import manifest, table_key
 
 __all__ = [
     "IrrepsBasis",
@@ -21,10 +21,10 @@ __all__ = [
     "are_bases",
     "bases_sha256",
     "block_coefficients",
-    "block_products",
     "initial_std",
     "load_irreps_basis",
     "load_kernel_basis",
     "manifest",
     "sample_kernels",
+    "table_key",
 ]

@@ -21,6 +21,7 @@ Source of the maths: Weiler and Cesa, General E(2)-Equivariant Steerable CNNs (2
 Representations of Finite Groups (1977), for the decomposition.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +36,6 @@ __all__ = [
     "FunctionSet",
     "IrrepsBasis",
     "block_coefficients",
-    "block_products",
     "load_irreps_basis",
     "sums_and_differences",
 ]
@@ -47,15 +47,12 @@ class FunctionSet:
 
     Attributes:
         pixels: phi [n, k, k].
-        terms: the same written in sums and differences of pixels, phi_j(y, x) = sum_ab terms[j, a, b] e_a(y) e_b(x)
-            with the e of `sums_and_differences`: [n, k, k], few of them not zero.
         mixing: D [|G|, n, n], phi_j(g^-1 x) = sum_j' D(g)[j, j'] phi_j'(x).
         product: A [|G| * n, n * |G|], rows (block, copy, j, row of the block), columns (j', s); None for the identity,
             where no element changes the function.
     """
 
     pixels: torch.Tensor
-    terms: torch.Tensor
     mixing: torch.Tensor
     product: torch.Tensor | None
 
@@ -78,24 +75,31 @@ class IrrepsBasis:
     coefficients: torch.Tensor
 
     @property
-    def pixels(self) -> torch.Tensor:
-        """phi [functions, k, k], over all sets."""
-        return torch.cat([functions.pixels for functions in self.sets])
-
-    @property
     def functions(self) -> int:
         """How many functions of the plane there are, over all sets."""
         return sum(len(functions.pixels) for functions in self.sets)
 
-    @property
-    def shapes(self) -> list[tuple[int, int, int]]:
-        """(size, n, size) of each block's matrix in `coefficients`."""
-        return [(size, self.functions, size) for size, _ in self.blocks]
+    def couple(self, steered: Sequence[torch.Tensor]) -> torch.Tensor:
+        """T = A S, of all sets together.
 
-    @property
-    def products(self) -> int:
-        """Multiplications that a pair of fields costs at each pixel."""
-        return self.functions * sum(copies * size**2 for size, copies in self.blocks)
+        Args:
+            steered: S of each set, [n * |G|, ...], rows (j', s).
+
+        Returns:
+            T [functions * |G|, ...], rows (block, copy, function of any set, row of the block).
+        """
+        sets = [
+            s if functions.product is None else torch.tensordot(functions.product, s, 1)
+            for functions, s in zip(self.sets, steered, strict=True)
+        ]  # of each set, rows (block, copy, j, row of the block)
+        rows, row = [], 0
+        for size, copies in self.blocks:
+            for _ in range(copies):
+                for functions, own in zip(self.sets, sets, strict=True):
+                    n = len(functions.pixels)
+                    rows.append(own[row * n : (row + size) * n])
+                row += size
+        return torch.cat(rows)
 
 
 @constant
@@ -123,7 +127,7 @@ def load_irreps_basis(kernel: Kernel) -> IrrepsBasis:
         c = basis.coefficients[:, own] * signs[..., None]  # [n_basis, members, n, |G|]
         c = torch.einsum("bmku,mi->biku", c, back)  # C of phi
         kappas += torch.einsum("biku,ukj->biju", c, d[inverses]).unbind(1)
-        sets += [FunctionSet(member, _terms(member), d, product) for member in phi]
+        sets += [FunctionSet(member, d, product) for member in phi]
 
     kappa = torch.cat(kappas, 1)  # [n_basis, functions, |G|]
     products = [[group.product(g, u) for g in range(group.order)] for u in range(group.order)]
@@ -141,12 +145,6 @@ def load_irreps_basis(kernel: Kernel) -> IrrepsBasis:
 def block_coefficients(kernel: Kernel, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """The coefficients of `load_irreps_basis`, [n_basis, entries]; not to be changed in place."""
     return load_irreps_basis(kernel).coefficients.to(device, dtype)
-
-
-@constant
-def block_products(kernel: Kernel) -> int:
-    """The multiplications of `load_irreps_basis` that a pair of fields costs at each pixel."""
-    return load_irreps_basis(kernel).products
 
 
 def sums_and_differences(size: int) -> torch.Tensor:

@@ -18,7 +18,7 @@ from safetensors.torch import load
 from equivision_timm.constants import constant
 from equivision_timm.kernel_bases.kernel import Kernel, Ring
 
-__all__ = ["load_table", "manifest", "sha256"]
+__all__ = ["load_table", "manifest", "sha256", "table_key"]
 
 FOLDER = Path(__file__).parent
 
@@ -29,13 +29,18 @@ def manifest() -> dict[str, Any]:
     return json.loads((FOLDER / "manifest.json").read_text())
 
 
+def table_key(kernel: Kernel) -> str:
+    """What a table of kernels of this group, size and type of input is called: 'd4/3x3/regular'."""
+    return f"{kernel.group}/{kernel.size}x{kernel.size}/{kernel.input_type}"
+
+
 def load_table(kernel: Kernel) -> tuple[torch.Tensor, torch.Tensor] | None:
     """C [n_basis, J, H] and he_std [n_basis] of the kernels, float64, on the CPU; None where there is no table.
 
     Raises:
         RuntimeError: the table is not the one that the manifest describes.
     """
-    key = f"{kernel.group}/{kernel.size}x{kernel.size}/{kernel.input_type}"
+    key = table_key(kernel)
     if key not in manifest()["tables"] or kernel.low_pass:
         return None
     if kernel.rings != tuple(Ring(**ring) for ring in manifest()["rings"][str(kernel.size)]):

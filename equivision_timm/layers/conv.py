@@ -84,8 +84,9 @@ class SteerableConv2d(nn.Module):
 
     Input [B, in_fields * H, height, width], H = |G| for regular, 1 for trivial input (an image); output
     [B, out_fields * |G|, height', width']; both field-major: channel = field * |G| + element. The padding is
-    dilation * (kernel_size // 2): stride 1 keeps the size, stride 2 halves it, rounded up. Turns by 90 degrees and
-    mirrors of the group are exact where stride 1 is used or height = width is odd; other elements up to resampling.
+    dilation * (kernel_size // 2): stride 1 keeps the size, stride 2 halves it, rounded up. Rotations by 90 degrees
+    and reflections in the group are exact where stride 1 is used or height = width is odd; other elements up to
+    resampling.
     A dilation spreads the taps of the same kernel, as in `nn.Conv2d`.
 
     `weight` has the shape [out_fields, in_fields, n_basis, 1]: two-dimensional and more, so that weight decay applies

@@ -56,6 +56,7 @@ class IrrepNorm(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Scales 1, no shift."""
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 
@@ -118,6 +119,7 @@ class IrrepScale(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """All factors `init_values`."""
         nn.init.constant_(self.gamma, self.init_values)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -132,15 +132,15 @@ class ChangeBasis(nn.Module):
         super().__init__()
         self.group = group
         self.to_basis = to
-        self.transposed: bool = to == "regular"
         self._matrix = irreps_matrix(group, torch.float64, torch.device("cpu"))  # no state: for TorchScript
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.jit.is_scripting():
             matrix = self._matrix.to(x)
-            return torch.mm(matrix.t() if self.transposed else matrix, x.flatten(1)).unflatten(1, x.shape[1:])
+            matrix = matrix.t() if self.to_basis == "regular" else matrix
+            return torch.mm(matrix, x.flatten(1)).unflatten(1, x.shape[1:])
         else:
-            return _change_basis(x, self.group, self.transposed)
+            return _change_basis(x, self.group, self.to_basis)
 
     def extra_repr(self) -> str:
         return f"{self.group!r}, to={self.to_basis!r}"
@@ -150,6 +150,8 @@ register_notrace_module(ChangeBasis)  # one node where timm traces a model for i
 
 
 @torch.fx.wrap  # asks for type and device: one node in a graph of torch.fx
-def _change_basis(x: torch.Tensor, group: str, transposed: bool) -> torch.Tensor:
+def _change_basis(x: torch.Tensor, group: str, to: str) -> torch.Tensor:
+    """f = Q^T f^ or f^ = Q f: x [|G|, ..., fields] as [|G|, values], times [|G|, |G|], and back to its shape."""
     matrix = constant_like(x, irreps_matrix, group)
-    return torch.mm(matrix.t() if transposed else matrix, x.flatten(1)).unflatten(1, x.shape[1:])
+    matrix = matrix.t() if to == "regular" else matrix
+    return torch.mm(matrix, x.flatten(1)).unflatten(1, x.shape[1:])

@@ -53,7 +53,6 @@ class IrrepLinear(nn.Module):
         self.out_fields = out_fields
         self.group = group
         self.to_form = to
-        self.to_blocks: bool = to == "blocks"
         self.ones: int = irreps.ones
         self.multiplicity: int = irreps.multiplicity
         self.weight: nn.Parameter = nn.Parameter(torch.empty(irreps.ones, out_fields, in_fields, **dd))
@@ -73,7 +72,7 @@ class IrrepLinear(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._to_blocks(x) if self.to_blocks else self._to_tokens(x)
+        return self._to_blocks(x) if self.to_form == "blocks" else self._to_tokens(x)
 
     def _to_blocks(self, x: torch.Tensor) -> torch.Tensor:
         widths = [self.in_fields] * self.ones + [2 * self.in_fields] * self.multiplicity

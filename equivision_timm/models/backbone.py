@@ -295,7 +295,7 @@ class EquivariantBackbone(nn.Module):
     @torch.jit.unused
     def kernels(self) -> set[Kernel]:
         """The kernels that its coefficients are of."""
-        return {module.kernel for module in self.modules() if isinstance(module, SteerableConv2d)}
+        return {layer.kernel for layer in self._convolutions().values()}
 
     @torch.jit.unused
     def set_conv_strategy(self, strategy: str | dict[str, str]) -> None:
@@ -330,9 +330,8 @@ class EquivariantBackbone(nn.Module):
         `.to`), which it counts; not when they were changed behind its back, through `.data` or NumPy. Otherwise filters
         are kept on the CPU alone, and all weights are read at each call to see whether they changed.
         """
-        for module in self.modules():
-            if isinstance(module, SteerableConv2d):
-                module.caches_by_version = enable
+        for layer in self._convolutions().values():
+            layer.caches_by_version = enable
 
     @torch.jit.unused
     def conv_strategies(self, size: int = 224, batch_size: int = 8) -> dict[str, str]:

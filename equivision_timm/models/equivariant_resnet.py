@@ -1,16 +1,15 @@
-"""Equivariant ResNets: residual networks whose features turn and mirror with the image.
+"""Equivariant ResNets: residual networks whose features rotate and reflect with the image.
 
 The network is the one of equivision (Klee, https://github.com/dmklee/equivision): a ResNet of steerable convolutions
 on regular fields; after the spatial pooling the maximum over the group makes the logits invariant. Every feature map
 is a plain tensor [B, fields * |G|, H, W], field-major (channel = field * |G| + element).
 
-Quarter turns and mirrors in the group are exact where every stride-2 layer sees an odd size: images of n x n pixels
-with n = 1 mod 32 (225, 257, ...). Turns by 45 degrees are approximate: the pixel grid resamples.
+Rotations by 90 degrees and reflections in the group are exact where every stride-2 layer sees an odd size: images of
+n x n pixels with n = 1 mod 32 (225, 257, ...). Rotations by 45 degrees are approximate: the pixel grid resamples.
 """
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,7 +31,7 @@ from equivision_timm.layers import (
 from equivision_timm.layers.stock import remember
 from equivision_timm.models.backbone import EquivariantBackbone
 from equivision_timm.models.pretrained import WEIGHTS_FILE, build_pretrained, hub_id
-from equivision_timm.models.variants import Variant, register_family
+from equivision_timm.models.variants import Variant, digits_cfg, register_family
 
 Layer = Callable[..., nn.Module]
 
@@ -98,6 +97,7 @@ class BasicBlock(nn.Module):
         self.downsample: nn.Module = _shortcut(unit, in_fields, fields, stride, avg_down)
 
     def zero_init_last(self) -> None:
+        """Start the residual branch at zero."""
         _zero_norm(self.conv2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -151,6 +151,7 @@ class Bottleneck(nn.Module):
         self.downsample: nn.Module = _shortcut(unit, in_fields, out_fields, stride, avg_down)
 
     def zero_init_last(self) -> None:
+        """Start the residual branch at zero."""
         _zero_norm(self.conv3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -355,6 +356,7 @@ class EquivariantResNet(EquivariantBackbone):
         return self.layer4(x)
 
     def remove_stem_pool(self) -> None:
+        """See `EquivariantBackbone`."""
         self.maxpool = nn.Identity()
 
     @torch.jit.unused
@@ -588,20 +590,8 @@ def _converted(name: str, tag: str) -> dict[str, Any]:
 
 
 def _test_resnet(group: str, width: int, name: str, **arguments: Any) -> Variant:
-    """A tiny network for tests and the demo, trained on handwritten digits by scripts/train_digits.py."""
-    cfg = _cfg(
-        file=str(Path(__file__).parents[1] / "digits" / f"{name}.safetensors"),
-        num_classes=10,
-        input_size=(3, 65, 65),
-        pool_size=(3, 3),
-        crop_pct=1.0,
-        mean=(0.0, 0.0, 0.0),  # the black ground stays zero, as the padding and the corners of a rotated image are
-        std=(1.0, 1.0, 1.0),
-        label_names=tuple("0123456789"),
-        description="handwritten digits (MNIST), trained upright",
-        origin_url=None,
-        **_first_conv(arguments),
-    )
+    """A tiny network for tests and the demo, see `digits_cfg`."""
+    cfg = _cfg(**digits_cfg(name, 65), pool_size=(3, 3), **_first_conv(arguments))
     kind = "alias-free ResNet" if arguments else "ResNet"
     summary = f"Tiny {group.upper()} {kind} for tests: {_symmetry(group)}; {width} fields"
     return Variant(summary, {**_TEST_LAYERS, "group": group, "width": width, **arguments}, cfg, "digits")

@@ -16,7 +16,6 @@ included: there is no padding and no stride that skips a pixel. Angles in betwee
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,7 +45,7 @@ from equivision_timm.layers.mlp import IrrepMlp
 from equivision_timm.layers.patch_embed import EquivariantPatchEmbed
 from equivision_timm.layers.tiles import UnfoldTiles, fold_map, tile_count, tile_size
 from equivision_timm.models.pretrained import WEIGHTS_FILE, build_pretrained
-from equivision_timm.models.variants import Variant, register_family
+from equivision_timm.models.variants import Variant, digits_cfg, register_family
 
 __all__ = ["EquivariantBlock", "EquivariantViT"]  # the entrypoints are added below
 
@@ -744,17 +743,7 @@ VARIANTS: dict[str, Variant] = {
         f"Tiny D4 ViT for tests: {INVARIANT}.",
         {"img_size": 64, "patch_size": 16, "embed_dim": 48, "depth": 4, "num_heads": 3, "init_values": 1.0},
         "digits",
-        {
-            "file": str(Path(__file__).parents[1] / "digits" / "test_d4vit.safetensors"),
-            "num_classes": 10,
-            "input_size": (3, 64, 64),
-            "mean": (0.0, 0.0, 0.0),  # the black ground stays zero, as the corners of a rotated image are
-            "std": (1.0, 1.0, 1.0),
-            "label_names": tuple("0123456789"),
-            "description": "handwritten digits (MNIST), trained upright",
-            "origin_url": None,
-            "license": "mit",
-        },
+        digits_cfg("test_d4vit", 64),
     ),
 }
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from timm.models import PretrainedCfg, resolve_pretrained_cfg
 
+from equivision_timm.files import cache_folder
 from equivision_timm.models.tensor_hash import TENSORS_SHA256, hash_tensors
 
 __all__ = [
@@ -75,9 +76,9 @@ def _with_tag(model_name: str) -> str:
 
 
 def weights_folder() -> Path:
-    """The local weights folder: $EQUIVISION_TIMM_WEIGHTS, by default `equivision_timm` in the user's cache folder."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("EQUIVISION_TIMM_WEIGHTS") or f"{cache}/equivision_timm").expanduser()
+    """The local weights folder: $EQUIVISION_TIMM_WEIGHTS, by default `cache_folder`, whose errors it raises."""
+    named = os.environ.get("EQUIVISION_TIMM_WEIGHTS")
+    return Path(named).expanduser() if named else cache_folder()
 
 
 def local_folder(model_name: str) -> Path:
@@ -136,7 +137,7 @@ def find_weights(model_name: str, cache_dir: str | Path | None = None) -> Path:
 
 
 def _check(file: Path, model_name: str, tensors_sha256: str | None, remedy: str) -> None:
-    """Whether a file holds this model, with this hash; None takes the hash in its own metadata, if it carries one."""
+    """Raises WeightsError unless a file holds this model, with this hash; None: that of its own metadata, if any."""
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}

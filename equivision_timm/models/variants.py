@@ -3,12 +3,25 @@
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.nn as nn
 from timm.models import create_model, generate_default_cfgs, register_model
 
-__all__ = ["Variant", "create", "family_of", "forget", "is_ours", "model_names", "register_family"]
+__all__ = [
+    "DIGITS",
+    "Variant",
+    "create",
+    "digits_cfg",
+    "family_of",
+    "forget",
+    "is_ours",
+    "model_names",
+    "register_family",
+]
+
+DIGITS = Path(__file__).parents[1] / "digits"  # digits, and weights of tiny networks that read them
 
 Network = TypeVar("Network", bound=nn.Module)
 _FAMILIES: dict[str, type[nn.Module]] = {}  # by model name
@@ -51,6 +64,25 @@ def register_family(
     for name in variants:
         _FAMILIES[name] = network
         setattr(home, name, register_model(_entrypoint(module, name, variants, create)))
+
+
+def digits_cfg(name: str, size: int) -> dict[str, Any]:
+    """timm's configuration of a tiny network for tests and the demo, whose weights lie in the package.
+
+    They were trained on handwritten digits of size x size pixels by scripts/train_digits.py.
+    """
+    return dict(
+        file=str(DIGITS / f"{name}.safetensors"),
+        num_classes=10,
+        input_size=(3, size, size),
+        crop_pct=1.0,
+        mean=(0.0, 0.0, 0.0),  # the black ground stays zero, as the padding and the corners of a rotated image are
+        std=(1.0, 1.0, 1.0),
+        label_names=tuple("0123456789"),
+        description="handwritten digits (MNIST), trained upright",
+        license="mit",
+        origin_url=None,
+    )
 
 
 def forget(names: Iterable[str]) -> None:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from equivision_timm.arguments import one_line
 from equivision_timm.images.rotation import rotate
 from equivision_timm.models.attributes import attribute
+from equivision_timm.models.variants import DIGITS
 from equivision_timm.tools.figures import check_figure_file, plain_text, save_figure
 from equivision_timm.tools.rotate_eval.measure import averaged
 
@@ -98,7 +99,7 @@ def load_digits() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _weights(file: str) -> Path:
-    return Path(__file__).parents[1] / "digits" / f"{file}.safetensors"
+    return DIGITS / f"{file}.safetensors"
 
 
 def turn(digits: torch.Tensor, degrees: float, size: int) -> torch.Tensor:

@@ -14,13 +14,12 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-from timm.data import resolve_data_config
 
 from equivision_timm.arguments import InputError, check_number
 from equivision_timm.files import check_writable, write_file
 from equivision_timm.models import EquivariantBackbone, EquivariantViT, fuse_blocks
 from equivision_timm.tools.loading import check_model_name
-from equivision_timm.tools.trained import class_names, load_trained, read_class_map
+from equivision_timm.tools.trained import class_names, data_config, load_trained, read_class_map
 from equivision_timm.tools.trial import MOST_PIXELS, try_model
 
 __all__ = ["Exported", "export"]
@@ -69,7 +68,7 @@ def export(model: str, out: Path, size: int | None = None, class_map: Path | Non
     _check_installed()
     names = None if class_map is None else read_class_map(class_map)
     network, training = load_trained(model)
-    config = resolve_data_config({**training, **({} if size is None else {"img_size": size})}, model=network)
+    config = data_config(network, training, size)
     shape = config["input_size"]
     grey = torch.zeros(shape)
     try_model(model, network, lambda: grey, shape[-1], torch.device("cpu"))

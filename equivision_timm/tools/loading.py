@@ -11,7 +11,7 @@ import torch.nn as nn
 from equivision_timm.arguments import InputError
 from equivision_timm.models.pretrained import WeightsError
 
-__all__ = ["InputError", "check_model_name", "load_model", "short_name", "split_spec"]
+__all__ = ["check_model_name", "load_model", "short_name", "split_spec"]
 
 
 def split_spec(spec: str) -> tuple[str, str]:

@@ -14,17 +14,16 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 from PIL import Image
-from timm.data import resolve_data_config
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from tqdm import tqdm
 
 from equivision_timm.arguments import InputError, check_number, one_line
 from equivision_timm.files import check_writable, write_file
-from equivision_timm.images.from_timm import preparation
+from equivision_timm.images.from_timm import picture_mode, preparation
 from equivision_timm.images.pictures import ENDINGS, PictureError, open_rgb
 from equivision_timm.models.attributes import attribute
 from equivision_timm.tools.loading import check_model_name
-from equivision_timm.tools.trained import class_names, load_trained, read_class_map
+from equivision_timm.tools.trained import class_names, data_config, load_trained, read_class_map
 from equivision_timm.tools.trial import MOST_PIXELS, check_memory, explained, find_device, try_model
 
 __all__ = ["Prediction", "predict"]
@@ -92,10 +91,12 @@ def predict(
 
     network, training = load_trained(model)
     network = network.to(target)
-    config = resolve_data_config({**training, **({} if size is None else {"img_size": size})}, model=network)
-    channels, _, side = config["input_size"]
-    if channels not in (1, 3):
-        raise InputError(f"{model!r} takes images of {channels} channels, and pictures have 1 or 3: use another model")
+    config = data_config(network, training, size)
+    side = config["input_size"][-1]
+    try:
+        mode = picture_mode(config)
+    except ValueError as error:
+        raise InputError(f"{model!r}: {error}") from error
     batch_size = min(batch_size, len(files))
     check_memory("--batch-size or --size", batch_size, side)
     prepare = preparation(config)
@@ -108,7 +109,7 @@ def predict(
         with tqdm(total=len(files), unit="image", file=sys.stderr) as progress:
             for start in range(0, len(files), batch_size):
                 chunk = files[start : start + batch_size]
-                pictures = dict(_read(chunk, "L" if channels == 1 else "RGB"))
+                pictures = dict(_read(chunk, mode))
                 if pictures:
                     batch = torch.stack([prepare(picture) for picture in pictures.values()])  # [b, C, side, side]
                     rows += _rows(network, batch.to(target), list(pictures), names, topk)

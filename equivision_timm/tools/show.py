@@ -30,9 +30,9 @@ from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 
 from equivision_timm.arguments import InputError, check_number, shortened
 from equivision_timm.groups import Group
-from equivision_timm.images.from_timm import preparation
+from equivision_timm.images.from_timm import picture_mode, preparation
 from equivision_timm.images.pictures import PictureError, open_rgb
-from equivision_timm.images.rotation import rotate
+from equivision_timm.images.rotation import inscribed_circle, rotate
 from equivision_timm.tools.figures import check_figure_file, plain_text, save_figure
 from equivision_timm.tools.loading import check_model_name, short_name
 from equivision_timm.tools.trained import load_trained
@@ -115,7 +115,7 @@ def scalar_maps(model: nn.Module, images: torch.Tensor, level: int) -> torch.Ten
 
 def map_error(turned_back: torch.Tensor, upright: torch.Tensor) -> float:
     """|turned_back - upright| / |upright| inside the inscribed circle of maps [h, w]."""
-    inside = _circle(*upright.shape)
+    inside = inscribed_circle(upright)
     return ((turned_back - upright)[inside].norm() / upright[inside].norm()).item()
 
 
@@ -215,22 +215,12 @@ def _prepare(picture: Image.Image, config: dict, size: int) -> torch.Tensor:
     Raises:
         ValueError: the model takes neither grey nor RGB images.
     """
-    channels = config["input_size"][0]
-    if channels not in (1, 3):
-        raise ValueError(f"it takes {channels} channels, and pictures have 1 or 3")
-    prepare = preparation({**config, "input_size": (channels, size, size)})
-    return prepare(picture if channels == 3 else picture.convert("L"))
-
-
-def _circle(height: int, width: int) -> torch.Tensor:
-    """[height, width], whether a pixel lies inside the inscribed circle."""
-    y = torch.arange(height)[:, None] - (height - 1) / 2
-    x = torch.arange(width)[None, :] - (width - 1) / 2
-    return torch.hypot(x, y) <= min(height, width) / 2
+    picture = picture.convert(picture_mode(config))
+    return preparation({**config, "input_size": (config["input_size"][0], size, size)})(picture)
 
 
 def _masked(values: torch.Tensor) -> np.ma.MaskedArray:
-    return np.ma.masked_array(values.numpy(), ~_circle(*values.shape).numpy())
+    return np.ma.masked_array(values.numpy(), ~inscribed_circle(values).numpy())
 
 
 def _pixels(image: torch.Tensor, config: dict) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 from safetensors.torch import load_file
-from timm.data import ImageNetInfo, infer_imagenet_subset
+from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.models import clean_state_dict, get_pretrained_cfg
 
@@ -21,7 +21,7 @@ from equivision_timm.images.pictures import ENDINGS
 from equivision_timm.models.attributes import attribute
 from equivision_timm.tools.loading import load_model, split_spec
 
-__all__ = ["class_names", "load_trained", "read_class_map"]
+__all__ = ["class_names", "data_config", "load_trained", "read_class_map"]
 
 
 def load_trained(spec: str, num_classes: int | None = None) -> tuple[nn.Module, dict[str, Any]]:
@@ -49,6 +49,11 @@ def load_trained(spec: str, num_classes: int | None = None) -> tuple[nn.Module, 
     if "gp" in training:
         options["global_pool"] = training["gp"]
     return load_model(spec, num_classes or _classes_of(content, name), **options), training
+
+
+def data_config(model: nn.Module, training: dict[str, Any], size: int | None) -> dict[str, Any]:
+    """How to prepare images: as in the training of `load_trained`, else as the model says; `size` None: as there."""
+    return resolve_data_config({**training, **({} if size is None else {"img_size": size})}, model=model)
 
 
 def _open_checkpoint(path: str) -> dict[str, Any]:

@@ -283,8 +283,8 @@ def test_without_gdown(drive, monkeypatch):
 
 def start_fetch():
     """A process that fetches, and does not know the hash either."""
-    table = "released._TABLE['checkpoints']"
-    forget = f"from equivision_timm.checkpoints.equivision import released; del {table}['{NAME}']['sha256']"
+    table = "released._table('equivision')['checkpoints']"
+    forget = f"from equivision_timm.checkpoints import released; del {table}['{NAME}']['sha256']"
     run = f"from equivision_timm.cli import main; raise SystemExit(main(['fetch', '{NAME}']))"
     command = [sys.executable, "-c", f"{forget}; {run}"]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)

@@ -12,13 +12,12 @@ from safetensors.torch import load_file, save_file
 from support import octic_data
 
 from equivision_timm.checkpoints.fetch import fetch
-from equivision_timm.checkpoints.octic import convert_file as convert_module
 from equivision_timm.checkpoints.octic import translate as translate_module
 from equivision_timm.checkpoints.octic.convert_file import convert_file
 from equivision_timm.checkpoints.octic.read_file import read_octic
-from equivision_timm.checkpoints.octic.released import Released, released
 from equivision_timm.checkpoints.octic.translate import fitting_models, invariants_of, translate, translate_to
 from equivision_timm.checkpoints.read_file import read_checkpoint
+from equivision_timm.checkpoints.released import released_in
 from equivision_timm.models.equivariant_vit import VARIANTS, Variant
 from equivision_timm.models.pretrained import local_folder
 
@@ -222,14 +221,13 @@ def test_nothing_is_written_where_something_is_wrong(tmp_path):
     with pytest.raises(ValueError, match="octic-vits has no weights of d4vit_base_patch16_224; there are: d4vit_large"):
         convert_file(tmp_path / "checkpoint.pth", "d4vit_base_patch16_224", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert convert_module.released is released
 
 
 def test_released_checkpoints():
     names = [name for name in timm.list_models("d4*", module="equivariant_vit") if "large" in name or "huge" in name]
-    assert sorted(released()) == sorted(names)
-    assert len({entry.drive_id for entry in released().values()}) == 8
-    for name, entry in released().items():
-        assert isinstance(entry, Released)
-        assert entry.accuracy.keys() == ({"linear", "knn"} if "dinov2" in name else {"top1"})
-        assert all(0.8 < value < 0.86 for value in entry.accuracy.values())
+    released = released_in("octic")
+    assert sorted(released) == sorted(names)
+    assert len({entry.drive_id for entry in released.values()}) == 8
+    for name, entry in released.items():
+        assert entry.reported.keys() == ({"linear", "knn"} if "dinov2" in name else {"top1"})
+        assert all(0.8 < value < 0.86 for value in entry.reported.values())

@@ -250,7 +250,7 @@ def test_caches_that_are_no_path(new_machine, monkeypatch, tmp_path, cache_home)
 def test_no_home_folder(new_machine, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "relative")
-    with pytest.warns(RuntimeWarning, match="this user has no home folder, HOME is 'relative'. Name a folder"):
+    with pytest.warns(RuntimeWarning, match="this user has no home folder, HOME is 'relative': name one"):
         assert not native_library.available()
 
 

@@ -24,7 +24,7 @@ import torch
 from equivision_timm.checkpoints.change_of_basis import solve, translate_basis
 from equivision_timm.checkpoints.equivision.sign_groups import element_signs, sign_groups
 from equivision_timm.groups import Group
-from equivision_timm.kernel_bases import load_kernel_basis
+from equivision_timm.kernel_bases import load_kernel_basis, table_key
 from equivision_timm.layers import ConvNormAct, SteerableConv2d
 from equivision_timm.models import EquivariantResNet, model_names
 from equivision_timm.models.variants import create
@@ -272,13 +272,9 @@ def _to_canonical(
         return weight, residual
     if filters is not None:
         solved, residual = _coefficients_of(filters, basis, name)
-        _check_filter(filters, weight * elements.get(_key(conv), 1.0), basis, name)
+        _check_filter(filters, weight * elements.get(table_key(conv.kernel), 1.0), basis, name)
         return solved, residual
-    return weight * elements.get(_key(conv), 1.0), 0.0
-
-
-def _key(conv: SteerableConv2d) -> str:
-    return f"{conv.group}/{conv.kernel_size}x{conv.kernel_size}/{conv.input_type}"
+    return weight * elements.get(table_key(conv.kernel), 1.0), 0.0
 
 
 def _signs_by_filters(state_dict: dict[str, torch.Tensor], convs: dict[str, SteerableConv2d], group: str) -> str:
@@ -291,7 +287,8 @@ def _signs_by_filters(state_dict: dict[str, torch.Tensor], convs: dict[str, Stee
         solved, _ = _coefficients_of(state_dict[name.replace(".weights", ".filter")], basis, name)
         product = (solved * state_dict[name].float().view_as(solved)).sum((0, 1))  # [n_basis]
         for index, value in enumerate(product.tolist()):
-            products[_key(conv), index] = products.get((_key(conv), index), 0.0) + value
+            element = (table_key(conv.kernel), index)
+            products[element] = products.get(element, 0.0) + value
     sums = [sum(products.get(element, 0.0) for element in found.elements) for found in sign_groups(group)]
     return "".join("-" if total < 0 else "+" for total in sums)
 

@@ -1,6 +1,5 @@
 """A checkpoint file of the original -> a model folder of ours, and a report: what `convert` and `fetch` run."""
 
-import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from equivision_timm.checkpoints.equivision.sign_groups import known_patterns, p
 from equivision_timm.checkpoints.equivision.signs import MOST_BATCHES, SignSearch, find_signs
 from equivision_timm.checkpoints.folder import check_model_folder, versions, write_model_folder
 from equivision_timm.checkpoints.read_file import read_checkpoint
+from equivision_timm.files import file_sha256
 from equivision_timm.images.photographs import draw_crops, find_photographs, load_photographs
 from equivision_timm.kernel_bases import bases_sha256
 from equivision_timm.models import EquivariantResNet
@@ -109,7 +109,7 @@ def convert_file(
     report = Report(
         folder=Path(out_folder),
         model_name=model_name,
-        source_sha256=_sha256(checkpoint_path),
+        source_sha256=file_sha256(checkpoint_path),
         tensors_sha256=hash_tensors(conversion.state_dict),
         basis_sha256=bases_sha256(model.kernels()),
         basis=conversion.basis,
@@ -139,10 +139,6 @@ def _search(model_name: str, state_dict: dict[str, torch.Tensor], photographs: l
     model.load_state_dict(state_dict)
     more = (draw_crops(photographs, seed=seed) for seed in range(1, MOST_BATCHES))
     return find_signs(model, draw_crops(photographs), more=more)
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _provenance(report: Report) -> dict[str, str]:

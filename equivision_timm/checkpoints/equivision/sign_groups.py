@@ -18,11 +18,9 @@ from importlib import resources
 import torch
 
 from equivision_timm.groups import Group
-from equivision_timm.kernel_bases import Kernel, load_kernel_basis, manifest
+from equivision_timm.kernel_bases import Kernel, load_kernel_basis, manifest, table_key
 
 __all__ = ["SignGroup", "element_signs", "half_turn", "irrep_flips", "known_patterns", "parse_signs", "sign_groups"]
-
-_KERNELS = ((1, "regular"), (3, "regular"), (7, "trivial"))  # those of the networks
 
 
 @dataclass(frozen=True)
@@ -51,9 +49,8 @@ def sign_groups(group_name: str) -> tuple[SignGroup, ...]:
     if not group.reflections or group.rotations == 1:
         return ()
     members: dict[tuple[str, str, str, int], list[tuple[str, int]]] = {}
-    for size, input_type in _KERNELS:
-        key = f"{group_name}/{size}x{size}/{input_type}"
-        sines = _sine_elements(group_name, size, input_type)
+    for kernel in _kernels(group_name):
+        key, sines = table_key(kernel), _sine_elements(kernel)
         for index, element in enumerate(manifest()["elements"][key]):
             harmonic, frequency = element["J"], element["frequency"]
             if frequency and 2 * frequency % group.rotations == 0:
@@ -63,9 +60,14 @@ def sign_groups(group_name: str) -> tuple[SignGroup, ...]:
     return tuple(SignGroup(*triple, tuple(elements)) for triple, elements in members.items())
 
 
-def _sine_elements(group_name: str, size: int, input_type: str) -> list[bool]:
-    """For each basis element, whether its base kernel consists of sines, which mirroring up and down negates."""
-    kernels = load_kernel_basis(Kernel(group_name, size, input_type)).sample()[:, 0]  # [n_basis, H, k, k]
+def _kernels(group_name: str) -> list[Kernel]:
+    """Those of the networks."""
+    return [Kernel(group_name, 1), Kernel(group_name, 3), Kernel(group_name, 7, "trivial")]
+
+
+def _sine_elements(kernel: Kernel) -> list[bool]:
+    """For each basis element, whether its base kernel consists of sines, which reflection up and down negates."""
+    kernels = load_kernel_basis(kernel).sample()[:, 0]  # [n_basis, H, k, k]
     return [torch.allclose(kernel.flip(-2), -kernel, atol=1e-5) for kernel in kernels]
 
 
@@ -110,8 +112,7 @@ def element_signs(group_name: str, signs: str) -> dict[str, torch.Tensor]:
     """{basis key: [n_basis] float32 of +1 and -1} of a pattern."""
     pattern = parse_signs(group_name, signs)
     result = {}
-    for size, input_type in _KERNELS:
-        key = f"{group_name}/{size}x{size}/{input_type}"
+    for key in map(table_key, _kernels(group_name)):
         result[key] = torch.ones(len(manifest()["elements"][key]))
     for sign, group in zip(pattern, sign_groups(group_name), strict=True):
         for key, index in group.elements:

@@ -53,6 +53,7 @@ from equivision_timm.checkpoints.equivision.sign_groups import (
     known_patterns,
     sign_groups,
 )
+from equivision_timm.kernel_bases import table_key
 from equivision_timm.layers import ConvNormAct
 from equivision_timm.models import EquivariantResNet
 
@@ -167,11 +168,13 @@ class Fit:
 
     @property
     def misfit(self) -> float:
-        return sum((r**2).sum().item() for r in self.residuals)  # D
+        """D = sum_layers sum_fields r_f^2."""
+        return sum((r**2).sum().item() for r in self.residuals)
 
     @property
     def log_likelihood(self) -> float:
-        return -0.5 * sum(len(r) * _variance(r).log().item() for r in self.residuals)  # L
+        """L = -1/2 sum_layers n log(mean_fields r_f^2)."""
+        return -0.5 * sum(len(r) * _variance(r).log().item() for r in self.residuals)
 
     def lead(self, other: "Fit") -> float:
         """Vuong's z: by how many standard errors this fit is better than the other."""
@@ -247,7 +250,7 @@ def apply_signs(model: EquivariantResNet, coefficients: dict[str, torch.Tensor],
     elements = element_signs(model.group, pattern)
     for name, module in _conv_norms(model):
         conv = module.conv
-        signs = elements[f"{conv.group}/{conv.kernel_size}x{conv.kernel_size}/{conv.input_type}"].to(conv.weight)
+        signs = elements[table_key(conv.kernel)].to(conv.weight)
         conv.weight.copy_(coefficients[name] * signs[:, None])
 
 

@@ -1,38 +1,16 @@
 """A checkpoint file of ReDet or mmrotate -> a model folder of ours, and a report."""
 
-import hashlib
-import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from equivision_timm.checkpoints.folder import check_model_folder, versions, write_model_folder
+from equivision_timm.checkpoints.folder import Report, check_model_folder, versions, write_model_folder
 from equivision_timm.checkpoints.read_file import read_checkpoint
 from equivision_timm.checkpoints.redet.translate import translate
+from equivision_timm.checkpoints.released import find_released
+from equivision_timm.files import file_sha256
 from equivision_timm.kernel_bases import bases_sha256
 from equivision_timm.models.tensor_hash import TENSORS_SHA256, hash_tensors
 
-__all__ = ["SOURCE", "Report", "convert_file", "released"]
-
-_TABLE = json.loads(Path(__file__).with_name("released.json").read_text(encoding="utf-8"))
-SOURCE: str = _TABLE["source"]
-
-
-def released() -> dict[str, dict[str, Any]]:
-    """The released checkpoints by the name of the model: 'drive_id', 'sha256' (its start), 'top1', 'top5'."""
-    return _TABLE["checkpoints"]
-
-
-@dataclass(frozen=True)
-class Report:
-    """What was converted: the model folder that was written, and the provenance in its file."""
-
-    folder: Path
-    provenance: dict[str, str]
-
-    def __str__(self) -> str:
-        rows = {"written": str(self.folder), **self.provenance}
-        return "\n".join(f"{name:18} {value}" for name, value in rows.items())
+__all__ = ["convert_file"]
 
 
 def convert_file(checkpoint_path: str | Path, model_name: str, out_folder: str | Path) -> Report:
@@ -47,18 +25,19 @@ def convert_file(checkpoint_path: str | Path, model_name: str, out_folder: str |
 
     Raises:
         InputError: `out_folder` cannot be written or holds something else.
-        ValueError: no checkpoint, or one of another model.
+        ValueError: no checkpoint, one of another model, or a model that ReDet has no weights of.
         OSError: a file cannot be read or written.
     """
+    released = find_released("redet", model_name)
     check_model_folder(out_folder, model_name)
     checkpoint_path = Path(checkpoint_path)
     tensors = read_checkpoint(checkpoint_path)
     found = translate(tensors, model_name)
     provenance = {
         "model": model_name,
-        "source": SOURCE,
+        "source": released.source,
         "source_file": checkpoint_path.name,
-        "source_sha256": hashlib.sha256(checkpoint_path.read_bytes()).hexdigest(),
+        "source_sha256": file_sha256(checkpoint_path),
         TENSORS_SHA256: hash_tensors(found.state_dict),
         "basis_sha256": bases_sha256(found.kernels),
         "basis_from": "sampled_basis",

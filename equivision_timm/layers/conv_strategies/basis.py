@@ -40,19 +40,8 @@ def lifting_filter(kernel: Kernel) -> torch.Tensor:
     The rows are (block, copy, function, row of the block).
     """
     basis = load_irreps_basis(kernel)
-    order = len(basis.fourier)
-    sets = []
-    for functions in basis.sets:
-        steered = torch.einsum("jyx,sg->jsgyx", functions.pixels, basis.fourier).flatten(0, 1)  # S = steered * f
-        sets.append(steered if functions.product is None else torch.tensordot(functions.product, steered, 1))
-    rows, row = [], 0
-    for size, copies in basis.blocks:
-        for _ in range(copies):
-            for own in sets:  # [n * |G|, |G|, k, k], rows (block, copy, j, row)
-                n = len(own) // order
-                rows.append(own[row * n : (row + size) * n])
-            row += size
-    return torch.cat(rows)
+    steered = [torch.einsum("jyx,sg->jsgyx", functions.pixels, basis.fourier) for functions in basis.sets]
+    return basis.couple([s.flatten(0, 1) for s in steered])  # S = s * f: [n, |G|, |G|, k, k] -> [n * |G|, |G|, k, k]
 
 
 @constant

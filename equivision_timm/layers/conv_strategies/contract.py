@@ -54,6 +54,7 @@ class Layer:
 
     @property
     def padding(self) -> int:
+        """Pixels on each side: stride 1 keeps the size."""
         return self.dilation * (self.kernel.size // 2)
 
     def out_size(self, height: int, width: int) -> tuple[int, int]:

@@ -13,7 +13,6 @@ leave it as it is without a table.
 
 import hashlib
 import json
-import os
 import warnings
 from functools import cache
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from equivision_timm.files import write_file
+from equivision_timm.files import cache_folder, write_file
 from equivision_timm.layers.conv_strategies import native_library
 from equivision_timm.layers.conv_strategies.basis import named_kernel
 from equivision_timm.layers.conv_strategies.contract import STRATEGIES, Layer
@@ -114,8 +113,7 @@ def table_file(device: torch.device) -> Path:
 
 
 def _folder() -> Path:
-    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return cache_home / "equivision_timm" / "tune"
+    return cache_folder() / "tune"
 
 
 def read_table(device: torch.device) -> dict[str, Any]:
@@ -159,7 +157,12 @@ def update_table(device: torch.device, part: str, name: str, value: dict[str, An
 @cache
 def _choices(device: torch.device, threads: int) -> dict[str, str]:
     """All choices of models that won, by layer; read once in a process."""
-    if not _folder().is_dir() or device.type == "meta" or (device.type == "cuda" and not torch.cuda.is_available()):
-        return {}  # nothing was tuned; no values, or fake ones
+    if device.type == "meta" or (device.type == "cuda" and not torch.cuda.is_available()):
+        return {}  # no values, or fake ones
+    try:
+        if not _folder().is_dir():
+            return {}  # nothing was tuned
+    except OSError:  # no home folder, or one that this user may not look into
+        return {}
     models = read_table(device)["models"].values()
     return {key: name for model in models if model["won"] for key, name in model["choice"].items()}

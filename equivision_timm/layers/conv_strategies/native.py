@@ -232,20 +232,10 @@ def _sums_of_neighbours(kernel: Kernel) -> torch.Tensor:
 
 def _terms(basis: IrrepsBasis, e: torch.Tensor) -> torch.Tensor:
     """c of T = c E, E = e_a(y) e_b(x) * f^: rows (block, copy, function, row of the block), columns (a, b, s)."""
-    order, products = len(basis.fourier), torch.kron(e, e)  # [n * n, k * k]
-    sets = []  # of each set of functions, rows (block, copy, j, row)
-    for functions in basis.sets:
-        terms = functions.pixels.flatten(1) @ torch.linalg.pinv(products)  # phi = terms e e
-        spread = torch.kron(terms, torch.eye(order, dtype=torch.float64, device="cpu"))
-        sets.append(spread if functions.product is None else functions.product @ spread)  # S = spread E, T = A S
-    rows, row = [], 0
-    for size, copies in basis.blocks:
-        for _ in range(copies):
-            for own in sets:
-                n = len(own) // order
-                rows.append(own[row * n : (row + size) * n])
-            row += size
-    terms = torch.cat(rows)
+    inverse = torch.linalg.pinv(torch.kron(e, e))  # [k * k, n * n]
+    every = torch.eye(len(basis.fourier), dtype=torch.float64, device="cpu")
+    spread = [torch.kron(functions.pixels.flatten(1) @ inverse, every) for functions in basis.sets]  # S = spread E
+    terms = basis.couple(spread)
     return torch.where(terms.abs() < 1e-12, 0.0, terms)
 
 

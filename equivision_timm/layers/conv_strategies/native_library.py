@@ -29,6 +29,8 @@ from pathlib import Path
 
 import torch
 
+from equivision_timm.files import cache_folder
+
 __all__ = ["CLayer", "CSparse", "available", "fingerprint", "library", "processor", "why_not"]
 
 _SOURCE = Path(__file__).with_name("native.c")
@@ -163,12 +165,7 @@ def _folder() -> Path:
         OSError: it cannot be made.
         PermissionError: others may have put something there.
     """
-    cache_home = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(cache_home):
-        cache_home = os.path.expanduser("~/.cache")
-    if not os.path.isabs(cache_home):
-        raise FileNotFoundError(f"this user has no home folder, HOME is {os.environ.get('HOME')!r}")
-    folder = Path(cache_home, "equivision_timm/native")
+    folder = cache_folder() / "native"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _check_ours(folder.stat(), folder)
     return folder

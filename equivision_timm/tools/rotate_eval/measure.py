@@ -26,9 +26,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms.functional import pil_to_tensor
 
 from equivision_timm.arguments import InputError
-from equivision_timm.images.from_timm import folder_reader, preparation
+from equivision_timm.images.from_timm import folder_reader, picture_mode, preparation
 from equivision_timm.images.pictures import PictureError, every_ending, open_rgb
-from equivision_timm.images.rotation import rotate
+from equivision_timm.images.rotation import inscribed_circle, rotate
 from equivision_timm.testing import angle_error
 from equivision_timm.tools.rotate_eval.results import Cell
 
@@ -109,6 +109,7 @@ class Folder(Dataset[tuple[torch.Tensor, int] | str]):
         return len(self.reader)
 
     def names(self) -> list[str]:
+        """The files, relative to the folder."""
         return list(map(str, self.reader.filenames()))
 
     @property
@@ -127,11 +128,9 @@ class Folder(Dataset[tuple[torch.Tensor, int] | str]):
         Raises:
             ValueError: the model takes neither grey nor RGB images.
         """
-        channels, height, width = data_config["input_size"]
-        if channels not in (1, 3):
-            raise ValueError(f"it takes {channels} channels, and pictures have 1 or 3")
+        _, height, width = data_config["input_size"]
         self.size: tuple[int, int] = (height, width)
-        self.mode = "L" if channels == 1 else "RGB"
+        self.mode = picture_mode(data_config)
         self.transform = preparation(data_config)
         return self
 
@@ -269,7 +268,4 @@ def _compare(logits: torch.Tensor, reference: torch.Tensor, targets: torch.Tenso
 
 def in_circle(images: torch.Tensor) -> torch.Tensor:
     """Zero, the mean colour after normalisation, outside the circle inscribed in images [B, C, H, W]."""
-    height, width = images.shape[-2:]
-    y = torch.arange(height, device=images.device)[:, None] - (height - 1) / 2
-    x = torch.arange(width, device=images.device)[None, :] - (width - 1) / 2
-    return images * (torch.hypot(x, y) <= min(height, width) / 2)
+    return images * inscribed_circle(images)

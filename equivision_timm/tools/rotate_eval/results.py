@@ -55,6 +55,7 @@ class Cell:
 
     @property
     def key(self) -> tuple[str, int, int]:
+        """What tells cells apart: model, size, rotations averaged."""
         return self.model, self.size, self.turns
 
     def add(
