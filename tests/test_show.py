@@ -17,7 +17,7 @@ import equivision_timm.tools.show as module
 from equivision_timm.arguments import shortened
 from equivision_timm.cli import main
 from equivision_timm.images.rotation import rotate
-from equivision_timm.tools.show import _LONGEST, map_error, scalar_maps
+from equivision_timm.tools.show import _LONGEST, _class_titles, map_error, scalar_maps
 
 
 @pytest.fixture
@@ -136,5 +136,15 @@ def test_class_names_are_drawn_as_they_stand(name: str, photograph: str, tmp_pat
     with matplotlib.rc_context({"svg.fonttype": "none"}):  # text as text
         assert main(["show", photograph, "--model", f"local-dir:{folder}", "--angles", "0,90", "--out", str(out)]) == 0
     drawn = html.unescape(out.read_text())
-    assert shortened(f"reads {name}", _LONGEST) in drawn
+    assert shortened(name.split(",")[0], _LONGEST) in drawn
     assert "$\\x$, 33 px, level 1" in drawn
+
+
+def test_names_of_a_checkpoint_are_not_those_of_other_weights(photograph: str, tmp_path: Path) -> None:
+    """Ten classes, as the digits that the model's own weights tell apart, which are others here."""
+    named = {"label_names": [f"breed {n}" for n in range(10)], "num_classes": 10}
+    file = tmp_path / "trained.pth"
+    model = timm.create_model("test_c8resnet", num_classes=10, pretrained_cfg_overlay=named)
+    torch.save(model.state_dict(), file)
+    assert _class_titles("test_c8resnet", model) == [f"breed {n}" for n in range(10)]
+    assert _class_titles(f"test_c8resnet={file}", model) == [f"class {n}" for n in range(10)]

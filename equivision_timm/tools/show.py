@@ -13,7 +13,6 @@ The map of an equivariant model is the mean over one regular field, which is a p
 is one channel. Shown is the field or channel with the largest variance over the upright image.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import PercentFormatter
 from PIL import Image
-from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
+from timm.data import resolve_data_config
 
 from equivision_timm.arguments import InputError, check_number, shortened
 from equivision_timm.groups import Group
@@ -35,7 +34,7 @@ from equivision_timm.images.pictures import PictureError, open_rgb
 from equivision_timm.images.rotation import inscribed_circle, rotate
 from equivision_timm.tools.figures import check_figure_file, plain_text, save_figure
 from equivision_timm.tools.loading import check_model_name, short_name
-from equivision_timm.tools.trained import load_trained
+from equivision_timm.tools.trained import class_names, load_trained
 from equivision_timm.tools.trial import MOST_CLASSES, MOST_PIXELS, check_memory, explained, try_model
 
 __all__ = ["map_error", "scalar_maps", "show"]
@@ -161,13 +160,13 @@ def _measure(
     reference = reference[chosen]
     limits = reference.min().item(), reference.max().item()
     extent = max(limits[1] - limits[0], torch.finfo(reference.dtype).tiny)  # a flat map has no range
-    names, columns = _class_names(model), []
+    titles, columns = _class_titles(name, model), []
     for angle, image, prediction, found in zip(angles, images, predictions, maps, strict=True):
         returned = rotate(found[None, None], -angle)[0, 0]
         best = int(prediction.argmax())
         columns.append(
             _Column(
-                title=f"{angle:g}°\n{names(best)}\n{prediction[best]:.0%}",
+                title=f"{angle:g}°\n{titles[best]}\n{prediction[best]:.0%}",
                 image=_pixels(image[0], config),
                 map=found.numpy(),
                 returned=_masked(returned),
@@ -229,13 +228,8 @@ def _pixels(image: torch.Tensor, config: dict) -> np.ndarray:
     return (image * std + mean).clamp(0, 1).permute(1, 2, 0).squeeze(-1).numpy()
 
 
-def _class_names(model: nn.Module) -> Callable[[int], str]:
-    """Class index -> name: the model's own names, ImageNet's first word for its classifiers, else the number."""
-    own = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
-    if isinstance(own, list | tuple) and len(own) == model.num_classes:
-        return lambda index: shortened(f"reads {own[index]}", _LONGEST)
-    subset = infer_imagenet_subset(model)
-    if subset is None:
-        return lambda index: f"class {index}"
-    info = ImageNetInfo(subset)
-    return lambda index: shortened(info.index_to_description(index).split(",")[0], _LONGEST)
+def _class_titles(spec: str, model: nn.Module) -> list[str]:
+    """What a picture is read as, by class: its name, ImageNet's first word, else the number."""
+    names = class_names(spec, model, None)
+    titles = [f"class {name}" if name == str(index) else name.split(",")[0] for index, name in enumerate(names)]
+    return [shortened(title, _LONGEST) for title in titles]
