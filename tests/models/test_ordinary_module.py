@@ -173,7 +173,9 @@ def test_devices_must_agree(name, grad):
     with torch.set_grad_enabled(grad):
         assert empty(X.to("meta")).shape == (2, 5)
         for model, images in ((empty, X), (ordinary, X.to("meta"))):
-            with pytest.raises(RuntimeError, match="is not on the expected device|the input is on .* move one of them"):
+            with pytest.raises(
+                RuntimeError, match=r"is not on the expected device|the input is on .* move one of them"
+            ):
                 model(images)
         if name != "resnet18":
             ordinary.layer1[0].conv1.norm.to("meta")
