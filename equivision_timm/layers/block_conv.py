@@ -80,18 +80,13 @@ class BlockConv2d(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         t = self._lift_pixels(x) if self.kernel_size == 1 else self._lift(x)
         y = F.conv2d(t, self.weight, self.bias, groups=self.groups)  # y^ = W T + b^: [B, rows * O, H', W']
-        B, _, H, W = y.shape
-        y = y.reshape(B, -1, self.out_fields * H * W)  # [B, rows, O * H' * W']
-        y = self.fourier @ y  # y = Q^T y^: [B, |G|, O * H' * W']
-        return y.reshape(B, self.order * self.out_fields, H, W)
+        return _mix(self.fourier, y, self.out_fields)  # y = Q^T y^: [B, |G| * O, H', W']
 
     def _lift_pixels(self, x: torch.Tensor) -> torch.Tensor:
         """T = Q x of 1 x 1 kernels: [B, |G| * I, H, W] -> [B, rows * I, H', W']."""
         if self.stride > 1:
-            x = x[:, :, :: self.stride, :: self.stride]
-        B, _, H, W = x.shape
-        t = self.lifting @ x.reshape(B, self.order, self.in_fields * H * W)  # [B, rows, I * H' * W']
-        return t.reshape(B, -1, H, W)
+            x = x[:, :, :: self.stride, :: self.stride].contiguous()
+        return _mix(self.lifting, x, self.in_fields)
 
     def _lift(self, x: torch.Tensor) -> torch.Tensor:
         """T = P * x: [B, |G| * I, H, W] -> [B, rows * I, H', W']."""
@@ -131,6 +126,13 @@ def _pays(conv: SteerableConv2d) -> bool:
     lift = 25 if pixels == 1 else max(100, 1.3 * pixels * order)
     blocks = pairs * functions * order * size + lift * conv.in_fields * functions * order + 25 * conv.out_fields * order
     return order > 1 and dense > 1.2 * blocks
+
+
+def _mix(matrix: torch.Tensor, x: torch.Tensor, fields: int) -> torch.Tensor:
+    """matrix [m, n], x [B, n * fields, H, W] -> [B, m * fields, H, W]."""
+    B, _, H, W = x.shape
+    m, n = matrix.shape  # no -1 below: it has no value for an empty batch
+    return (matrix @ x.reshape(B, n, fields * H * W)).reshape(B, m * fields, H, W)
 
 
 @dataclass(frozen=True)

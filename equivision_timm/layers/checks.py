@@ -5,7 +5,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-import torch.fx
 import torch.nn as nn
 from timm.layers import get_act_layer
 from torch.func import functional_call
@@ -33,15 +32,17 @@ class CheckImage(nn.Module):
         return check_image(x, self.in_chans, self.min_size)
 
 
-@torch.fx.wrap  # one node in a graph of torch.fx, which knows no sizes
 def check_image(x: torch.Tensor, in_chans: int, min_size: int) -> torch.Tensor:
     """x, if it is a batch of images as `CheckImage` expects it.
 
     A message that quotes a size would make torch.compile take it for a constant, so each is written where it is raised.
+    Tracers know no sizes, and what they record leaves this package: nothing is checked there.
 
     Raises:
         AssertionError: it is not.
     """
+    if not isinstance(x, torch.Tensor) or torch.jit.is_tracing():
+        return x
     if x.ndim != 4:
         raise AssertionError(f"expected a batch of images [B, C, H, W], got {x.ndim} dimension(s): add the batch axis")
     if x.shape[1] != in_chans:

@@ -38,14 +38,19 @@ def steerable_conv2d(
 
     Raises:
         ValueError: x has another shape than the coefficients take; or the strategy cannot compute this layer.
-        RuntimeError: x and `weight` differ in type; or the strategy cannot be differentiated in this way.
+        RuntimeError: x and `weight` differ in type or device; or the strategy cannot be differentiated in this way.
     """
     layer, strategy = _choose(x, weight, kernel, stride, dilation, strategy)
     return STRATEGIES[strategy].conv2d(x.to(layer.dtype), weight, layer)
 
 
 def _dtype(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
-    """In which type to compute; as `nn.Conv2d`, also under autocast."""
+    """In which type to compute; as `nn.Conv2d`, also under autocast, and which takes tensors of one device."""
+    if x.device != weight.device:
+        raise RuntimeError(
+            f"the input is on {x.device} and the weight on {weight.device}: move one of them with .to(), or fill a "
+            "model from the meta device with .to_empty() and weights"
+        )
     if not x.is_meta and torch.is_autocast_enabled(x.device.type) and weight.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     if x.dtype != weight.dtype:

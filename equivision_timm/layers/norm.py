@@ -55,12 +55,21 @@ class FieldNorm(nn.Module):
 
     @torch.jit.unused
     def _goes_by_channel(self, x: torch.Tensor) -> bool:
-        """Whether `per_field` is a batch norm as it was made, in a place where it is faster by channel."""
-        if self.order == 1 or not _asks_for_numbers(x):
+        """Whether `per_field` is a batch norm as it was made, in a place where it is better by channel.
+
+        It is faster so in the channels-last format and on other devices. With given statistics, a graph that leaves
+        Python needs no reshape for it, and so stays open for images of every size.
+        """
+        norm = self.per_field
+        if self.order == 1 or not no_global_hooks() or not is_stock(norm, nn.BatchNorm2d):
+            return False
+        if leaves_python():
+            return not norm.training and norm.running_mean is not None
+        if not _asks_for_numbers(x):
             return False
         if x.device.type == "cpu" and (torch.compiler.is_compiling() or not _is_channels_last(x)):
             return False
-        return x.is_floating_point() and no_global_hooks() and is_stock(self.per_field, nn.BatchNorm2d)
+        return x.is_floating_point()
 
     @torch.jit.unused
     def _batch_norm(self, x: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,8 @@ import torch.nn as nn
 from timm.layers import DropBlock2d, DropPath
 from torch.nn.modules import module as torch_module
 
+from equivision_timm.layers.conv_strategies.context import leaves_python
+
 __all__ = ["is_stock", "no_global_hooks", "remember"]
 
 
@@ -19,7 +21,7 @@ def is_stock(module: nn.Module, *classes: type[nn.Module]) -> bool:
         and not module._forward_pre_hooks
         and not {"forward", "_call_impl", "__call__"} & vars(module).keys()
         and module._compiled_call_impl is None
-        and _methods(type(module)) == _METHODS[type(module)]
+        and _is_unpatched(type(module))
     )
 
 
@@ -30,6 +32,11 @@ def no_global_hooks() -> bool:
 
 def _methods(cls: type[nn.Module]) -> tuple:
     return cls.forward, cls.__call__
+
+
+def _is_unpatched(cls: type[nn.Module]) -> bool:
+    forward, call = _METHODS[cls]
+    return cls.forward is forward and (cls.__call__ is call or leaves_python())  # torch.export replaces `__call__`
 
 
 _METHODS: dict[type[nn.Module], tuple] = {}

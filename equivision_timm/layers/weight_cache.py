@@ -31,11 +31,15 @@ class WeightCache:
         return kept[2]
 
     def get(self, sources: tuple[torch.Tensor, ...], key: Hashable, make: Callable[[], Any]) -> Any:
-        """`make()`, or what it returned before, where `sources` (on the CPU) and `key` were the same."""
+        """`make()`, or what it returned before, where `sources` (on the CPU) and `key` were the same.
+
+        What was made while another thread changed the sources is returned, and not kept.
+        """
         kept, now = self.kept, fingerprint(sources)
-        if kept is None or kept[0] != key or not (_equal(sources, kept[1]) if now is None else now == kept[1]):
+        if kept is None or kept[0] != key or not _same_values(sources, now, kept[1]):
             before = [source.detach().clone() for source in sources] if now is None else now
-            kept = self.kept = (key, before, make())
+            kept = (key, before, make())
+            self.kept = kept if _same_values(sources, now and fingerprint(sources), before) else None
         return kept[2]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "WeightCache":
@@ -53,6 +57,11 @@ def _version(tensor: torch.Tensor) -> tuple:
 
 def _same_versions(tensors: tuple[torch.Tensor, ...], before: object) -> bool:
     return isinstance(before, list) and [_version(t) for t in tensors] == [version for _, version in before]
+
+
+def _same_values(sources: tuple[torch.Tensor, ...], now: Hashable, before: list[torch.Tensor] | tuple) -> bool:
+    """Whether the sources, whose fingerprint is `now` (None: it cannot be taken), hold the values that they had."""
+    return _equal(sources, before) if now is None else now == before
 
 
 def _equal(tensors: tuple[torch.Tensor, ...], others: list[torch.Tensor] | tuple) -> bool:

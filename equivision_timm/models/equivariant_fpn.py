@@ -7,6 +7,7 @@ registry: it takes a backbone from there, made with `features_only=True`.
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.models import FeatureDictNet, FeatureInfo
@@ -94,6 +95,7 @@ class EquivariantFPN(nn.Module):
         return _resize(logits, image)
 
 
+@torch.fx.wrap  # asks whether sizes are odd: one node in a graph of torch.fx
 def _resize(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """x [B, C, h', w'] -> [B, C, h, w] by bilinear interpolation to the size of `like` [B, C', h, w].
 

@@ -505,6 +505,20 @@ def test_the_filter_is_made_once(strategy, monkeypatch):
     assert len(made) == 3
 
 
+@pytest.mark.parametrize("step", [1, 2])  # one stretch of memory, of which a fingerprint is taken; or not
+def test_what_was_made_of_weights_that_changed_meanwhile_is_not_kept(step):
+    cache, weight = WeightCache(), torch.zeros(6, 2)[:, ::step]
+
+    def make_while_another_thread_loads():
+        weight.fill_(1)
+        return weight.clone()
+
+    assert cache.get((weight,), "key", make_while_another_thread_loads).eq(1).all()
+    weight.zero_()
+    assert cache.get((weight,), "key", weight.clone).eq(0).all()
+    assert cache.get((weight,), "key", lambda: None) is not None  # unchanged, it is kept
+
+
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
 def test_copies_keep_nothing(copier):
     layer, x = unit("block_diagonal")

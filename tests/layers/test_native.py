@@ -71,8 +71,9 @@ def test_threads_that_end_leave_no_memory():
 
 def test_only_on_the_cpu():
     layer = SteerableConv2d(1, 1, 1, "c4", strategy="native", device="meta")
+    described = layer.describe(torch.device("meta"), torch.float32)
     with torch.no_grad(), pytest.raises(ValueError, match="'native' runs on the CPU, but a tensor is on meta"):
-        layer(torch.zeros(1, 4, 5, 5, device="meta"))
+        STRATEGIES["native"].pack(layer.weight, None, described)
 
 
 @pytest.mark.parametrize("shape", [(2, 7, 5, 5), (2, 12, 5, 5), (8, 5, 5)])

@@ -1,4 +1,4 @@
-"""torch.compile with open sizes: a graph serves every number of images and every size, as that of timm's ResNet-18."""
+"""Open sizes: a graph of torch.compile or torch.export serves every batch and image size, as timm's ResNet-18."""
 
 import pytest
 import timm
@@ -6,7 +6,8 @@ import torch
 import torch.nn as nn
 from torch.fx.experimental.symbolic_shapes import has_static_value
 
-import equivision_timm  # noqa: F401  registers the models
+from equivision_timm import fuse_blocks
+from equivision_timm.layers import FieldNorm
 from equivision_timm.layers.conv_strategies import STRATEGIES
 
 SHAPES = [(2, 3, 33, 33), (3, 3, 65, 65)]
@@ -76,3 +77,44 @@ def test_other_models(name, keywords, shapes):
 def test_control(axis):
     torch.manual_seed(0)
     assert fixed_axes(QuotesItsInput(timm.create_model("resnet18").eval(), axis), SHAPES) >= {axis, 1}
+
+
+def check_export(model: nn.Module) -> None:
+    """Exports `model` with all sizes open; compares its numbers with eager ones at other sizes."""
+    batch, height, width = (
+        torch.export.Dim(name, min=low, max=512) for name, low in zip("bhw", (1, 33, 33), strict=True)
+    )
+    sizes = ({0: batch, 2: height, 3: width},)
+    with torch.no_grad():
+        exported = torch.export.export(model.eval(), (torch.rand(2, 3, 65, 97),), dynamic_shapes=sizes).module()
+        for shape in ((1, 3, 33, 33), (3, 3, 64, 50)):
+            images = torch.rand(shape)
+            torch.testing.assert_close(exported(images), model(images), atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def control_exports():
+    try:
+        check_export(timm.create_model("resnet18"))
+    except torch._dynamo.exc.UserError as error:
+        pytest.skip(f"torch {torch.__version__} refuses timm's resnet18, too: {str(error).splitlines()[0]}")
+
+
+@pytest.mark.usefixtures("control_exports")
+@pytest.mark.parametrize("name", ["test_c8resnet", "test_c8resnetaf"])
+def test_exported(name):
+    torch.manual_seed(0)
+    check_export(timm.create_model(name))
+
+
+@pytest.mark.usefixtures("control_exports")
+def test_exported_blocks():
+    torch.manual_seed(0)
+    check_export(fuse_blocks(timm.create_model("test_c8resnet").eval()))
+
+
+def test_export_control(monkeypatch):
+    """A norm that joins the group with the height leaves no height open."""
+    monkeypatch.setattr(FieldNorm, "_goes_by_channel", lambda self, x: False)
+    with pytest.raises(Exception, match="Constraints violated"):
+        check_export(timm.create_model("test_c8resnet"))

@@ -184,6 +184,7 @@ def test_deployed_forms():
     assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
     torch.testing.assert_close(fused(X), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(torch.jit.script(model)(X), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(X), expected, rtol=1e-4, atol=1e-5)
     n = torch.export.Dim("n", min=1, max=8)
     program = torch.export.export(model, (X,), dynamic_shapes=({2: 32 * n + 1, 3: 32 * n + 1},))  # the exact sizes
     torch.testing.assert_close(program.module()(X), expected, rtol=1e-4, atol=1e-5)

@@ -99,6 +99,13 @@ def test_same_logits_and_no_basis(name: str) -> None:
     assert sum(parameter.numel() for parameter in fused.parameters()) < 0.7 * dense
 
 
+def test_no_images() -> None:
+    fused = fuse_blocks(_model("c8resnet18_fast"))
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert fused(_images()[:0]).shape == (0, fused.num_classes)
+
+
 @torch.no_grad()
 def test_maps_keep_their_layout() -> None:
     """features_only, with and without `map_pool`, forward_features, a segmentation network."""

@@ -165,6 +165,24 @@ def test_types_must_agree(grad, types):
             layer(torch.rand(1, 64, 33, 33, dtype=types[1]))
 
 
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_devices_must_agree(name, grad):
+    """Also where weights would be read by C: the meta device stands for every one whose memory a CPU cannot read."""
+    ordinary, empty = create(name), create(name).to("meta")
+    with torch.set_grad_enabled(grad):
+        assert empty(X.to("meta")).shape == (2, 5)
+        for model, images in ((empty, X), (ordinary, X.to("meta"))):
+            with pytest.raises(
+                RuntimeError, match=r"is not on the expected device|the input is on .* move one of them"
+            ):
+                model(images)
+        if name != "resnet18":
+            ordinary.layer1[0].conv1.norm.to("meta")
+            with pytest.raises(RuntimeError, match="is not on the expected device"):
+                ordinary(X)
+
+
 @pytest.mark.parametrize("strategy", ["expand", *FAST])
 @pytest.mark.parametrize("kernel_size", [1, 3])
 def test_no_pixels(strategy, kernel_size):
@@ -368,6 +386,14 @@ def test_symbolic_trace(name, fuse):
     if fuse:
         targets = {node.target for node in traced.graph.nodes if node.op == "call_function"}
         assert not any("equivision_timm" in str(getattr(target, "__module__", "")) for target in targets)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning", "ignore:`torch.jit.trace:FutureWarning")
+@pytest.mark.parametrize("name", NAMES)
+def test_torchscript_traces_without_a_warning(name):
+    model = create(name)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.trace(model, X)(X), model(X), rtol=1e-4, atol=1e-4)
 
 
 def test_fake_tensors():

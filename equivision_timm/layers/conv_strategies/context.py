@@ -5,11 +5,16 @@ from torch._C._functorch import peek_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-__all__ = ["check_input", "inference_only", "leaves_python", "needs_plain_operations"]
+__all__ = ["check_input", "inference_only", "is_plain", "leaves_python", "needs_plain_operations"]
 
 
 def check_input(x: torch.Tensor, in_fields: int, channels_per_field: int) -> None:
-    """Raises ValueError unless x is a batch of maps, [B, in_fields * channels_per_field, H, W], with pixels."""
+    """Raises ValueError unless x is a batch of maps, [B, in_fields * channels_per_field, H, W], with pixels.
+
+    Not while torch.jit traces, which knows no sizes.
+    """
+    if torch.jit.is_tracing():
+        return
     channels = in_fields * channels_per_field
     if x.ndim != 4 or x.shape[1] != channels:
         raise ValueError(f"a convolution of {in_fields} fields takes [B, {channels}, H, W], but got {list(x.shape)}")
@@ -36,13 +41,13 @@ def needs_plain_operations(*tensors: torch.Tensor) -> bool:
     """
     if _transforms():
         return True
-    return not torch.compiler.is_compiling() and not all(isinstance(t, FakeTensor) or _is_plain(t) for t in tensors)
+    return not torch.compiler.is_compiling() and not all(isinstance(t, FakeTensor) or is_plain(t) for t in tensors)
 
 
 def inference_only(*tensors: torch.Tensor) -> bool:
     """Whether nothing but the numbers of the output is wanted: no gradients, no graph, nobody who counts operations."""
     return (
-        all(isinstance(t, torch.Tensor) and _is_plain(t) for t in tensors)  # no proxy of torch.fx
+        all(isinstance(t, torch.Tensor) and is_plain(t) and not t.is_meta for t in tensors)  # no proxy of torch.fx
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not leaves_python()
@@ -51,7 +56,7 @@ def inference_only(*tensors: torch.Tensor) -> bool:
     )
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
+def is_plain(tensor: torch.Tensor) -> bool:
     """Whether it is a block of numbers whose operations are PyTorch's."""
     dispatch = torch.Tensor.__torch_dispatch__  # pyright: ignore[reportAttributeAccessIssue]  missing in PyTorch's stub
     return getattr(type(tensor), "__torch_dispatch__", None) is dispatch and tensor.layout == torch.strided

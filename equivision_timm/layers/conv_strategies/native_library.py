@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 
 from equivision_timm.files import cache_folder
+from equivision_timm.layers.conv_strategies.context import is_plain
 
 __all__ = ["CLayer", "CSparse", "available", "fingerprint", "library", "processor", "why_not"]
 
@@ -140,9 +141,9 @@ _loaded: dict[torch.dtype, ctypes.CDLL] = {}
 
 
 def fingerprint(tensors: Sequence[torch.Tensor]) -> tuple[Hashable, ...] | None:
-    """What tells these values from all others, but for a chance of 2^-64: of tensors on the CPU.
+    """What tells these values from all others, but for a chance of 2^-64.
 
-    None where nothing has been compiled so far, or a tensor does not lie in one stretch of memory.
+    None where nothing has been compiled so far, or a tensor does not lie in one stretch of memory of the CPU.
     """
     if not _loaded or not all(_is_one_stretch(t) for t in tensors):
         return None
@@ -154,6 +155,8 @@ def fingerprint(tensors: Sequence[torch.Tensor]) -> tuple[Hashable, ...] | None:
 
 
 def _is_one_stretch(tensor: torch.Tensor) -> bool:
+    if tensor.device.type != "cpu" or not is_plain(tensor):
+        return False
     dense = tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
     return dense and not tensor.is_neg()
 
