@@ -207,13 +207,18 @@ class TestCacheFilters:
 
 
 def packed_on_meta(model: nn.Module) -> int:
-    """How many convolutions pack their weights once in two calls on another device than the CPU."""
+    """How many convolutions pack their weights once in two calls on another device than the CPU.
+
+    On the meta device, told that numbers are wanted there.
+    """
     model = copy.deepcopy(model).to("meta")
     model.set_conv_strategy("expand")
     calls = []
     pack = Expand.pack
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Expand, "pack", lambda *a: calls.append(1) or pack(*a))
+        for module in (conv, conv_norm_act):
+            patch.setattr(module, "inference_only", lambda *tensors: True)
         for _ in range(2):
             model(torch.empty(2, 3, 33, 33, device="meta"))
     return len(calls)

@@ -53,7 +53,8 @@ class BlockDiagonal(Strategy):
         return None
 
     def estimate(self, layer: Layer, shape: tuple[int, ...]) -> float:
-        if layer.device.type != "cpu":
+        """For the trivial group, without blocks, it is no choice."""
+        if layer.device.type != "cpu" or layer.order == 1:
             return math.inf
         batch, channels, height, width = shape
         out_height, out_width = layer.out_size(height, width)

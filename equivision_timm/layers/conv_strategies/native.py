@@ -55,8 +55,12 @@ class Native(Strategy):
         return native_library.why_not()
 
     def estimate(self, layer: Layer, shape: tuple[int, ...]) -> float:
-        """In low precision, where values are converted, and for the trivial group, without blocks, it is no choice."""
-        if layer.dtype not in _REALS or layer.order == 1 or not native_library.available():
+        """It is no choice in low precision, where values are converted, and where no product is saved.
+
+        That is for the trivial group and single pixels; a larger kernel of that group has fewer functions than pixels.
+        """
+        saves = layer.order > 1 or layer.kernel.size > 1
+        if layer.dtype not in _REALS or not saves or not native_library.available():
             return math.inf
         batch, _, height, width = shape
         out_height, out_width = layer.out_size(height, width)
