@@ -61,15 +61,13 @@ class FieldNorm(nn.Module):
         Python needs no reshape for it, and so stays open for images of every size.
         """
         norm = self.per_field
-        if self.order == 1 or not no_global_hooks() or not is_stock(norm, nn.BatchNorm2d):
-            return False
         if leaves_python():
-            return not norm.training and norm.running_mean is not None
-        if not _asks_for_numbers(x):
-            return False
-        if x.device.type == "cpu" and (torch.compiler.is_compiling() or not _is_channels_last(x)):
-            return False
-        return x.is_floating_point()
+            better = isinstance(norm, nn.BatchNorm2d) and not norm.training and norm.running_mean is not None
+        elif not _asks_for_numbers(x) or not x.is_floating_point():
+            better = False
+        else:
+            better = x.device.type != "cpu" or (_is_channels_last(x) and not torch.compiler.is_compiling())
+        return better and self.order > 1 and no_global_hooks() and is_stock(norm, nn.BatchNorm2d)
 
     @torch.jit.unused
     def _batch_norm(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """Whether a module is just what its class says, so that its `forward` may be computed in another way."""
 
+from types import MethodType
+
 import torch.nn as nn
 from timm.layers import DropBlock2d, DropPath
 from torch.nn.modules import module as torch_module
@@ -19,7 +21,8 @@ def is_stock(module: nn.Module, *classes: type[nn.Module]) -> bool:
         type(module) in classes
         and not module._forward_hooks
         and not module._forward_pre_hooks
-        and not {"forward", "_call_impl", "__call__"} & vars(module).keys()
+        and not any(name in module.__dict__ for name in ("forward", "_call_impl", "__call__"))
+        and type(module.forward) is MethodType  # torch.compile finds none of these in `__dict__`
         and module._compiled_call_impl is None
         and _is_unpatched(type(module))
     )
