@@ -17,7 +17,7 @@ from timm.data import ImageNetInfo, create_transform, resolve_data_config
 import equivision_timm.tools.predict as module
 from equivision_timm.cli import main
 from equivision_timm.tools.demo import load_digits
-from equivision_timm.tools.trained import class_names
+from equivision_timm.tools.trained import class_names, data_config, load_trained
 
 MODEL = "test_c8resnet"
 DEVICE = ["--device", "cpu"]
@@ -191,3 +191,11 @@ def test_ctrl_c_leaves_the_old_file(digits: Path, tmp_path: Path, monkeypatch: p
     assert capsys.readouterr().err.splitlines()[-1] == "predict: interrupted; nothing was written"
     assert (tmp_path / "out.csv").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out.csv"]
+
+
+def test_input_size_of_the_training(tmp_path: Path) -> None:
+    """`train.py --input-size 1 33 49` says the channels, too; a size that is asked for replaces height and width."""
+    model, training = load_trained(save_training(tmp_path, channels=1, input_size=[1, 33, 49]))
+    assert model.in_chans == 1
+    assert data_config(model, training, None)["input_size"] == (1, 33, 49)
+    assert data_config(model, training, 65)["input_size"] == (1, 65, 65)

@@ -9,6 +9,8 @@ import torch.nn as nn
 from timm.layers import get_act_layer
 from torch.func import functional_call
 
+from equivision_timm.layers.conv_strategies.context import has_sizes
+
 __all__ = ["CheckImage", "check_image", "check_pointwise", "check_positionwise"]
 
 
@@ -36,12 +38,11 @@ def check_image(x: torch.Tensor, in_chans: int, min_size: int) -> torch.Tensor:
     """x, if it is a batch of images as `CheckImage` expects it.
 
     A message that quotes a size would make torch.compile take it for a constant, so each is written where it is raised.
-    Tracers know no sizes, and what they record leaves this package: nothing is checked there.
 
     Raises:
         AssertionError: it is not.
     """
-    if not isinstance(x, torch.Tensor) or torch.jit.is_tracing():
+    if not has_sizes(x):
         return x
     if x.ndim != 4:
         raise AssertionError(f"expected a batch of images [B, C, H, W], got {x.ndim} dimension(s): add the batch axis")

@@ -1,9 +1,9 @@
 """Images -> tokens in the irreps basis, with the interface of timm's PatchEmbed."""
 
 import torch
-import torch.fx
 import torch.nn as nn
 
+from equivision_timm.layers.conv_strategies.context import has_sizes
 from equivision_timm.layers.tiles import TileConv2d
 
 __all__ = ["EquivariantPatchEmbed", "check_patches"]
@@ -74,7 +74,6 @@ class EquivariantPatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)  # [B, C, H / p, W / p] -> [B, N, C]
 
 
-@torch.fx.wrap  # one node in a graph of torch.fx, which knows no sizes
 def check_patches(x: torch.Tensor, patch: int, img_size: tuple[int, int] | None) -> torch.Tensor:
     """x, if its pixels are `img_size`; without one, if patches of `patch` pixels divide them.
 
@@ -83,6 +82,8 @@ def check_patches(x: torch.Tensor, patch: int, img_size: tuple[int, int] | None)
     Raises:
         AssertionError: they do not.
     """
+    if not has_sizes(x):
+        return x
     height, width = x.shape[2], x.shape[3]
     if img_size is not None and (height != img_size[0] or width != img_size[1]):
         raise AssertionError(

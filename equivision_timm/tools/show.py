@@ -25,7 +25,6 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import PercentFormatter
 from PIL import Image
-from timm.data import resolve_data_config
 
 from equivision_timm.arguments import InputError, check_number, shortened
 from equivision_timm.groups import Group
@@ -34,7 +33,7 @@ from equivision_timm.images.pictures import PictureError, open_rgb
 from equivision_timm.images.rotation import inscribed_circle, rotate
 from equivision_timm.tools.figures import check_figure_file, plain_text, save_figure
 from equivision_timm.tools.loading import check_model_name, short_name
-from equivision_timm.tools.trained import class_names, load_trained
+from equivision_timm.tools.trained import class_names, data_config, load_trained
 from equivision_timm.tools.trial import MOST_CLASSES, MOST_PIXELS, check_memory, explained, try_model
 
 __all__ = ["map_error", "scalar_maps", "show"]
@@ -146,12 +145,12 @@ def _measure(
 ) -> list[_Column]:
     """What the picture shows of a model, by angle."""
     model, training = load_trained(name, num_classes)
-    config = resolve_data_config(training, model=model)
-    size = size or config["input_size"][-1]
+    config = data_config(model, training, size)
+    size = config["input_size"][-1]
     check_memory("--size", len(angles), size)
     with explained(name, 1, size, torch.device("cpu"), "lower --size"), torch.inference_mode():
-        try_model(name, model, lambda: _prepare(picture, config, size), size, torch.device("cpu"))
-        upright = _prepare(picture, config, size)[None]  # [1, C, size, size]
+        try_model(name, model, lambda: _prepare(picture, config), size, torch.device("cpu"))
+        upright = _prepare(picture, config)[None]  # [1, C, H, W]
         images = [rotate(upright, angle) for angle in angles]
         predictions = [model(x).softmax(1)[0] for x in images]
         reference = scalar_maps(model, upright, level)[0]  # [maps, h, w]
@@ -208,14 +207,13 @@ def _bare(axes: Axes) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _prepare(picture: Image.Image, config: dict, size: int) -> torch.Tensor:
-    """The picture as the model of a timm data config wants it, [C, size, size].
+def _prepare(picture: Image.Image, config: dict) -> torch.Tensor:
+    """The picture as the model of a timm data config wants it, [C, H, W].
 
     Raises:
         ValueError: the model takes neither grey nor RGB images.
     """
-    picture = picture.convert(picture_mode(config))
-    return preparation({**config, "input_size": (config["input_size"][0], size, size)})(picture)
+    return preparation(config)(picture.convert(picture_mode(config)))
 
 
 def _masked(values: torch.Tensor) -> np.ma.MaskedArray:

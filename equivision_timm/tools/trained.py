@@ -46,6 +46,8 @@ def load_trained(spec: str, num_classes: int | None = None) -> tuple[nn.Module, 
     training = {key: value for key, value in given.items() if value is not None}
     # what train.py hands to create_model, as far as it shapes the entries or what they compute
     options = {**training.get("model_kwargs", {}), **{k: training[k] for k in ("in_chans", "bn_eps") if k in training}}
+    if "in_chans" not in training and "input_size" in training:
+        options["in_chans"] = training["input_size"][0]
     if "gp" in training:
         options["global_pool"] = training["gp"]
     return load_model(spec, num_classes or _classes_of(content, name), **options), training
@@ -53,7 +55,10 @@ def load_trained(spec: str, num_classes: int | None = None) -> tuple[nn.Module, 
 
 def data_config(model: nn.Module, training: dict[str, Any], size: int | None) -> dict[str, Any]:
     """How to prepare images: as in the training of `load_trained`, else as the model says; `size` None: as there."""
-    return resolve_data_config({**training, **({} if size is None else {"img_size": size})}, model=model)
+    config = resolve_data_config(training, model=model)
+    if size is not None:
+        config["input_size"] = (config["input_size"][0], size, size)
+    return config
 
 
 def _open_checkpoint(path: str) -> dict[str, Any]:

@@ -306,6 +306,8 @@ def test_auto_follows_the_machine():
     assert wide.strategy_for(shape, CPU, torch.bfloat16) == "block_diagonal"
     assert wide.strategy_for(shape, torch.device("cuda")) == "expand"
     assert SteerableConv2d(9, 9, 7, "c8").strategy_for((8, 72, 14, 14), CPU) != "native"
+    plain = [SteerableConv2d(512, 512, size, "c1").strategy_for((2, 512, 5, 5), CPU) for size in (1, 3)]
+    assert plain == ["expand", "native"]  # 1 x 1 kernels of the trivial group save no product
 
 
 def test_auto_follows_the_shape(monkeypatch):
@@ -314,6 +316,7 @@ def test_auto_follows_the_shape(monkeypatch):
     assert wide.strategy_for((8, 800, 14, 14), CPU) == "block_diagonal"
     assert narrow.strategy_for((8, 8, 14, 14), CPU) == "expand"
     assert SteerableConv2d(70, 70, 3, "c1").strategy_for((8, 70, 56, 56), CPU) == "expand"
+    assert SteerableConv2d(512, 512, 3, "c1").strategy_for((2, 512, 5, 5), CPU) == "expand"  # it has no blocks
     assert SteerableConv2d(100, 100, 1, "c8").strategy_for((1, 800, 7, 7), CPU) == "block_diagonal"
 
 

@@ -233,11 +233,14 @@ def test_graphs(keywords):
     torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), expected)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.(script|trace).* is (deprecated|not supported)")
 @pytest.mark.parametrize("keywords", [{}, {"invariants": "polynomial"}, {"group": "c4"}, {"group": "d1"}], ids=str)
 def test_torchscript(keywords):
+    """Scripted; and traced, without a warning of sizes that are checked."""
     model, x = create(**keywords), image((2, 3, 64, 64))
     torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))
 
 
 def test_exported_for_all_batch_and_image_sizes():

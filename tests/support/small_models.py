@@ -45,12 +45,14 @@ def save_small_model(
     return f"local-dir:{folder}"
 
 
-def save_training(folder: Path, width: int = 2, classes: int = 3, bn_eps: float | None = None, **arguments) -> str:
+def save_training(
+    folder: Path, width: int = 2, classes: int = 3, channels: int = 3, bn_eps: float | None = None, **arguments
+) -> str:
     """`NAME=CHECKPOINT` of a small network as timm's train.py writes it; `arguments` are those of its command line."""
     torch.manual_seed(0)
-    model = timm.create_model("c4resnet18_fast", num_classes=classes, width=width, bn_eps=bn_eps)
+    model = timm.create_model("c4resnet18_fast", num_classes=classes, width=width, in_chans=channels, bn_eps=bn_eps)
     with torch.no_grad():
-        model.train()(torch.randn(8, 3, 33, 33))
+        model.train()(torch.randn(8, channels, 33, 33))
     always = {"model": "c4resnet18_fast", "model_kwargs": {"width": width}, "bn_eps": bn_eps, "gp": None, "mean": None}
     given = argparse.Namespace(**{**always, **arguments})
     content = {"arch": "c4resnet18_fast", "state_dict": model.state_dict(), "args": given, "epoch": 1}

@@ -8,11 +8,8 @@ the definition alone has an estimate: many small matrices are no fast path on a 
 
 import math
 
-import torch
-from torch.fx.experimental.symbolic_shapes import has_static_value
-
 from equivision_timm.layers.conv_strategies.contract import STRATEGIES, Layer
-from equivision_timm.layers.conv_strategies.measured import measured_choice, measured_choice_compiled
+from equivision_timm.layers.conv_strategies.measured import measured_choice
 
 __all__ = ["choose", "estimated"]
 
@@ -22,14 +19,7 @@ def choose(layer: Layer, shape: tuple[int, ...], training: bool) -> str:
 
     In torch.compile it is chosen once for each graph, and by the estimate where a graph leaves the shape open.
     """
-    if torch.compiler.is_compiling():
-        fixed = all([has_static_value(length) for length in shape])  # a list, which torch.compile can read
-        fields = (layer.kernel.name, layer.in_fields, layer.out_fields, layer.stride, layer.dilation)
-        where = (layer.dtype, layer.device, layer.memory_format)
-        measured = measured_choice_compiled(*fields, *where, shape, training) if fixed else None
-    else:
-        measured = measured_choice(layer, tuple(shape), training)
-    return measured or estimated(layer, shape)
+    return measured_choice(layer, shape, training) or estimated(layer, shape)
 
 
 def estimated(layer: Layer, shape: tuple[int, ...]) -> str:

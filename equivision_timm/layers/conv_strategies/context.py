@@ -5,15 +5,23 @@ from torch._C._functorch import peek_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-__all__ = ["check_input", "inference_only", "is_plain", "leaves_python", "needs_plain_operations"]
+__all__ = ["check_input", "has_sizes", "inference_only", "is_plain", "leaves_python", "needs_plain_operations"]
+
+
+def has_sizes(x: torch.Tensor) -> bool:
+    """Whether x has sizes that can be checked: not so for a proxy of torch.fx, nor while torch.jit traces.
+
+    What these record leaves this package, so a check would have no place in it.
+    """
+    return isinstance(x, torch.Tensor) and not torch.jit.is_tracing()
 
 
 def check_input(x: torch.Tensor, in_fields: int, channels_per_field: int) -> None:
     """Raises ValueError unless x is a batch of maps, [B, in_fields * channels_per_field, H, W], with pixels.
 
-    Not while torch.jit traces, which knows no sizes.
+    Not where it has no sizes.
     """
-    if torch.jit.is_tracing():
+    if not has_sizes(x):
         return
     channels = in_fields * channels_per_field
     if x.ndim != 4 or x.shape[1] != channels:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from equivision_timm.files import cache_folder, write_file
 from equivision_timm.layers.conv_strategies import native_library
@@ -30,22 +31,26 @@ __all__ = [
     "conditions",
     "layer_key",
     "measured_choice",
-    "measured_choice_compiled",
     "read_table",
     "table_file",
     "update_table",
 ]
 
 
-def measured_choice(layer: Layer, shape: tuple[int, ...], training: bool, compiled: bool = False) -> str | None:
-    """The strategy that won for `layer` and an input of `shape`; None where none did.
+def measured_choice(layer: Layer, shape: tuple[int, ...], training: bool) -> str | None:
+    """The strategy that won for `layer` and an input of `shape`, with gradients or without; None where none did.
 
-    Args:
-        layer: the layer.
-        shape: [B, I * H, height, width].
-        training: with gradients, or without.
-        compiled: inside torch.compile, where a model is another competition, or outside.
+    In torch.compile, where a model has choices of its own: None where the graph leaves the shape open.
     """
+    if not torch.compiler.is_compiling():
+        return _choice(layer, tuple(shape), training, compiled=False)
+    if not all([has_static_value(length) for length in shape]):  # a list, which torch.compile can read
+        return None
+    fields = (layer.kernel.name, layer.in_fields, layer.out_fields, layer.stride, layer.dilation)
+    return _choice_for_graph(*fields, layer.dtype, layer.device, layer.memory_format, shape, training)
+
+
+def _choice(layer: Layer, shape: tuple[int, ...], training: bool, compiled: bool) -> str | None:
     choices = _choices(layer.device, torch.get_num_threads())
     if not choices:
         return None
@@ -53,8 +58,8 @@ def measured_choice(layer: Layer, shape: tuple[int, ...], training: bool, compil
     return name if name in STRATEGIES and STRATEGIES[name].supports(layer) is None else None
 
 
-@torch.compiler.assume_constant_result
-def measured_choice_compiled(
+@torch.compiler.assume_constant_result  # torch.compile calls it, with plain values alone
+def _choice_for_graph(
     kernel: str,
     in_fields: int,
     out_fields: int,
@@ -66,9 +71,8 @@ def measured_choice_compiled(
     shape: tuple[int, ...],
     training: bool,
 ) -> str | None:
-    """`measured_choice` while torch.compile traces, which calls it with plain values, the fields of the layer."""
     layer = Layer(named_kernel(kernel), in_fields, out_fields, stride, dilation, dtype, device, memory_format)
-    return measured_choice(layer, tuple(shape), training, compiled=True)
+    return _choice(layer, tuple(shape), training, compiled=True)
 
 
 def layer_key(layer: Layer, shape: tuple[int, ...], training: bool, compiled: bool = False) -> str:
