@@ -146,10 +146,10 @@ def _measure(
     """What the picture shows of a model, by angle."""
     model, training = load_trained(name, num_classes)
     config = data_config(model, training, size)
-    size = config["input_size"][-1]
-    check_memory("--size", len(angles), size)
-    with explained(name, 1, size, torch.device("cpu"), "lower --size"), torch.inference_mode():
-        try_model(name, model, lambda: _prepare(picture, config), size, torch.device("cpu"))
+    side = config["input_size"][-1]
+    check_memory("--size", len(angles), side)
+    with explained(name, 1, side, torch.device("cpu"), "lower --size"), torch.inference_mode():
+        try_model(name, model, lambda: _prepare(picture, config), side, torch.device("cpu"))
         upright = _prepare(picture, config)[None]  # [1, C, H, W]
         images = [rotate(upright, angle) for angle in angles]
         predictions = [model(x).softmax(1)[0] for x in images]
