@@ -2,7 +2,7 @@
 
 import sys
 
-from equivision_timm.cli import main
+from equivision_timm.cli.main import main
 from equivision_timm.starting import raise_on_ctrl_c
 
 __all__ = ["run"]

@@ -27,8 +27,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from train_digits import Recipe, load_digits, train
 
 import equivision_timm  # noqa: F401  registers the models
+from equivision_timm.cli.demo import turn
 from equivision_timm.testing import angle_error, calibrate_norms
-from equivision_timm.tools.demo import turn
 
 RESULTS = Path(__file__).parent / "benchmarks" / "angle.json"
 SIZE = 225

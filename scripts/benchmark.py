@@ -52,11 +52,11 @@ import torch.nn.functional as F
 from timm.utils.model import reparameterize_model
 from tqdm import tqdm
 
-from equivision_timm.checkpoints.model_card import complexity
 from equivision_timm.layers import ConvNormAct, MaxPool2d, SteerableConv2d
-from equivision_timm.layers.conv_strategies import STRATEGIES
-from equivision_timm.layers.conv_strategies.basis import block_counts
+from equivision_timm.layers.strategies import STRATEGIES
+from equivision_timm.layers.strategies.basis import block_counts
 from equivision_timm.models import model_names
+from equivision_timm.weights.model_card import complexity
 
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
 DEFAULT_MODELS = ("c8resnet50", "d4resnet50", "c4resnet50", "d8resnet18", "c8resnet18", "d4resnet18", "c4resnet18")
@@ -172,7 +172,7 @@ def build(form: str, name: str, mode: str, setting: Setting) -> nn.Module:
         elif form.startswith("dense"):
             model = dense_twin(model)
         elif form == "escnn":
-            from equivision_timm.checkpoints.equivision.to_escnn import (
+            from equivision_timm.weights.equivision.to_escnn import (
                 to_escnn,  # the extra is needed for --escnn alone
             )
 

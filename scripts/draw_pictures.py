@@ -19,10 +19,10 @@ from tempfile import TemporaryDirectory
 
 from PIL import Image
 
-from equivision_timm.tools import demo
-from equivision_timm.tools.rotate_eval.measure import parse_angles
-from equivision_timm.tools.rotate_eval.run import rotate_eval
-from equivision_timm.tools.show import show
+from equivision_timm.cli import demo
+from equivision_timm.cli.rotate_eval.measure import parse_angles
+from equivision_timm.cli.rotate_eval.run import rotate_eval
+from equivision_timm.cli.show import show
 
 MODELS = ["test_c8resnetaf", "test_c8resnet", "test_d4resnet", "test_c1resnet"]
 SHOWN = ["test_c8resnet", "test_c1resnet"]

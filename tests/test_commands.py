@@ -16,12 +16,12 @@ from PIL import Image
 from support.small_models import save_small_model
 
 import equivision_timm
-import equivision_timm.tools.demo as demo_module
-import equivision_timm.tools.show as show_module
-from equivision_timm.checkpoints.equivision import convert_file as convert_module
-from equivision_timm.cli import main
+import equivision_timm.cli.demo as demo_module
+import equivision_timm.cli.show as show_module
+from equivision_timm.cli.main import main
+from equivision_timm.cli.rotate_eval import run as rotate_eval_module
 from equivision_timm.starting import end_on_ctrl_c, raise_on_ctrl_c
-from equivision_timm.tools.rotate_eval import run as rotate_eval_module
+from equivision_timm.weights.equivision import convert_file as convert_module
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from timm.data import create_transform, resolve_data_config
 
 import equivision_timm
 from equivision_timm.arguments import InputError
-from equivision_timm.cli import main
-from equivision_timm.tools import demo
+from equivision_timm.cli import demo
+from equivision_timm.cli.main import main
 
 PACKAGE = Path(equivision_timm.__file__).parent
 ANGLES = (0, 45, 90, 180)

@@ -9,8 +9,8 @@ import torch
 import torch.nn as nn
 from packaging.version import Version
 
-import equivision_timm.tools.export as module
-from equivision_timm.cli import main
+import equivision_timm.cli.export as module
+from equivision_timm.cli.main import main
 
 pytestmark = pytest.mark.skipif(Version(torch.__version__) < Version("2.9"), reason="its exporter cannot write ViTs")
 for _name in ("onnx", "onnxscript", "onnxruntime"):

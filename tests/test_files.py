@@ -10,8 +10,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from equivision_timm.arguments import InputError
+from equivision_timm.cli.figures import FORMATS, check_figure_file, figure_bytes, plain_text, save_figure
 from equivision_timm.files import check_writable, write_file
-from equivision_timm.tools.figures import FORMATS, check_figure_file, figure_bytes, plain_text, save_figure
 
 
 def test_mode_link_and_folders_are_kept(tmp_path: Path) -> None:

@@ -44,8 +44,8 @@ for name in kept:
     delattr(os, name)  # while we are imported
 import equivision_timm
 from equivision_timm import cli
-from equivision_timm.checkpoints.folder import write_model_folder
-from equivision_timm.layers.conv_strategies import native_library
+from equivision_timm.weights.folder import write_model_folder
+from equivision_timm.layers.strategies import native_library
 
 for name, value in kept.items():
     setattr(os, name, value)  # for the others again

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import timm
 
-from equivision_timm.checkpoints.model_card import complexity
-from equivision_timm.cli import main
+from equivision_timm.cli.list_models import list_models
+from equivision_timm.cli.main import main
 from equivision_timm.models import model_names, pretrained
 from equivision_timm.models.pretrained import WEIGHTS_FILE, local_folder
-from equivision_timm.tools.list_models import list_models
+from equivision_timm.weights.model_card import complexity
 
 
 @pytest.fixture(autouse=True)

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image, features
 from timm.data import create_dataset, get_img_extensions
 
+from equivision_timm.cli.rotate_eval.measure import Folder
 from equivision_timm.images.photographs import find_photographs
 from equivision_timm.images.pictures import ENDINGS, MOST_PIXELS, PictureError, every_ending, open_rgb
 from equivision_timm.images.rotation import RotatedFolder
-from equivision_timm.tools.rotate_eval.measure import Folder
 
 GREY = np.random.default_rng(0).integers(0, 256, (24, 40), dtype=np.uint8)
 GREY[0, :2] = 0, 255

@@ -14,10 +14,10 @@ from PIL import Image
 from support.small_models import save_small_model, save_training
 from timm.data import ImageNetInfo, create_transform, resolve_data_config
 
-import equivision_timm.tools.predict as module
-from equivision_timm.cli import main
-from equivision_timm.tools.demo import load_digits
-from equivision_timm.tools.trained import class_names, data_config, load_trained
+import equivision_timm.cli.predict as module
+from equivision_timm.cli.demo import load_digits
+from equivision_timm.cli.main import main
+from equivision_timm.cli.trained import class_names, data_config, load_trained
 
 MODEL = "test_c8resnet"
 DEVICE = ["--device", "cpu"]

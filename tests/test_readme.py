@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from equivision_timm.arguments import InputError
-from equivision_timm.cli import _parser
+from equivision_timm.cli.main import _parser
 from equivision_timm.models import model_names
 
 ROOT = Path(__file__).parents[1]

@@ -13,15 +13,15 @@ from PIL import Image
 from timm.models import build_model_with_cfg
 
 from equivision_timm import ConvNormAct, EquivariantBackbone, Group, SteerableConv2d, model_names
-from equivision_timm.checkpoints.folder import write_model_folder
-from equivision_timm.checkpoints.verify import verify
-from equivision_timm.cli import main
-from equivision_timm.layers.conv_strategies import STRATEGIES, register
-from equivision_timm.layers.conv_strategies.expand import Expand
+from equivision_timm.cli.main import main
+from equivision_timm.layers.strategies import STRATEGIES, register
+from equivision_timm.layers.strategies.expand import Expand
 from equivision_timm.models.equivariant_resnet import EquivariantResNet, _create, _resnet
 from equivision_timm.models.tensor_hash import TENSORS_SHA256, hash_tensors
 from equivision_timm.models.variants import Variant, forget, register_family
 from equivision_timm.testing import assert_equivariant, equivariance_error
+from equivision_timm.weights.folder import write_model_folder
+from equivision_timm.weights.verify import verify
 
 
 class Block(nn.Module):

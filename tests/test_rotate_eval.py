@@ -28,17 +28,17 @@ from timm.data import create_transform, resolve_data_config
 from torchvision.datasets import ImageFolder
 
 from equivision_timm.arguments import InputError
-from equivision_timm.cli import main
+from equivision_timm.cli.figures import plain_text
+from equivision_timm.cli.main import main
+from equivision_timm.cli.rotate_eval import run
+from equivision_timm.cli.rotate_eval.measure import Folder, averaged, parse_angles
+from equivision_timm.cli.rotate_eval.pictures import _curve, _style, draw, draw_samples, label
+from equivision_timm.cli.rotate_eval.report import write_report
+from equivision_timm.cli.rotate_eval.results import Cell, Results
+from equivision_timm.cli.rotate_eval.run import rotate_eval
+from equivision_timm.cli.trained import load_trained
 from equivision_timm.models.tensor_hash import hash_tensors
 from equivision_timm.testing import angle_error
-from equivision_timm.tools.figures import plain_text
-from equivision_timm.tools.rotate_eval import run
-from equivision_timm.tools.rotate_eval.measure import Folder, averaged, parse_angles
-from equivision_timm.tools.rotate_eval.pictures import _curve, _style, draw, draw_samples, label
-from equivision_timm.tools.rotate_eval.report import write_report
-from equivision_timm.tools.rotate_eval.results import Cell, Results
-from equivision_timm.tools.rotate_eval.run import rotate_eval
-from equivision_timm.tools.trained import load_trained
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +264,7 @@ def test_ctrl_c_leaves_what_was_measured(c4: str, tmp_path: Path) -> None:
     options = ["--angles", "0:360:5", "-b", "4", "-j", "0", "--device", "cpu", "--out", str(tmp_path / "out")]
     program = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in background jobs
-        "from equivision_timm.cli import main; sys.exit(main())"
+        "from equivision_timm.cli.main import main; sys.exit(main())"
     )
     command = [sys.executable, "-c", program, "rotate-eval", "--models", c4, "--data", str(folder), *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})

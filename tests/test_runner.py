@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from equivision_timm.cli import main
+from equivision_timm.cli.main import main
 
 SCRIPT = """
 import os, sys

@@ -13,11 +13,11 @@ from matplotlib.text import Text
 from PIL import Image
 from support.small_models import save_small_model, save_training
 
-import equivision_timm.tools.show as module
+import equivision_timm.cli.show as module
 from equivision_timm.arguments import shortened
-from equivision_timm.cli import main
+from equivision_timm.cli.main import main
+from equivision_timm.cli.show import _LONGEST, _class_titles, map_error, scalar_maps
 from equivision_timm.images.rotation import rotate
-from equivision_timm.tools.show import _LONGEST, _class_titles, map_error, scalar_maps
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ SCRIPT = """
 import json, sys
 for name in sys.argv[1].split():
     sys.modules[name] = None  # importing it fails
-from equivision_timm.cli import main
+from equivision_timm.cli.main import main
 statuses = []
 for arguments in json.loads(sys.argv[2]):
     statuses.append(main(arguments))

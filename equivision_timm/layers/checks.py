@@ -9,7 +9,7 @@ import torch.nn as nn
 from timm.layers import get_act_layer
 from torch.func import functional_call
 
-from equivision_timm.layers.conv_strategies.context import has_sizes
+from equivision_timm.layers.strategies.context import has_sizes
 
 __all__ = ["CheckImage", "check_image", "check_pointwise", "check_positionwise"]
 

@@ -13,16 +13,16 @@ from timm.layers import register_notrace_module
 from equivision_timm.constants import constant_like
 from equivision_timm.groups import group_order
 from equivision_timm.kernel_bases import Kernel, initial_std, sample_kernels
-from equivision_timm.layers.conv_strategies import STRATEGIES, Layer, auto, expand
-from equivision_timm.layers.conv_strategies.basis import named_kernel
-from equivision_timm.layers.conv_strategies.context import (
+from equivision_timm.layers.stock import is_stock, remember
+from equivision_timm.layers.strategies import STRATEGIES, Layer, auto, expand
+from equivision_timm.layers.strategies.basis import named_kernel
+from equivision_timm.layers.strategies.context import (
     check_input,
     inference_only,
     leaves_python,
     needs_plain_operations,
 )
-from equivision_timm.layers.conv_strategies.contract import finish
-from equivision_timm.layers.stock import is_stock, remember
+from equivision_timm.layers.strategies.contract import finish
 from equivision_timm.layers.weight_cache import WeightCache
 
 __all__ = ["SteerableConv2d", "steerable_conv2d"]
@@ -98,7 +98,7 @@ class SteerableConv2d(nn.Module):
     to it; the input second, so that timm can adapt it to other numbers of image channels; the last axis because a
     channels-last model takes 4-D parameters.
 
-    The output does not depend on `strategy` but for float noise, the time does (`conv_strategies/`). Graphs that leave
+    The output does not depend on `strategy` but for float noise, the time does (`strategies/`). Graphs that leave
     Python (TorchScript, `torch.export`, ONNX) contain the definition, 'expand', in standard operators.
 
     Args:

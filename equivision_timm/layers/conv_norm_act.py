@@ -9,9 +9,9 @@ from timm.layers import DropBlock2d, DropPath, register_notrace_module
 
 from equivision_timm.layers.block_conv import element_major_conv
 from equivision_timm.layers.conv import SteerableConv2d
-from equivision_timm.layers.conv_strategies.context import inference_only
 from equivision_timm.layers.norm import FieldNorm
 from equivision_timm.layers.stock import is_stock, no_global_hooks, remember
+from equivision_timm.layers.strategies.context import inference_only
 
 __all__ = ["ConvNormAct"]
 

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 import torch.nn as nn
 
-from equivision_timm.layers.conv_strategies.context import leaves_python, needs_plain_operations
 from equivision_timm.layers.field_batch_norm import field_batch_norm, field_batch_norm_by_definition, normalize
 from equivision_timm.layers.stock import is_stock, no_global_hooks, remember
+from equivision_timm.layers.strategies.context import leaves_python, needs_plain_operations
 
 __all__ = ["FieldNorm"]
 

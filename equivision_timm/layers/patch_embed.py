@@ -3,7 +3,7 @@
 import torch
 import torch.nn as nn
 
-from equivision_timm.layers.conv_strategies.context import has_sizes
+from equivision_timm.layers.strategies.context import has_sizes
 from equivision_timm.layers.tiles import TileConv2d
 
 __all__ = ["EquivariantPatchEmbed", "check_patches"]

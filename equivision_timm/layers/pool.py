@@ -6,8 +6,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import SelectAdaptivePool2d, register_notrace_module
 
-from equivision_timm.layers.conv_strategies.context import leaves_python, needs_plain_operations
 from equivision_timm.layers.stock import is_stock, remember
+from equivision_timm.layers.strategies.context import leaves_python, needs_plain_operations
 
 __all__ = ["GroupPool", "InvariantPool", "MaxPool2d"]
 

@@ -6,7 +6,7 @@ import torch.nn as nn
 from timm.layers import DropBlock2d, DropPath
 from torch.nn.modules import module as torch_module
 
-from equivision_timm.layers.conv_strategies.context import leaves_python
+from equivision_timm.layers.strategies.context import leaves_python
 
 __all__ = ["is_stock", "no_global_hooks", "remember"]
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from equivision_timm.layers.conv_strategies.native_library import fingerprint
+from equivision_timm.layers.strategies.native_library import fingerprint
 
 __all__ = ["WeightCache"]
 

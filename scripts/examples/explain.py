@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 
 import equivision_timm  # noqa: F401  registers the models
+from equivision_timm.cli.demo import load_digits
 from equivision_timm.images.rotation import rotate
-from equivision_timm.tools.demo import load_digits
 
 Explain = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 

@@ -11,9 +11,9 @@ import torch
 import torch.nn as nn
 
 from equivision_timm.layers import SteerableConv2d
-from equivision_timm.layers.conv_strategies import STRATEGIES, native, native_library
-from equivision_timm.layers.conv_strategies.block_diagonal import block_weights
-from equivision_timm.layers.conv_strategies.expand import dense_filter
+from equivision_timm.layers.strategies import STRATEGIES, native, native_library
+from equivision_timm.layers.strategies.block_diagonal import block_weights
+from equivision_timm.layers.strategies.expand import dense_filter
 
 NATIVE = STRATEGIES["native"]
 pytestmark = pytest.mark.skipif(bool(native_library.why_not()), reason=str(native_library.why_not()))

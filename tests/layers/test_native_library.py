@@ -18,7 +18,7 @@ import timm
 import torch
 
 from equivision_timm.layers import SteerableConv2d
-from equivision_timm.layers.conv_strategies import native_library
+from equivision_timm.layers.strategies import native_library
 
 pytestmark = pytest.mark.skipif(bool(native_library.why_not()), reason=str(native_library.why_not()))
 
@@ -270,7 +270,7 @@ def test_where_nothing_can_be_executed(tmp_path, memory):
 import os, sys, warnings, torch
 if not {memory}:
     del os.memfd_create
-from equivision_timm.layers.conv_strategies.native_library import available
+from equivision_timm.layers.strategies.native_library import available
 with warnings.catch_warnings(record=True) as warned:
     warnings.simplefilter("always")
     print([available() for _ in range(2)], [str(w.message) for w in warned])
@@ -297,7 +297,7 @@ def test_a_path_that_is_too_long(new_machine, monkeypatch):
 
 def test_two_processes_compile_at_once(new_machine):
     code = (
-        "import torch; from equivision_timm.layers.conv_strategies.native_library import library; "
+        "import torch; from equivision_timm.layers.strategies.native_library import library; "
         "print(library(torch.float32))"
     )
     runs = [
@@ -407,7 +407,7 @@ def test_a_compiler_from_a_package(tmp_path):
     """Found by itself where the system has none."""
     pytest.importorskip("ziglang", reason="extra `native`: a C compiler as a package")
     code = (
-        "from equivision_timm.layers.conv_strategies import native_library as n; import torch; "
+        "from equivision_timm.layers.strategies import native_library as n; import torch; "
         "print(n._compiler()[1:]); n.library(torch.float32)"
     )
     (tmp_path / "bin").mkdir()

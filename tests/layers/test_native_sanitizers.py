@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from equivision_timm.layers import SteerableConv2d
-from equivision_timm.layers.conv_strategies import STRATEGIES, native, native_library
+from equivision_timm.layers.strategies import STRATEGIES, native, native_library
 
 LAYERS = 30
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-11}

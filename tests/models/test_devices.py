@@ -11,9 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from equivision_timm.layers import SteerableConv2d, conv, conv_norm_act
-from equivision_timm.layers.conv_strategies import STRATEGIES
-from equivision_timm.layers.conv_strategies.expand import Expand
 from equivision_timm.layers.norm import FieldNorm
+from equivision_timm.layers.strategies import STRATEGIES
+from equivision_timm.layers.strategies.expand import Expand
 
 LAST = torch.channels_last
 MODELS = ["c8resnet18_fast", "c8resnet50_fast", "c8resnetaa50d", "c8resnetaf18_fast"]

@@ -8,7 +8,7 @@ from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from equivision_timm import fuse_blocks
 from equivision_timm.layers import FieldNorm
-from equivision_timm.layers.conv_strategies import STRATEGIES
+from equivision_timm.layers.strategies import STRATEGIES
 
 SHAPES = [(2, 3, 33, 33), (3, 3, 65, 65)]
 PATCHES = [(2, 3, 32, 32), (3, 3, 64, 64)]

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from equivision_timm.cli import main
+from equivision_timm.cli.demo import load_digits, predict, turn
+from equivision_timm.cli.main import main
 from equivision_timm.groups import Group
 from equivision_timm.testing import assert_equivariant
-from equivision_timm.tools.demo import load_digits, predict, turn
 
 
 def test_reads_held_out_digits_in_every_orientation():

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import equivision_timm  # noqa: F401  registers the models
 from equivision_timm.layers import SteerableConv2d
-from equivision_timm.layers.conv_strategies import native_library
+from equivision_timm.layers.strategies import native_library
 
 LACKS = native_library.why_not()
 needs_native = pytest.mark.skipif(bool(LACKS), reason=str(LACKS))

@@ -14,7 +14,7 @@ import torch.nn as nn
 from safetensors import safe_open
 from timm.models import save_for_hf
 
-from equivision_timm.tools.demo import load_digits, predict, turn
+from equivision_timm.cli.demo import load_digits, predict, turn
 
 NAMES = ("test_c8resnetaf", "test_c8resnet", "test_d4resnet", "test_c1resnet")
 

@@ -65,7 +65,7 @@ def _create_pretrained(name: str, keywords: dict) -> float | str:
 
 def run_command(*arguments: str) -> tuple[int, str, str]:
     """Exit status, output and errors of `python -m equivision_timm`."""
-    from equivision_timm.cli import main
+    from equivision_timm.cli.main import main
 
     with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(io.StringIO()) as errors:
         status = main(list(arguments))

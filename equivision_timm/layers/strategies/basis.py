@@ -1,0 +1,80 @@
+"""The constants that a strategy multiplies coefficients or maps with, of the type and on the device it needs."""
+
+import torch
+
+from equivision_timm.constants import constant, constant_like
+from equivision_timm.kernel_bases import Kernel, block_coefficients, load_irreps_basis, sample_kernels
+from equivision_timm.layers.strategies.context import leaves_python
+
+__all__ = ["basis_for", "block_counts", "block_shapes", "lifting_filter", "named_kernel"]
+
+
+@constant
+def named_kernel(name: str) -> Kernel:
+    """The kernels called `name`."""
+    return Kernel.from_name(name)
+
+
+def basis_for(like: torch.Tensor, kernel: str, form: str) -> torch.Tensor:
+    """A constant, not to be changed in place.
+
+    Args:
+        like: whose type and device it gets.
+        kernel: name of the kernels.
+        form: 'pixels', the kernels [n_basis, |G|, H, k, k]; 'blocks', the coefficients [n_basis, entries] of those for
+            regular input in the irreps basis, block diagonal; 'lifting', the filter of `lifting_filter`; or
+            'fourier', Q [|G|, |G|].
+    """
+    if torch.compiler.is_dynamo_compiling() and not leaves_python():  # as a node of the graph, on every device
+        return torch.ops.equivision_timm.kernel_basis(like.detach(), kernel, form)
+    return constant_like(like, _basis, kernel, form)
+
+
+def lifting_filter(kernel: Kernel) -> torch.Tensor:
+    """P [|G| * functions, |G|, k, k], float64: T = P * f, of each regular field f.
+
+    It joins the steps f^ = Q f, S[j, s] = phi_j * f^[s] and T = A S of `irreps_basis.py`:
+
+        P[t, g](x) = sum_{j, s} A[t, (j, s)] phi_j(x) Q[s, g]
+
+    The rows are (block, copy, function, row of the block).
+    """
+    basis = load_irreps_basis(kernel)
+    steered = [torch.einsum("jyx,sg->jsgyx", functions.pixels, basis.fourier) for functions in basis.sets]
+    return basis.couple([s.flatten(0, 1) for s in steered])  # S = s * f: [n, |G|, |G|, k, k] -> [n * |G|, |G|, k, k]
+
+
+@constant
+def block_shapes(kernel: str) -> tuple[tuple[int, int, int], ...]:
+    """(copies, functions, size) of each block in the irreps basis: its matrix is [size, functions * size]."""
+    basis = load_irreps_basis(named_kernel(kernel))
+    return tuple((copies, basis.functions, size) for size, copies in basis.blocks)
+
+
+@constant
+def _basis(kernel: str, form: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    kernels = named_kernel(kernel)
+    if form == "pixels":
+        return sample_kernels(kernels, dtype, device)
+    if form == "blocks":
+        return block_coefficients(kernels, dtype, device)
+    exact = lifting_filter(kernels) if form == "lifting" else load_irreps_basis(kernels).fourier
+    return exact.to(device, dtype)
+
+
+@constant
+def block_counts(kernel: str) -> tuple[int, int]:
+    """(multiplications that a pair of fields costs at a pixel, rows of T of a field) in the irreps basis."""
+    shapes = block_shapes(kernel)
+    return sum(c * n * size**2 for c, n, size in shapes), sum(c * n * size for c, n, size in shapes)
+
+
+@torch.library.custom_op("equivision_timm::kernel_basis", mutates_args=())
+def _kernel_basis(like: torch.Tensor, kernel: str, form: str) -> torch.Tensor:
+    basis = _basis(kernel, form, like.dtype, like.device)
+    return basis.clone(memory_format=torch.contiguous_format)  # a compiler may reuse its memory
+
+
+@_kernel_basis.register_fake
+def _(like, kernel, form):
+    return like.new_empty(_basis(kernel, form, like.dtype, torch.device("meta")).shape)

@@ -1,0 +1,82 @@
+"""The definition of a steerable convolution: expand the coefficients into a dense filter, then convolve.
+
+    K[o, g, i, h](x) = sum_b w[o, i, b] basis[b, g, h](x)
+
+w: the learnt coefficients, from input field i to output field o; basis: the equivariant kernels of
+`kernel_bases/basis.py`, from element h of the input field to element g of the output field.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from equivision_timm.layers.strategies.basis import basis_for
+from equivision_timm.layers.strategies.context import leaves_python, needs_plain_operations
+from equivision_timm.layers.strategies.contract import Layer, Strategy, finish, register
+
+__all__ = ["Expand", "dense_filter", "expand_filter"]
+
+
+def expand_filter(weight: torch.Tensor, basis: torch.Tensor, channels_last: bool = False) -> torch.Tensor:
+    """The dense filter [O * |G|, I * H, k, k] of a steerable convolution.
+
+    Args:
+        weight: w [O, I, n_basis, 1], O output fields, I input fields.
+        basis: [n_basis, |G|, H, k, k], H = |G| for regular input, 1 for trivial input.
+        channels_last: how the filter lies in memory: in the channels-last format, or contiguous.
+    """
+    _, order, h, k, _ = basis.shape
+    out_fields, in_fields = weight.shape[:2]
+    filters = basis.flatten(1).transpose(0, 1) @ weight.squeeze(-1).transpose(1, 2)  # K = sum_b basis_b w_b
+    filters = filters.reshape(out_fields, order, h, k, k, in_fields)  # from [O, |G| * H * k * k, I]
+    if channels_last:
+        filters = filters.permute(0, 1, 3, 4, 5, 2)  # [O, |G|, k, k, I, H]
+        filters = filters.reshape(out_fields * order, k, k, in_fields * h)  # [O * |G|, k, k, I * H]
+        return filters.permute(0, 3, 1, 2)
+    filters = filters.permute(0, 1, 5, 2, 3, 4)  # [O, |G|, I, H, k, k]
+    return filters.reshape(out_fields * order, in_fields * h, k, k).contiguous()
+
+
+def dense_filter(weight: torch.Tensor, kernel: str, channels_last: bool = False) -> torch.Tensor:
+    """`expand_filter` with the basis of the kernels of that name, exact in the type and on the device of `weight`."""
+    return expand_filter(weight, basis_for(weight, kernel, "pixels"), channels_last)
+
+
+@register
+class Expand(Strategy):
+    name = "expand"
+
+    def supports(self, layer: Layer) -> None:
+        return None
+
+    def estimate(self, layer: Layer, shape: tuple[int, ...]) -> float:
+        batch, channels, height, width = shape
+        out_height, out_width = layer.out_size(height, width)
+        filters = layer.out_fields * layer.order * channels * layer.kernel.size**2
+        pixels = batch * out_height * out_width
+        values = batch * channels * height * width + layer.out_fields * layer.order * pixels
+        return pixels * filters / 40e9 + 0.45e-9 * values + 3e-9 * filters
+
+    def pack(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, layer: Layer
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The filter; the bias [O * |G|] or None."""
+        last = _is_cpu_fast_path(weight, layer) or layer.memory_format == torch.channels_last
+        filters = dense_filter(weight, layer.kernel.name, last).to(layer.dtype)
+        return filters, None if bias is None else bias.to(layer.dtype).repeat_interleave(layer.order)
+
+    def infer(
+        self,
+        x: torch.Tensor,
+        packed: tuple[torch.Tensor, torch.Tensor | None],
+        layer: Layer,
+        shortcut: torch.Tensor | None = None,
+        relu: bool = False,
+    ) -> torch.Tensor:
+        if _is_cpu_fast_path(x, layer):
+            x = x.contiguous(memory_format=torch.channels_last)
+        return finish(F.conv2d(x, *packed, layer.stride, layer.padding, layer.dilation), shortcut, relu)
+
+
+def _is_cpu_fast_path(tensor: torch.Tensor, layer: Layer) -> bool:
+    """Whether to convolve in the channels-last format whatever that of the input: on the CPU PyTorch is faster then."""
+    return layer.device.type == "cpu" and not (leaves_python() or needs_plain_operations(tensor))

@@ -1,0 +1,315 @@
+"""Fetching: from the original's file on (a loopback) Google Drive to a model that `create_model` finds."""
+
+import hashlib
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+from support.reference_data import checkpoint
+
+from equivision_timm.cli.main import main
+from equivision_timm.weights import fetch as fetch_module
+from equivision_timm.weights.equivision import convert_file
+from equivision_timm.weights.equivision.convert import convert_original
+from equivision_timm.weights.equivision.sign_groups import known_patterns
+from equivision_timm.weights.fetch import fetch
+from equivision_timm.weights.rooms import released
+
+pytest.importorskip("gdown", reason="fetching needs the extra `fetch`")
+from support.drive_server import Drive
+
+NAME = "c4resnet18"
+DRIVE_ID = released()[NAME].drive_id
+MIB = 1 << 20
+
+
+def saved(state_dict) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state_dict, buffer)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def original():
+    return checkpoint(NAME)
+
+
+@pytest.fixture(scope="module")
+def original_file(original):
+    return saved(original)
+
+
+def publish_hash(monkeypatch, sha256):
+    """Make `sha256` the known hash of the checkpoint, and the only one."""
+    table = {name: replace(entry, sha256=sha256 if name == NAME else None) for name, entry in released().items()}
+    monkeypatch.setattr(fetch_module, "released", lambda: table)
+
+
+@pytest.fixture
+def drive(tmp_path, monkeypatch, original_file):
+    """Google Drive with one file, whose hash nobody knows, an empty weights folder, and nothing else of the user's."""
+    publish_hash(monkeypatch, None)
+    with Drive(tmp_path) as drive:
+        drive.files[DRIVE_ID] = original_file
+        environment = {
+            **drive.environment,
+            "HOME": str(tmp_path / "home"),
+            "EQUIVISION_TIMM_WEIGHTS": str(tmp_path / "w"),
+        }
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        yield drive
+
+
+@pytest.fixture
+def weights(tmp_path):
+    return tmp_path / "w"
+
+
+def files(folder):
+    """Files below `folder`, without the locks, which may stay."""
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.suffix != ".lock")
+
+
+MODEL_FILES = [f"{NAME}.equivision_in1k/config.json", f"{NAME}.equivision_in1k/model.safetensors"]
+
+
+def test_fetch_makes_pretrained_work(drive, weights, original, original_file, capsys):
+    assert main(["fetch", NAME]) == 0
+    assert files(weights) == MODEL_FILES
+    expected = convert_original(original, NAME)
+    model = timm.create_model(NAME, pretrained=True)
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+    output = capsys.readouterr().out
+    assert hashlib.sha256(original_file).hexdigest() in output
+    assert "none was published to compare with" in output
+
+    assert main(["fetch", NAME]) == 0
+    assert "already in" in capsys.readouterr().out
+    assert drive.offsets == [0]
+
+
+def test_the_known_file(drive, original_file, monkeypatch, capsys):
+    publish_hash(monkeypatch, hashlib.sha256(original_file).hexdigest())
+    fetch(NAME)
+    assert "(as published)" in capsys.readouterr().out
+
+
+def test_another_file_than_the_known_one_is_refused(drive, weights, original_file, tmp_path, monkeypatch, capsys):
+    """And what the error proposes works."""
+    publish_hash(monkeypatch, "0" * 64)
+    assert main(["fetch", NAME]) == 1
+    message = capsys.readouterr().err
+    for part in (hashlib.sha256(original_file).hexdigest(), "0" * 64, f"https://drive.google.com/uc?id={DRIVE_ID}"):
+        assert part in message
+    assert files(weights) == []
+    (tmp_path / "FILE").write_bytes(original_file)
+    command = re.search(r"`python -m equivision_timm (.*)`", message)[1].replace("FILE", str(tmp_path / "FILE"))
+    assert main(command.split()) == 0
+    assert files(weights) == MODEL_FILES
+    timm.create_model(NAME, pretrained=True)
+
+
+def test_continues_a_broken_download(drive, weights, capsys):
+    drive.break_after = 2 * MIB
+    assert main(["fetch", NAME]) == 1
+    assert "goes on where the download stopped" in capsys.readouterr().err
+    assert [os.path.dirname(name) for name in files(weights)] == ["downloads"]
+    assert drive.offsets == [0, 2 * MIB, 4 * MIB, 6 * MIB]  # gdown's own retries
+
+    drive.break_after = None
+    assert main(["fetch", NAME]) == 0
+    assert drive.offsets[4:] == [0, 8 * MIB]  # gdown asks anew, drops that answer and continues
+    assert files(weights) == MODEL_FILES
+
+
+def test_a_file_that_changed_between_the_parts_is_refused(drive, weights):
+    drive.break_after = 10 * MIB
+    with pytest.raises(ConnectionError):
+        fetch(NAME)
+    drive.break_after = None
+    drive.files[DRIVE_ID] = saved(checkpoint(NAME, seed=1))
+    with pytest.raises(ValueError, match="checksum"):
+        fetch(NAME)
+    assert files(weights) == []
+    fetch(NAME)  # afresh
+    assert files(weights) == MODEL_FILES
+
+
+def over_quota(drive):
+    drive.over_quota = True
+
+
+def not_there(drive):
+    drive.files.clear()
+
+
+def no_checkpoint(drive):
+    drive.files[DRIVE_ID] = b"no checkpoint at all" * 1000
+
+
+def truncated(drive):
+    drive.files[DRIVE_ID] = drive.files[DRIVE_ID][:-1000]
+
+
+def code_inside(drive):
+    drive.files[DRIVE_ID] = saved({"conv1.weights": os.getcwd})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (over_quota, "Too many users"),
+        (not_there, "did not give the checkpoint of c4resnet18"),
+        (no_checkpoint, "something else than a sound checkpoint"),
+        (truncated, "something else than a sound checkpoint"),
+        (code_inside, "something else than a sound checkpoint"),
+    ],
+)
+def test_a_clear_error_and_nothing_half_written(drive, weights, capsys, spoil, message):
+    spoil(drive)
+    assert main(["fetch", NAME]) == 1
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert files(weights) == []
+
+
+def test_no_network(drive, weights, monkeypatch, capsys):
+    for name in ("HTTPS_PROXY", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
+    assert main(["fetch", NAME]) == 1
+    assert f"https://drive.google.com/uc?id={DRIVE_ID} in a browser" in capsys.readouterr().err
+    assert files(weights) == []
+
+
+def test_another_models_checkpoint(drive, weights):
+    drive.files[DRIVE_ID] = saved(checkpoint("c4resnet18_fast"))
+    with pytest.raises(ValueError, match=r"c4resnet18(.|\n)*the download is kept"):
+        fetch(NAME)
+    assert files(weights) == [f"downloads/{NAME}.ckpt"]
+
+
+def test_a_whole_download_is_not_repeated(drive, weights, monkeypatch):
+    """As where the signs could not be settled and the user comes back with photographs."""
+    calls = []
+
+    def refuse(checkpoint_path, model_name, out_folder, images, signs):
+        calls.append((images, signs))
+        raise ValueError("undecided")
+
+    monkeypatch.setattr(fetch_module, "convert_file", refuse)
+    assert main(["fetch", NAME]) == 1
+    (weights / "photograph.png").touch()
+    assert main(["fetch", NAME, "--images", str(weights)]) == 1
+    assert drive.offsets == [0]
+    assert calls == [(None, None), (weights, None)]
+
+
+def test_signs_reach_the_conversion(drive, monkeypatch):
+    """The checkpoint of a D4 network, whose coefficients mean something only together with the signs."""
+    monkeypatch.setattr(convert_file, "check_statistics", lambda *_: None)  # the weights are random
+    d4 = checkpoint("d4resnet18")
+    drive.files[released()["d4resnet18"].drive_id] = saved(d4)
+    pattern = list(known_patterns("d4"))[1]
+    assert main(["fetch", "d4resnet18", "--signs", pattern]) == 0
+    model = timm.create_model("d4resnet18", pretrained=True)
+    expected, unsigned = convert_original(d4, "d4resnet18", signs=pattern), convert_original(d4, "d4resnet18")
+    weight = model.layer4[1].conv2.conv.weight
+    assert torch.equal(weight, expected["layer4.1.conv2.conv.weight"])
+    assert not torch.equal(weight, unsigned["layer4.1.conv2.conv.weight"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--images", "nowhere"], "nowhere is no folder of photographs"),
+        (["--images", "."], "holds no photographs"),
+    ],
+)
+def test_bad_photographs_are_known_before_the_download(drive, weights, tmp_path, monkeypatch, capsys, options, message):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert main(["fetch", NAME, "d1resnet18", *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert drive.offsets == []
+    assert not weights.exists()
+
+
+def test_signs_of_another_group_are_known_before_the_download(drive, capsys):
+    assert main(["fetch", NAME, "--signs", "avx512"]) == 1
+    assert "same on every machine" in capsys.readouterr().err
+    assert drive.offsets == []
+
+
+@pytest.mark.parametrize("blocked", ["w", f"w/{NAME}.equivision_in1k", "w/downloads"])
+def test_a_folder_that_cannot_be_written_is_known_before_the_download(drive, tmp_path, capsys, blocked):
+    (tmp_path / blocked).parent.mkdir(exist_ok=True)
+    (tmp_path / blocked).write_text("a file in the place of the folder")
+    assert main(["fetch", NAME]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert blocked in line
+    assert drive.offsets == []
+
+
+def test_one_failure_does_not_stop_the_others(drive, weights, capsys):
+    assert main(["fetch", "d1resnet18", "c8resnet101", NAME]) == 1
+    errors = capsys.readouterr().err
+    assert "Google Drive did not give the checkpoint of d1resnet18" in errors
+    assert "no weights of c8resnet101 were ever released; there are: d1resnet18, c4resnet18" in errors
+    assert files(weights) == MODEL_FILES
+
+
+def test_all_asks_for_every_released_model(monkeypatch):
+    asked = []
+    monkeypatch.setattr(fetch_module, "fetch", lambda name, images, signs: asked.append(name))
+    assert main(["fetch", "--all"]) == 0
+    assert asked == list(released())
+    assert len(asked) == 22
+
+
+def test_without_gdown(drive, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gdown", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'equivision-timm\[fetch\]'"):
+        fetch(NAME)
+
+
+def start_fetch():
+    """A process that fetches, and does not know the hash either."""
+    table = "released._table('equivision')['checkpoints']"
+    forget = f"from equivision_timm.weights import released; del {table}['{NAME}']['sha256']"
+    run = f"from equivision_timm.cli.main import main; raise SystemExit(main(['fetch', '{NAME}']))"
+    command = [sys.executable, "-c", f"{forget}; {run}"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+def test_killed_midway_then_two_processes_at_once(drive, weights, tmp_path):
+    drive.pause_after = 5 * MIB
+    killed = start_fetch()
+    while not any(part.stat().st_size for part in weights.glob("downloads/*.part")):
+        assert killed.poll() is None
+        time.sleep(0.05)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    drive.pause_after = None
+    drive.goes_on.set()
+    assert [os.path.dirname(name) for name in files(weights)] == ["downloads"]
+
+    processes = [start_fetch(), start_fetch()]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert sorted("written" in output for output in outputs) == [False, True]
+    assert sorted("already in" in output for output in outputs) == [False, True]
+    assert drive.offsets[:2] == [0, 0]  # of the killed one, and the answer that gdown drops in order to continue
+    assert 0 < drive.offsets[2] <= 5 * MIB
+    assert len(drive.offsets) == 3
+    assert files(weights) == MODEL_FILES
+    compiled = tmp_path / "home" / ".cache" / "equivision_timm" / "native"  # conversion runs the model
+    assert all(file.parent == compiled for file in (tmp_path / "home").rglob("*") if file.is_file())  # no cookies

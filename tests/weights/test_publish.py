@@ -1,0 +1,358 @@
+"""Publishing: the folder that would be uploaded, and its upload to (a loopback) Hub."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from support.fresh_process import FreshProcess, create_pretrained, run_command, run_snippet
+from support.hub_server import TOKEN, Hub
+
+from equivision_timm.cli.main import main
+from equivision_timm.models.pretrained import HUB_ORG, local_folder
+from equivision_timm.models.tensor_hash import TENSORS_SHA256, hash_tensors
+from equivision_timm.weights import publish
+from equivision_timm.weights.folder import write_model_folder
+from equivision_timm.weights.model_card import complexity, model_card
+
+NAMES = ("c4resnet18", "d1resnet18")
+TAGGED = "c4resnet18.equivision_in1k"
+PROVENANCE = {"source_sha256": "ab" * 32, "signs": "+-+"}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A weights folder with two models."""
+    folder = tmp_path_factory.mktemp("weights")
+    for seed, name in enumerate(NAMES):
+        torch.manual_seed(seed)
+        write(folder, name, timm.create_model(name).state_dict())
+    return folder
+
+
+def write(folder, name, state_dict, **provenance):
+    """A model folder as a conversion writes it."""
+    origin = {**PROVENANCE, TENSORS_SHA256: hash_tensors(state_dict), **provenance}
+    write_model_folder(folder / f"{name}.equivision_in1k", name, state_dict, origin)
+
+
+@pytest.fixture(autouse=True)
+def environment(weights, monkeypatch):
+    monkeypatch.setenv("EQUIVISION_TIMM_WEIGHTS", str(weights))
+
+
+@pytest.fixture
+def hub():
+    with Hub() as hub:
+        yield hub
+
+
+@pytest.fixture
+def logged_in(hub, weights, tmp_path):
+    """Environment of a process that may write to the Hub; LFS uploads, for this Hub does not speak Xet."""
+    return {
+        "HOME": tmp_path / "home",
+        "PATH": os.environ["PATH"],  # of the compiler's linker
+        "EQUIVISION_TIMM_WEIGHTS": weights,
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_TOKEN": TOKEN,
+        "HF_HUB_DISABLE_XET": 1,
+        "HF_HUB_DISABLE_PROGRESS_BARS": 1,
+    }
+
+
+@pytest.fixture
+def run(logged_in):
+    """Runs a command in a process of its own: exit status, output, errors."""
+    return lambda *arguments, **variables: FreshProcess({**logged_in, **variables}, run_command, *arguments).result()
+
+
+def content(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_would_be_uploaded(weights, tmp_path, capsys):
+    assert main(["publish", "c4resnet18", "--to", str(tmp_path / "out")]) == 0
+    assert str(tmp_path / "out" / TAGGED) in capsys.readouterr().out
+    written = content(tmp_path / "out")
+    assert sorted(written) == [f"{TAGGED}/README.md", f"{TAGGED}/config.json", f"{TAGGED}/model.safetensors"]
+    for name in ("config.json", "model.safetensors"):
+        assert written[f"{TAGGED}/{name}"] == (weights / TAGGED / name).read_bytes()
+    model = timm.create_model(f"local-dir:{tmp_path / 'out' / TAGGED}", pretrained=True)
+    assert torch.equal(model.fc.bias, timm.create_model("c4resnet18", pretrained=True).fc.bias)
+
+    assert main(["publish", "--all", "--to", str(tmp_path / "out")]) == 0  # again, and the rest of the family
+    assert {name: data for name, data in content(tmp_path / "out").items() if name in written} == written
+    assert len(content(tmp_path / "out")) == 3 * len(NAMES)
+
+
+def test_model_card():
+    card = model_card("c8resnet50", f"{HUB_ORG}/c8resnet50.equivision_in1k", PROVENANCE)
+    metadata = huggingface_hub.ModelCard(card, ignore_metadata_errors=False).data
+    assert (metadata.license, metadata.library_name, metadata.pipeline_tag) == ("mit", "timm", "image-classification")
+    assert [result.metric_value for result in metadata.eval_results] == [0.787, 0.945]
+    assert {result.source_url for result in metadata.eval_results} == {"https://github.com/dmklee/equivision"}
+    body = card.split("---\n", 2)[2]
+    for text in (
+        "import equivision_timm",
+        f'timm.create_model("hf-hub:{HUB_ORG}/c8resnet50.equivision_in1k", pretrained=True)',
+        "| Parameters | 24.84 million |",
+        "| 39.13 billion (",
+        "| 78.7 % |",
+        "| 94.5 % |",
+        "n = 1 mod 32",
+        f"| `source_sha256` | `{PROVENANCE['source_sha256']}` |",
+        "| `signs` | `+-+` |",
+        "That of the original: mit.",
+        "klee2023equivision",
+        "cesa2022program",
+        "rw2019timm",
+    ):
+        assert text in body
+    assert "$" not in card
+    assert max(map(len, body.splitlines())) <= 120
+
+
+CARDS = {  # what the body says, what it does not
+    "c8resnet50": (
+        ["the group C8, and whose feature maps rotate along", "klee2023equivision"],
+        ["NOT", "octic", "han2"],
+    ),
+    "c8reresnet50": (["**Its logits are NOT invariant", "maps rotate with the image", "han2021redet"], ["klee2023"]),
+    "d4vit_large_patch16_224": (
+        ["logits do not change", "group D4", "[1, 197, 1024]", "| 84.0 % |", "224 x 224 pixels", "nordstrom2025octic"],
+        ["NOT", "mod 32", "klee2023", "regular fields"],
+    ),
+    "d4vit_large_patch16_dinov2": (["pooled features do not change", "linear classifier", "vector = model("], ["NOT"]),
+    "d4hybridvit_large_patch16_224": (
+        ["**Its logits are NOT invariant", "There are none", "nordstrom2025octic"],
+        ["do not change", "exact,", "mod 32"],
+    ),
+    "test_d4vit": (["handwritten digits (MNIST)", "[1, 17, 48]", "64 x 64 pixels"], ["ImageNet", "NOT", "mod 32"]),
+    "test_c1resnet": (["without symmetry", "There is no symmetry"], ["do not change", "ImageNet"]),
+}
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_the_card_says_what_the_model_is(name):
+    card = model_card(name, f"{HUB_ORG}/{name}.tag", PROVENANCE)
+    metadata = huggingface_hub.ModelCard(card, ignore_metadata_errors=False).data
+    assert metadata.pipeline_tag == ("image-feature-extraction" if "dinov2" in name else "image-classification")
+    assert metadata.datasets == ["ylecun/mnist" if name.startswith("test_") else "imagenet-1k"]
+    body = card.split("---\n", 2)[2]
+    says, omits = CARDS[name]
+    text = " ".join(body.split())
+    assert [words for words in says if words not in text] == []
+    assert [words for words in omits if words in text] == []
+    assert "$" not in card
+    assert max(map(len, body.splitlines())) <= 120
+
+
+def test_the_backbone_of_a_detector_has_no_classifier(tmp_path, monkeypatch):
+    """The card promises neither classes nor accuracies, and counts no classifier."""
+    monkeypatch.setenv("EQUIVISION_TIMM_WEIGHTS", str(tmp_path / "weights"))
+    name = "c8reresnet50"
+    for classes, says, omits in (
+        (1000, ["logits = model(", "| 71.2 % |", "NOT invariant"], []),
+        (0, ["vector = model(", "pooled features do not change"], ["**Its logits", " % |"]),
+    ):
+        arguments = {} if classes else {"num_classes": 0}
+        state_dict = timm.create_model(name, **arguments).state_dict()
+        provenance = {**PROVENANCE, TENSORS_SHA256: hash_tensors(state_dict)}
+        folder = tmp_path / "weights" / local_folder(name).name
+        shutil.rmtree(folder, ignore_errors=True)
+        write_model_folder(folder, name, state_dict, provenance, arguments or None)
+        card = (publish.write_publication(name, tmp_path / str(classes), HUB_ORG) / "README.md").read_text(
+            encoding="utf-8"
+        )
+        body = card.split("---\n", 2)[2]
+        assert [words for words in says if words not in " ".join(body.split())] == []
+        assert [words for words in omits if words in body] == []
+        parameters = sum(tensor.numel() for tensor in timm.create_model(name, **arguments).parameters())
+        assert f"| Parameters | {parameters / 1e6:.4g} million |" in body
+        assert ("eval_results" in card or "model-index" in card) == bool(classes)
+
+
+@pytest.mark.parametrize("name", ["test_d4vit", "test_c8resnet"])
+def test_a_model_whose_weights_the_package_carries(name, tmp_path, monkeypatch):
+    """From the package's own file, whatever the weights folder holds; the folder is a model that `verify` passes."""
+    monkeypatch.setenv("EQUIVISION_TIMM_WEIGHTS", str(tmp_path / "nothing here"))
+    assert main(["publish", name, "--to", str(tmp_path / "out")]) == 0
+    written, folder = content(tmp_path / "out"), tmp_path / "out" / f"{name}.digits"
+    assert sorted(written) == [f"{name}.digits/{file}" for file in ("README.md", "config.json", "model.safetensors")]
+    packaged = timm.get_pretrained_cfg(name).file
+    assert (folder / "model.safetensors").read_bytes() == Path(packaged).read_bytes()
+    assert packaged not in (folder / "config.json").read_text()
+    model, expected = (timm.create_model(x, pretrained=True).eval() for x in (f"local-dir:{folder}", name))
+    x = torch.rand(1, 3, *expected.pretrained_cfg["input_size"][1:])
+    with torch.no_grad():
+        assert torch.equal(model(x), expected(x))
+        assert not torch.allclose(timm.create_model(name).eval()(x), expected(x))
+    assert main(["verify", str(folder)]) == 0
+    assert main(["publish", name, "--to", str(tmp_path / "out")]) == 0
+    assert content(tmp_path / "out") == written
+    (folder / "config.json").write_text((folder / "config.json").read_text().replace(name, "test_c1resnet"))
+    assert main(["verify", str(folder)]) == 1  # the control
+
+
+def test_complexity_by_hand():
+    """d8resnet18 at 224 x 224: the convolutions of a plain ResNet-18 with 20 * 16 channels, layer by layer."""
+    macs = 3 * 320 * 7**2 * 112**2 + 160 * 1000  # stem; classifier on 8 * 20 fields
+    previous = 320
+    for width, size in ((320, 56), (640, 28), (1280, 14), (2560, 7)):
+        macs += size**2 * 3**2 * (previous * width + 3 * width**2)  # two blocks of two 3 x 3 convolutions
+        macs += size**2 * previous * width * (width != previous)  # shortcut
+        previous = width
+    parameters, gmacs = complexity("d8resnet18")
+    assert parameters == sum(p.numel() for p in timm.create_model("d8resnet18").parameters())
+    assert gmacs == pytest.approx(macs / 1e9, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["c8resnet101", "resnet18"])
+def test_a_model_that_has_no_weights(name, tmp_path, capsys):
+    assert main(["publish", name, "--to", str(tmp_path)]) == 1
+    assert f"{name} has no weights to publish; there are: d1resnet18" in capsys.readouterr().err
+    assert content(tmp_path) == {}
+
+
+def test_weights_that_are_not_there(monkeypatch, tmp_path, capsys):
+    assert main(["publish", "d8resnet18", "--to", str(tmp_path / "out")]) == 1
+    assert "run `python -m equivision_timm fetch d8resnet18`" in capsys.readouterr().err
+    monkeypatch.setenv("EQUIVISION_TIMM_WEIGHTS", str(tmp_path))
+    assert main(["publish", "--all", "--to", str(tmp_path / "out")]) == 1
+    assert "the weights folder is empty" in capsys.readouterr().err
+    assert content(tmp_path) == {}
+
+
+@pytest.mark.parametrize("blocked", ["to", f"to/{TAGGED}", f"to/{TAGGED}/README.md/below"])
+def test_a_folder_that_cannot_be_written_is_known_before_the_work(tmp_path, monkeypatch, capsys, blocked):
+    monkeypatch.setattr(publish, "load_strictly", lambda _: pytest.fail("work was done in vain"))
+    (tmp_path / blocked).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / blocked).write_text("a file in the place of the folder")
+    assert main(["publish", *NAMES, "--to", str(tmp_path / "to")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(tmp_path / "to") in line
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / blocked]
+
+
+def test_upload(hub, weights, run, logged_in):
+    status, output, errors = run("publish", "--all")
+    assert (status, errors) == (0, "")
+    for name in NAMES:
+        repository = hub.repositories[f"{HUB_ORG}/{name}.equivision_in1k"]
+        assert f"{name}: {hub.endpoint}/{HUB_ORG}/{name}.equivision_in1k/commit/{repository.head}" in output
+        assert not repository.private
+        files = repository.head_files()
+        assert sorted(files) == ["README.md", "config.json", "model.safetensors"]
+        for file in ("config.json", "model.safetensors"):
+            assert files[file] == (weights / f"{name}.equivision_in1k" / file).read_bytes()
+
+    elsewhere = {**logged_in, "EQUIVISION_TIMM_WEIGHTS": weights / "nothing here", "HF_TOKEN": ""}
+    models = [(f"hf-hub:{HUB_ORG}/{TAGGED}", {})]
+    expected = timm.create_model("c4resnet18", pretrained=True).fc.bias.sum().item()
+    assert FreshProcess(elsewhere, create_pretrained, *models).result() == [expected]
+
+
+def test_a_killed_upload_goes_on_where_it_stopped(hub, weights, run, logged_in):
+    assert run("publish", "c4resnet18")[0] == 0
+    done = hub.repositories[f"{HUB_ORG}/{TAGGED}"]
+    commits = list(done.commits)
+
+    hub.hang_uploads = True
+    process = FreshProcess(logged_in, run_command, "publish", "--all")
+    assert hub.hanging.wait(60)
+    process.kill()
+    hub.hang_uploads = False
+    hub.goes_on.set()
+    unfinished = hub.repositories[f"{HUB_ORG}/d1resnet18.equivision_in1k"]
+    assert unfinished.head_files() == {}
+
+    uploads = hub.count("PUT", "/upload/")
+    assert run("publish", "--all")[0] == 0
+    assert hub.count("PUT", "/upload/") == uploads + 1  # the other one was there
+    assert list(done.commits) == commits
+    weights_file = weights / "d1resnet18.equivision_in1k" / "model.safetensors"
+    assert unfinished.head_files()["model.safetensors"] == weights_file.read_bytes()
+
+
+def test_private_and_another_owner(hub, run):
+    assert run("publish", "c4resnet18", "--org", "someone", "--private")[0] == 0
+    repository = hub.repositories[f"someone/{TAGGED}"]
+    assert repository.private
+    assert f'"hf-hub:someone/{TAGGED}"' in repository.head_files()["README.md"].decode()
+
+
+def test_without_login(hub, run):
+    status, _, errors = run("publish", "c4resnet18", HF_TOKEN="hf_of_somebody_else")
+    assert status == 1
+    assert "401" in errors
+    assert hub.repositories == {}
+
+
+def test_a_hub_that_returns_other_bytes(hub, run):
+    hub.spoil_downloads = True
+    status, _, errors = run("publish", "c4resnet18")
+    assert status == 1
+    assert "the Hub returned another config.json than was sent" in errors
+
+
+@pytest.mark.parametrize(("name", "tagged"), [("c4resnet18", TAGGED), ("test_d4vit", "test_d4vit.digits")])
+def test_the_snippet_of_the_card(hub, run, logged_in, name, tagged):
+    assert run("publish", name)[0] == 0
+    card = hub.repositories[f"{HUB_ORG}/{tagged}"].head_files()["README.md"].decode()
+    snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    picture = np.random.default_rng(0).integers(0, 256, (240, 320, 3), dtype=np.uint8)
+    names = {"image": Image.fromarray(picture)}
+    shapes = FreshProcess(logged_in, run_snippet, snippet, names, ("logits", "features")).result()
+    assert shapes["logits"] == (1, timm.get_pretrained_cfg(name).num_classes)
+    assert f"# {list(shapes['features'])}\n" in snippet
+
+
+@pytest.mark.parametrize("fault", ["another config", "other tensors", "no hash", "another model", "model_args"])
+def test_what_is_not_the_model_is_not_published(weights, tmp_path, monkeypatch, capsys, fault):
+    folder = tmp_path / "weights"
+    shutil.copytree(weights, folder)
+    monkeypatch.setenv("EQUIVISION_TIMM_WEIGHTS", str(folder))
+    assert main(["publish", "c4resnet18", "--to", str(tmp_path / "control")]) == 0
+    config, state = folder / TAGGED / "config.json", timm.create_model("c4resnet18").state_dict()
+    if fault == "another config":
+        config.write_bytes((folder / "d1resnet18.equivision_in1k" / "config.json").read_bytes())
+    elif fault == "other tensors":
+        write(folder, "c4resnet18", state, **{TENSORS_SHA256: "0" * 64})
+    elif fault == "no hash":
+        write_model_folder(folder / TAGGED, "c4resnet18", state, PROVENANCE)
+    elif fault == "another model":
+        shutil.rmtree(folder / TAGGED)
+        (folder / "d1resnet18.equivision_in1k").rename(folder / TAGGED)
+    else:
+        changed = json.loads(config.read_text())
+        changed.setdefault("model_args", {})["act_layer"] = "gelu"
+        config.write_text(json.dumps(changed))
+    says = {
+        "another config": "does not fit d1resnet18",
+        "other tensors": "its conversion wrote 0000",
+        "no hash": "its conversion wrote None",
+        "another model": "holds d1resnet18, not c4resnet18",
+        "model_args": "makes another network of c4resnet18",
+    }[fault]
+    assert main(["publish", "c4resnet18", "--to", str(tmp_path / "out")]) == 1
+    assert says in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_metadata_are_text_in_the_card(tmp_path, monkeypatch):
+    state = timm.create_model("c4resnet18").state_dict()
+    write(tmp_path, "c4resnet18", state, images="a | b`\n# Heading\n<script>alert(1)</script>")
+    monkeypatch.setenv("EQUIVISION_TIMM_WEIGHTS", str(tmp_path))
+    assert main(["publish", "c4resnet18", "--to", str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out" / TAGGED / "README.md").read_text()
+    (row,) = [line for line in card.splitlines() if "alert" in line]
+    assert row == r"| `images` | `a \| b'\n# Heading\n<script>alert(1)</script>` |"
+    assert "\n# Heading" not in card
