@@ -8,9 +8,9 @@ from equivision_timm.starting import end_on_ctrl_c
 end_on_ctrl_c()  # first: the imports below take seconds
 
 from equivision_timm.cli.tune import tune  # noqa: E402
+from equivision_timm.escnn_interop import to_geometric_tensor  # noqa: E402
 from equivision_timm.groups import Group  # noqa: E402
 from equivision_timm.images import rotation as _rotation  # noqa: E402, F401
-from equivision_timm.kernel_bases.from_escnn import to_geometric_tensor  # noqa: E402
 from equivision_timm.layers import ConvNormAct, FieldNorm, GroupPool, SteerableConv2d  # noqa: E402
 from equivision_timm.models import (  # noqa: E402
     EquivariantBackbone,

@@ -14,7 +14,7 @@ from equivision_timm.arguments import InputError
 from equivision_timm.cli import tune as tune_module
 from equivision_timm.cli.main import main
 from equivision_timm.cli.tune import Setting, measure
-from equivision_timm.kernel_bases import Kernel
+from equivision_timm.kernels import Kernel
 from equivision_timm.layers import SteerableConv2d
 from equivision_timm.layers.strategies import STRATEGIES, Layer, auto, measured
 from equivision_timm.layers.strategies.contract import register

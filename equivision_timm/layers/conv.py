@@ -12,7 +12,8 @@ from timm.layers import register_notrace_module
 
 from equivision_timm.constants import constant_like
 from equivision_timm.groups import group_order
-from equivision_timm.kernel_bases import Kernel, initial_std, sample_kernels
+from equivision_timm.kernel_basis import initial_std, sample_kernels
+from equivision_timm.kernels import Kernel
 from equivision_timm.layers.stock import is_stock, remember
 from equivision_timm.layers.strategies import STRATEGIES, Layer, auto, expand
 from equivision_timm.layers.strategies.basis import named_kernel

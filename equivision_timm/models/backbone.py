@@ -13,7 +13,7 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 
 from equivision_timm.groups import Group
-from equivision_timm.kernel_bases import Kernel
+from equivision_timm.kernels import Kernel
 from equivision_timm.layers import CheckImage, GroupPool, InvariantPool, SteerableConv2d
 
 __all__ = ["EquivariantBackbone"]

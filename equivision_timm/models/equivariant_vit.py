@@ -35,7 +35,7 @@ from timm.models import build_model_with_cfg, checkpoint
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block
 
-from equivision_timm.kernel_bases import Kernel
+from equivision_timm.kernels import Kernel
 from equivision_timm.layers import CheckImage, check_pointwise
 from equivision_timm.layers.attention import IrrepAttention
 from equivision_timm.layers.invariants import Invariants

@@ -22,7 +22,7 @@ from equivision_timm.groups import Group
 from equivision_timm.images.folder import ImageFolder
 from equivision_timm.images.from_timm import preparation
 from equivision_timm.images.photographs import load_crops
-from equivision_timm.kernel_bases import are_bases, bases_sha256
+from equivision_timm.kernel_basis import are_bases, bases_sha256
 from equivision_timm.layers import ConvNormAct
 from equivision_timm.models import EquivariantBackbone, EquivariantResNet, EquivariantViT, model_names
 from equivision_timm.models.attributes import attribute

@@ -11,7 +11,7 @@ import torch
 from escnn import nn as enn
 
 import equivision_timm  # noqa: F401  registers the models
-from equivision_timm.kernel_bases.from_escnn import field_type, to_geometric_tensor
+from equivision_timm.escnn_interop import field_type, to_geometric_tensor
 
 
 class VectorHead(torch.nn.Module):

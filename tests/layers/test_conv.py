@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from support.cases import FROZEN, GROUPS
 
 from equivision_timm.groups import Group
-from equivision_timm.kernel_bases import Kernel, load_kernel_basis
+from equivision_timm.kernel_basis import load_kernel_basis
+from equivision_timm.kernels import Kernel
 from equivision_timm.layers import ConvNormAct, SteerableConv2d
 from equivision_timm.testing import assert_equivariant, equivariance_error
 

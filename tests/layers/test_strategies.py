@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from support.cases import GROUPS
 
 import equivision_timm  # noqa: F401  registers the models
-from equivision_timm.kernel_bases import Kernel, load_irreps_basis, load_kernel_basis
+from equivision_timm.irreps_basis import load_irreps_basis
+from equivision_timm.kernel_basis import load_kernel_basis
+from equivision_timm.kernels import Kernel
 from equivision_timm.layers import ConvNormAct, SteerableConv2d
 from equivision_timm.layers.strategies import STRATEGIES, Layer, native_library, register
 from equivision_timm.layers.strategies.basis import block_counts

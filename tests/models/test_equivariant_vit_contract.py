@@ -353,7 +353,7 @@ def test_no_weights_exist():
 
 def test_geometric_tensors_take_the_maps():
     pytest.importorskip("escnn")
-    from equivision_timm.kernel_bases.from_escnn import to_geometric_tensor
+    from equivision_timm.escnn_interop import to_geometric_tensor
 
     x = image((1, 3, 64, 64))
     first, moved = (

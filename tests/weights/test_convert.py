@@ -10,7 +10,7 @@ import torch
 from support.reference_data import checkpoint, networks
 
 import equivision_timm  # noqa: F401  registers the models
-from equivision_timm.kernel_bases import load_kernel_basis
+from equivision_timm.kernel_basis import load_kernel_basis
 from equivision_timm.layers import SteerableConv2d
 from equivision_timm.layers.strategies.expand import expand_filter
 from equivision_timm.weights.equivision.convert import _entries_of, _plain, convert_original, convert_with_details

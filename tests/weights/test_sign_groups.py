@@ -4,7 +4,8 @@ import pytest
 import torch
 from support.reference_data import sign_patterns
 
-from equivision_timm.kernel_bases import Kernel, load_kernel_basis
+from equivision_timm.kernel_basis import load_kernel_basis
+from equivision_timm.kernels import Kernel
 from equivision_timm.weights.equivision.sign_groups import (
     element_signs,
     half_turn,

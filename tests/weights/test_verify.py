@@ -14,7 +14,7 @@ from timm.models import save_for_hf
 import equivision_timm  # noqa: F401  registers the models
 from equivision_timm.cli.main import main
 from equivision_timm.images.photographs import load_crops
-from equivision_timm.kernel_bases import bases_sha256
+from equivision_timm.kernel_basis import bases_sha256
 from equivision_timm.models import EquivariantResNet
 from equivision_timm.models.tensor_hash import hash_tensors
 from equivision_timm.weights import verify as verify_module

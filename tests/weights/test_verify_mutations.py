@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import equivision_timm  # noqa: F401  registers the models
 from equivision_timm.cli.demo import load_digits
-from equivision_timm.kernel_bases import manifest
+from equivision_timm.kernel_basis import manifest
 from equivision_timm.models.tensor_hash import TENSORS_SHA256, hash_tensors
 from equivision_timm.weights.folder import write_model_folder
 from equivision_timm.weights.verify import check_files, verify

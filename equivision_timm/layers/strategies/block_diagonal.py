@@ -4,7 +4,7 @@
     y^[k] = W[k] T[k]     block by block
     y = Q^T y^            back to regular fields
 
-`kernel_bases/irreps_basis.py` derives it, `basis.lifting_filter` is P, and the matrices W hold the learnt coefficients.
+`irreps_basis.py` derives it, `basis.lifting_filter` is P, and the matrices W hold the learnt coefficients.
 The filters W are |G| times smaller than the dense one. `native.c` is this algorithm, a few pixels at a time.
 """
 

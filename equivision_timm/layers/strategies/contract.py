@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from equivision_timm.groups import group_order
-from equivision_timm.kernel_bases import Kernel
+from equivision_timm.kernels import Kernel
 
 __all__ = ["STRATEGIES", "Layer", "Strategy", "finish", "register"]
 

@@ -3,7 +3,7 @@
     K[o, g, i, h](x) = sum_b w[o, i, b] basis[b, g, h](x)
 
 w: the learnt coefficients, from input field i to output field o; basis: the equivariant kernels of
-`kernel_bases/basis.py`, from element h of the input field to element g of the output field.
+`kernel_basis.py`, from element h of the input field to element g of the output field.
 """
 
 import torch

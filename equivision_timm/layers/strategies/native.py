@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from equivision_timm.constants import constant
-from equivision_timm.kernel_bases import IrrepsBasis, Kernel, load_irreps_basis
-from equivision_timm.kernel_bases.irreps_basis import sums_and_differences
+from equivision_timm.irreps_basis import IrrepsBasis, load_irreps_basis, sums_and_differences
+from equivision_timm.kernels import Kernel
 from equivision_timm.layers.strategies import native_library
 from equivision_timm.layers.strategies.basis import block_counts, named_kernel
 from equivision_timm.layers.strategies.block_diagonal import block_weights

@@ -22,7 +22,7 @@ from functools import cache
 import torch
 
 from equivision_timm.groups import Group
-from equivision_timm.kernel_bases import load_kernel_basis, table_key
+from equivision_timm.kernel_basis import load_kernel_basis, table_key
 from equivision_timm.layers import ConvNormAct, SteerableConv2d
 from equivision_timm.models import EquivariantResNet, model_names
 from equivision_timm.models.variants import create

@@ -8,7 +8,7 @@ import torch
 
 from equivision_timm.files import file_sha256
 from equivision_timm.images.photographs import draw_crops, find_photographs, load_photographs
-from equivision_timm.kernel_bases import bases_sha256
+from equivision_timm.kernel_basis import bases_sha256
 from equivision_timm.models import EquivariantResNet
 from equivision_timm.models.tensor_hash import TENSORS_SHA256, hash_tensors
 from equivision_timm.models.variants import create

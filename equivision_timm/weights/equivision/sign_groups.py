@@ -7,7 +7,7 @@ of O(2) splits under D_N (frequency N / 2, so frequency 2 in D_4), its cosine an
 groups. C_N and D_1 have closed forms: no groups.
 
 A pattern is a string of '+' and '-', one for each sign group in the order of `sign_groups`; '-' means that the
-machine's basis elements are the negatives of ours (`kernel_bases`).
+machine's basis elements are the negatives of ours (`kernel_basis.py`).
 """
 
 import json
@@ -18,7 +18,8 @@ from importlib import resources
 import torch
 
 from equivision_timm.groups import Group
-from equivision_timm.kernel_bases import Kernel, load_kernel_basis, manifest, table_key
+from equivision_timm.kernel_basis import load_kernel_basis, manifest, table_key
+from equivision_timm.kernels import Kernel
 
 __all__ = ["SignGroup", "element_signs", "half_turn", "irrep_flips", "known_patterns", "parse_signs", "sign_groups"]
 

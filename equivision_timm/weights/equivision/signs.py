@@ -46,7 +46,7 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from equivision_timm.kernel_bases import table_key
+from equivision_timm.kernel_basis import table_key
 from equivision_timm.layers import ConvNormAct
 from equivision_timm.models import EquivariantResNet
 from equivision_timm.weights.equivision.sign_groups import (

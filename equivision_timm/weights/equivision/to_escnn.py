@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn as nn
 
-from equivision_timm.kernel_bases import load_kernel_basis
-from equivision_timm.kernel_bases.from_escnn import field_type, gspace, import_escnn
+from equivision_timm.escnn_interop import field_type, gspace, import_escnn
+from equivision_timm.kernel_basis import load_kernel_basis
 from equivision_timm.layers import Blur2d, ConvNormAct, FieldAttention, MaxPool2d, SteerableConv2d
 from equivision_timm.models import EquivariantResNet
 from equivision_timm.weights.change_of_basis import translate_basis

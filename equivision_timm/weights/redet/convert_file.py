@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from equivision_timm.files import file_sha256
-from equivision_timm.kernel_bases import bases_sha256
+from equivision_timm.kernel_basis import bases_sha256
 from equivision_timm.models.tensor_hash import TENSORS_SHA256, hash_tensors
 from equivision_timm.weights.folder import Report, check_model_folder, versions, write_model_folder
 from equivision_timm.weights.read_file import read_checkpoint

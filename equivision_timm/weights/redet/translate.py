@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from equivision_timm.kernel_bases import Kernel, load_kernel_basis
+from equivision_timm.kernel_basis import load_kernel_basis
+from equivision_timm.kernels import Kernel
 from equivision_timm.layers import ConvNormAct
 from equivision_timm.models import EquivariantResNet
 from equivision_timm.models.variants import create

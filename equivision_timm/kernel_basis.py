@@ -1,4 +1,22 @@
-"""An orthonormal basis of the equivariant kernels of any group, size and cut-off, in closed form.
+"""The kernel bases, in factored form.
+
+A filter that maps fields of type `input` to regular fields commutes with the group exactly when
+
+    K(x)[g, h] = k(g^-1 x, g^-1 h)                                     x: pixel, g: output, h: input element
+
+(for trivial input there is no h). On a k x k grid the base kernel k is spanned by a few functions psi_j of the plane
+(`functions.py`), so one basis element b is a small matrix of coefficients:
+
+    k_b(x, h) = sum_j C[b, j, h] psi_j(x)
+
+C is square: all such kernels are allowed, and n_basis = J * H. It only says which coordinates they are given in: those
+of published weights where there is a table (`tables.py`), an orthonormal basis in closed form elsewhere
+(`coordinates.py`). All is the same on every machine, to the last bit.
+
+Source of the maths: Weiler and Cesa, General E(2)-Equivariant Steerable CNNs (2019); Cohen and Welling, Group
+Equivariant Convolutional Networks (2016).
+
+An orthonormal basis of the equivariant kernels of any group, size and cut-off, in closed form.
 
 Every base kernel k(x, u) = sum_j C[j, u] psi_j(x) is allowed (`basis.py`): the functions psi_j of the plane times any
 basis of the functions of u span them all. Two choices are left.
@@ -21,19 +39,125 @@ output contribute the same variance to it, each by equal shares of its basis ele
 
 Source of the maths: Weiler and Cesa, General E(2)-Equivariant Steerable CNNs (2019); Weiler, Hamprecht and Storath,
 Learning Steerable Filters for Rotation Equivariant CNNs (2018), for the initialisation.
+
+The coordinates of published weights: bases that escnn 1.0.11 made for six groups, as data.
+
+The kernels they span are those of the closed form, so that a table is a change of coordinates, a square matrix C
+[n_basis, J * H] (`basis.py`). It cannot be computed: the D_4 and D_8 bases of escnn change sign with the linear-algebra
+library of the machine. `tables.safetensors` holds them; `manifest.json` their origin, the rings of their functions, a
+sha256 of each, and for every element of the original's kernels the harmonic, frequency and irreps.
 """
 
+import hashlib
+import json
 import math
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load
 
+from equivision_timm.constants import constant
 from equivision_timm.groups import Group, circle
-from equivision_timm.kernel_bases.functions import families, harmonics, pixels
-from equivision_timm.kernel_bases.kernel import Kernel
+from equivision_timm.kernels import Kernel, Ring, families, harmonics, mix, pixels
 
-__all__ = ["closed_form"]
+__all__ = [
+    "KernelBasis",
+    "are_bases",
+    "bases_sha256",
+    "closed_form",
+    "initial_std",
+    "load_kernel_basis",
+    "load_table",
+    "manifest",
+    "sample_kernels",
+    "sha256",
+    "table_key",
+]
+
+
+@dataclass(frozen=True)
+class KernelBasis:
+    """A basis of `n_basis` equivariant kernels, float64, on the CPU.
+
+    Attributes:
+        group: the group it commutes with.
+        coefficients: C [n_basis, J, H]; H = |G| for regular input, 1 for trivial input.
+        functions: psi_j(g^-1 x) [|G|, J, k, k], the functions of the plane moved by every group element.
+        he_std: [n_basis], the standard deviation of a coefficient at initialisation for ONE input field: divide by
+            the root of the number of input fields (generalised He initialisation, Weiler and Cesa 2018).
+    """
+
+    group: Group
+    coefficients: torch.Tensor
+    functions: torch.Tensor
+    he_std: torch.Tensor
+
+    def sample(self) -> torch.Tensor:
+        """The kernels on the pixel grid, [n_basis, |G|, H, k, k]; `sample_kernels` does it once for all callers.
+
+        K_b(x)[g, h] = k_b(g^-1 x, g^-1 h) = sum_j C[b, j, g^-1 h] psi_j(g^-1 x), summed in the order of j
+        """
+        n_basis, _, elements = self.coefficients.shape
+        order, _, *size = self.functions.shape
+        if elements == 1:  # trivial input: no h, C[b, j] for every g
+            quotients = torch.zeros(order, 1, dtype=torch.int64, device="cpu")
+        else:
+            quotients = self.group.left_quotients()
+        kernels = torch.zeros(n_basis, order, elements, *size, dtype=torch.float64, device="cpu")
+        for j, functions in enumerate(self.functions.unbind(1)):  # [|G|, k, k]
+            own = self.coefficients[:, j].any(1).nonzero().flatten()  # the elements that contain psi_j: few
+            moved = self.coefficients[own, j][:, quotients]  # [own, |G|, H]
+            kernels[own] += moved[..., None, None] * functions[:, None]
+        return kernels
+
+
+@constant
+def load_kernel_basis(kernel: Kernel) -> KernelBasis:
+    """The basis of the kernels; with a low pass that of the kernels in front of it, with the same coefficients.
+
+    Raises:
+        ValueError: the cut-off lets functions through that are not independent on so few pixels.
+        RuntimeError: the table of the basis is damaged.
+    """
+    unfiltered = replace(kernel, size=kernel.size - 2, low_pass=False) if kernel.low_pass else kernel
+    table = load_table(unfiltered)
+    coefficients, he_std = closed_form(unfiltered) if table is None else table
+    return KernelBasis(Group.from_name(kernel.group), coefficients, mix(kernel, pixels(kernel)), he_std)
+
+
+@constant
+def sample_kernels(kernel: Kernel, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The kernels of `load_kernel_basis` on the pixel grid, [n_basis, |G|, H, k, k]; not to be changed in place."""
+    return load_kernel_basis(kernel).sample().to(device, dtype)
+
+
+@constant
+def initial_std(kernel: Kernel, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The `he_std` [n_basis] of `load_kernel_basis`; not to be changed in place."""
+    return load_kernel_basis(kernel).he_std.to(device, dtype)
+
+
+def bases_sha256(kernels: Iterable[Kernel]) -> str:
+    """The bases in whose coordinates a model with these kernels speaks: no other basis has a part in it."""
+    bases = {kernel.name: load_kernel_basis(kernel) for kernel in kernels}
+    each = [f"{name} {sha256(basis.coefficients, basis.he_std)}\n" for name, basis in sorted(bases.items())]
+    return hashlib.sha256("".join(each).encode()).hexdigest()
+
+
+def are_bases(found: str, kernels: Iterable[Kernel]) -> bool:
+    """Whether a file that names `found` as its bases speaks in those of these kernels.
+
+    That is `bases_sha256`; version 0.1 wrote the sha256 of all tables together.
+    """
+    kernels = set(kernels)
+    tables_alone = all(load_table(kernel) is not None for kernel in kernels)
+    return found == bases_sha256(kernels) or (tables_alone and found == manifest()["sha256"])
+
 
 # What is left of the squared norm of a function without the part that earlier ones have: less is rounding. Independent
 # functions of up to 9 x 9 pixels leave 0.003 or more, dependent ones 1e-10 or less.
@@ -154,3 +278,51 @@ def _mean_product(psi: list[list[float]], one: tuple[tuple[int, float], ...], ot
 def _product(gram: list[list[float]], row: dict[int, float], other: dict[int, float]) -> float:
     """The inner product of sums of members, given as {member: factor}."""
     return math.fsum(a * b * gram[i][j] for i, a in row.items() for j, b in other.items())
+
+
+FOLDER = Path(__file__).parent
+
+
+@cache
+def manifest() -> dict[str, Any]:
+    """Where the tables come from: escnn version, sha256, ring profiles, and the harmonics of every basis element."""
+    return json.loads((FOLDER / "manifest.json").read_text())
+
+
+def table_key(kernel: Kernel) -> str:
+    """What a table of kernels of this group, size and type of input is called: 'd4/3x3/regular'."""
+    return f"{kernel.group}/{kernel.size}x{kernel.size}/{kernel.input_type}"
+
+
+def load_table(kernel: Kernel) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """C [n_basis, J, H] and he_std [n_basis] of the kernels, float64, on the CPU; None where there is no table.
+
+    Raises:
+        RuntimeError: the table is not the one that the manifest describes.
+    """
+    key = table_key(kernel)
+    if key not in manifest()["tables"] or kernel.low_pass:
+        return None
+    if kernel.rings != tuple(Ring(**ring) for ring in manifest()["rings"][str(kernel.size)]):
+        return None
+    coefficients, he_std = _tables()[f"{key}/coefficients"], _tables()[f"{key}/he_std"]
+    found, expected = sha256(coefficients, he_std), manifest()["tables"][key]
+    if found != expected:
+        raise RuntimeError(
+            f"the kernel basis {key} is damaged: sha256 {found}, expected {expected}; reinstall equivision-timm"
+        )
+    return coefficients, he_std
+
+
+def sha256(*tensors: torch.Tensor) -> str:
+    """Of the shapes and values of tensors on the CPU."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy().astype(tensor.numpy().dtype.newbyteorder("<")).tobytes())
+    return digest.hexdigest()
+
+
+@constant
+def _tables() -> dict[str, torch.Tensor]:
+    return load((FOLDER / "tables.safetensors").read_bytes())

@@ -28,9 +28,8 @@ import torch
 
 from equivision_timm.constants import constant
 from equivision_timm.groups import Group
-from equivision_timm.kernel_bases.basis import load_kernel_basis
-from equivision_timm.kernel_bases.functions import Family, families, mixing, pixels
-from equivision_timm.kernel_bases.kernel import Kernel
+from equivision_timm.kernel_basis import load_kernel_basis
+from equivision_timm.kernels import Family, Kernel, families, mixing, pixels
 
 __all__ = [
     "FunctionSet",

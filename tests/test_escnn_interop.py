@@ -6,10 +6,13 @@ import importlib.util
 import pytest
 import torch
 from support.cases import FROZEN, GROUPS
+from support.escnn_kernels import sample_kernels
 from support.reference_data import sign_patterns
 
+from equivision_timm import escnn_interop
 from equivision_timm.groups import Group
-from equivision_timm.kernel_bases import Kernel, from_escnn, load_kernel_basis, manifest
+from equivision_timm.kernel_basis import load_kernel_basis, manifest
+from equivision_timm.kernels import Kernel
 from equivision_timm.layers import ConvNormAct, GroupPool
 
 HAS_ESCNN = importlib.util.find_spec("escnn") is not None
@@ -17,7 +20,7 @@ needs_escnn = pytest.mark.skipif(not HAS_ESCNN, reason="compares with escnn: pip
 
 
 @pytest.mark.skipif(HAS_ESCNN, reason="escnn is installed; this is about the message without it")
-@pytest.mark.parametrize("function", [from_escnn.gspace, lambda group: from_escnn.sample_kernels(Kernel(group, 3))])
+@pytest.mark.parametrize("function", [escnn_interop.gspace, lambda group: sample_kernels(Kernel(group, 3))])
 def test_message_without_escnn(function):
     with pytest.raises(ImportError, match=r"pip install 'equivision-timm\[escnn\]'.*gfortran"):
         function("c4")
@@ -26,7 +29,7 @@ def test_message_without_escnn(function):
 def test_map_that_has_no_whole_fields():
     for shape in ((1, 9, 3, 3), (1, 8)):
         with pytest.raises(ValueError, match=r"does not consist of regular fields of c4: expected \[B, fields \* 4"):
-            from_escnn.to_geometric_tensor(torch.zeros(shape), "c4")
+            escnn_interop.to_geometric_tensor(torch.zeros(shape), "c4")
 
 
 @needs_escnn
@@ -34,9 +37,9 @@ def test_map_that_has_no_whole_fields():
 def test_geometric_tensor_has_our_transform(group):
     parsed = Group.from_name(group)
     features = torch.randn(2, 3 * parsed.order, 7, 7)
-    tensor = from_escnn.to_geometric_tensor(features, group)
+    tensor = escnn_interop.to_geometric_tensor(features, group)
     assert tensor.tensor is features
-    space = from_escnn.gspace(group)
+    space = escnn_interop.gspace(group)
     elements = list(space.testing_elements)
     assert len(elements) == parsed.order
     assert list(tensor.type.representations) == 3 * [space.regular_repr]
@@ -53,7 +56,7 @@ def test_our_feature_maps_as_geometric_tensors():
     with torch.no_grad():
         maps = model(torch.randn(1, 3, 33, 33))
     for features, fields in zip(maps, model.feature_info.get("num_fields"), strict=True):
-        assert len(from_escnn.to_geometric_tensor(features, "d4").type) == fields
+        assert len(escnn_interop.to_geometric_tensor(features, "d4").type) == fields
 
 
 @needs_escnn
@@ -82,26 +85,27 @@ def test_maps_of_vision_transformers_move_as_geometric_tensors(group):
 
     x = torch.randn(2, 3, 96, 96)
     conv, wrong_order, ordinary = None, [], []
-    for element, g in zip(from_escnn.gspace(group).testing_elements, Group.from_name(group).grid_elements, strict=True):
+    elements = escnn_interop.gspace(group).testing_elements
+    for element, g in zip(elements, Group.from_name(group).grid_elements, strict=True):
         pairs = list(zip(maps(x), maps(Group.from_name(group).transform_image(x, g)), strict=True))
         for features, moved in pairs[:2]:
-            tensor = from_escnn.to_geometric_tensor(features, group)
+            tensor = escnn_interop.to_geometric_tensor(features, group)
             assert tensor.tensor is features
             assert len(tensor.type) == 6
             assert error(tensor, element, moved) < 1e-4
-            conv = conv or enn.R2Conv(tensor.type, from_escnn.field_type(group, 2), 3, padding=1)
-            theirs = conv(from_escnn.to_geometric_tensor(moved, group)).tensor
+            conv = conv or enn.R2Conv(tensor.type, escnn_interop.field_type(group, 2), 3, padding=1)
+            theirs = conv(escnn_interop.to_geometric_tensor(moved, group)).tensor
             assert error(conv(tensor), element, theirs) < 1e-4
             elementwise = [y.unflatten(1, (6, order)).transpose(1, 2).flatten(1, 2) for y in (features, moved)]
-            wrong_order.append(error(from_escnn.to_geometric_tensor(elementwise[0], group), element, elementwise[1]))
+            wrong_order.append(error(escnn_interop.to_geometric_tensor(elementwise[0], group), element, elementwise[1]))
         features, moved = pairs[2]
-        ordinary.append(error(from_escnn.to_geometric_tensor(features, group), element, moved))
+        ordinary.append(error(escnn_interop.to_geometric_tensor(features, group), element, moved))
     assert max(wrong_order) > 0.1 < max(ordinary)
 
 
 def machine_signs(group, size, input_type):
     """The sign of each basis element as this machine's escnn computes it, relative to the frozen one."""
-    found = from_escnn.sample_kernels(Kernel(group, size, input_type))
+    found = sample_kernels(Kernel(group, size, input_type))
     frozen = load_kernel_basis(Kernel(group, size, input_type))
     signs = torch.sign((found["kernels"] * frozen.sample()).flatten(1).sum(1)).float()
     kernels = found["kernels"] * signs.view(-1, 1, 1, 1, 1)
@@ -144,7 +148,7 @@ def test_sampled_kernels_are_the_frozen_ones_but_for_known_signs(group, size, in
     ids=lambda kernel: kernel.name,
 )
 def test_closed_form_spans_the_kernels_of_escnn(kernel):
-    found, group = from_escnn.sample_kernels(kernel), Group.from_name(kernel.group)
+    found, group = sample_kernels(kernel), Group.from_name(kernel.group)
     basis = load_kernel_basis(kernel)
     assert found["rings"] == [vars(ring) for ring in kernel.rings]
     theirs, ours = found["kernels"].double(), basis.sample()
@@ -172,7 +176,7 @@ def test_closed_form_spans_the_kernels_of_escnn(kernel):
 @needs_escnn
 def test_escnn_has_no_low_pass():
     with pytest.raises(ValueError, match="no kernels with a low pass, as c4-5-regular-low: use low_pass=False"):
-        from_escnn.sample_kernels(Kernel("c4", 5, low_pass=True))
+        sample_kernels(Kernel("c4", 5, low_pass=True))
 
 
 @needs_escnn
@@ -180,7 +184,7 @@ def test_escnn_has_no_low_pass():
 def test_forward_and_gradient_equal_those_of_escnn(group, size, input_type):
     import escnn.nn as enn
 
-    order, space = Group.from_name(group).order, from_escnn.gspace(group)
+    order, space = Group.from_name(group).order, escnn_interop.gspace(group)
     in_type = enn.FieldType(space, 3 * [space.trivial_repr if input_type == "trivial" else space.regular_repr])
     out_type = enn.FieldType(space, 2 * [space.regular_repr])
     conv = enn.R2Conv(in_type, out_type, size, padding=size // 2, stride=2, bias=False, initialize=False)

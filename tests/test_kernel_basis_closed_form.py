@@ -13,10 +13,8 @@ from safetensors.torch import load_file
 from support.reference_data import FOLDER
 
 from equivision_timm.groups import Group
-from equivision_timm.kernel_bases import Kernel, load_kernel_basis
-from equivision_timm.kernel_bases.basis import KernelBasis
-from equivision_timm.kernel_bases.coordinates import closed_form
-from equivision_timm.kernel_bases.functions import harmonics, mix, pixels
+from equivision_timm.kernel_basis import KernelBasis, closed_form, load_kernel_basis
+from equivision_timm.kernels import Kernel, harmonics, mix, pixels
 
 KERNELS = [
     Kernel(group, size, input_type, cutoff)
@@ -168,7 +166,7 @@ def fingerprint():
 
 
 def test_the_same_to_the_last_bit_with_other_instructions_and_threads():
-    code = "from test_coordinates import fingerprint; print(fingerprint())"
+    code = "from test_kernel_basis_closed_form import fingerprint; print(fingerprint())"
     tests = os.path.dirname(__file__)
     path = os.pathsep.join([tests, os.path.dirname(tests), *filter(None, sys.path)])
     runs = [

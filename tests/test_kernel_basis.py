@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from support.cases import FROZEN, GROUPS, KERNELS
 from support.reference_data import load_bases
 
+from equivision_timm import kernel_basis
 from equivision_timm.groups import Group
-from equivision_timm.kernel_bases import Kernel, are_bases, bases_sha256, load_kernel_basis, manifest, tables
-from equivision_timm.kernel_bases.coordinates import closed_form
+from equivision_timm.kernel_basis import are_bases, bases_sha256, closed_form, load_kernel_basis, manifest
+from equivision_timm.kernels import Kernel
 
 by_table = pytest.mark.parametrize(("group", "size", "input_type"), FROZEN)
 
@@ -65,7 +66,7 @@ def test_the_table_serves_every_kernel_of_its_functions():
     assert load_kernel_basis(Kernel("c8", 1, cutoff=3)).coefficients is load_kernel_basis(Kernel("c8", 1)).coefficients
     assert load_kernel_basis(Kernel("c8", 5, low_pass=True)).coefficients is table
     for other in (Kernel("c8", 3, cutoff=3), Kernel("c8", 7), Kernel("c6", 3)):
-        assert tables.load_table(other) is None
+        assert kernel_basis.load_table(other) is None
         torch.testing.assert_close(load_kernel_basis(other).coefficients, closed_form(other)[0], rtol=0, atol=0)
 
 
@@ -82,18 +83,18 @@ def test_low_pass_convolves_the_kernels_and_leaves_coefficients_alone(group):
 
 @pytest.mark.parametrize("name", ["coefficients", "he_std"])
 def test_damaged_tables_are_refused(monkeypatch, name):
-    content = {key: value.clone() for key, value in tables._tables().items()}
+    content = {key: value.clone() for key, value in kernel_basis._tables().items()}
     content[f"c8/3x3/regular/{name}"].view(-1)[-1] += 1e-9
-    monkeypatch.setattr(tables, "_tables", lambda: content)
+    monkeypatch.setattr(kernel_basis, "_tables", lambda: content)
     with pytest.raises(RuntimeError, match=r"c8/3x3/regular is damaged: sha256 [0-9a-f]{64}, .*; reinstall"):
-        tables.load_table(Kernel("c8", 3))
-    assert tables.load_table(Kernel("c8", 1)) is not None  # the others are sound
+        kernel_basis.load_table(Kernel("c8", 3))
+    assert kernel_basis.load_table(Kernel("c8", 1)) is not None  # the others are sound
 
 
 def test_manifest_names_the_origin():
     assert manifest()["origin"]["escnn"] == "1.0.11"
     assert manifest()["made_by"] == "scripts/freeze_kernel_bases.py of version 0.1.0"
-    assert manifest()["sha256"] == hashlib.sha256((tables.FOLDER / "tables.safetensors").read_bytes()).hexdigest()
+    assert manifest()["sha256"] == hashlib.sha256((kernel_basis.FOLDER / "tables.safetensors").read_bytes()).hexdigest()
 
 
 def test_a_hash_for_the_bases_of_a_model():

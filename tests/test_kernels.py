@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from equivision_timm.groups import Group
-from equivision_timm.kernel_bases import Kernel
-from equivision_timm.kernel_bases.functions import families, harmonics, mix, mixing, pixels
+from equivision_timm.kernels import Kernel, families, harmonics, mix, mixing, pixels
 
 KERNELS = [
     Kernel(group, size, cutoff=cutoff, low_pass=low_pass)

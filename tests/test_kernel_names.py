@@ -2,7 +2,7 @@
 
 import pytest
 
-from equivision_timm.kernel_bases import Kernel
+from equivision_timm.kernels import Kernel
 
 
 @pytest.mark.parametrize(

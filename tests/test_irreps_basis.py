@@ -6,13 +6,9 @@ import pytest
 import torch
 
 from equivision_timm.groups import Group
-from equivision_timm.kernel_bases import (
-    Kernel,
-    block_coefficients,
-    load_irreps_basis,
-    load_kernel_basis,
-)
-from equivision_timm.kernel_bases.irreps_basis import sums_and_differences
+from equivision_timm.irreps_basis import block_coefficients, load_irreps_basis, sums_and_differences
+from equivision_timm.kernel_basis import load_kernel_basis
+from equivision_timm.kernels import Kernel
 
 KERNELS = [
     Kernel(group, size, cutoff=cutoff, low_pass=low_pass)
