@@ -1,4 +1,4 @@
-"""Functions of tokens that the group leaves unchanged."""
+"""Functions of tokens in the irreps basis that do not change under the group."""
 
 import torch
 import torch.nn as nn
@@ -15,14 +15,12 @@ class Invariants(nn.Module):
 
     - 'power': the trivial irrep, the absolute values of the other one-dimensional ones, the length of E for each of its
       multiplicity; scales * fields numbers. Their gradient at zero is zero.
-    - 'polynomial': 32 polynomials of degree 1 to 4 for each field of D4, those that generate all its invariant ones;
-      in the order of octic-vits (https://github.com/davnords/octic-vits), whose DeiT III models read them.
-    - 'trivial': the trivial irrep alone; fields numbers.
+    - 'polynomial': 32 polynomials of degree 1 to 4 for each field of D4, which generate all its invariant polynomials;
+      in the order of octic-vits (https://github.com/davnords/octic-vits), whose DeiT III models use them.
+    - 'trivial': only the trivial irrep; fields numbers.
 
     Args:
         kind: 'power', 'polynomial' or 'trivial'.
-        fields: number of fields.
-        group: name of the group.
 
     Raises:
         ValueError: an unknown kind, or polynomials of another group than D4.
@@ -34,7 +32,7 @@ class Invariants(nn.Module):
         if kind not in INVARIANTS:
             raise ValueError(f"unknown invariants {kind!r}: use one of {INVARIANTS}")
         if kind == "polynomial" and group != "d4":
-            raise ValueError(f"invariants 'polynomial' are those of 'd4', but the group is {group!r}: use 'power'")
+            raise ValueError(f"invariants 'polynomial' need group 'd4', but the group is {group!r}: use 'power'")
         self.kind = kind
         self.fields = fields
         self.order: int = irreps.order
@@ -43,12 +41,12 @@ class Invariants(nn.Module):
         self.out_features: int = {"power": irreps.scales, "polynomial": 32, "trivial": 1}[kind] * fields
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        trivial = x[..., : self.fields]
         if self.kind == "trivial":
-            return x[..., : self.fields]
+            return trivial
         if self.kind == "polynomial":
             return torch.cat(_polynomials(x.unflatten(-1, (self.order, self.fields))), -1)
-        ones = x[..., self.fields : self.ones * self.fields].abs()
-        parts = [x[..., : self.fields], ones]
+        parts = [trivial, x[..., self.fields : self.ones * self.fields].abs()]
         if self.rows > 0:
             plane = x[..., self.ones * self.fields :].unflatten(-1, (self.rows, -1))  # [..., 2, multiplicity * fields]
             parts.append(torch.linalg.vector_norm(plane, dim=-2))
@@ -62,7 +60,7 @@ def _polynomials(x: torch.Tensor) -> list[torch.Tensor]:
     """32 invariants [..., fields] of x [..., 8, fields].
 
     With u = (u0, u1) and v = (v0, v1) for the two copies of E, g acts on both as on the plane; so u.u, u.v, v.v are
-    invariant, u x v changes as A2, u0^2 - u1^2 and its like as B1, u0 u1 as B2. Products of irreps that end in A1.
+    invariant, u x v transforms as A2, u0^2 - u1^2 and its like as B1, u0 u1 as B2. Products of irreps that end in A1.
     """
     a1, a2, b1, b2, u0, v0, u1, v1 = x.unbind(-2)
     uu0, uu1, uv0, uv1, vv0, vv1 = u0 * u0, u1 * u1, u0 * v0, u1 * v1, v0 * v0, v1 * v1
@@ -70,27 +68,17 @@ def _polynomials(x: torch.Tensor) -> list[torch.Tensor]:
     as_b1 = [vv0 - vv1, uv0 - uv1, uu0 - uu1]
     as_b2 = [v0 * v1, u1 * v0 + u0 * v1, u0 * u1]
     as_a2 = u1 * v0 - u0 * v1
-    quartic = [
-        vv0 * vv0 + vv1 * vv1,
-        uv0 * vv0 + uv1 * vv1,
-        uu0 * vv0 + uu1 * vv1,
-        uu0 * uv0 + uu1 * uv1,
-        uu0 * uu0 + uu1 * uu1,
-    ]
-    quartic_as_a2 = [
-        as_b2[0] * as_b1[0],
-        u1 * v0 * vv0 - u0 * v1 * vv1,
-        as_b2[2] * as_b1[0],
-        u1 * v0 * uu0 - u0 * v1 * uu1,
-        as_b2[2] * as_b1[2],
-    ]
+    pairs = [(vv0, vv0, vv1, vv1), (uv0, vv0, uv1, vv1), (uu0, vv0, uu1, vv1), (uu0, uv0, uu1, uv1)]
+    pairs += [(uu0, uu0, uu1, uu1)]
+    quartic_as_a2 = [as_b2[0] * as_b1[0], u1 * v0 * vv0 - u0 * v1 * vv1]
+    quartic_as_a2 += [as_b2[2] * as_b1[0], u1 * v0 * uu0 - u0 * v1 * uu1, as_b2[2] * as_b1[2]]
     terms = [a1]
     terms += as_a1
     terms += [b2 * b2, b1 * b1, a2 * a2]
     terms += [b2 * p for p in as_b2]
     terms += [b1 * p for p in as_b1]
     terms += [a2 * as_a2, a2 * b1 * b2]
-    terms += quartic
+    terms += [p0 * q0 + p1 * q1 for p0, q0, p1, q1 in pairs]
     terms += [b1 * b2 * as_a2]
     terms += [a2 * b2 * p for p in as_b1]
     terms += [a2 * b1 * p for p in as_b2]

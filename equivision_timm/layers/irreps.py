@@ -1,15 +1,16 @@
-"""Tokens in the irreps basis: how the channels lie, and the change to the regular basis.
+"""Tokens in the irreps basis: the layout of their channels, and the change to the regular basis.
 
 A token of `fields` regular fields has |G| * fields channels. In the irreps basis they are |G| blocks of `fields`
-channels each: first the one-dimensional irreps (D4: A1, A2, B1, B2), on which an element g acts by a sign; then, where
-the group rotates by 90 degrees, the two rows of the plane E, on which g acts as on the vectors of the plane. D4 holds E
-twice in every field (multiplicity 2, the blocks + and - of a row), C4 once. So D4: [A1 A2 B1 B2 E0+ E0- E1+ E1-].
+channels each: first the one-dimensional irreps (D4: A1, A2, B1, B2), on which an element g acts by a sign; then, if the
+group has rotations by 90 degrees, the two rows of the plane E, on which g acts as on the vectors of the plane. A field
+of C4 contains E once, one of D4 twice (the blocks + and - of a row): [A1 A2 B1 B2 E0+ E0- E1+ E1-].
 
 Only groups that map a square grid onto itself have such tokens: rotations by multiples of 90 degrees, reflections.
 """
 
 from dataclasses import dataclass
 from functools import cache
+from typing import TypeAlias
 
 import torch
 import torch.fx
@@ -19,17 +20,20 @@ from timm.layers import register_notrace_module
 from equivision_timm.constants import constant, constant_like
 from equivision_timm.groups import Group
 
-__all__ = ["ChangeBasis", "Irreps", "each_channel", "irreps_matrix", "irreps_of", "plane_matrices", "signs"]
+__all__ = ["ChangeBasis", "DType", "Device", "Irreps", "irreps_matrix", "irreps_of", "plane_matrices"]
+
+Device: TypeAlias = torch.device | str | None
+DType: TypeAlias = torch.dtype | None
 
 
 @dataclass(frozen=True)
 class Irreps:
-    """What one regular field decomposes into.
+    """Decomposition of a regular field into irreps.
 
     Attributes:
         group: the group.
         ones: number of one-dimensional irreps, the trivial one first.
-        rows: dimension of E, 2; or 0 where the group has no rotation by 90 degrees.
+        rows: dimension of E, 2; 0 if the group has no rotation by 90 degrees.
         multiplicity: how often E occurs in a field.
     """
 
@@ -45,7 +49,7 @@ class Irreps:
 
     @property
     def scales(self) -> int:
-        """Blocks that may be scaled by themselves: all, but for E's rows, which share theirs."""
+        """Number of blocks with a scale of their own; the two rows of E share theirs."""
         return self.ones + self.multiplicity
 
 
@@ -59,69 +63,49 @@ def irreps_of(name: str) -> Irreps:
     group = Group.from_name(name)
     if len(group.grid_elements) != group.order:
         raise ValueError(
-            f"group {name!r} has rotations by {360 / group.rotations:g} degrees, which square patches do not have: "
-            "use 'd1', 'c4', 'd4', or another group with rotations by multiples of 90 degrees"
+            f"group {name!r} has rotations by {360 / group.rotations:g} degrees, which do not map a square grid onto "
+            "itself: use 'd1', 'c4', 'd4', or another group with rotations by multiples of 90 degrees"
         )
     planes = [copies for size, copies in group.irreps() if size == 2]
-    return Irreps(
-        group=group,
-        ones=len(group.irreps()) - len(planes),
-        rows=2 * len(planes),
-        multiplicity=sum(planes),
-    )
+    return Irreps(group, len(group.irreps()) - len(planes), 2 * len(planes), sum(planes))
 
 
 def plane_matrices(group: Group) -> torch.Tensor:
-    """P [|G|, 2, 2] float64: how r^k f^p acts on the plane, R(90 k degrees) diag(-1, 1)^p."""
-    quarter_turns = [turns for g in range(group.order) if (turns := group.quarter_turns(g)) is not None]  # of all g
-    cos = torch.tensor([(1.0, 0.0, -1.0, 0.0)[k] for k in quarter_turns], dtype=torch.float64, device="cpu")
-    sin = torch.tensor([(0.0, 1.0, 0.0, -1.0)[k] for k in quarter_turns], dtype=torch.float64, device="cpu")
-    first = torch.tensor([-1.0 if g >= group.rotations else 1.0 for g in range(group.order)], dtype=torch.float64)
-    rows = [torch.stack([cos * first, -sin], dim=1), torch.stack([sin * first, cos], dim=1)]  # of R diag(-1, 1)^p
-    return torch.stack(rows, dim=1)
-
-
-def signs(group: Group) -> torch.Tensor:
-    """[ones, |G|] float64: the one-dimensional irreps, in D4 A1 (r +, f +), A2 (+ -), B1 (- +), B2 (- -)."""
-    elements = torch.arange(group.order, dtype=torch.float64, device="cpu")
-    reflection = 1 - 2 * (elements >= group.rotations).double()
-    rotation = 1 - 2 * (elements % 2)  # the number of rotations is even where this is used
-    rotations = [torch.ones_like(elements), rotation] if group.rotations % 2 == 0 else [torch.ones_like(elements)]
-    return torch.stack([s for sign in rotations for s in ([sign, sign * reflection] if group.reflections else [sign])])
-
-
-def _matrix(group: Group) -> torch.Tensor:
-    """Q [|G|, |G|] float64, orthogonal: a function on the group -> its coefficients, f^ = Q f, blocks as above.
-
-    Rows: the signs; then, for each row a of P, P_a0 + P_a1 and P_a0 - P_a1 (multiplicity 2), or P_a0 (1). The sum and
-    the difference give D4 entries of one size, +-1 / sqrt(8).
-
-    Source of the maths: Serre, Linear Representations of Finite Groups (1977), chapter 2; the basis of E's multiplicity
-    is that of octic-vits (https://github.com/davnords/octic-vits), so that its weights mean the same here.
-    """
-    rows = list(signs(group))
-    if irreps_of(group.name).rows:
-        for row in plane_matrices(group).unbind(1):  # P_a, [|G|, 2]
-            rows += [row[:, 0] + row[:, 1], row[:, 0] - row[:, 1]] if group.reflections else [row[:, 0]]
-    matrix = torch.stack(rows)
-    return matrix / matrix.norm(dim=1, keepdim=True)
+    """P [|G|, 2, 2] float64: the action of r^k f^p on the plane, R(90 k degrees) diag(-1, 1)^p."""
+    rotation, reflection = torch.tensor([[[0.0, -1.0], [1.0, 0.0]], [[-1.0, 0.0], [0.0, 1.0]]], dtype=torch.float64)
+    return torch.stack(
+        [
+            torch.linalg.matrix_power(rotation, group.quarter_turns(g) or 0)
+            @ torch.linalg.matrix_power(reflection, g // group.rotations)
+            for g in range(group.order)
+        ]
+    )
 
 
 @constant
 def irreps_matrix(group: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Q of `_matrix`, in `dtype` on `device`."""
-    return _matrix(irreps_of(group).group).to(device, dtype)
+    """Q [|G|, |G|], orthogonal: a function on the group -> its coefficients, f^ = Q f, blocks as above.
 
+    Rows: the signs; then, for each row a of P, P_a0 + P_a1 and P_a0 - P_a1 (multiplicity 2), or P_a0 (1). The sum and
+    the difference give D4 entries of equal size, +-1 / sqrt(8). Only this basis of the multiplicity differs from
+    `Group.fourier_matrix`: it is that of octic-vits (https://github.com/davnords/octic-vits), whose norms and
+    invariants depend on it.
 
-def each_channel(scales: torch.Tensor, plane: int) -> torch.Tensor:
-    """Factors [scales * fields] -> one for each channel, [|G| * fields]: the last `plane` serve both rows of E."""
-    return torch.cat([scales, scales[scales.shape[0] - plane :]])
+    Source of the maths: Serre, Linear Representations of Finite Groups (1977), chapter 2.
+    """
+    irreps = irreps_of(group)
+    rows = list(irreps.group.fourier_matrix()[: irreps.ones].sign())
+    if irreps.rows:
+        for row in plane_matrices(irreps.group).unbind(1):  # P_a, [|G|, 2]
+            rows += [row[:, 0] + row[:, 1], row[:, 0] - row[:, 1]] if irreps.multiplicity == 2 else [row[:, 0]]
+    matrix = torch.stack(rows)
+    return (matrix / matrix.norm(dim=1, keepdim=True)).to(device, dtype)
 
 
 class ChangeBasis(nn.Module):
-    """From the irreps basis to the regular one or back: [|G|, ..., fields] -> the same shape, along the first axis.
+    """From the irreps basis to the regular one, f = Q^T f^, or back, f^ = Q f: [|G|, ...] -> the same shape.
 
-    f = Q^T f^ and f^ = Q f. In the regular basis the group permutes the |G| values of a field.
+    In the regular basis the group permutes the |G| values of a field, so pointwise functions commute with it.
 
     Args:
         group: name of the group.
@@ -132,7 +116,7 @@ class ChangeBasis(nn.Module):
         super().__init__()
         self.group = group
         self.to_basis = to
-        self._matrix = irreps_matrix(group, torch.float64, torch.device("cpu"))  # no state: for TorchScript
+        self._matrix = irreps_matrix(group, torch.float64, torch.device("cpu"))  # not state; for TorchScript
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.jit.is_scripting():
@@ -146,12 +130,11 @@ class ChangeBasis(nn.Module):
         return f"{self.group!r}, to={self.to_basis!r}"
 
 
-register_notrace_module(ChangeBasis)  # one node where timm traces a model for its features
+register_notrace_module(ChangeBasis)  # one node if timm traces a model for its features
 
 
-@torch.fx.wrap  # asks for type and device: one node in a graph of torch.fx
+@torch.fx.wrap  # reads dtype and device of x: one node in a graph of torch.fx
 def _change_basis(x: torch.Tensor, group: str, to: str) -> torch.Tensor:
-    """f = Q^T f^ or f^ = Q f: x [|G|, ..., fields] as [|G|, values], times [|G|, |G|], and back to its shape."""
     matrix = constant_like(x, irreps_matrix, group)
     matrix = matrix.t() if to == "regular" else matrix
-    return torch.mm(matrix, x.flatten(1)).unflatten(1, x.shape[1:])
+    return torch.mm(matrix, x.flatten(1)).unflatten(1, x.shape[1:])  # [|G|, values]

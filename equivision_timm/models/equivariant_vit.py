@@ -37,13 +37,10 @@ from timm.models.vision_transformer import Block
 
 from equivision_timm.kernels import Kernel
 from equivision_timm.layers import CheckImage, check_pointwise
-from equivision_timm.layers.attention import IrrepAttention
 from equivision_timm.layers.invariants import Invariants
-from equivision_timm.layers.irrep_norm import IrrepNorm, IrrepScale
 from equivision_timm.layers.irreps import ChangeBasis, irreps_of
-from equivision_timm.layers.mlp import IrrepMlp
-from equivision_timm.layers.patch_embed import EquivariantPatchEmbed
-from equivision_timm.layers.tiles import UnfoldTiles, fold_map, tile_count, tile_size
+from equivision_timm.layers.patches import EquivariantPatchEmbed, UnfoldTiles, resize_tiles, tile_count, tile_size
+from equivision_timm.layers.tokens import IrrepAttention, IrrepMlp, IrrepNorm, IrrepScale
 from equivision_timm.models.pretrained import WEIGHTS_FILE, build_pretrained
 from equivision_timm.models.variants import Variant, digits_cfg, register_family
 
@@ -360,12 +357,18 @@ class EquivariantViT(nn.Module):
             raise ValueError("global_pool 'token' needs the class token: use class_token=True, or global_pool='avg'")
 
     def _position_tiles(self, grid: tuple[int, int]) -> tuple[int, int]:
-        """Height and width of the tiles of the position map; raises ValueError where the grid has none."""
+        """Height and width of the tiles of the position map; raises ValueError if the image or the grid has none."""
+        height, width = self.patch_embed.img_size
+        p = self.patch_embed.patch_size[0]
+        if min(grid) < 1 or height % p or width % p:
+            raise ValueError(
+                f"img_size {height} x {width} is not a multiple of the patch of {p} x {p} pixels: use, for example, "
+                f"{max(1, round(height / p)) * p} x {max(1, round(width / p)) * p}"
+            )
         try:
             return tile_size(*grid, self.group)
         except ValueError as error:
-            height, width = self.patch_embed.img_size
-            side = self.patch_embed.patch_size[0] * 2
+            side = 2 * p
             fitting = max(1, round(max(height, width) / side)) * side
             raise ValueError(
                 f"img_size {height} x {width} gives the position map a grid that {self.group} does not fit ({error}). "
@@ -631,13 +634,6 @@ class EquivariantViT(nn.Module):
             self.fc_norm = nn.Identity()
             self.reset_classifier(0, "")
         return take_indices
-
-
-def resize_tiles(tiles: torch.Tensor, group: str, grid: tuple[int, int]) -> torch.Tensor:
-    """Tiles of a position map for another grid: unfolded, resized bicubically as a whole, folded again."""
-    whole = UnfoldTiles(group)(tiles.float())  # [|G|, fields, H, W]
-    resized = F.interpolate(whole, size=grid, mode="bicubic", align_corners=False)
-    return fold_map(resized, group).to(tiles.dtype)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: EquivariantViT) -> dict[str, torch.Tensor]:

@@ -265,36 +265,30 @@ def test_onnx():
 
 
 @pytest.mark.parametrize(
-    ("keywords", "message"),
+    ("keywords", "word"),
     [
-        ({"group": "c8"}, "group 'c8' has rotations by 45 degrees, which square patches do not have: use 'd1', 'c4'"),
-        ({"group": "d8"}, "group 'd8' has rotations by 45 degrees"),
-        ({"group": "e4"}, "unknown group 'e4'"),
-        ({"embed_dim": 52}, "embed_dim 52 does not consist of fields of d4, 8 channels each: use, for example, 48"),
-        ({"num_heads": 4}, "num_heads 4 makes heads of width 48/4, which 8, the order of d4, does not divide"),
-        ({"equivariant_depth": 5}, "equivariant_depth 5 is none of the 4 blocks: use 1 to 4"),
-        ({"equivariant_depth": 0}, "equivariant_depth 0 is none of the 4 blocks"),
-        ({"invariants": "linear"}, "unknown invariants 'linear': use one of .*'power', 'polynomial', 'trivial'"),
-        (
-            {"invariants": "trivial"},
-            "'trivial' are for networks whose 4 blocks are all equivariant.* is 2: use 'power'",
-        ),
-        ({"invariants": "polynomial", "group": "c4"}, "'polynomial' are those of 'd4', but the group is 'c4'"),
-        ({"invariants": "", "equivariant_depth": 4}, "'' makes a hybrid, but all 4 blocks are equivariant: use inv"),
-        (
-            {"img_size": 80},
-            "img_size 80 x 80 gives the position map a grid that d4 does not fit.*5 x 5.*img_size=64, with",
-        ),
-        ({"img_size": (64, 96)}, "grid of 4 x 6 has no tiles for group 'd4'.*img_size=96, with dynamic_img_size=True"),
-        ({"img_size": 70}, "img_size 70 x 70 is no multiple of the patch of 16 x 16 pixels: use, for example, 64 x 64"),
-        ({"patch_size": 15, "img_size": 60}, "grid of 15 x 15 has no tiles for group 'd4'"),
-        ({"global_pool": "map"}, "unknown global_pool 'map': use one of"),
-        ({"class_token": False}, "global_pool 'token' needs the class token: use class_token=True"),
-        ({"act_layer": nn.GLU}, "is not pointwise"),
+        ({"group": "c8"}, "c8"),
+        ({"group": "e4"}, "e4"),
+        ({"embed_dim": 52}, "embed_dim 52"),
+        ({"num_heads": 4}, "num_heads 4"),
+        ({"equivariant_depth": 5}, "equivariant_depth 5"),
+        ({"equivariant_depth": 0}, "equivariant_depth 0"),
+        ({"invariants": "linear"}, "linear"),
+        ({"invariants": "trivial"}, "trivial"),
+        ({"invariants": "polynomial", "group": "c4"}, "polynomial"),
+        ({"invariants": "", "equivariant_depth": 4}, "hybrid"),
+        ({"img_size": 80}, "80 x 80.*img_size=64"),
+        ({"img_size": (64, 96)}, "64 x 96.*img_size=96"),
+        ({"img_size": 70}, "70 x 70.*64 x 64"),
+        ({"img_size": 8}, "8 x 8.*16 x 16"),
+        ({"patch_size": 15, "img_size": 60}, "15 x 15"),
+        ({"global_pool": "map"}, "global_pool"),
+        ({"class_token": False}, "class_token"),
+        ({"act_layer": nn.GLU}, "pointwise"),
     ],
 )
-def test_keyword_of_the_wrong_value(keywords, message):
-    with pytest.raises(ValueError, match=message):
+def test_keyword_of_the_wrong_value(keywords, word):
+    with pytest.raises(ValueError, match=word):
         create(**keywords)
 
 
@@ -304,24 +298,17 @@ def test_unknown_keyword():
 
 
 @pytest.mark.parametrize(
-    ("x", "message"),
+    ("shape", "dynamic", "word"),
     [
-        (
-            torch.zeros(1, 3, 64, 80),
-            r"image of 64 x 80 pixels, but the model takes 64 x 64: resize.*dynamic_img_size=True",
-        ),
-        (torch.zeros(1, 1, 64, 64), r"expected 3 image channel\(s\), got 1: create the model with in_chans=1"),
-        (torch.zeros(3, 64, 64), "add the batch axis"),
+        ((1, 3, 64, 80), False, "dynamic_img_size"),
+        ((1, 3, 70, 64), True, "patch"),
+        ((1, 1, 64, 64), False, "in_chans=1"),
+        ((3, 64, 64), False, "batch"),
     ],
 )
-def test_image_that_does_not_fit(x, message):
-    with pytest.raises(AssertionError, match=message):
-        create()(x)
-
-
-def test_image_that_the_patch_does_not_divide():
-    with pytest.raises(AssertionError, match="image of 70 x 64 pixels is no multiple of the patch, 16: resize or crop"):
-        create(dynamic_img_size=True)(torch.zeros(1, 3, 70, 64))
+def test_image_that_does_not_fit(shape, dynamic, word):
+    with pytest.raises(AssertionError, match=word):
+        create(dynamic_img_size=dynamic)(torch.zeros(shape))
 
 
 def test_refused_calls_change_nothing():

@@ -1,0 +1,299 @@
+"""Layers of tokens in the irreps basis (layers/irreps.py): linear, norm, scale, MLP, attention.
+
+Tokens are [..., |G| * fields], the layout of the residual stream; blocks are [|G|, ..., fields], the layout between two
+linear layers: one whole matrix for the change of basis and for each irrep, without copies. In all layers `fields` is
+the number of regular fields and `group` the name of the group.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.fx
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import register_notrace_module, trunc_normal_, use_fused_attn
+
+from equivision_timm.layers.irreps import ChangeBasis, Device, DType, irreps_of
+
+__all__ = ["IrrepAttention", "IrrepLinear", "IrrepMlp", "IrrepNorm", "IrrepScale"]
+
+
+class IrrepLinear(nn.Module):
+    """Linear layer in the irreps basis, which commutes with the group.
+
+    By Schur's lemma one matrix for each one-dimensional irrep, and for E one on the multiplicity, the same for both
+    rows; if E is of complex type (C4) two, W x + V J x with J the rotation by 90 degrees. The bias is on the trivial
+    irrep. A D4 layer has 1/8 of the weights of a dense one and 3/16 of its multiply-accumulates.
+
+    Parameters: `weight` [ones, out_fields, in_fields]; `weight_plane` [2 * out_fields, 2 * in_fields], in C4
+    [2, out_fields, in_fields], None without E; `bias` [out_fields].
+
+    Args:
+        source: layout of the input, 'tokens' or 'blocks'.
+        target: layout of the output, 'tokens' or 'blocks'.
+
+    Source of the maths: Serre, Linear Representations of Finite Groups (1977), chapter 2.
+    """
+
+    def __init__(
+        self,
+        in_fields: int,
+        out_fields: int,
+        group: str,
+        source: str = "tokens",
+        target: str = "tokens",
+        device: Device = None,
+        dtype: DType = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        irreps = irreps_of(group)
+        self.in_fields = in_fields
+        self.out_fields = out_fields
+        self.group = group
+        self.source = source
+        self.target = target
+        self.ones: int = irreps.ones
+        self.multiplicity: int = irreps.multiplicity
+        self.weight: nn.Parameter = nn.Parameter(torch.empty(irreps.ones, out_fields, in_fields, **dd))
+        self.weight_plane: nn.Parameter | None = None
+        if irreps.multiplicity == 2:
+            self.weight_plane = nn.Parameter(torch.empty(2 * out_fields, 2 * in_fields, **dd))
+        elif irreps.multiplicity == 1:
+            self.weight_plane = nn.Parameter(torch.empty(2, out_fields, in_fields, **dd))
+        self.bias: nn.Parameter = nn.Parameter(torch.empty(out_fields, **dd))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Truncated normal weights of deviation 0.02, zero bias."""
+        trunc_normal_(self.weight, std=0.02)
+        if self.weight_plane is not None:
+            trunc_normal_(self.weight_plane, std=0.02)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens, n = self.source == "tokens", self.ones
+        shape = x.shape[:-1] if tokens else x.shape[1:-1]
+        if tokens:  # [T, in] of each one-dimensional irrep; of E [T, 2 * in], in D4 a row, in C4 both
+            parts = x.flatten(0, -2).split([self.in_fields] * n + [2 * self.in_fields] * self.multiplicity, 1)
+        else:
+            parts = x.flatten(1, -2).unbind(0)  # [T, in] each
+        out = [F.linear(parts[0], self.weight[0], self.bias)]  # [T, out]
+        for i in range(1, n):
+            out.append(F.linear(parts[i], self.weight[i]))  # noqa: PERF401  (TorchScript)
+        if self.weight_plane is not None:
+            plane = self._plane_matrix(self.weight_plane)  # [2 * out, 2 * in]
+            matrices = [plane]
+            if self.target == "blocks":
+                matrices = [plane[: self.out_fields], plane[self.out_fields :]]
+            for i in range(self.multiplicity):
+                for matrix in matrices:
+                    if tokens:
+                        out.append(F.linear(parts[n + i], matrix))
+                    else:
+                        first = F.linear(parts[n + 2 * i], matrix[:, : self.in_fields])
+                        out.append(torch.addmm(first, parts[n + 2 * i + 1], matrix[:, self.in_fields :].t()))
+        if self.target == "tokens":
+            return torch.cat(out, 1).unflatten(0, shape)  # [T, |G| * out] -> [..., |G| * out]
+        return torch.stack(out).unflatten(1, shape)  # [|G|, T, out] -> [|G|, ..., out]
+
+    def _plane_matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        """The matrix of two blocks of E: in D4 those of a row, in C4 both rows, W + V J."""
+        if self.multiplicity == 2:
+            return weight
+        w, v = weight[0], weight[1]
+        return torch.cat([torch.cat([w, -v], 1), torch.cat([v, w], 1)])
+
+    def extra_repr(self) -> str:
+        return f"{self.in_fields}, {self.out_fields}, {self.group!r}, {self.source!r}, {self.target!r}"
+
+
+class IrrepNorm(nn.Module):
+    """Layer norm of tokens in the irreps basis: [..., |G| * fields] -> the same shape; float32 inside for half types.
+
+    The mean over its channels is subtracted from each irrep (of E from each row); all are divided by
+
+        std = sqrt((sum of var_i + eps) / |G|), var_i the variance of irrep i, of E the mean over the rows,
+
+    then scaled, the rows of E alike; the trivial irrep is shifted. The sum is that of octic-vits, whose published
+    weights depend on it: it counts E once, where the variance of the regular basis would be the sum with 4 var_E.
+
+    Parameters: `weight` [scales * fields], `bias` [fields].
+
+    Args:
+        eps: added to the sum of the variances.
+    """
+
+    def __init__(self, fields: int, group: str, eps: float = 1e-5, device: Device = None, dtype: DType = None) -> None:
+        super().__init__()
+        irreps = irreps_of(group)
+        self.fields = fields
+        self.eps = eps
+        self.order: int = irreps.order
+        self.ones: int = irreps.ones
+        self.rows: int = irreps.rows
+        self.multiplicity: int = irreps.multiplicity
+        self.weight: nn.Parameter = nn.Parameter(torch.empty(irreps.scales * fields, device=device, dtype=dtype))
+        self.bias: nn.Parameter = nn.Parameter(torch.empty(fields, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Scales 1, shift 0."""
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        blocks = _at_least_float32(x).unflatten(-1, (self.order, self.fields))  # [..., |G|, fields]
+        mean = blocks.mean(-1)  # [..., |G|]
+        if self.rows > 0:
+            plane = mean[..., self.ones :].unflatten(-1, (self.rows, self.multiplicity))
+            row = plane.mean(-1, keepdim=True).expand_as(plane).flatten(-2)  # [..., rows * multiplicity]
+            mean = torch.cat([mean[..., : self.ones], row], -1)
+        blocks = blocks - mean.unsqueeze(-1)
+        power = blocks.square().mean(-1)  # [..., |G|]
+        total = power[..., : self.ones].sum(-1)
+        if self.rows > 0:
+            total = total + power[..., self.ones :].mean(-1)  # var_E: mean over rows and channels
+        y = blocks.flatten(-2) * torch.rsqrt((total + self.eps) / self.order).unsqueeze(-1)
+        weight = _each_channel(self.weight, self.multiplicity * self.fields)
+        bias = F.pad(self.bias, [0, (self.order - 1) * self.fields])
+        return torch.addcmul(bias.to(y.dtype), y, weight.to(y.dtype)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.fields}, eps={self.eps}"
+
+
+register_notrace_module(IrrepNorm)  # one node if timm traces a model for its features
+
+
+@torch.fx.wrap  # reads the dtype of x: one node in a graph of torch.fx
+def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    return x.float() if x.dtype == torch.bfloat16 or x.dtype == torch.float16 else x
+
+
+def _each_channel(scales: torch.Tensor, plane: int) -> torch.Tensor:
+    """Factors [scales * fields] -> one for each channel, [|G| * fields]: the last `plane` are those of both E rows."""
+    return torch.cat([scales, scales[scales.shape[0] - plane :]])
+
+
+class IrrepScale(nn.Module):
+    """LayerScale of tokens in the irreps basis: a learned factor for each channel, the same for both rows of E.
+
+    Parameter: `gamma` [scales * fields].
+
+    Args:
+        init_values: initial value of the factors.
+    """
+
+    def __init__(
+        self, fields: int, group: str, init_values: float = 1e-4, device: Device = None, dtype: DType = None
+    ) -> None:
+        super().__init__()
+        irreps = irreps_of(group)
+        self.init_values = init_values
+        self.plane: int = irreps.multiplicity * fields
+        self.gamma: nn.Parameter = nn.Parameter(torch.empty(irreps.scales * fields, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set all factors to `init_values`."""
+        nn.init.constant_(self.gamma, self.init_values)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * _each_channel(self.gamma, self.plane)
+
+
+class IrrepMlp(nn.Module):
+    """Linear, activation in the regular basis, linear: tokens [..., |G| * fields] -> the same shape.
+
+    Args:
+        hidden_fields: number of fields between the two linear layers.
+        act_layer: pointwise activation.
+        drop: dropout after each linear layer.
+    """
+
+    def __init__(
+        self,
+        fields: int,
+        hidden_fields: int,
+        group: str,
+        act_layer: Callable[..., nn.Module] = nn.GELU,
+        drop: float = 0.0,
+        device: Device = None,
+        dtype: DType = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.fc1: IrrepLinear = IrrepLinear(fields, hidden_fields, group, target="blocks", **dd)
+        self.to_regular: ChangeBasis = ChangeBasis(group, "regular")
+        self.act: nn.Module = act_layer()
+        self.to_irreps: ChangeBasis = ChangeBasis(group, "irreps")
+        self.drop1: nn.Dropout = nn.Dropout(drop)
+        self.fc2: IrrepLinear = IrrepLinear(hidden_fields, fields, group, source="blocks", **dd)
+        self.drop2: nn.Dropout = nn.Dropout(drop)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.fc1(x)  # [|G|, ..., hidden_fields]
+        x = self.to_irreps(self.act(self.to_regular(x)))
+        return self.drop2(self.fc2(self.drop1(x)))
+
+
+class IrrepAttention(nn.Module):
+    """Multi-head self-attention of tokens in the irreps basis: [B, N, |G| * fields] -> the same shape.
+
+    A head takes `fields / num_heads` channels of each block. The group acts on all tokens alike, by orthogonal
+    matrices: the products of queries and keys do not change, and the values transform as the tokens. So the attention
+    itself is the usual one, fused or not as timm's (`timm.layers.set_fused_attn`).
+
+    Args:
+        num_heads: number of heads, a divisor of `fields`.
+        attn_drop: dropout of the attention weights.
+        proj_drop: dropout of the output.
+
+    Raises:
+        ValueError: `num_heads` does not divide `fields`.
+    """
+
+    fused_attn: torch.jit.Final[bool]
+
+    def __init__(
+        self,
+        fields: int,
+        num_heads: int,
+        group: str,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device: Device = None,
+        dtype: DType = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.order: int = irreps_of(group).order
+        if num_heads < 1 or fields % num_heads:
+            raise ValueError(
+                f"num_heads {num_heads} makes heads of width {self.order * fields}/{num_heads}, which {self.order}, "
+                f"the order of {group}, does not divide: embed_dim must be a multiple of {self.order} * num_heads"
+            )
+        self.num_heads = num_heads
+        self.head_fields: int = fields // num_heads
+        self.scale: float = (self.order * self.head_fields) ** -0.5
+        self.fused_attn = use_fused_attn()
+        self.qkv: IrrepLinear = IrrepLinear(fields, 3 * fields, group, target="blocks", **dd)
+        self.attn_drop: nn.Dropout = nn.Dropout(attn_drop)
+        self.proj: IrrepLinear = IrrepLinear(fields, fields, group, source="blocks", **dd)
+        self.proj_drop: nn.Dropout = nn.Dropout(proj_drop)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        qkv = self.qkv(x).unflatten(3, (3, self.num_heads, self.head_fields))  # [|G|, B, N, 3, heads, head_fields]
+        qkv = qkv.permute(3, 1, 4, 2, 0, 5).flatten(4)  # [3, B, heads, N, |G| * head_fields]
+        q, k, v = qkv.unbind(0)
+        if self.fused_attn:
+            x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
+        else:
+            attn = (q * self.scale) @ k.transpose(-2, -1)  # [B, heads, N, N]
+            attn = attn.softmax(dim=-1)
+            attn = self.attn_drop(attn)
+            x = attn @ v
+        x = x.unflatten(3, (self.order, self.head_fields)).permute(3, 0, 2, 1, 4)  # [|G|, B, N, heads, head_fields]
+        return self.proj_drop(self.proj(x.flatten(3)))
