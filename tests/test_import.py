@@ -43,7 +43,7 @@ kept = {name: getattr(os, name) for name in MISSING if hasattr(os, name)}
 for name in kept:
     delattr(os, name)  # while we are imported
 import equivision_timm
-from equivision_timm import cli
+from equivision_timm.cli.main import main
 from equivision_timm.weights.folder import write_model_folder
 from equivision_timm.layers.strategies import native_library
 
@@ -63,7 +63,7 @@ with torch.no_grad():
     torch.testing.assert_close(model(x), expanded(x), rtol=1e-4, atol=1e-4)
 model.train()(x).sum().backward()
 write_model_folder(folder, "test_c8resnet", expanded.state_dict(), {})
-assert cli.main(["verify", folder + "/nowhere"]) == 1
+assert main(["verify", folder + "/nowhere"]) == 1
 """
 
 

@@ -113,8 +113,10 @@ class _Version(argparse.Action):
         import torch
 
         import equivision_timm
+        from equivision_timm.layers.strategies import native_library
 
         print(f"equivision_timm {equivision_timm.__version__}, timm {timm.__version__}, torch {torch.__version__}")
+        print(f"conv_strategy 'native': {native_library.describe()}")
         parser.exit()
 
 

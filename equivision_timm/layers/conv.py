@@ -190,10 +190,6 @@ class SteerableConv2d(nn.Module):
         reason = STRATEGIES[strategy].supports(self.describe(self.weight.device, self.weight.dtype))
         if reason:
             raise ValueError(f"conv_strategy {strategy!r} cannot compute this layer: {reason}. Use 'auto' or 'expand'")
-        try:
-            STRATEGIES[strategy].prepare()
-        except RuntimeError as error:
-            raise ValueError(str(error)) from error
 
     def strategy_for(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> str:
         """What `strategy` comes to in inference, for an input of `shape`, on `device`, in `dtype`: any but 'auto'."""

@@ -5,20 +5,18 @@ from typing import Any
 
 import torch
 
-from equivision_timm.layers.strategies.native_library import fingerprint
-
 __all__ = ["WeightCache"]
 
 
 class WeightCache:
     """The last value made of some tensors, and what tells whether they have changed. Neither copied nor saved.
 
-    By default that is their fingerprint, or copies of them to compare with where it cannot be taken. All values are
-    read at each call: so no change, however made, meets an old value.
+    By default that is copies of them to compare with. All values are read at each call: so no change, however made,
+    meets an old value.
     """
 
     def __init__(self) -> None:
-        # (key, fingerprint or copies, value), replaced as a whole: threads may share it
+        # (key, copies, value), replaced as a whole: threads may share it
         self.kept: tuple[Any, ...] | None = None
 
     def get_by_version(self, sources: tuple[torch.Tensor, ...], key: Hashable, make: Callable[[], Any]) -> Any:
@@ -35,11 +33,11 @@ class WeightCache:
 
         What was made while another thread changed the sources is returned, and not kept.
         """
-        kept, now = self.kept, fingerprint(sources)
-        if kept is None or kept[0] != key or not _same_values(sources, now, kept[1]):
-            before = [source.detach().clone() for source in sources] if now is None else now
+        kept = self.kept
+        if kept is None or kept[0] != key or not _equal(sources, kept[1]):
+            before = [source.detach().clone() for source in sources]
             kept = (key, before, make())
-            self.kept = kept if _same_values(sources, now and fingerprint(sources), before) else None
+            self.kept = kept if _equal(sources, before) else None
         return kept[2]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "WeightCache":
@@ -57,11 +55,6 @@ def _version(tensor: torch.Tensor) -> tuple:
 
 def _same_versions(tensors: tuple[torch.Tensor, ...], before: object) -> bool:
     return isinstance(before, list) and [_version(t) for t in tensors] == [version for _, version in before]
-
-
-def _same_values(sources: tuple[torch.Tensor, ...], now: Hashable, before: list[torch.Tensor] | tuple) -> bool:
-    """Whether the sources, whose fingerprint is `now` (None: it cannot be taken), hold the values that they had."""
-    return _equal(sources, before) if now is None else now == before
 
 
 def _equal(tensors: tuple[torch.Tensor, ...], others: list[torch.Tensor] | tuple) -> bool:

@@ -18,15 +18,15 @@ import pytest
 import torch
 
 from equivision_timm.layers import SteerableConv2d
-from equivision_timm.layers.strategies import STRATEGIES, native, native_library
+from equivision_timm.layers.strategies import STRATEGIES, build_native, native, native_library
 
 LAYERS = 30
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-11}
 
 
 def runtime(name):
-    """Where the compiler keeps a shared library; None if nowhere."""
-    if native_library.why_not():
+    """Where the compiler has a shared library; None if nowhere."""
+    if shutil.which("cc") is None:
         return None
     printed = subprocess.run(["cc", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
     return printed if os.path.isabs(printed) else None
@@ -38,28 +38,26 @@ RUNTIMES = {  # the second library, since torch throws exceptions
 }
 
 pytestmark = pytest.mark.skipif(
-    shutil.which("cc") is None or any(None in libraries for libraries in RUNTIMES.values()),
+    any(None in libraries for libraries in RUNTIMES.values()),
     reason="cc has no AddressSanitizer or ThreadSanitizer to load (Debian: apt install gcc)",
 )
 
 
 def sanitized(folder: Path, sanitizer: str, function, layers: int, options: str = ""):
-    """One of the functions below, run under a sanitizer whose compiler gets further `options`.
+    """One of the functions below, run with libraries that are compiled with further `options`.
 
     The last -O counts: at -O3 the sanitizers compile for half a minute.
     """
-    compiler = folder / "sanitizing-cc"
-    compiler.write_text(f'#!/bin/sh\nexec cc "$@" -O1 -g {options}\n')
-    compiler.chmod(0o755)
+    for real in ("float", "double"):
+        path = folder / f"native-{real}-baseline.so"
+        build_native.compile_library(path, real, "baseline", ["cc"], ("-march=native", "-O1", "-g", *options.split()))
     environment = {
-        "CC": str(compiler),
-        "XDG_CACHE_HOME": str(folder),
         "LD_PRELOAD": " ".join(RUNTIMES[sanitizer]),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
         "TSAN_OPTIONS": "ignore_noninstrumented_modules=1",  # PyTorch's teams are GNU OpenMP's
         "OMP_NUM_THREADS": "2",
     }
-    command = [sys.executable, __file__, function.__name__, str(layers)]
+    command = [sys.executable, __file__, function.__name__, str(layers), str(folder)]
     return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, errors="replace")
 
 
@@ -151,5 +149,6 @@ def test_a_race_is_reported(tmp_path):
 
 
 if __name__ == "__main__":
-    os.environ.pop("LD_PRELOAD")  # not for the compiler
-    {function.__name__: function for function in (random_layers, packed_too_short)}[sys.argv[1]](int(sys.argv[2]))
+    name, count, folder = sys.argv[1:]
+    native_library.FOLDER = Path(folder)
+    {function.__name__: function for function in (random_layers, packed_too_short)}[name](int(count))

@@ -82,13 +82,6 @@ class Strategy(ABC):
     def estimate(self, layer: Layer, shape: tuple[int, ...]) -> float:
         """Seconds of one thread for an input of `shape`, by which 'auto' compares; infinite where nothing is known."""
 
-    def prepare(self) -> None:  # noqa: B027  most need nothing
-        """Do what is needed once before the first use, such as to compile.
-
-        Raises:
-            RuntimeError: it cannot be done here.
-        """
-
     @abstractmethod
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None, layer: Layer) -> Any:
         """What `infer` takes.

@@ -13,6 +13,7 @@ leave it as it is without a table.
 
 import hashlib
 import json
+import platform
 import warnings
 from functools import cache
 from pathlib import Path
@@ -104,10 +105,18 @@ def conditions(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         place = {"device": torch.cuda.get_device_name(device), "capability": torch.cuda.get_device_capability(device)}
     else:
-        place = {"device": device.type, "processor": hashlib.sha256(native_library.processor().encode()).hexdigest()}
-        place |= {"threads": torch.get_num_threads(), "native": native_library.available()}
+        place = {"device": device.type, "processor": _processor()}
+        place |= {"threads": torch.get_num_threads(), "native": native_library.describe()}
     versions = {"torch": torch.__version__, "equivision_timm": equivision_timm.__version__}
     return json.loads(json.dumps({**place, **versions}))  # tuples as lists, as in the file
+
+
+def _processor() -> str:
+    """Its name: a home folder may serve several machines."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return name or platform.processor()
 
 
 def table_file(device: torch.device) -> Path:

@@ -667,62 +667,15 @@ static void gather_part(void *argument) {
     free(offsets);
 }
 
-/* ---- The fingerprint of weights: 64 bits, by which a change of them is noticed
-
-   Each block of memory goes through 32 lanes of 64 bits, h = rotate((h ^ word) * odd). A step can be undone, so that one
-   changed word always changes the lane; several cancel with a chance of 2^-64. Negated pairs do not: the rotation moves
-   the sign bits among the others. The blocks, each with its place, are added up: in any order, by any thread. */
-
-typedef uint64_t words __attribute__((vector_size(32), aligned(1), may_alias));
-enum { WORDS = 8, STEP = WORDS * sizeof(words), BLOCK = 1 << 18 };
-static const uint64_t ODD = 0x9E3779B97F4A7C15u; /* 2^64 / golden ratio */
-
-INLINE void mix_words(words *h, const char *bytes) {
-    for (int j = 0; j < WORDS; j++) {
-        words v = (h[j] ^ *(const words *)(bytes + j * sizeof(words))) * ODD;
-        h[j] = v << 29 | v >> 35;
-    }
-}
-
-static uint64_t block_fingerprint(const char *bytes, long size, uint64_t place) {
-    words h[WORDS];
-    char rest[STEP] = {0};
-    for (int j = 0; j < WORDS; j++)
-        for (int n = 0; n < 4; n++) h[j][n] = place * ODD + j * 4 + n;
-    long whole = size / STEP * STEP;
-    for (long i = 0; i < whole; i += STEP) mix_words(h, bytes + i);
-    memcpy(rest, bytes + whole, size - whole);
-    mix_words(h, rest);
-    uint64_t sum = size;
-    for (int j = 0; j < WORDS; j++)
-        for (int n = 0; n < 4; n++) sum = (sum ^ h[j][n]) * ODD, sum ^= sum >> 32;
-    return sum;
-}
-
-typedef struct {
-    const char *const *parts;
-    const long *sizes; /* bytes */
-    long count;
-    uint64_t sum;
-} Print;
-
-static void fingerprint_part(void *argument) {
-    Print *print = argument;
-    long thread = omp_get_thread_num(), threads = omp_get_num_threads(), place = 0;
-    uint64_t sum = 0;
-    for (long i = 0; i < print->count; i++)
-        for (long from = 0; from < print->sizes[i] || !from; from += BLOCK, place++)
-            if (place % threads == thread)
-                sum += block_fingerprint(print->parts[i] + from, least(BLOCK, print->sizes[i] - from), place);
-    __atomic_fetch_add(&print->sum, sum, __ATOMIC_RELAXED);
-}
-
 /* ---- What `native.py` calls: 0, or 1 if memory is short, or 2 for a kernel that is not known here */
 
 static int knows(const Layer *l) { return l->kernel_size == 1 || l->kernel_size == 3 || l->kernel_size == 5; }
 
-/* Bytes of a layer, which `native_library.py` compares with its own */
+/* What `native_library.py` compares with its own: bytes of a layer, and the hash of this file when it was compiled */
 long layer_size(void) { return sizeof(Layer); }
+const char *source_hash(void) { return SOURCE_HASH; }
+
+long tile_rows(void) { return MR; }
 
 /* Numbers in `packed`, and of the sums of the gradient that each thread makes */
 long packed_size(const Layer *l, long transposed) {
@@ -762,13 +715,4 @@ int backward(const Layer *l, const REAL *dy, const REAL *x, const REAL *packed, 
     GOMP_parallel(backward_part, &job, threads, 0);
     if (dw) GOMP_parallel(gather_part, &job, threads, 0);
     return job.failed;
-}
-
-/* Of `count` stretches of memory */
-uint64_t fingerprint(const char *const *parts, const long *sizes, long count, long threads) {
-    Print print = {.parts = parts, .sizes = sizes, .count = count};
-    long bytes = 0;
-    for (long i = 0; i < count; i++) bytes += sizes[i];
-    GOMP_parallel(fingerprint_part, &print, least(threads, 1 + bytes / BLOCK), 0);
-    return print.sum;
 }

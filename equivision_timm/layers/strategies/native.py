@@ -1,7 +1,7 @@
 """The block-diagonal convolution in C, for the CPU: all its steps on a few pixels at a time, in the caches.
 
 `native.c` is the algorithm of `block_diagonal.py`, and so are the outputs but for float noise. `native_library.py`
-compiles it. It works on plain arrays of float32 or float64, in PyTorch's own threads; other types are converted.
+loads it. It works on plain arrays of float32 or float64, in PyTorch's own threads; other types are converted.
 """
 
 import ctypes
@@ -60,16 +60,13 @@ class Native(Strategy):
         That is for the trivial group and single pixels; a larger kernel of that group has fewer functions than pixels.
         """
         saves = layer.order > 1 or layer.kernel.size > 1
-        if layer.dtype not in _REALS or not saves or not native_library.available():
+        if layer.dtype not in _REALS or not saves or native_library.why_not():
             return math.inf
         batch, _, height, width = shape
         out_height, out_width = layer.out_size(height, width)
         pixels, per_pair, rows = batch * out_height * out_width, *block_counts(layer.kernel.name)
         weights = layer.in_fields * layer.out_fields * per_pair
         return pixels * weights / 35e9 + 0.7e-9 * pixels * layer.in_fields * rows + 1.3e-9 * weights
-
-    def prepare(self) -> None:
-        native_library.library(torch.float32)
 
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None, layer: Layer) -> Packed:
         weights = block_weights(weight, layer.kernel.name).to(layer.dtype)

@@ -1,0 +1,137 @@
+"""Build hook: compiles `native.c` when the package is built, for each type of numbers and level of instructions.
+
+    native-REAL-LEVEL.so      REAL float or double; LEVEL baseline, on x86-64 also avx2, avx512
+
+A wheel contains the libraries beside `native.c`; an editable installation gets them there, as does
+
+    python equivision_timm/layers/strategies/build_native.py
+
+The compiler is that of the environment variable CC, which may contain options, or cc, gcc, clang, or else that of the
+package ziglang, which the build then requires. If nothing can be compiled, the build warns and goes on without.
+"""
+
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+
+__all__ = ["LEVELS", "build", "compile_library", "compiler", "get_build_hook", "source_hash"]
+
+SOURCE = Path(__file__).with_name("native.c")
+FLAGS = ("-O3", "-fPIC", "-shared", "-pthread")
+TIME_LIMIT = 600  # seconds for one library, which takes two to seven
+_AVX2 = ("-mavx2", "-mfma")
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+LEVELS: dict[str, tuple[str, ...]] = {"baseline": ()}  # options, besides those of the baseline
+if platform.machine() in ("x86_64", "AMD64"):
+    LEVELS = {"baseline": (), "avx2": _AVX2, "avx512": (*_AVX2, *_AVX512)}
+
+
+def source_hash() -> str:
+    """Of native.c; each library contains it."""
+    return hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
+
+
+def compiler() -> list[str] | None:
+    """The command that compiles C; None if there is none.
+
+    Raises:
+        ValueError: CC has a quotation mark without its closing one.
+    """
+    if command := shlex.split(os.environ.get("CC", "")):
+        return command
+    found = next(filter(shutil.which, ("cc", "gcc", "clang")), None)
+    if found is None and find_spec("ziglang"):
+        return [sys.executable, "-m", "ziglang", "cc"]
+    return found and [found]
+
+
+def compile_library(path: Path, real: str, level: str, command: list[str], options: tuple[str, ...] = ()) -> None:
+    """Compile native.c to the shared library `path`.
+
+    Raises:
+        OSError: the compiler cannot be started.
+        subprocess.SubprocessError: it fails or takes too long.
+    """
+    baseline = {"x86_64": "-march=x86-64", "AMD64": "-march=x86-64", "aarch64": "-mcpu=generic"}
+    flags = [*filter(None, [baseline.get(platform.machine())]), *LEVELS[level]]  # of compilers that default to more
+    if any("zig" in Path(word).name for word in command):
+        flags = [flag.replace("x86-64", "x86_64") for flag in flags]
+    macros = [f"-DREAL={real}", f'-DSOURCE_HASH="{source_hash()}"']
+    line = [*command, *FLAGS, *flags, *macros, "-o", str(path), str(SOURCE), *options]
+    subprocess.run(
+        line, check=True, timeout=TIME_LIMIT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def build(folder: Path) -> tuple[list[Path], str]:
+    """Compile all libraries to `folder`, where old ones are removed: those that succeed, and the first error or ''."""
+    for old in folder.glob("native-*.so"):
+        old.unlink()
+    if sys.platform != "linux":
+        return [], "PyTorch does not use the threads of GNU OpenMP here"
+    try:
+        command = compiler()
+    except ValueError as error:
+        return [], f"CC={os.environ['CC']!r} cannot be read: {error}"
+    if command is None:
+        return [], "no C compiler was found"
+
+    def attempt(which: tuple[str, str]) -> tuple[Path, str]:
+        path = folder / f"native-{'-'.join(which)}.so"
+        try:
+            compile_library(path, *which, command)
+        except subprocess.CalledProcessError as error:
+            return path, f"{error}\n{error.output.decode(errors='replace')}"
+        except (OSError, subprocess.SubprocessError) as error:
+            return path, str(error)
+        return path, "" if path.is_file() else f"{shlex.join(command)} compiled nothing"
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        results = list(threads.map(attempt, product(("float", "double"), LEVELS)))
+    return [path for path, error in results if not error], next((error for _, error in results if error), "")
+
+
+def get_build_hook() -> type:
+    """For hatchling, which this file is imported without otherwise."""
+    from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+    class BuildHook(BuildHookInterface):
+        def dependencies(self) -> list[str]:
+            named = os.environ.get("CC", "").strip()
+            known = named or any(map(shutil.which, ("cc", "gcc", "clang")))
+            return [] if known or sys.platform != "linux" else ["ziglang>=0.15"]
+
+        def initialize(self, version: str, build_data: dict) -> None:
+            self.folder = None if version == "editable" else tempfile.mkdtemp()
+            paths, error = build(Path(self.folder) if self.folder else SOURCE.parent)
+            if error:
+                self.app.display_warning(f"conv_strategy 'native' will be missing or slower: {error}")
+            if not paths:
+                return
+            build_data["pure_python"] = False
+            build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
+            if self.folder:
+                to = SOURCE.parent.relative_to(self.root).as_posix()
+                build_data["force_include"] |= {str(path): f"{to}/{path.name}" for path in paths}
+
+        def finalize(self, version: str, build_data: dict, artifact_path: str) -> None:
+            if self.folder:
+                shutil.rmtree(self.folder)
+
+    return BuildHook
+
+
+if __name__ == "__main__":
+    built, problem = build(SOURCE.parent)
+    print(*[path.name for path in built], sep="\n")
+    sys.exit(problem or None)
