@@ -1,19 +1,20 @@
-"""Is it equivariant? A measurement and an assertion, for our layers and models and for those of users.
+"""Measure and assert equivariance of layers and models, those of this package and others.
 
-For an element g of the group and an input x, f is equivariant when f(g x) = g f(x). The error of f at g is
+For an element g of the group and an input x, f is equivariant if f(g x) = g f(x). The error of f at g is
 
-    max |f(g x) - g f(x)| / max |f(x)|
+    max |f(g x) - g f(x)| / max |f(x) - f(x')|
 
-over a batch of smooth random images. Elements that map the pixel grid onto itself (rotations by 90 degrees,
-reflections) should reach float accuracy at exact sizes (n = 1 mod 32 for the ResNets); other elements only up to
-resampling.
-
-How far they are from it between the quarter turns, at any angle and stage by stage, says `angle_error`, for any model
-of timm.
+for smooth random images x and x': relative to how much the output varies with the input, since neither a constant in
+the output nor its size says anything about the group. Elements that map the pixel grid onto itself (rotations by 90
+degrees, reflections) should reach float accuracy at exact sizes (n = 1 mod 32 for the ResNets); other elements only up
+to resampling. Errors between the quarter turns, at any angle and stage by stage, are measured by `angle_error`, for any
+timm model.
 """
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from equivision_timm.groups import Group
 __all__ = ["angle_error", "assert_equivariant", "calibrate_norms", "equivariance_error"]
 
 
+@torch.no_grad()
 def equivariance_error(
     module: nn.Module,
     size: int = 225,
@@ -34,66 +36,65 @@ def equivariance_error(
     in_channels: int | None = None,
     seed: int = 0,
 ) -> dict[int, float]:
-    """The relative error of `module` at every element of the group, measured in eval mode.
+    """The relative error of `module` at every element of the group.
+
+    Measured on a copy in eval mode, one image at a time, with branches that the initialisation switches off switched
+    on: scales (parameters of one dimension, biases apart) that all are one number below 0.1, as those of
+    `zero_init_last` and LayerScale, are set to 1.
 
     Args:
-        module: maps a batch [2, in_channels, size, size], of its own dtype and device, to a tensor.
+        module: maps images [1, in_channels, size, size], of its own dtype and device, to a tensor.
         size: side of the square images in pixels.
-        group: name of the group; `module.group` where None.
-        input_type: how the group acts on the input: 'trivial' (an image: pixels move) or 'regular' (and the channels
-            of each field are permuted).
+        group: name of the group; `module.group` if None.
+        input_type: action of the group on the input: 'trivial' (an image: pixels move) or 'regular' (the channels of
+            each field are permuted, too).
         output_type: 'invariant' (unchanged, such as logits), 'trivial' or 'regular' maps.
-        in_channels: channels of the input; `module.in_chans` where None.
+        in_channels: channels of the input; `module.in_chans` if None.
         seed: of the random images.
 
     Returns:
         {element index: error}. The elements of `Group.grid_elements` are exact on the grid, the others resampled.
 
     Raises:
-        ValueError: an unknown type; a module that says neither group nor channels; or the output is zero or the same
-            for both images, so that nothing was measured.
+        ValueError: an unknown type; a module without attributes for group or channels; an output that is not finite,
+            or does not depend on the image.
     """
     parsed = Group.from_name(_of(module, "group", "group") if group is None else group)
     channels = _of(module, "in_chans", "in_channels") if in_channels is None else in_channels
-    for name, value, known in (
-        ("input_type", input_type, ("trivial", "regular")),
-        ("output_type", output_type, ("invariant", "trivial", "regular")),
-    ):
-        if value not in known:
-            raise ValueError(f"unknown {name} {value!r}: use one of {known}")
-
-    parameter = next(module.parameters(), torch.empty(0))
+    if input_type not in ("trivial", "regular") or output_type not in ("invariant", "trivial", "regular"):
+        raise ValueError(
+            f"unknown input_type {input_type!r} or output_type {output_type!r}: use 'trivial' or 'regular'"
+        )
+    network = copy.deepcopy(module).eval()
+    for name, scale in network.named_parameters():
+        if scale.ndim < 2 and not name.endswith("bias") and len(scale.unique()) == 1 and scale.abs().max() < 0.1:
+            scale.fill_(1)
+    like = next(network.parameters(), torch.empty(0))
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(2, channels, 9, 9, generator=generator, dtype=torch.float64)
     x = F.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=True)
 
-    def run(image: torch.Tensor) -> torch.Tensor:
-        return module(image.to(parameter)).double().cpu()
+    def run(images: torch.Tensor) -> torch.Tensor:
+        y = torch.cat([network(image.to(like)) for image in images.split(1)])  # no use of the place in the batch
+        if not y.isfinite().all():
+            raise ValueError(f"the output of {type(module).__name__} is not finite: check its weights")
+        return y.double().cpu()
 
-    was_training = module.training
-    module.eval()
-    try:
-        with torch.no_grad():
-            plain = run(x)
-            scale = plain.abs().max().item()
-            if not scale > 0 or torch.equal(plain[0], plain[1]):
-                raise ValueError(
-                    f"the output of {type(module).__name__} is zero, not finite or does not depend on the image: "
-                    "there is nothing to measure"
-                )
-            errors = {}
-            for g in range(parsed.order):
-                expected = _transform(plain, parsed, g, output_type)
-                errors[g] = (run(_transform(x, parsed, g, input_type)) - expected).abs().max().item() / scale
-    finally:
-        module.train(was_training)
+    plain = run(x)
+    variation = (plain[0] - plain[1]).abs().max().item()
+    if variation == 0:
+        raise ValueError(f"the output of {type(module).__name__} does not depend on the image: nothing was measured")
+    errors = {}
+    for g in range(parsed.order):
+        expected = _transform(plain, parsed, g, output_type)
+        errors[g] = (run(_transform(x, parsed, g, input_type)) - expected).abs().max().item() / variation
     return errors
 
 
 def assert_equivariant(module: nn.Module, size: int = 225, tolerance: float = 1e-4, **kwargs: Any) -> None:
-    """Raises AssertionError where an element that is exact on the pixel grid has an error above `tolerance`.
+    """Raise AssertionError if an element that is exact on the pixel grid has an error above `tolerance`.
 
-    Other arguments as in `equivariance_error`.
+    Other arguments and errors as in `equivariance_error`.
 
     Example:
         >>> from equivision_timm.layers import GroupPool
@@ -106,65 +107,64 @@ def assert_equivariant(module: nn.Module, size: int = 225, tolerance: float = 1e
         listed = ", ".join(f"{g}: {error:.1e}" for g, error in wrong.items())
         raise AssertionError(
             f"{type(module).__name__} is not {group.name}-equivariant at {size} x {size} pixels: relative error by "
-            f"element {{{listed}}} exceeds {tolerance:.0e} (the ResNets are exact at sizes n = 1 mod 32)"
+            f"element {{{listed}}} exceeds {tolerance:.0e} (the ResNets are exact at sizes n = 1 mod 32; if the output "
+            "varies little with the image, compared to its size, use module.double())"
         )
 
 
 @torch.no_grad()
 def angle_error(model: nn.Module, images: torch.Tensor, angles: Sequence[float]) -> dict[str, dict[float, float]]:
-    """How far every stage of `model` is from turning with the image, at any angle.
+    """The error of every stage of `model` under rotations by any angle.
 
     The error of a map f of the network at an angle is |f(g x) - g f(x)| / |g f(x)|, g the rotation by that angle, over
     the pixels in a disc of 0.8 times the inscribed radius; the mean over the images. g moves pixels (bicubic between
     the quarter turns) and permutes the channels of regular fields; between the rotations of the group the channels of a
-    field, a function on the group, are interpolated by its Fourier series. A model of timm without a group has channels
-    that nothing permutes. The images are faded to zero towards the border by a smooth circular mask, so that a rotation
+    field, a function on the group, are interpolated by its Fourier series. The channels of a timm model without a group
+    are not permuted. The images are faded to zero towards the border by a smooth circular mask, so that a rotation
     brings nothing new into view.
 
-    Use photographs. What breaks equivariance between the quarter turns is aliasing of fine detail, of which random
-    smooth images have next to none, so that the first stages seem sound: `c8resnet18_fast` with random weights has
-    errors of .11 and .31 at act1 and layer1 and 45 degrees on photographs, .01 and .11 on images that vary over 28
-    pixels. Noise, which is all fine detail, seems worse than any picture.
+    Use photographs. Equivariance between the quarter turns is broken by aliasing of fine detail, of which smooth random
+    images have next to none: `c8resnet18_fast` with random weights has errors of .11 and .31 at act1 and layer1 and 45
+    degrees on photographs, .01 and .11 on images that vary over 28 pixels. Noise gives larger errors than any picture.
 
     Args:
-        model: of timm, or any that has its `forward_intermediates` and `feature_info`. It is measured in eval mode;
-            where its weights are random, `calibrate_norms` first.
-        images: [B, C, n, n], normalised as the model wants them, of its type and on its device.
+        model: a timm model, or another with `forward_intermediates` and `feature_info`. It is measured in eval mode; if
+            its weights are random, call `calibrate_norms` first.
+        images: [B, C, n, n], normalised as the model expects, of its dtype and on its device.
         angles: in degrees, counter-clockwise.
 
     Returns:
         {stage: {angle: error}}, the stages named as in `feature_info`. 0 is perfect; 1 and more mean that the features
-        of the turned image have next to nothing in common with the turned features.
+        of the rotated image have next to nothing in common with the rotated features.
 
     Raises:
-        TypeError: the model shows no maps.
-        ValueError: images that are not square, an angle that is not finite, or a map of which the disc holds nothing.
+        TypeError: the model has no `forward_intermediates`.
+        ValueError: images that are not square, an angle that is not finite, or a map that is zero in the disc, not
+            finite, or the same for black images.
     """
     images = _behind_mask(images)
     if not all(map(math.isfinite, angles)):
         raise ValueError(f"angles {list(angles)} are not all finite: give degrees, such as [45]")
-    was_training = model.training
-    model.eval()
-    try:
+    with _eval_mode(model):
         levels = _maps(model, images)
+        for (name, _, found), (_, _, black) in zip(levels, _maps(model, torch.zeros_like(images[:1])), strict=True):
+            if (found - black).abs().max() <= 1e-6 * black.abs().max():
+                raise ValueError(f"the map of {name} does not depend on the images: nothing was measured")
         errors: dict[str, dict[float, float]] = {name: {} for name, _, _ in levels}
         for angle in angles:
-            for (name, rotations, before), (_, _, after) in zip(
-                levels, _maps(model, _rotate(images, angle)), strict=True
-            ):
+            rotated = _maps(model, _rotate(images, angle))
+            for (name, rotations, before), (_, _, after) in zip(levels, rotated, strict=True):
                 expected = _rotate(_shift_fields(before, rotations, angle), angle)
                 errors[name][angle] = _relative_error(name, after, expected)
-    finally:
-        model.train(was_training)
     return errors
 
 
 @torch.no_grad()
 def calibrate_norms(model: nn.Module, images: torch.Tensor) -> None:
-    """Set the running statistics of all batch norms to those of `images` [B, C, n, n] as `angle_error` shows them.
+    """Set the running statistics of all batch norms to those of `images` [B, C, n, n] as `angle_error` masks them.
 
-    A network with random weights has statistics 0 and 1, which are far from those of its maps: it would be measured
-    where no trained network works.
+    With random weights, statistics 0 and 1 are far from those of the maps, so the network would be measured where no
+    trained network works.
 
     Raises:
         ValueError: images that are not square; the model has no batch norm with running statistics.
@@ -173,23 +173,33 @@ def calibrate_norms(model: nn.Module, images: torch.Tensor) -> None:
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:
         raise ValueError(f"{type(model).__name__} has no batch norms to calibrate: leave it out")
-    modes, momenta = {m: m.training for m in model.modules()}, [norm.momentum for norm in norms]
+    momenta = [norm.momentum for norm in norms]
+    with _eval_mode(model):
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # the mean over all calls: of one
+                norm.train()
+            model(images)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode; afterwards each module has its own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # the mean over all calls: of one
-            norm.train()
-        model(images)
+        yield
     finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        for module, mode in modes.items():
+        for module, mode in modes:
             module.training = mode
 
 
 def _of(module: nn.Module, name: str, argument: str) -> Any:
-    """The attribute `name` of `module`, for an argument that was left out."""
+    """The attribute `name` of `module`, the default of `argument`."""
     if not hasattr(module, name):
         raise ValueError(f"{type(module).__name__} has no attribute {name!r}: give {argument}=")
     return getattr(module, name)
@@ -203,12 +213,12 @@ def _behind_mask(images: torch.Tensor) -> torch.Tensor:
 
 
 def _maps(model: nn.Module, images: torch.Tensor) -> list[tuple[str, int, torch.Tensor]]:
-    """Of every stage its name, N of its group, and its map [B, C, H, W] as the model computes it."""
+    """For every stage its name, N of its group, and its map [B, C, H, W]."""
     forward, levels = getattr(model, "forward_intermediates", None), getattr(model, "feature_info", None)
     if forward is None or levels is None:
         raise TypeError(
-            f"{type(model).__name__} shows no maps of its stages: use a model of timm with forward_intermediates "
-            "(not features_only, which hides what its channels are)"
+            f"{type(model).__name__} has no forward_intermediates with feature_info: use a timm model, without "
+            "features_only"
         )
     maps = forward(images, intermediates_only=True)
     return [
@@ -221,10 +231,10 @@ def _relative_error(name: str, actual: torch.Tensor, expected: torch.Tensor) -> 
     """The mean over the images of |actual - expected| / |expected| in the disc."""
     disc = _radius(expected.shape[-1]).to(expected.device) <= 0.8
     norms = [(x * disc).flatten(1).norm(dim=1) for x in (actual - expected, expected)]  # [B] each
-    if not norms[1].min() > 0:
+    if not (norms[1].min() > 0 and norms[0].isfinite().all()):
         raise ValueError(
-            f"the map of {name}, {list(expected.shape)}, is zero or not finite in the disc of radius 0.8: use images "
-            "that are larger, and not grey all over"
+            f"the map of {name}, {list(expected.shape)}, is zero or not finite in the disc of radius 0.8: use larger "
+            "images, and none of one colour"
         )
     return (norms[0] / norms[1]).mean().item()
 
@@ -242,7 +252,7 @@ def _fade(n: int, inner: float, outer: float) -> torch.Tensor:
 
 
 def _rotate(x: torch.Tensor, degrees: float) -> torch.Tensor:
-    """Turn the pixels of x [B, C, n, n] counter-clockwise; multiples of 90 degrees move whole pixels."""
+    """Rotate the pixels of x [B, C, n, n] counter-clockwise; multiples of 90 degrees move whole pixels."""
     quarters, rest = divmod(degrees, 90)
     if rest == 0:
         return x.rot90(int(quarters), dims=(-2, -1))
@@ -255,7 +265,7 @@ def _rotate(x: torch.Tensor, degrees: float) -> torch.Tensor:
 def _shift_fields(x: torch.Tensor, rotations: int, degrees: float) -> torch.Tensor:
     """The channels of x [B, m * |G|, H, W] under the rotation: f(k) -> f(k - s), s = degrees N / 360.
 
-    k counts the rotations of C_N; D_N has them twice, without and with the reflection. Where s is no integer, f is its
+    k counts the rotations of C_N; D_N has them twice, without and with the reflection. If s is not an integer, f is its
     Fourier series, f(k) = sum_j c_j exp(2 pi i j k / N), j = -N / 2 ... N / 2.
     """
     functions = x.unflatten(1, (-1, rotations))  # [B, m * |G| / N, N, H, W]
@@ -269,7 +279,7 @@ def _shift_fields(x: torch.Tensor, rotations: int, degrees: float) -> torch.Tens
 
 
 def _transform(x: torch.Tensor, group: Group, g: int, kind: str) -> torch.Tensor:
-    """g x for a float64 batch of kind 'invariant', 'trivial' or 'regular'."""
+    """g x for a batch of kind 'invariant', 'trivial' or 'regular'; off the grid bicubic, zeros come in from outside."""
     if kind == "invariant":
         return x
     if group.quarter_turns(g) is not None:
@@ -277,11 +287,6 @@ def _transform(x: torch.Tensor, group: Group, g: int, kind: str) -> torch.Tensor
     if kind == "regular":
         fields = x.unflatten(1, (-1, group.order))  # [B, m, |G|, H, W]
         x = fields[:, :, group.left_quotients()[g]].flatten(1, 2)  # [B, m * |G|, H, W]
-    return _resample(x, group, g)
-
-
-def _resample(x: torch.Tensor, group: Group, g: int) -> torch.Tensor:
-    """Move the pixels of x [B, C, H, W] by any element, with bicubic interpolation; zeros come in from outside."""
     axis = torch.linspace(-1, 1, x.shape[-1], dtype=x.dtype)
     y, x_axis = torch.meshgrid(-axis, axis, indexing="ij")  # y points up
     radius, angle = torch.hypot(x_axis, y), group.inverse_angle(g, torch.atan2(y, x_axis))

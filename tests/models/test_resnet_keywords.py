@@ -131,4 +131,4 @@ def test_new_groups(name):
         model.train()(torch.rand(2, 3, 65, 65))
     assert_equivariant(model.eval(), 65)
     errors = equivariance_error(model, 65)
-    assert max(errors.values()) < 1
+    assert max(errors.values()) < 3  # in units of the variation with the image
