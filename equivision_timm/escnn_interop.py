@@ -1,4 +1,4 @@
-"""The bridge to escnn, and the only file that imports it: wraps maps for its layers.
+"""Interoperability with escnn; the only file that imports it.
 
 Needs the extra: `pip install 'equivision-timm[escnn]'` (a Fortran compiler, numpy < 2). Nothing here runs when a
 model is built or used.
@@ -18,34 +18,24 @@ __all__ = ["field_type", "gspace", "import_escnn", "to_geometric_tensor"]
 
 
 def import_escnn() -> Any:
-    """The package escnn.
-
-    Raises:
-        ImportError: the extra is not installed.
-    """
+    """The package escnn, with `gspaces` and `nn`; ImportError if the extra is not installed."""
     try:
         import escnn  # pyright: ignore[reportMissingImports]  an extra
         import escnn.gspaces  # pyright: ignore[reportMissingImports]  an extra
         import escnn.nn  # pyright: ignore[reportMissingImports]  an extra
     except ImportError as error:
         raise ImportError(
-            f"this needs escnn, which cannot be imported ({error}): pip install 'equivision-timm[escnn]' "
-            "(it builds with gfortran and needs numpy < 2)"
+            f"escnn cannot be imported ({error}): pip install 'equivision-timm[escnn]' (needs gfortran and numpy < 2)"
         ) from error
     return escnn
 
 
 def gspace(group: str) -> "GSpace2D":
-    """escnn's space for a group of ours, with the same elements in the same order.
-
-    Raises:
-        ValueError: not a group name. ImportError: the extra is not installed.
-    """
-    spaces = import_escnn().gspaces
-    parsed = Group.from_name(group)
-    if not parsed.reflections:
-        return spaces.rot2dOnR2(N=parsed.rotations) if parsed.rotations > 1 else spaces.trivialOnR2()
-    return spaces.flipRot2dOnR2(N=parsed.rotations) if parsed.rotations > 1 else spaces.flip2dOnR2()
+    """The space of escnn for a group, with the same elements in the same order."""
+    spaces, parsed = import_escnn().gspaces, Group.from_name(group)
+    if parsed.reflections:
+        return spaces.flipRot2dOnR2(N=parsed.rotations) if parsed.rotations > 1 else spaces.flip2dOnR2()
+    return spaces.rot2dOnR2(N=parsed.rotations) if parsed.rotations > 1 else spaces.trivialOnR2()
 
 
 def field_type(group: str, fields: int) -> "FieldType":
@@ -55,7 +45,7 @@ def field_type(group: str, fields: int) -> "FieldType":
 
 
 def to_geometric_tensor(features: torch.Tensor, group: str) -> "GeometricTensor":
-    """An equivariant map of our models, [B, fields * |G|, H, W], as an escnn `GeometricTensor` (no copy).
+    """Equivariant features [B, fields * |G|, H, W] as an escnn `GeometricTensor` (no copy).
 
     Raises:
         ValueError: the channels are not whole fields of the group. ImportError: the extra is not installed.
@@ -63,7 +53,7 @@ def to_geometric_tensor(features: torch.Tensor, group: str) -> "GeometricTensor"
     order = Group.from_name(group).order
     if features.ndim != 4 or features.shape[1] % order:
         raise ValueError(
-            f"a map of shape {tuple(features.shape)} does not consist of regular fields of {group}: "
+            f"features of shape {tuple(features.shape)} are not regular fields of {group}: "
             f"expected [B, fields * {order}, H, W]"
         )
     return import_escnn().nn.GeometricTensor(features, field_type(group, features.shape[1] // order))

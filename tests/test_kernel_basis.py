@@ -1,78 +1,131 @@
-"""The bases that published weights speak in: unchanged, equivariant, and the closed form in other coordinates."""
+"""The coordinates: those of escnn as stored, orthonormal ones elsewhere; all bases equivariant and complete."""
 
-import hashlib
+import json
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support.cases import FROZEN, GROUPS, KERNELS
-from support.reference_data import load_bases
+from safetensors.torch import load_file
+from support.cases import FROZEN
+from support.reference_data import FOLDER, load_bases
 
-from equivision_timm import kernel_basis
 from equivision_timm.groups import Group
-from equivision_timm.kernel_basis import are_bases, bases_sha256, closed_form, load_kernel_basis, manifest
-from equivision_timm.kernels import Kernel
+from equivision_timm.kernel_basis import KernelBasis, elements, load_kernel_basis, sample_kernels
+from equivision_timm.kernels import Kernel, harmonics
 
-by_table = pytest.mark.parametrize(("group", "size", "input_type"), FROZEN)
-
-
-def test_every_case_has_a_table_and_nothing_else():
-    assert sorted(manifest()["elements"]) == sorted(f"{g}/{k}x{k}/{t}" for g, k, t in FROZEN)
-    assert sorted(manifest()["tables"]) == sorted(manifest()["elements"])
-    assert len(FROZEN) == len(GROUPS) * len(KERNELS)
-
-
-@by_table
-def test_tables_equal_the_reference(group, size, input_type):
-    frozen, key = load_kernel_basis(Kernel(group, size, input_type)), f"{group}/{size}x{size}/{input_type}"
-    kernels = load_bases()[key]
-    assert frozen.sample().shape == kernels.shape
-    assert (frozen.sample() - kernels).abs().max() <= 5e-7
-    assert (frozen.he_std - load_bases()[f"{key}/he_std"]).abs().max() <= 5e-7
-    assert len(manifest()["elements"][key]) == len(kernels)
+ESCNN = FOLDER.parent / "escnn"
+PUBLISHED = [Kernel(*case) for case in FROZEN]
+OTHERS = [
+    Kernel(group, size, input_type, cutoff)
+    for group in ("c3", "c6", "c16", "d6", "d16")
+    for size, input_type, cutoff in (
+        (1, "regular", None),
+        (3, "regular", None if group != "d16" else 1),
+        (3, "trivial", 3),
+        (5, "regular", 3) if group in ("c3", "c6") else (3, "regular", 3),
+        (7, "regular", 2) if group == "c3" else (7, "trivial", 2),
+        (7, "trivial", 3),
+    )
+] + [Kernel("c4", 5), Kernel("c8", 3, cutoff=3), Kernel("c8", 7, "trivial", 3), Kernel("d4", 5, "trivial")]
 
 
-@by_table
-def test_kernels_commute_with_the_grid_symmetries(group, size, input_type):
-    # K(g x)[g a, g b] = K(x)[a, b], which is what makes a convolution equivariant
-    parsed, kernels = Group.from_name(group), load_kernel_basis(Kernel(group, size, input_type)).sample()
-    quotients = parsed.left_quotients()
-    for g in parsed.grid_elements:
-        moved = parsed.transform_image(kernels, g)[:, quotients[g]]
-        if input_type == "regular":
+def by_name(kernels):
+    return pytest.mark.parametrize("kernel", kernels, ids=lambda kernel: kernel.name)
+
+
+def key(kernel):
+    return f"{kernel.group}/{kernel.size}x{kernel.size}/{kernel.input_type}"
+
+
+def equivariance_error(kernel, kernels):
+    """Largest violation of K(g x)[g a, g b] = K(x)[a, b], over the symmetries of the pixel grid."""
+    group = Group.from_name(kernel.group)
+    quotients, error = group.left_quotients(), 0.0
+    for g in group.grid_elements:
+        moved = group.transform_image(kernels, g)[:, quotients[g]]
+        if kernel.input_type == "regular":
             moved = moved[:, :, quotients[g]]
-        torch.testing.assert_close(moved, kernels)
-        assert g == 0 or size == 1 or not torch.allclose(parsed.transform_image(kernels, g), kernels)
+        error = max(error, (moved - kernels).abs().max().item())
+    return error
 
 
-@by_table
-def test_a_table_is_a_change_of_coordinates(group, size, input_type):
-    kernel = Kernel(group, size, input_type)
-    basis, (coefficients, he_std) = load_kernel_basis(kernel), closed_form(kernel)
-    table, closed = basis.coefficients.flatten(1), coefficients.flatten(1)
-    assert table.shape == closed.shape == (len(table), len(table))
-    change = table @ torch.linalg.inv(closed)  # the closed form is orthonormal: the table's kernels in terms of it
-    assert torch.linalg.cond(change) < 3.9
-    assert torch.linalg.cond(table) < 3.9
-    assert (change @ closed - table).abs().max() < 1e-12
-    # As much variance at initialisation, for each irrep of the output and the input together
-    norms = basis.sample().flatten(1).square().sum(1)
-    torch.testing.assert_close((basis.he_std**2 * norms).sum(), (he_std**2).sum(), rtol=1e-6, atol=0)
+def irrep_energy(kernel, kernels):
+    """Squared norms of kernels [b, |G|, H, k, k] between the isotypic parts of output and input: [out, in, b]."""
+    group = Group.from_name(kernel.group)
+    q, sizes = group.fourier_matrix(), [size * copies for size, copies in group.irreps()]
+    kernels, inputs = torch.einsum("rg,bghyx->brhyx", q, kernels), [1]
+    if kernel.input_type == "regular":
+        kernels, inputs = torch.einsum("sh,brhyx->brsyx", q, kernels), sizes
+    rows = [part.split(inputs, 2) for part in kernels.split(sizes, 1)]
+    return torch.stack([torch.stack([part.square().sum((1, 2, 3, 4)) for part in row]) for row in rows]), sizes
 
 
-def test_the_table_serves_every_kernel_of_its_functions():
-    table = load_kernel_basis(Kernel("c8", 3)).coefficients
-    assert load_kernel_basis(Kernel("c8", 3, cutoff=2)).coefficients is table
-    assert load_kernel_basis(Kernel("c8", 1, cutoff=3)).coefficients is load_kernel_basis(Kernel("c8", 1)).coefficients
-    assert load_kernel_basis(Kernel("c8", 5, low_pass=True)).coefficients is table
-    for other in (Kernel("c8", 3, cutoff=3), Kernel("c8", 7), Kernel("c6", 3)):
-        assert kernel_basis.load_table(other) is None
-        torch.testing.assert_close(load_kernel_basis(other).coefficients, closed_form(other)[0], rtol=0, atol=0)
+@by_name(PUBLISHED)
+def test_coordinates_of_escnn(kernel):
+    """The stored tables and kernels were fitted to float32 kernels of escnn: closer than 1.2e-7 cannot be expected."""
+    tables, basis = load_file(ESCNN / "bases.safetensors"), load_kernel_basis(kernel)
+    assert (basis.coefficients - tables[f"{key(kernel)}/coefficients"]).abs().max() < 1.2e-7
+    assert (basis.he_std - tables[f"{key(kernel)}/he_std"]).abs().max() < 2e-8
+    assert (basis.sample() - load_bases()[key(kernel)]).abs().max() < 5e-7
+    stored = json.loads((ESCNN / "elements.json").read_text())["elements"][key(kernel)]
+    found = [(e.harmonic.frequency, e.harmonic.ring.radius, e.in_irrep, e.out_irrep) for e in elements(kernel)]
+    part = {"c": slice(1, 2), "d": slice(0, 1) if kernel.group == "d1" else slice(0, 2)}[kernel.group[0]]
+    assert [[m, radius, str(a[part]), str(b[part])] for m, radius, a, b in found] == stored
+
+
+@by_name([*PUBLISHED, *OTHERS])
+def test_equivariant_and_complete(kernel):
+    basis, group = load_kernel_basis(kernel), Group.from_name(kernel.group)
+    kernels = basis.sample()
+    functions = sum(1 if harmonic.sin is None else 2 for harmonic in harmonics(kernel))
+    count = functions * (group.order if kernel.input_type == "regular" else 1)
+    assert len(kernels) == len(basis.he_std) == count
+    flat = kernels.flatten(1)
+    if kernel in OTHERS:
+        assert (flat @ flat.T - torch.eye(count, dtype=torch.float64)).abs().max() < 1e-12
+    else:
+        assert torch.linalg.cond(basis.coefficients.flatten(1)) < 3.9
+    assert equivariance_error(kernel, kernels) < 1e-12
+    if len(group.grid_elements) > 1:  # the controls: two input channels swapped, or pixels moved
+        swapped = kernels.clone()
+        swapped[:, :, :2] = kernels[:, :, :2].flip(2)
+        assert equivariance_error(kernel, swapped) > 0.01 or kernel.input_type == "trivial" or kernel.group == "d1"
+        assert equivariance_error(kernel, kernels.roll(1, 4)) > 0.01 or kernel.size == 1
+
+
+@by_name([*PUBLISHED, *OTHERS])
+def test_an_element_maps_one_irrep_to_one(kernel):
+    # If an output irrep is reached at all, its channels get the variance 1 each, from all input irreps alike
+    basis = load_kernel_basis(kernel)
+    energy, sizes = irrep_energy(kernel, basis.sample())
+    torch.testing.assert_close(energy.amax((0, 1)), energy.sum((0, 1)))  # all of it in one place
+    variance = energy @ basis.he_std.square()  # [out, in]
+    reached = variance > 1e-9
+    expected = torch.tensor(sizes).double()[:, None] * reached / reached.sum(1, keepdim=True).clamp(min=1)
+    torch.testing.assert_close(variance, expected)
+    assert reached.any()
+
+
+def test_wrong_coordinates_are_seen():
+    kernel = Kernel("d6", 3)
+    basis = load_kernel_basis(kernel)
+    mixed = (basis.coefficients[[0, 5]] + basis.coefficients[[1, 20]]) / math.sqrt(2)
+    energy, _ = irrep_energy(kernel, KernelBasis(basis.group, mixed, basis.functions, basis.he_std[:2]).sample())
+    assert energy.amax((0, 1)).max() < 0.9
+
+
+def test_coordinates_follow_from_the_functions():
+    """Equal functions, whatever the arguments, have equal coordinates."""
+    escnn = load_kernel_basis(Kernel("c8", 3)).coefficients
+    for same in (Kernel("c8", 3, cutoff=2), Kernel("c8", 5, low_pass=True), Kernel("c8", 5, cutoff=2, low_pass=True)):
+        assert torch.equal(load_kernel_basis(same).coefficients, escnn)
+    assert load_kernel_basis(Kernel("c8", 3, cutoff=3)).coefficients.shape != escnn.shape
 
 
 @pytest.mark.parametrize("group", ["c8", "d4", "c6"])
-def test_low_pass_convolves_the_kernels_and_leaves_coefficients_alone(group):
-    """Bases made orthonormal again would draw the fine functions as strong as the coarse: no low pass at the start."""
+def test_low_pass_convolves_the_kernels_and_does_not_change_coefficients(group):
+    """Orthonormal bases after the low pass would draw the fine functions as strong as the coarse at initialisation."""
     narrow, wide = Kernel(group, 3), Kernel(group, 5, low_pass=True)
     kernels = load_kernel_basis(narrow).sample()
     binomial = torch.tensor([1.0, 2.0, 1.0], dtype=torch.float64) / 4
@@ -81,34 +134,39 @@ def test_low_pass_convolves_the_kernels_and_leaves_coefficients_alone(group):
     assert torch.equal(load_kernel_basis(wide).he_std, load_kernel_basis(narrow).he_std)
 
 
-@pytest.mark.parametrize("name", ["coefficients", "he_std"])
-def test_damaged_tables_are_refused(monkeypatch, name):
-    content = {key: value.clone() for key, value in kernel_basis._tables().items()}
-    content[f"c8/3x3/regular/{name}"].view(-1)[-1] += 1e-9
-    monkeypatch.setattr(kernel_basis, "_tables", lambda: content)
-    with pytest.raises(RuntimeError, match=r"c8/3x3/regular is damaged: sha256 [0-9a-f]{64}, .*; reinstall"):
-        kernel_basis.load_table(Kernel("c8", 3))
-    assert kernel_basis.load_table(Kernel("c8", 1)) is not None  # the others are sound
+@pytest.mark.parametrize("name", ["1x1/regular", "3x3/regular", "7x7/trivial"])
+def test_kernels_of_reresnet(name):
+    # e2cnn 0.2.3, cutoff 3 r: the same space in other coordinates
+    e2cnn = load_file(FOLDER / "reresnet" / "bases.safetensors")[f"c8/{name}"].double().flatten(1)
+    kernels = load_kernel_basis(Kernel("c8", int(name[0]), name[4:], 3)).sample().flatten(1)
+    assert kernels.shape == e2cnn.shape
+    solution = torch.linalg.lstsq(kernels.T, e2cnn.T).solution
+    assert torch.linalg.matrix_rank(e2cnn, rtol=1e-4) == len(e2cnn)
+    assert (kernels.T @ solution - e2cnn.T).abs().max() < 1e-6
+    if name[0] != "1":  # fewer frequencies miss some
+        fewer = load_kernel_basis(Kernel("c8", int(name[0]), name[4:], 2)).sample().flatten(1)
+        assert (fewer.T @ torch.linalg.lstsq(fewer.T, e2cnn.T).solution - e2cnn.T).abs().max() > 0.01
 
 
-def test_manifest_names_the_origin():
-    assert manifest()["origin"]["escnn"] == "1.0.11"
-    assert manifest()["made_by"] == "scripts/freeze_kernel_bases.py of version 0.1.0"
-    assert manifest()["sha256"] == hashlib.sha256((kernel_basis.FOLDER / "tables.safetensors").read_bytes()).hexdigest()
+@by_name([Kernel("c8", 3, cutoff=4), Kernel("c4", 5, cutoff=9), Kernel("d8", 7, "trivial", 6)])
+def test_too_high_a_cutoff(kernel):
+    with pytest.raises(ValueError, match=f"cutoff {kernel.cutoff} .*; use cutoff 3"):
+        load_kernel_basis(kernel)
 
 
-def test_a_hash_for_the_bases_of_a_model():
-    stem, conv = Kernel("c8", 7, "trivial"), Kernel("c8", 3)
-    found = bases_sha256([stem, conv])
-    assert found == bases_sha256([conv, stem, conv])  # whatever the order
-    others = [[stem], [conv], [stem, Kernel("d8", 3)], [stem, conv, Kernel("c8", 1)], [stem, Kernel("c8", 3, cutoff=3)]]
-    assert len({found, *map(bases_sha256, others)}) == 6
-    assert are_bases(found, [stem, conv])
-    assert not are_bases(found, [stem])
+def test_fine_rotations_separate_more_functions():
+    # sin(4 phi) vanishes on 3 x 3 pixels and on those rotated by 45 degrees, but not by 22.5
+    assert len(load_kernel_basis(Kernel("c16", 3, cutoff=4)).he_std) == 16 * 10
 
 
-def test_the_hash_that_earlier_conversions_name():
-    earlier = "32bac030c5d0058a8ff0ce9222adcf937a18b8c3f87f14b3c6361fb14d574af6"
-    assert are_bases(earlier, [Kernel("c8", 7, "trivial"), Kernel("c8", 3)])
-    assert not are_bases(earlier, [Kernel("c8", 7, "trivial"), Kernel("c8", 3, cutoff=3)])  # none of these has a table
-    assert not are_bases("0" * 64, [Kernel("c8", 3)])
+def test_the_default_and_small_cutoffs_always_fit():
+    for size in (1, 3, 5, 7, 9, 11):
+        for cutoff in (None, 1, 2, 3):
+            load_kernel_basis(Kernel("c4", size, "trivial", cutoff))
+
+
+def test_sampled_once_in_each_type():
+    kernel = Kernel("c4", 3)
+    found = sample_kernels(kernel, torch.float32, torch.device("cpu"))
+    assert found is sample_kernels(kernel, torch.float32, torch.device("cpu"))
+    assert torch.equal(found, load_kernel_basis(kernel).sample().float())

@@ -1,10 +1,10 @@
-"""The functions of the plane against their definition, evaluated with torch's own cos and exp at any point."""
+"""`Kernel`: names, rings, errors; and the functions of the plane, against their definition by torch's cos and exp."""
 
 import pytest
 import torch
 
 from equivision_timm.groups import Group
-from equivision_timm.kernels import Kernel, families, harmonics, mix, mixing, pixels
+from equivision_timm.kernels import Kernel, families, harmonics, mixing, pixels
 
 KERNELS = [
     Kernel(group, size, cutoff=cutoff, low_pass=low_pass)
@@ -14,28 +14,69 @@ KERNELS = [
 by_name = pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 
 
-def evaluate(kernel, distance, angle):
-    """psi_j at the points of these polar coordinates: [J, ...]."""
-    rows = []
-    for harmonic in harmonics(kernel):
-        ring, m = harmonic.ring, harmonic.frequency
-        profile = torch.exp(-((distance - ring.radius) ** 2) / (2 * ring.sigma**2)) * ((distance > 0) | (m == 0))
-        rows.append(profile * torch.cos(m * angle))
-        if m:
-            rows.append(profile * torch.sin(m * angle))
-    return torch.stack(rows)
+@pytest.mark.parametrize(
+    ("kernel", "name"),
+    [
+        (Kernel("c8", 3), "c8-3-regular"),
+        (Kernel("d16", 7, "trivial", 3), "d16-7-trivial-3"),
+        (Kernel("d1", 5, "regular", 2, True), "d1-5-regular-2-low"),
+    ],
+)
+def test_name_and_back(kernel, name):
+    assert kernel.name == name
+    assert Kernel.from_name(name) == kernel
 
 
-def polar(size):
-    offsets = torch.arange(size, dtype=torch.float64) - size // 2
-    y, x = torch.meshgrid(-offsets, offsets, indexing="ij")
-    return torch.hypot(x, y), torch.atan2(y, x)
+@pytest.mark.parametrize(
+    ("kernel", "frequencies"),
+    [
+        (Kernel("c8", 1), [0]),
+        (Kernel("c8", 5), [0, 2, 2]),
+        (Kernel("c8", 9), [0, 2, 3, 6, 2]),  # escnn: 2 r, less 1 if r is even, and 2 at the rim
+        (Kernel("c8", 7, cutoff=3), [0, 3, 6, 9]),
+        (Kernel("c8", 5, low_pass=True), [0, 2]),
+    ],
+)
+def test_frequencies_of_the_rings(kernel, frequencies):
+    assert [ring.max_frequency for ring in kernel.rings] == frequencies
+    assert [ring.radius for ring in kernel.rings] == list(range(len(frequencies)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("e4", 3), "e4"),
+        (("c4", 2), "kernel_size 2 .* from 1 on"),
+        (("c4", 3.0), "kernel_size 3.0"),
+        (("c4", 1, "regular", None, True), "kernel_size 1 .* from 3 on"),
+        (("c4", 3, "vector"), "input_type 'vector'"),
+        (("c4", 3, "regular", 0), "cutoff 0"),
+        (("c4", 3, "regular", 2.5), "cutoff 2.5"),
+    ],
+)
+def test_invalid_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Kernel(*arguments)
+
+
+@pytest.mark.parametrize("name", ["", "c8-3", "c8-3-regular-", "c8-3-regular-low-2", "c8-x-regular"])
+def test_unknown_name(name):
+    with pytest.raises(ValueError, match="c8-3-regular"):
+        Kernel.from_name(name)
 
 
 def on_pixels(kernel, g):
     """psi_j(g^-1 x) [J, k, k] by definition."""
-    distance, angle = polar(kernel.size - 2 * kernel.low_pass)
-    moved = evaluate(kernel, distance, Group.from_name(kernel.group).inverse_angle(g, angle))
+    size = kernel.size - 2 * kernel.low_pass
+    offsets = torch.arange(size, dtype=torch.float64) - size // 2
+    y, x = torch.meshgrid(-offsets, offsets, indexing="ij")
+    distance, angle = torch.hypot(x, y), Group.from_name(kernel.group).inverse_angle(g, torch.atan2(y, x))
+    rows = []
+    for harmonic in harmonics(kernel):
+        ring, m = harmonic.ring, harmonic.frequency
+        profile = torch.exp(-((distance - ring.radius) ** 2) / (2 * ring.sigma**2)) * ((distance > 0) | (m == 0))
+        rows += [profile * torch.cos(m * angle)] + ([profile * torch.sin(m * angle)] if m else [])
+    moved = torch.stack(rows)
     if kernel.low_pass:
         binomial = torch.tensor([1.0, 2.0, 1.0], dtype=torch.float64) / 4
         moved = torch.nn.functional.conv2d(moved[:, None], torch.outer(binomial, binomial)[None, None], padding=2)[:, 0]
@@ -43,25 +84,22 @@ def on_pixels(kernel, g):
 
 
 @by_name
-def test_pixels_moved_by_the_group(kernel):
-    psi = pixels(kernel)
-    moved = mix(kernel, psi)
+def test_functions_transformed_by_the_group(kernel):
+    moved = torch.einsum("gij,jyx->giyx", mixing(kernel), pixels(kernel))
     for g in range(Group.from_name(kernel.group).order):
         assert (moved[g] - on_pixels(kernel, g)).abs().max() < 1e-12
-    assert torch.equal(moved[0], psi)
+    assert torch.equal(moved[0], pixels(kernel))
 
 
-def test_low_pass_keeps_the_number_of_functions():
-    narrow, wide = pixels(Kernel("c8", 3)), pixels(Kernel("c8", 5, low_pass=True))
-    assert narrow.shape == (6, 3, 3)
-    assert wide.shape == (6, 5, 5)
-    torch.testing.assert_close(wide[0] * 16, torch.outer(*[torch.tensor([0.0, 1, 2, 1, 0]).double()] * 2))
-    torch.testing.assert_close(wide.sum((1, 2)), narrow.sum((1, 2)))
+def test_the_wrong_rotation_is_seen():
+    kernel = Kernel("c6", 3)
+    moved = torch.einsum("ij,jyx->iyx", mixing(kernel)[1], pixels(kernel))
+    assert (moved - on_pixels(kernel, 5)).abs().max() > 0.1
 
 
 @by_name
 def test_mixing_is_a_representation(kernel):
-    # psi(h^-1 g^-1 x) = D(h) psi(g^-1 x) = D(h) D(g) psi(x) is what g h makes of psi
+    # psi(h^-1 g^-1 x) = D(h) psi(g^-1 x) = D(h) D(g) psi(x), which is psi transformed by g h
     group, d = Group.from_name(kernel.group), mixing(kernel)
     for g in range(min(group.order, 4)):
         for h in range(group.order):
@@ -70,27 +108,19 @@ def test_mixing_is_a_representation(kernel):
 
 @by_name
 def test_members_of_a_family_are_transformed_alike_and_families_are_orthogonal(kernel):
-    group, d, found = Group.from_name(kernel.group), mixing(kernel), families(kernel)
-    moved = mix(kernel, pixels(kernel)).flatten(2)
-    gram = sum(functions @ functions.T for functions in moved) / group.order
+    d, psi = mixing(kernel), pixels(kernel).flatten(1)
+    gram = sum(m @ psi @ psi.T @ m.T for m in d) / len(d)
     seen = []
-    for family in found:
+    for family in families(kernel):
         own = []
         for member in family.members:
             js, signs = [j for j, _ in member], torch.tensor([sign for _, sign in member]).double()
             own.append(d[:, js][:, :, js] * signs[:, None] * signs)
-            rest = [j for j in range(d.shape[1]) if j not in js]
-            assert not d[:, js][:, :, rest].any()
+            assert not d[:, js][:, :, [j for j in range(len(psi)) if j not in js]].any()
             torch.testing.assert_close(own[-1], own[0], rtol=0, atol=1e-15)
         assert family.fixed == torch.equal(own[0], torch.eye(own[0].shape[1]).double().expand_as(own[0]))
         js = [j for member in family.members for j, _ in member]
-        rest = [j for j in range(d.shape[1]) if j not in js]
+        rest = [j for j in range(len(psi)) if j not in js]
         assert not rest or gram[js][:, rest].abs().max() < 1e-13
         seen += js
-    assert sorted(seen) == list(range(d.shape[1]))
-
-
-def test_the_wrong_rotation_is_seen():
-    kernel = Kernel("c6", 3)
-    moved = mix(kernel, pixels(kernel))
-    assert (moved[1] - on_pixels(kernel, 5)).abs().max() > 0.1
+    assert sorted(seen) == list(range(len(psi)))
