@@ -3,23 +3,19 @@
 It also registers the data set `torch/rotated_folder` for timm's scripts.
 """
 
-from equivision_timm.starting import end_on_ctrl_c
-
-end_on_ctrl_c()  # first: the imports below take seconds
-
-from equivision_timm.cli.tune import tune  # noqa: E402
-from equivision_timm.escnn_interop import to_geometric_tensor  # noqa: E402
-from equivision_timm.groups import Group  # noqa: E402
-from equivision_timm.images import rotation as _rotation  # noqa: E402, F401
-from equivision_timm.layers import ConvNormAct, FieldNorm, GroupPool, SteerableConv2d  # noqa: E402
-from equivision_timm.models import (  # noqa: E402
+from equivision_timm import rotation as _rotation  # noqa: F401
+from equivision_timm.cli.tune import tune
+from equivision_timm.escnn_interop import to_geometric_tensor
+from equivision_timm.groups import Group
+from equivision_timm.layers import ConvNormAct, FieldNorm, GroupPool, SteerableConv2d
+from equivision_timm.models import (
     EquivariantBackbone,
     EquivariantFPN,
     EquivariantResNet,
     fuse_blocks,
     model_names,
 )
-from equivision_timm.testing import assert_equivariant, equivariance_error  # noqa: E402
+from equivision_timm.testing import assert_equivariant, equivariance_error
 
 __all__ = [
     "ConvNormAct",

@@ -20,9 +20,7 @@ from tempfile import TemporaryDirectory
 from PIL import Image
 
 from equivision_timm.cli import demo
-from equivision_timm.cli.rotate_eval.measure import parse_angles
-from equivision_timm.cli.rotate_eval.run import rotate_eval
-from equivision_timm.cli.show import show
+from equivision_timm.cli.main import main as run
 
 MODELS = ["test_c8resnetaf", "test_c8resnet", "test_d4resnet", "test_c1resnet"]
 SHOWN = ["test_c8resnet", "test_c1resnet"]
@@ -42,11 +40,12 @@ def main(out: Path, every: int = 1) -> None:
     with TemporaryDirectory() as temporary:
         data, results = Path(temporary, "digits"), Path(temporary, "results")
         write_digits(data, every)
-        rotate_eval(MODELS, str(data), parse_angles("0:360:15"), str(results), workers=0, device="cpu")
+        place = ["--data", str(data), "--out", str(results)]
+        run(["rotate-eval", "--models", *MODELS, *place, "-j", "0", "--device", "cpu"])
         shutil.copyfile(results / "rotation.png", out / "rotate_eval_digits.png")
         two = min((data / "2").iterdir())
-        show(str(two), SHOWN, [0.0, 45.0, 90.0, 180.0], str(out / "show_digit.png"))
-    demo.run(str(out / "demo.png"), every=every)
+        run(["show", str(two), "--model", *SHOWN, "--out", str(out / "show_digit.png")])
+    demo.measure(out / "demo.png", every=every)
 
 
 if __name__ == "__main__":

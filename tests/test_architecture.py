@@ -13,7 +13,7 @@ import equivision_timm
 PACKAGE = Path(equivision_timm.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
-    "starting",
+    "errors",
     "arguments",
     "files",
     "groups",
@@ -24,6 +24,8 @@ ORDER = (
     "escnn_interop",
     "layers",
     "models",
+    "data",
+    "rotation",
     "images",
     "weights",
     "cli",

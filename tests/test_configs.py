@@ -20,7 +20,7 @@ from timm.loss import BinaryCrossEntropy
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
-from equivision_timm.images.rotation import RotatedFolder
+from equivision_timm.rotation import RotatedFolder
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 NEEDS_CLONE = "needs timm's scripts: set TIMM_SCRIPTS to a clone of its repository"

@@ -11,16 +11,16 @@ from safetensors.torch import load_file
 from timm.data import create_transform, resolve_data_config
 
 import equivision_timm
-from equivision_timm.arguments import InputError
 from equivision_timm.cli import demo
 from equivision_timm.cli.main import main
+from equivision_timm.errors import InputError
 
 PACKAGE = Path(equivision_timm.__file__).parent
 ANGLES = (0, 45, 90, 180)
 
 
 def test_prints_measured_accuracies_and_draws_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    demo.run(str(tmp_path / "demo.png"), angles=ANGLES, every=10)
+    demo.measure(tmp_path / "demo.png", angles=ANGLES, every=10)
     assert [file.name for file in tmp_path.iterdir()] == ["demo.png"]
     with Image.open(tmp_path / "demo.png") as picture:
         assert picture.size[0] > 1000
@@ -94,7 +94,7 @@ def test_unwritable_picture_is_refused_at_once(
     monkeypatch.setattr(demo, "predict", lambda *_: pytest.fail("work was done in vain"))
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(InputError, match=message) as error:
-        demo.run(str(tmp_path / name))
+        demo.measure(tmp_path / name)
     assert name in str(error.value)
     assert main(["demo", "--out", str(tmp_path / name)]) == 2
     assert name in capsys.readouterr().err

@@ -49,7 +49,7 @@ def test_any_batch_and_metadata(name: str, tmp_path: Path, capsys: pytest.Captur
     assert json.loads(metadata["mean"]) == [0, 0, 0]
     out = capsys.readouterr().out
     assert f"{file}: " in out
-    assert f"at {size} pixels they change by" in out
+    assert f"at {size} x {size} pixels they change by" in out
     assert "is exact" not in out
 
 
@@ -77,7 +77,7 @@ def test_wrong_file_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     file = tmp_path / "model.onnx"
     file.write_bytes(b"older")
     assert main(["export", "test_c8resnet", str(file)]) == 1
-    assert "gives other logits than 'test_c8resnet'" in capsys.readouterr().err
+    assert "computes other logits than 'test_c8resnet'" in capsys.readouterr().err
     assert file.read_bytes() == b"older"
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 

@@ -87,7 +87,7 @@ def test_json(capsys: pytest.CaptureFixture) -> None:
     ("arguments", "message"),
     [
         (["c8resnet19"], "no model is called 'c8resnet19': did you mean c8resnet18"),
-        (["c8resnet18", "--near", "0"], "--near 0"),
+        (["c8resnet18", "--near", "0"], "--near"),
         (["c8resnet18", "--near", "5"], "--near 5 is not possible for c8resnet18"),
     ],
 )

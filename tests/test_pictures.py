@@ -8,12 +8,18 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image, features
-from timm.data import create_dataset, get_img_extensions
+from timm.data import create_dataset
 
-from equivision_timm.cli.rotate_eval.measure import Folder
-from equivision_timm.images.photographs import find_photographs
-from equivision_timm.images.pictures import ENDINGS, MOST_PIXELS, PictureError, every_ending, open_rgb
-from equivision_timm.images.rotation import RotatedFolder
+from equivision_timm.data import (
+    ENDINGS,
+    MOST_PIXELS,
+    ImageFolder,
+    PictureError,
+    find_photographs,
+    find_pictures,
+    open_rgb,
+)
+from equivision_timm.rotation import RotatedFolder
 
 GREY = np.random.default_rng(0).integers(0, 256, (24, 40), dtype=np.uint8)
 GREY[0, :2] = 0, 255
@@ -90,14 +96,14 @@ def test_pillow_alone_makes_16_bits_white(tmp_path):
 
 REFUSED = {
     "12 of 16 bits": (saved(Image.fromarray(WIDE // 16), "PNG"), "values from 0 to 4095, where .* white 65535: scale"),
-    "signed 16 bits": (tiff(WIDE // 2, signed=True), "32-bit integers, here 0 to 32767, .* save it with 8 or 16 bits"),
-    "32 bits": (tiff(WIDE.astype(np.uint32)), "32-bit integers, here 0 to 65535"),
+    "signed 16 bits": (tiff(WIDE // 2, signed=True), "32-bit integers from 0 to 32767.* save it with 8 or 16 bits"),
+    "32 bits": (tiff(WIDE.astype(np.uint32)), "32-bit integers from 0 to 65535"),
     "floats to 255": (tiff(GREY.astype(np.float32)), "values from 0 to 255, where black is 0 and white 1: scale"),
     "negative floats": (tiff(GREY.astype(np.float32) / 255 - 0.5), "values from -0.5 to 0.5"),
     "NaN": (tiff(np.full((4, 4), np.nan, np.float32)), "values from nan"),
-    "nothing": (b"", "no picture in one of the formats PNG, "),
-    "text": (b"hello", "no picture in one of the formats"),
-    "PostScript, which Pillow would run": (saved(Image.fromarray(COLOUR), "EPS"), "no picture in one of the formats"),
+    "nothing": (b"", "formats PNG, "),
+    "text": (b"hello", "formats PNG"),
+    "PostScript, which Pillow would run": (saved(Image.fromarray(COLOUR), "EPS"), "formats PNG"),
 }
 
 
@@ -160,22 +166,43 @@ def test_damaged_files(tmp_path, format):
     assert refused > 5
 
 
-def test_every_folder_reader_finds_every_ending(tmp_path):
-    """Microscopes write TIFF, of which timm by itself finds nothing."""
-    for label in ("a", "b"):
-        (tmp_path / "validation" / label).mkdir(parents=True)
+def test_folders_are_read_as_timm_reads_them(tmp_path):
+    """The same files, classes and order, with any of the endings; of TIFF timm itself finds nothing."""
+    for label in ("b10", "b2", "a"):
+        (tmp_path / "val" / label / "deep").mkdir(parents=True)
         for ending in (*ENDINGS, ".TIF"):
-            Image.new("L", (8, 8), 99).save(tmp_path / "validation" / label / f"x{ending}", "TIFF")
-    names = {f"{label}/x{ending}" for label in ("a", "b") for ending in (*ENDINGS, ".TIF")}
-    assert len(create_dataset("", str(tmp_path), split="validation")) == 6  # control
-    before = get_img_extensions()
-    folder = Folder(str(tmp_path), "validation", "")
-    assert set(folder.names()) == names
-    assert all(folder.prepare_for({"input_size": (3, 8, 8)})[i][1] == i // 9 for i in range(len(folder)))
-    rotated = RotatedFolder(str(tmp_path), train=False)
-    assert set(rotated.filenames()) == names
-    assert rotated[8][0].getpixel((4, 4)) == (99, 99, 99)
-    assert len(find_photographs(tmp_path)) == len(names)
-    with pytest.raises(KeyError), every_ending():
-        raise KeyError
-    assert get_img_extensions() == before
+            Image.new("L", (8, 8), 99).save(tmp_path / "val" / label / f"x{ending}", "TIFF")
+        Image.new("L", (8, 8), 99).save(tmp_path / "val" / label / "deep" / "10.png")
+        Image.new("L", (8, 8), 99).save(tmp_path / "val" / label / "deep" / "9.png")
+    reader = create_dataset("", str(tmp_path), split="validation").reader
+    png = ImageFolder(tmp_path, "validation", input_key=".png;.jpg;.jpeg")
+    assert (png.samples, png.class_to_idx) == (reader.samples, reader.class_to_idx)
+    folder = ImageFolder(tmp_path, "validation")
+    assert len(folder) == 3 * (len(ENDINGS) + 1 + 2) > len(reader.samples)
+    assert folder[0][0].getpixel((4, 4)) == (99, 99, 99)
+    assert len(find_photographs(tmp_path)) == len(folder)
+    assert len(RotatedFolder(tmp_path, "validation", training=False)) == len(folder)
+
+
+def test_links(tmp_path):
+    """Each folder once: not those above, nor cycles; a link to a folder elsewhere is followed."""
+    for name in ("a", "b", "elsewhere"):
+        (tmp_path / name).mkdir()
+        Image.new("L", (8, 8)).save(tmp_path / name / "x.png")
+    for label in ("a", "b"):
+        (tmp_path / label / "self").symlink_to(".")
+        (tmp_path / label / "up").symlink_to("..")
+    root = tmp_path / "root"
+    root.mkdir()
+    for name in ("a", "b"):
+        (tmp_path / name).rename(root / name)
+    (root / "c").symlink_to(tmp_path / "elsewhere")
+    (root / "again").symlink_to(root / "a")
+    assert find_pictures(root) == [str(root / name / "x.png") for name in ("a", "b", "c")]
+    assert ImageFolder(root, "").class_to_idx == {"a": 0, "b": 1, "c": 2}
+    read = []
+    for _, _, files in os.walk(root, followlinks=True):  # control: what timm's reader does
+        read += files
+        if len(read) > 20:
+            break
+    assert len(read) > 20

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import re
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from timm.data import ImageNetInfo, create_transform, resolve_data_config
 import equivision_timm.cli.predict as module
 from equivision_timm.cli.demo import load_digits
 from equivision_timm.cli.main import main
-from equivision_timm.cli.trained import class_names, data_config, load_trained
+from equivision_timm.cli.models import Loaded, check_memory, load
+from equivision_timm.errors import InputError
 
 MODEL = "test_c8resnet"
 DEVICE = ["--device", "cpu"]
@@ -133,12 +135,16 @@ def test_classes_of_the_training_folder(digits: Path, tmp_path: Path, capsys: py
 def test_names_of_pretrained_weights_are_not_those_of_a_checkpoint() -> None:
     """Ten classes of digits, or ten of the user's own: the number alone does not tell."""
     digits, imagenet = timm.create_model(MODEL), timm.create_model("c4resnet18_fast", width=1)
-    assert class_names(MODEL, digits, None) == list("0123456789")
-    assert class_names(f"{MODEL}=own.pth", digits, None) == [str(i) for i in range(10)]
+
+    def names(spec: str, model: torch.nn.Module) -> list[str]:
+        return Loaded(spec, model, {}, {}).class_names()
+
+    assert names(MODEL, digits) == list("0123456789")
+    assert names(f"{MODEL}=own.pth", digits) == [str(i) for i in range(10)]
     digits.pretrained_cfg["label_names"] = list("abcdefghij")
-    assert class_names(MODEL, digits, None)[0] == "a"
-    assert class_names(f"{MODEL}=own.pth", digits, None)[0] == "0"
-    assert class_names("c4resnet18_fast", imagenet, None)[1] == ImageNetInfo().index_to_description(1)
+    assert names(MODEL, digits)[0] == "a"
+    assert names(f"{MODEL}=own.pth", digits)[0] == "0"
+    assert names("c4resnet18_fast", imagenet)[1] == ImageNetInfo().index_to_description(1)
 
 
 @pytest.mark.parametrize(
@@ -147,16 +153,16 @@ def test_names_of_pretrained_weights_are_not_those_of_a_checkpoint() -> None:
         (["nowhere.png"], "there is no image or folder 'nowhere.png'"),
         (["nothing"], "there are no pictures .* in the folder 'nothing'"),
         (["text"], "none of the 1 images can be read, such as 'text'"),
-        (["a.png", "--topk", "0"], "--topk 0"),
+        (["a.png", "--topk", "0"], "--topk"),
         (["a.png", "--topk", "4"], "--topk 4 is not possible: give a number from 1 to 3"),
-        (["a.png", "-b", "0"], "--batch-size 0"),
-        (["a.png", "--size", "0"], "--size 0"),
+        (["a.png", "-b", "0"], "--batch-size"),
+        (["a.png", "--size", "0"], "--size"),
         (["a.png", "--device", "nosuch"], "--device nosuch"),
         (["a.png", "--out", "nothing"], "is a folder"),
         (["a.png", "--class-map", "missing"], "--class-map missing cannot be read: No such file"),
-        (["a.png", "--class-map", "a.png"], "it is no text in UTF-8"),
-        (["a.png", "--class-map", "nothing"], "no sub-folders of images"),
-        (["a.png", "--class-map", "two"], "--class-map has 2 names, and .* tells 3 classes apart"),
+        (["a.png", "--class-map", "a.png"], "not text in UTF-8"),
+        (["a.png", "--class-map", "nothing"], "no pictures"),
+        (["a.png", "--class-map", "two"], "--class-map has 2 names, and .* has 3 classes"),
         (["a.png", "--class-map", "gap"], "line 2 is empty"),
         (["a.png", "--model", "c4resnet18=text"], "cannot load the weights of 'c4resnet18=text'"),
         (["a.png", "--model", "c8resnet18_fast=model_best.pth.tar"], "checkpoint of 'c4resnet18_fast', not of"),
@@ -193,9 +199,42 @@ def test_ctrl_c_leaves_the_old_file(digits: Path, tmp_path: Path, monkeypatch: p
     assert [path.name for path in tmp_path.iterdir()] == ["out.csv"]
 
 
-def test_input_size_of_the_training(tmp_path: Path) -> None:
-    """`train.py --input-size 1 33 49` says the channels, too; a size that is asked for replaces height and width."""
-    model, training = load_trained(save_training(tmp_path, channels=1, input_size=[1, 33, 49]))
-    assert model.in_chans == 1
-    assert data_config(model, training, None)["input_size"] == (1, 33, 49)
-    assert data_config(model, training, 65)["input_size"] == (1, 65, 65)
+def test_rectangles_of_the_training(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """`train.py --input-size 1 33 49` says the channels, too; --size replaces height and width."""
+    spec = save_training(tmp_path, channels=1, input_size=[1, 33, 49])
+    assert load(spec).model.in_chans == 1
+    assert load(spec).input_size == (1, 33, 49)
+    assert load(spec, 65).input_size == (1, 65, 65)
+    assert main(["predict", str(next(digits.rglob("*.png"))), "--model", spec, *DEVICE]) == 0
+    assert len(_rows(capsys.readouterr().out)) == 3
+
+
+def test_memory_is_that_of_the_rectangle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 1000}.__getitem__)  # 1 MB
+    check_memory(1, (3, 20, 4000))
+    with pytest.raises(InputError, match="20 x 4200 pixels"):
+        check_memory(1, (3, 20, 4200))
+
+
+def test_a_thin_picture_is_left_out(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    Image.new("L", (60000, 1)).save(tmp_path / "thin.png")
+    Image.new("L", (290, 1)).save(tmp_path / "narrow.png")  # control
+    good = str(next(digits.rglob("*.png")))
+    assert main(["predict", str(tmp_path), good, "--model", MODEL, "--topk", "1", *DEVICE]) == 1
+    captured = capsys.readouterr()
+    assert [row["file"] for row in _rows(captured.out)] == [str(tmp_path / "narrow.png"), good]
+    assert "60000 x 1" in captured.err
+
+
+def test_keywords_of_the_model(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """As timm's scripts have them; without them the checkpoint does not fit."""
+    torch.manual_seed(0)
+    model = timm.create_model("c4resnet18_fast", num_classes=3, width=2)
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    file = str(next(digits.rglob("*.png")))
+    words = ["predict", file, "--size", "33", "--model", f"c4resnet18_fast={tmp_path}/model.pth", *DEVICE]
+    assert main([*words, "--model-kwargs", "width=2"]) == 0
+    found = [float(row["probability"]) for row in _rows(capsys.readouterr().out)]
+    expected = _expected(model, file, img_size=33).sort(descending=True)[0]
+    assert found == pytest.approx(expected.tolist(), abs=2e-6)
+    assert main(words) == 2

@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from equivision_timm.arguments import InputError
-from equivision_timm.cli.main import _parser
+from equivision_timm.cli.main import make_parser
+from equivision_timm.errors import InputError
 from equivision_timm.models import model_names
 
 ROOT = Path(__file__).parents[1]
@@ -93,7 +93,7 @@ def check_commands(markdown: str) -> int:
         if words in (["--version"], ["--help"]):
             continue
         try:
-            _parser()[0].parse_args([PLACEHOLDERS.get(word, word) for word in words])
+            make_parser()[0].parse_args([PLACEHOLDERS.get(word, word) for word in words])
         except InputError as error:
             raise InputError(f"README.md, line {line}: {error}") from error
     return len(found)

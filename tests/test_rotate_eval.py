@@ -1,4 +1,4 @@
-"""rotate-eval: the figures are right, an interrupted run goes on, and what cannot be used gets a clear error."""
+"""rotate-eval: correct figures, results under the settings they depend on, and clear errors."""
 
 import argparse
 import csv
@@ -27,16 +27,16 @@ from support.small_models import TEXTURES, save_small_model, save_training, writ
 from timm.data import create_transform, resolve_data_config
 from torchvision.datasets import ImageFolder
 
-from equivision_timm.arguments import InputError
+import equivision_timm.cli.rotate_eval as module
+from equivision_timm import data
+from equivision_timm.cli import rotate_report
 from equivision_timm.cli.figures import plain_text
 from equivision_timm.cli.main import main
-from equivision_timm.cli.rotate_eval import run
-from equivision_timm.cli.rotate_eval.measure import Folder, averaged, parse_angles
-from equivision_timm.cli.rotate_eval.pictures import _curve, _style, draw, draw_samples, label
-from equivision_timm.cli.rotate_eval.report import write_report
-from equivision_timm.cli.rotate_eval.results import Cell, Results
-from equivision_timm.cli.rotate_eval.run import rotate_eval
-from equivision_timm.cli.trained import load_trained
+from equivision_timm.cli.models import Loaded, load
+from equivision_timm.cli.options import parse_angles
+from equivision_timm.cli.rotate_eval import averaged
+from equivision_timm.cli.rotate_results import METRICS, Result, Results, Settings
+from equivision_timm.errors import InputError
 from equivision_timm.models.tensor_hash import hash_tensors
 from equivision_timm.testing import angle_error
 
@@ -56,30 +56,16 @@ def c1(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_small_model(tmp_path_factory.mktemp("c1"), "c1resnet18_fast", width=4)
 
 
-@pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """The batches that the models read; the first of each is the trial."""
-    batches: list[torch.Tensor] = []
-
-    def watch(*arguments) -> tuple[torch.nn.Module, dict]:
-        model, training = load_trained(*arguments)
-        model.register_forward_pre_hook(lambda module, inputs: batches.append(inputs[0]))
-        return model, training
-
-    monkeypatch.setattr(run, "load_trained", watch)
-    return batches
+def command(models: list[str], data: str | Path, out: Path, angles: str = "0,90", *options: str) -> list[str]:
+    place = ["--data", str(data), "--angles", angles, "--out", str(out), "-j", "0", "--device", "cpu"]
+    return ["rotate-eval", "--models", *models, *place, *options]
 
 
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory, textures: str, c4: str, c1: str) -> Path:
-    """The output of one complete run."""
-    out = tmp_path_factory.mktemp("out")
-    options = ["--data", textures, "--angles", "0:180:45", "-b", "5", "-j", "0", "--device", "cpu", "--out", str(out)]
-    assert main(["rotate-eval", "--models", c4, c1, "--size", "33", "32", *options]) == 0
-    return out
+def results(out: Path) -> list[dict]:
+    return json.loads((out / "results.json").read_text())["results"]
 
 
-def _rows(out: Path) -> dict[tuple[str, int, float], dict[str, float]]:
+def rows(out: Path) -> dict[tuple[str, int, float], dict[str, float]]:
     """(model, size, angle) -> the figures of results.csv."""
     with (out / "results.csv").open() as file:
         return {
@@ -88,41 +74,19 @@ def _rows(out: Path) -> dict[tuple[str, int, float], dict[str, float]]:
         }
 
 
-def test_figures_are_those_of_a_plain_loop(measured: Path, textures: str, c4: str) -> None:
-    """Against torchvision's folder and a loop over single images."""
-    model = timm.create_model(c4, pretrained=True).eval()
-    prepare = create_transform((3, 33, 33), crop_pct=1.0, interpolation="bilinear")
-    folder = ImageFolder(f"{textures}/validation", transform=prepare)
-    top1 = agreement = drift = 0.0
-    for image, target in folder:
-        with torch.inference_mode():
-            upright, turned = model(torch.stack([image, image.rot90(1, dims=(-2, -1))]))
-        top1 += (turned.argmax() == target).item()
-        agreement += (turned.argmax() == upright.argmax()).item()
-        centred, centred_turned = upright - upright.mean(), turned - turned.mean()
-        drift += ((centred_turned - centred).norm() / centred.norm()).item()
-    row = _rows(measured)[c4, 33, 90]
-    assert row["images"] == 12
-    assert row["top1"] == pytest.approx(100 * top1 / 12, abs=1e-3)
-    assert row["top5"] == 100  # of three classes
-    assert row["agreement"] == pytest.approx(100 * agreement / 12, abs=1e-3)
-    assert row["drift"] == pytest.approx(drift / 12, abs=1e-5)
+WHOLE = ("0:180:45", "-b", "5", "--size", "33", "32")
 
 
-def test_what_equivariance_and_exact_sizes_buy(measured: Path, c4: str, c1: str) -> None:
-    rows = _rows(measured)
-    assert len(rows) == 2 * 2 * 5
-    assert rows[c4, 33, 0]["drift"] == rows[c1, 33, 0]["drift"] == 0
-    for quarter in (90, 180):
-        assert rows[c4, 33, quarter]["drift"] < 1e-4
-        assert rows[c4, 33, quarter]["agreement"] == 100
-        assert rows[c4, 32, quarter]["drift"] > 1e-3  # 32 is no exact size
-        assert rows[c1, 33, quarter]["drift"] > 1e-2  # not equivariant
-    assert rows[c4, 33, 45]["drift"] > 1e-3  # 45 degrees are not in C4
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory, textures: str, c4: str, c1: str) -> Path:
+    """The output of one complete run."""
+    out = tmp_path_factory.mktemp("out")
+    assert main(command([c4, c1], textures, out, *WHOLE)) == 0
+    return out
 
 
-class _Page(HTMLParser):
-    """Collects what a page loads and says."""
+class Page(HTMLParser):
+    """Collects what a page loads, its words and its number of rows."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -137,488 +101,87 @@ class _Page(HTMLParser):
         self.words += data
 
 
-def test_report_is_one_page_that_loads_nothing(measured: Path) -> None:
-    text = (measured / "report.html").read_text()
-    page = _Page(text)
-    assert [load[:22] for load in page.loads] == 4 * ["data:image/png;base64,"]  # three metrics, samples
-    assert "http" not in text
-    assert "@import" not in text
-    assert page.rows == (1 + 4) + 4 * (1 + 5) + (3 + 4)  # summary, a table for each metric, how it was measured
-    assert "Top-1 accuracy" in page.words
-    with Image.open(measured / "rotation.png") as picture:
-        assert picture.size[0] > 1000
+# Figures
 
 
-def test_cells_know_their_columns(measured: Path) -> None:
-    """A telephone shows a row of the summary as lines, each with the name of its column."""
-    summary = (measured / "report.html").read_text().partition("<h2>Summary</h2>")[2].partition("</table>")[0]
-    columns = re.findall("<th>(.*?)</th>", summary)
-    cells = re.findall('<td data-column="(.*?)">', summary)
-    assert columns[:2] == ["model", "images"]
-    assert cells == columns * 4  # two models, two sizes
+def test_figures_are_those_of_a_plain_loop(measured: Path, textures: str, c4: str) -> None:
+    """Against torchvision's folder and a loop over single images."""
+    model = timm.create_model(c4, pretrained=True).eval()
+    prepare = create_transform((3, 33, 33), crop_pct=1.0, interpolation="bilinear")
+    top1 = agreement = drift = 0.0
+    for image, target in ImageFolder(f"{textures}/validation", transform=prepare):
+        with torch.inference_mode():
+            upright, rotated = model(torch.stack([image, image.rot90(1, dims=(-2, -1))]))
+        top1 += (rotated.argmax() == target).item()
+        agreement += (rotated.argmax() == upright.argmax()).item()
+        centred, centred_rotated = upright - upright.mean(), rotated - rotated.mean()
+        drift += ((centred_rotated - centred).norm() / centred.norm()).item()
+    row = rows(measured)[c4, 33, 90]
+    assert (row["images"], row["top5"]) == (12, 100)  # of three classes
+    assert row["top1"] == pytest.approx(100 * top1 / 12, abs=1e-3)
+    assert row["agreement"] == pytest.approx(100 * agreement / 12, abs=1e-3)
+    assert row["drift"] == pytest.approx(drift / 12, abs=1e-5)
 
 
-def test_report_says_how_it_was_measured(measured: Path, c4: str, c1: str) -> None:
-    page = _Page((measured / "report.html").read_text())
-    assert 'name="viewport" content="width=device-width' in (measured / "report.html").read_text()
-    assert f"rotate-eval --models {c4} {c1} --size 33 32" in page.words
-    assert datetime.date.today().isoformat() in page.words
-    assert f"timm {timm.__version__}, torch {torch.__version__}; cpu" in page.words
-    for name in (c4, c1):
-        assert page.words.count(hash_tensors(timm.create_model(name, pretrained=True).state_dict())) == 2  # sizes
-
-
-def test_other_weights_of_the_same_name_do_not_mix(textures: str, tmp_path: Path) -> None:
-    """Refused before the work; the same weights go on."""
-    spec, common = f"test_resnet={tmp_path}/model.pth", (textures, [0.0, 90.0], str(tmp_path / "out"), [33])
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), tmp_path / f"{seed}.pth")
-    shutil.copy(tmp_path / "0.pth", tmp_path / "model.pth")
-    rotate_eval([spec], *common, workers=0, device="cpu")
-    before = (tmp_path / "out" / "results.json").read_bytes()
-    rotate_eval([spec], *common, workers=0, device="cpu")
-    shutil.copy(tmp_path / "1.pth", tmp_path / "model.pth")
-    with pytest.raises(InputError, match=r"with other weights \(\w{8}\.\.\. there, .*choose another --out"):
-        rotate_eval([spec], *common, workers=0, device="cpu")
-    assert (tmp_path / "out" / "results.json").read_bytes() == before
-
-
-def test_curves_that_coincide_are_told_apart() -> None:
-    """No two of ten look alike, and a later one leaves an earlier one visible at its sides."""
-    styles = [_style(i, 10) for i in range(10)]
-    looks = {(style["color"], style["marker"], style["linestyle"]) for style in styles}
-    assert len(looks) == 10
-    assert all(a["linewidth"] > b["linewidth"] for a, b in itertools.pairwise(styles))
-    assert _style(0, 1)["linewidth"] > 0
-
-
-def test_long_names_are_cut_before_what_tells_them_apart() -> None:
-    cell = Cell("c8resnet18=" + "x" * 99, 225, 4)
-    assert label(cell).endswith("x, 225 px, mean of 4 rotations")
-    assert label(cell, 50) == "c8resnet18=xxxxxxxxx…, 225 px, mean of 4 rotations"
-    assert len(label(cell, 50)) == 50
-
-
-def test_samples_show_the_images_as_they_were_turned(textures: str) -> None:
-    folder = Folder(textures, "validation", "")
-    angles = parse_angles("0:360:90")
-    reflected, circle = (draw_samples(folder, angles, corners) for corners in ("reflect", "circle"))
-    assert [axes.get_title() for axes in reflected.axes[:4]] == ["0°", "90°", "180°", "270°"]
-    assert len(reflected.axes) == 3 * 4  # an image of each class
-    upright, quarter = (axes.images[0].get_array() for axes in reflected.axes[:2])
-    assert np.array_equal(quarter, np.rot90(upright))
-    assert not np.array_equal(quarter, upright)
-    assert (circle.axes[0].images[0].get_array()[0, 0] == 0.5).all()
-    assert not np.array_equal(reflected.axes[0].images[0].get_array(), reflected.axes[4].images[0].get_array())
-
-
-def test_circle_hides_the_corners(textures: str, c1: str, tmp_path: Path, seen: list[torch.Tensor]) -> None:
-    rotate_eval([c1], textures, [0.0, 30.0], str(tmp_path), corners="circle", workers=0, device="cpu")
-    assert len(seen) == 3
-    for images in seen[1:]:  # the first is the trial
-        assert (images[..., :4, :4] == 0).all()
-        assert (images[..., 16, :] != 0).float().mean() > 0.9
+def test_equivariance_and_exact_sizes(measured: Path, c4: str, c1: str) -> None:
+    found = rows(measured)
+    assert len(found) == 2 * 2 * 5
+    assert found[c4, 33, 0]["drift"] == found[c1, 33, 0]["drift"] == 0
+    for quarter in (90, 180):
+        assert found[c4, 33, quarter]["drift"] < 1e-4
+        assert found[c4, 33, quarter]["agreement"] == 100
+        assert found[c4, 32, quarter]["drift"] > 1e-3  # not an exact size
+        assert found[c1, 33, quarter]["drift"] > 1e-2  # not equivariant
+    assert found[c4, 33, 45]["drift"] > 1e-3  # 45 degrees are not in C4
 
 
 @pytest.mark.parametrize("flags", [["--amp", "--amp-dtype", "bfloat16"], ["--channels-last"], ["--reparam"]])
 def test_options_change_little(flags: list[str], measured: Path, textures: str, c4: str, tmp_path: Path) -> None:
-    options = ["--angles", "0:180:45", "--size", "33", "-j", "0", "--device", "cpu", "--out", str(tmp_path)]
-    assert main(["rotate-eval", "--models", c4, "--data", textures, *options, *flags]) == 0
-    expected, tolerance = _rows(measured), 0.05 if "--amp" in flags else 1e-3
-    for key, row in _rows(tmp_path).items():
+    assert main(command([c4], textures, tmp_path, "0:180:45", "--size", "33", *flags)) == 0
+    expected, tolerance = rows(measured), 0.05 if "--amp" in flags else 1e-3
+    for key, row in rows(tmp_path).items():
         assert row["drift"] == pytest.approx(expected[key]["drift"], abs=tolerance)
 
 
-def test_interrupted_run_goes_on(
-    measured: Path, textures: str, c4: str, c1: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Stopped in the second batch of the second model; the rest gives the figures of the run that was not stopped."""
-    options = ["--data", textures, "--angles", "0:180:45", "-b", "5", "-j", "0", "--device", "cpu"]
-    command = ["rotate-eval", "--models", c4, c1, "--size", "33", "32", *options, "--out", str(tmp_path)]
-    measure, calls = run.measure, []
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The batches that the models read; the first is the trial."""
+    batches: list[torch.Tensor] = []
 
-    def stop_early(cell, *rest):
-        calls.append(cell)
-        for count, after in enumerate(measure(cell, *rest)):
-            if len(calls) == 2 and count == 1:
-                raise KeyboardInterrupt
-            yield after
+    def watch(*args, **kwargs) -> Loaded:
+        loaded = load(*args, **kwargs)
+        loaded.model.register_forward_pre_hook(lambda module, inputs: batches.append(inputs[0]))
+        return loaded
 
-    monkeypatch.setattr(run, "measure", stop_early)
-    assert main(command) == 130
-    assert "interrupted after 5 of 12 files" in (tmp_path / "report.html").read_text()
-    positions = [cell["position"] for cell in json.loads((tmp_path / "results.json").read_text())["cells"]]
-    assert positions == [12, 5]
-    monkeypatch.setattr(run, "measure", measure)
-    assert main(command) == 0
-    resumed, whole = _rows(tmp_path), _rows(measured)
-    assert resumed.keys() == whole.keys()
-    for key, row in whole.items():
-        assert resumed[key] == pytest.approx(row, rel=1e-5)
+    monkeypatch.setattr(module, "load", watch)
+    return batches
 
 
-def test_ctrl_c_leaves_what_was_measured(c4: str, tmp_path: Path) -> None:
-    """A real SIGINT to a real process, once it has kept a batch."""
-    folder = write_textures(tmp_path / "data", train=1, validation=300)
-    options = ["--angles", "0:360:5", "-b", "4", "-j", "0", "--device", "cpu", "--out", str(tmp_path / "out")]
-    program = (
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in background jobs
-        "from equivision_timm.cli.main import main; sys.exit(main())"
-    )
-    command = [sys.executable, "-c", program, "rotate-eval", "--models", c4, "--data", str(folder), *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    kept = tmp_path / "out" / "results.json"
-    deadline = time.monotonic() + 120
-    while not kept.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert "interrupted; what was measured is in" in errors
-    assert "Traceback" not in errors
-    (cell,) = json.loads(kept.read_text())["cells"]
-    assert 0 < cell["images"] < 900
-    names = {path.name for path in kept.parent.iterdir()}
-    assert names == {".results.lock", "results.csv", "results.json", "rotation.png", "report.html"}
-
-
-def test_unreadable_images_are_left_out_and_named(textures: str, c4: str, tmp_path: Path, capsys) -> None:
-    folder = Path(shutil.copytree(textures, tmp_path / "data"))
-    good = (folder / "validation" / "grass" / "000.png").read_bytes()
-    (folder / "validation" / "brick" / "empty.png").write_bytes(b"")
-    (folder / "validation" / "gravel" / "half.png").write_bytes(good[: len(good) // 2])
-    (folder / "validation" / "gravel" / "text.jpg").write_text("no image")
-    rotate_eval([c4], str(folder), [0.0, 90.0], str(tmp_path / "out"), batch_size=4, workers=0, device="cpu")
-    (cell,) = json.loads((tmp_path / "out" / "results.json").read_text())["cells"]
-    assert cell["images"] == 12
-    assert cell["position"] == 15
-    assert cell["unreadable"] == ["brick/empty.png", "gravel/half.png", "gravel/text.jpg"]
-    assert "left out 3 unreadable image(s): brick/empty.png" in capsys.readouterr().out
-    assert "gravel/half.png" in (tmp_path / "out" / "report.html").read_text()
-
-
-def test_only_unreadable_images(c4: str, tmp_path: Path) -> None:
-    for name in TEXTURES:
-        (tmp_path / "data" / name).mkdir(parents=True)
-        (tmp_path / "data" / name / "empty.png").write_bytes(b"")
-    with pytest.raises(InputError, match="none of the 3 images"):
-        rotate_eval([c4], str(tmp_path / "data"), [0.0], str(tmp_path / "out"), workers=0, device="cpu")
-
-
-def test_unlabelled_folder(textures: str, c4: str, tmp_path: Path) -> None:
-    flat = tmp_path / "flat"
-    flat.mkdir()
-    for i, file in enumerate(Path(textures, "validation").rglob("*.png")):
-        shutil.copy(file, flat / f"{i}.png")
-    with pytest.raises(InputError, match=r"lie in no class folders.*--unlabelled"):
-        rotate_eval([c4], str(flat), [0.0], str(tmp_path / "out"))
-    rotate_eval([c4], str(flat), [0.0, 90.0], str(tmp_path / "out"), unlabelled=True, workers=0, device="cpu")
-    assert set(_rows(tmp_path / "out")[c4, 33, 90]) == {"turns", "images", "agreement", "drift"}
-
-
-def test_too_little_memory_says_what_to_lower(
-    textures: str, c4: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The second batch runs out of memory: the first is kept."""
-    calls = []
-
-    def run_out(x: torch.Tensor) -> torch.Tensor:
-        calls.append(x)
-        if len(calls) > 3:  # the trial, and two angles of the first batch
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        return x.mean((2, 3))
-
-    class Model(torch.nn.Module):
-        num_classes, pretrained_cfg = 3, {"input_size": (3, 33, 33)}
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return run_out(x)
-
-    monkeypatch.setattr(run, "load_trained", lambda name, num_classes: (Model(), {}))
-    with pytest.raises(InputError, match=r"too little memory for 4 images of 33 x 33 pixels.*lower --batch-size"):
-        rotate_eval([c4], textures, [0.0, 90.0], str(tmp_path), batch_size=4, workers=0, device="cpu")
-    assert json.loads((tmp_path / "results.json").read_text())["cells"][0]["images"] == 4
-
-
-def test_other_settings_do_not_mix(measured: Path, textures: str, c4: str) -> None:
-    before = (measured / "results.json").read_bytes()
-    with pytest.raises(InputError, match=r"measured with other settings .angles.*choose another --out"):
-        rotate_eval([c4], textures, [0.0], str(measured))
-    assert (measured / "results.json").read_bytes() == before
-
-
-def test_foreign_results_file(textures: str, c4: str, tmp_path: Path) -> None:
-    (tmp_path / "results.json").write_text('{"a": 1}')
-    with pytest.raises(InputError, match="holds no results of rotate-eval"):
-        rotate_eval([c4], textures, [0.0], str(tmp_path))
-    assert (tmp_path / "results.json").read_text() == '{"a": 1}'
-
-
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        ("c8resnet19", "unknown model 'c8resnet19': did you mean c8resnet18"),
-        ("xyzzy", "unknown model 'xyzzy'"),
-        ("c8resnet18_fast=nowhere.pth", "cannot load the weights of 'c8resnet18_fast=nowhere.pth'.*nowhere.pth"),
-        ("resnet10t.no_such_tag", "cannot load the weights of 'resnet10t.no_such_tag'.*tags are resnet10t.c3_in1k"),
-        ("test_resnet2", "unknown model 'test_resnet2': did you mean test_resnet"),
-    ],
-)
-def test_models_that_cannot_be_used(model: str, message: str, textures: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=message):
-        rotate_eval([model], textures, [0.0], str(tmp_path), workers=0, device="cpu")
-    assert not (tmp_path / "results.json").exists()
-
-
-def test_no_network(textures: str, tmp_path: Path) -> None:
-    """In a process of its own, because the Hub's client reads its settings once."""
-    command = [sys.executable, "-m", "equivision_timm", "rotate-eval", "--models", "resnet10t", "--data", textures]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path / "out")], capture_output=True, text=True, env=environment, cwd=tmp_path
-    )
-    assert done.returncode == 2, done.stderr
-    assert "cannot load the weights of 'resnet10t'" in done.stderr
-    assert "resnet10t=CHECKPOINT" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_classes_that_do_not_fit(textures: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    five = save_small_model(tmp_path_factory.mktemp("five"), width=2, num_classes=5)
-    with pytest.raises(InputError, match="tells 5 classes apart, the folder holds 3: give --class-map"):
-        rotate_eval([five], textures, [0.0], str(tmp_path), workers=0, device="cpu")
-
-
-def test_fixed_size_model_refuses_other_sizes(textures: str, tmp_path: Path) -> None:
-    model = timm.create_model("test_vit", num_classes=3)
-    torch.save(model.state_dict(), tmp_path / "vit.pth")
-    with pytest.raises(InputError, match="does not take images of 33 x 33 pixels"):
-        rotate_eval(
-            [f"test_vit={tmp_path}/vit.pth"], textures, [0.0], str(tmp_path / "out"), [33], workers=0, device="cpu"
-        )
-
-
-def test_other_timm_models_with_a_checkpoint(textures: str, tmp_path: Path) -> None:
-    model = timm.create_model("test_resnet", num_classes=3)
-    torch.save(model.state_dict(), tmp_path / "plain.pth")
-    rotate_eval(
-        [f"test_resnet={tmp_path}/plain.pth"], textures, [0.0, 90.0], str(tmp_path / "out"), workers=0, device="cpu"
-    )
-    (upright, turned) = _rows(tmp_path / "out").values()
-    assert upright["drift"] == 0
-    assert turned["drift"] > 1e-2
+def test_circle_hides_the_corners(textures: str, c1: str, tmp_path: Path, seen: list[torch.Tensor]) -> None:
+    assert main(command([c1], textures, tmp_path, "0,30", "--corners", "circle")) == 0
+    assert len(seen) == 3
+    for images in seen[1:]:
+        assert (images[..., :4, :4] == 0).all()
+        assert (images[..., 16, :] != 0).float().mean() > 0.9
 
 
 def test_checkpoint_of_training(textures: str, tmp_path: Path, seen: list[torch.Tensor]) -> None:
     """Model, image size and normalisation are those of the training, as in predict."""
-    spec = save_training(tmp_path, img_size=33, mean=[0.2, 0.3, 0.4], crop_pct=1.0)
-    rotate_eval([spec], textures, [0.0], str(tmp_path / "out"), workers=0, device="cpu")
-    ((_, size, _),) = _rows(tmp_path / "out")
-    assert size == 33
-    model = timm.create_model("c4resnet18_fast")
     options = {"img_size": 33, "mean": [0.2, 0.3, 0.4], "crop_pct": 1.0}
-    transform = create_transform(**resolve_data_config(options, model=model), is_training=False)
-    folder = Folder(textures, "validation", "")
-    expected = torch.stack([transform(Image.open(path).convert("RGB")) for path, _ in folder.reader.samples])
-    assert torch.equal(seen[1], expected)
-
-
-def test_classifier_of_a_distilled_model(tmp_path: Path) -> None:
-    """It has two heads, and the checkpoint shows the classes of both."""
-    model = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=3, depth=1)
-    torch.save(
-        {"state_dict": model.state_dict(), "args": argparse.Namespace(model_kwargs={"depth": 1})}, tmp_path / "d"
-    )
-    model, _ = load_trained(f"deit_tiny_distilled_patch16_224={tmp_path}/d")
-    assert model.num_classes == 3
-
-
-@pytest.mark.parametrize("folder", ["nowhere", "empty"])
-def test_no_images(folder: str, c4: str, tmp_path: Path) -> None:
-    (tmp_path / "empty" / "class").mkdir(parents=True)
-    with pytest.raises(InputError, match="no images to measure in"):
-        rotate_eval([c4], str(tmp_path / folder), [0.0], str(tmp_path / "out"))
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "north", "0:360", "0:360:0", "0:360:-15", "90:0:15", "1:2:3:4", "0,,90", "nan", "0:inf:1", "0:360:1e-9"],
-)
-def test_what_is_no_list_of_angles(text: str, textures: str, c4: str, capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(InputError, match="angles"):
-        parse_angles(text)
-    if text:
-        assert main(["rotate-eval", "--models", c4, "--data", textures, "--angles", text]) == 2
-        assert repr(text) in capsys.readouterr().err
-
-
-@given(st.integers(-360, 360), st.integers(1, 90), st.integers(0, 30))
-def test_range_of_angles(start: int, step: int, count: int) -> None:
-    """Of every class modulo 360 the first one, less whole turns."""
-    typed = [start + step * i for i in range(count + 1)]
-    parsed = parse_angles(f"{start}:{start + count * step}:{step}")
-    assert parsed == parse_angles(",".join(map(str, typed)))
-    assert [angle % 360 for angle in parsed] == list(dict.fromkeys(angle % 360 for angle in typed))
-    assert all(-360 < angle < 360 for angle in parsed)
-
-
-def test_every_rotation_counts_once() -> None:
-    assert parse_angles("0:360:15") == [15.0 * i for i in range(24)]
-    assert parse_angles(",".join(["90"] * 210)) == [90]
-    assert parse_angles("0,360,-360,720") == [0]
-    assert parse_angles("-90,270,45") == [-90, 45]
-    assert parse_angles("-30:30:30") == [-30, 0, 30]
-    assert parse_angles("-1e300") == [math.fmod(-1e300, 360) + 0.0]
-
-
-def test_two_runs_share_one_folder(
-    measured: Path, textures: str, c4: str, c1: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The second run starts after the first batch of the first one and ends before its second."""
-    options = ["--data", textures, "--angles", "0:180:45", "-b", "5", "-j", "0", "--device", "cpu"]
-    command = ["rotate-eval", "--size", "33", "32", *options, "--out", str(tmp_path), "--models"]
-    measure, inner = run.measure, []
-
-    def with_another_run_inside(cell, *rest):
-        for count, after in enumerate(measure(cell, *rest)):
-            yield after
-            if not inner and count == 0:
-                inner.append(cell)
-                assert main([*command, c1]) == 0
-
-    monkeypatch.setattr(run, "measure", with_another_run_inside)
-    assert main([*command, c4]) == 0
-    assert len(inner) == 1
-    both, whole = _rows(tmp_path), _rows(measured)
-    assert both.keys() == whole.keys()
-    for key, row in whole.items():
-        assert both[key] == pytest.approx(row, rel=1e-5)
-    assert _Page((tmp_path / "report.html").read_text()).rows == (1 + 4) + 4 * (1 + 5) + 2 * (3 + 2)
-
-
-def test_other_settings_in_the_meantime_change_nothing(
-    textures: str, c4: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    measure = run.measure
-
-    def after_another_run(cell, *rest):
-        (tmp_path / "results.json").write_text(json.dumps({"settings": {"angles": [7]}, "cells": []}))
-        yield from measure(cell, *rest)
-
-    monkeypatch.setattr(run, "measure", after_another_run)
-    with pytest.raises(InputError, match="measured with other settings"):
-        rotate_eval([c4], textures, [0.0], str(tmp_path), workers=0, device="cpu")
-    assert json.loads((tmp_path / "results.json").read_text()) == {"settings": {"angles": [7]}, "cells": []}
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("images", -1),
-        ("images", "many"),
-        ("position", 99),
-        ("sums", {}),
-        ("sums", {name: [1.0] for name in ("top1", "top5", "agreement", "drift")}),
-        ("unreadable", 3),
-        ("stages", {"layer1": [0.1] * 5}),
-        ("turns", "four"),
-        ("model", None),
-    ],
-)
-def test_damaged_cells_are_refused(key: str, value, measured: Path, textures: str, c4: str, tmp_path: Path) -> None:
-    content = json.loads((measured / "results.json").read_text())
-    content["cells"][1][key] = value
-    if key == "model":
-        del content["cells"][1][key]
-    (tmp_path / "results.json").write_text(json.dumps(content))
-    before = (tmp_path / "results.json").read_bytes()
-    with pytest.raises(InputError, match="holds no results of rotate-eval"):
-        rotate_eval([c4], textures, parse_angles("0:180:45"), str(tmp_path), [33], workers=0, device="cpu")
-    assert (tmp_path / "results.json").read_bytes() == before
-
-
-def _results(tmp_path: Path, models: list[str], angles: list[float], values: list[float], data: str) -> Results:
-    settings = {"data": data, "files": 1, "angles": angles, "corners": "reflect", "labelled": True}
-    settings["by_stage"] = False
-    results = Results(tmp_path / "results.json", settings)
-    for model in models:
-        sums = dict.fromkeys(("top1", "top5", "agreement", "drift"), values)
-        results.put(Cell(model, 33, 1, 1, 1, (), sums))
-    return results
-
-
-def test_mean_over_a_turn_counts_zero_once(tmp_path: Path) -> None:
-    """From one right answer upright alone: 1/24 of the angles, not 2/25."""
-    angles = parse_angles("0:360:15")
-    values = [1.0 if angle % 360 == 0 else 0.0 for angle in angles]
-    write_report(_results(tmp_path, ["c8resnet18"], angles, values, "data"), tmp_path)
-    page = (tmp_path / "report.html").read_text()
-    assert ">4.17</td>" in page
-    assert ">8.00</td>" not in page  # what 25 angles would give
-
-
-def test_curves_close_where_they_go_round() -> None:
-    assert _curve([0, 90, 180, 270], [1, 2, 3, 4]) == ([0, 90, 180, 270, 360], [1, 2, 3, 4, 1])
-    assert _curve([90, 0, -90], [1, 2, 3]) == ([-90, 0, 90], [3, 2, 1])
-    assert _curve([5], [1]) == ([5], [1])
-
-
-def test_text_is_text_in_every_file(tmp_path: Path) -> None:
-    """Formulas of TeX and of spreadsheets, tags, line breaks, stray bytes, a name that begins with '_'."""
-    names = ["local-dir:/x/$\\nosuch$", "local-dir:/x/_hidden", "<script>alert(1)</script>", "=1+1", "a\nb\udcff", "@x"]
-    data = "<b>$\\frac$\n\udcff"
-    results = _results(tmp_path, names, [0.0, 90.0], [1.0, 0.5], data)
-    write_report(results, tmp_path)
-    text = (tmp_path / "report.html").read_text()
-    assert "<script" not in text
-    assert "<b>" not in text
-    words = _Page(text).words
-    for name in ("$\\nosuch$", "_hidden", "<script>alert(1)</script>", "=1+1", "a\\nb\\udcff", "<b>$\\frac$\\n\\udcff"):
-        assert name in words
-    with (tmp_path / "results.csv").open(newline="") as file:
-        models = {row["model"] for row in csv.DictReader(file)}
-    assert "'=1+1" in models
-    assert "'@x" in models
-    assert not [model for model in models if model[0] in "=+-@"]
-    with plain_text():
-        (legend,) = draw(results, ["top1"]).legends
-    assert [entry.get_text() for entry in legend.get_texts()][:2] == ["$\\nosuch$, 33 px", "_hidden, 33 px"]
-
-
-def test_deep_pictures_count(c4: str, tmp_path: Path) -> None:
-    """16 bits a pixel and the same picture with 8: the same figures; a picture of unknown range is left out."""
-    grey = (np.add.outer(np.arange(40), np.arange(40)) * 3).astype(np.uint8)
-    for name in TEXTURES:
-        for bits in ("8", "16"):
-            (tmp_path / bits / name).mkdir(parents=True)
-        Image.fromarray(grey).save(tmp_path / "8" / name / "a.png")
-        Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16" / name / "a.png")
-    Image.fromarray(grey.astype(np.uint16) * 16).save(tmp_path / "16" / TEXTURES[0] / "b.png")  # 12 bits
-    rows = []
-    for bits in ("8", "16"):
-        out = tmp_path / f"out{bits}"
-        rotate_eval([c4], str(tmp_path / bits), [0.0, 45.0], str(out), workers=0, device="cpu")
-        rows.append(_rows(out)[c4, 33, 45])
-    assert rows[1] == pytest.approx(rows[0], abs=1e-3)
-    (cell,) = json.loads((tmp_path / "out16" / "results.json").read_text())["cells"]
-    assert cell["unreadable"] == ["brick/b.png"]
-
-
-def test_an_odd_angle_is_as_good_as_any(textures: str, c4: str, tmp_path: Path) -> None:
-    """One class, huge angles, the same model twice: figures that are numbers."""
-    angles = parse_angles("0,1e300,-1e17")
-    rotate_eval([c4, c4], textures, angles, str(tmp_path), [33, 33], workers=0, device="cpu")
-    rows = _rows(tmp_path)
-    assert len(rows) == len(angles)
-    assert all(math.isfinite(value) for row in rows.values() for value in row.values())
+    spec = save_training(tmp_path, **options)
+    assert main(command([spec], textures, tmp_path / "out", "0")) == 0
+    ((_, size, _),) = rows(tmp_path / "out")
+    assert size == 33
+    config = resolve_data_config(options, model=timm.create_model("c4resnet18_fast"))
+    transform = create_transform(**config, is_training=False)
+    samples = data.ImageFolder(textures, "validation").samples
+    assert torch.equal(seen[1], torch.stack([transform(Image.open(path).convert("RGB")) for path, _ in samples]))
 
 
 def test_quarter_turns_averaged(textures: str, c4: str, c1: str, tmp_path: Path) -> None:
-    """A plain network becomes exact at quarter turns, and nothing else; both ways are in one report."""
-    common = (textures, [0.0, 45.0, 90.0], str(tmp_path), [33])
-    rotate_eval([c1], *common, workers=0, device="cpu")
-    rotate_eval([c1], *common, workers=0, device="cpu", test_time_turns=4)
+    """A plain network becomes exact at quarter turns, and nothing else; both are in one report."""
+    assert main(command([c1], textures, tmp_path, "0,45,90", "--size", "33")) == 0
+    assert main(command([c1], textures, tmp_path, "0,45,90", "--size", "33", "--test-time-turns", "4")) == 0
     with (tmp_path / "results.csv").open() as file:
         drift = {(row["turns"], row["angle"]): float(row["drift"]) for row in csv.DictReader(file)}
     assert len(drift) == 6
@@ -632,49 +195,492 @@ def test_quarter_turns_averaged(textures: str, c4: str, c1: str, tmp_path: Path)
     assert not torch.allclose(averaged(model, 2)(images), mean, atol=1e-5)
 
 
-def test_stages(textures: str, c4: str, c1: str, tmp_path: Path) -> None:
-    options = ["--angles", "0,45,90", "--size", "65", "-b", "5", "-j", "0", "--device", "cpu", "--by-stage"]
-    command = ["rotate-eval", "--models", c4, c1, "--data", textures, *options, "--out", str(tmp_path)]
-    assert main(command) == 0
+def test_stages(textures: str, c4: str, c1: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    words = command([c4, c1], textures, tmp_path, "0,45,90", "--size", "65", "-b", "5", "--by-stage")
+    assert main(words) == 0
     with (tmp_path / "stages.csv").open() as file:
-        rows = {(r["model"], r["stage"], float(r["angle"])): float(r["error"]) for r in csv.DictReader(file)}
+        found = {(r["model"], r["stage"], float(r["angle"])): float(r["error"]) for r in csv.DictReader(file)}
     model = timm.create_model(c4, pretrained=True).eval()
     stages = [level["module"] for level in model.feature_info]
-    assert len(rows) == 2 * len(stages) * 3
-    folder = Folder(textures, "validation", "").prepare_for(
-        {**resolve_data_config(model=model), "input_size": (3, 65, 65)}
-    )
-    images = torch.stack([folder[i][0] for i in range(12)])
-    expected = angle_error(model, images, [0.0, 45.0, 90.0])
+    assert len(found) == 2 * len(stages) * 3
+    prepare = data.preparation({**resolve_data_config(model=model), "input_size": (3, 65, 65)})
+    folder = data.ImageFolder(textures, "validation")
+    expected = angle_error(model, torch.stack([prepare(folder.picture(i)) for i in range(12)]), [0.0, 45.0, 90.0])
     for stage in stages:
-        assert rows[c4, stage, 90] < 1e-4
-        assert rows[c1, stage, 90] > 1e-2
+        assert found[c4, stage, 90] < 1e-4
+        assert found[c1, stage, 90] > 1e-2
         for angle, error in expected[stage].items():
-            assert rows[c4, stage, angle] == pytest.approx(error, rel=1e-3, abs=1e-6)  # batches of five there
+            assert found[c4, stage, angle] == pytest.approx(error, rel=1e-3, abs=1e-6)  # there in batches of five
     with Image.open(tmp_path / "stages.png") as picture:
         assert len(picture.convert("L").getcolors()) > 50
-    page = _Page((tmp_path / "report.html").read_text())
+    page = Page((tmp_path / "report.html").read_text())
     assert len(page.loads) == 3 + 2 + 1  # metrics, models by stage, samples
     assert page.rows == (1 + 2) + 4 * (1 + 3) + (1 + 2 * len(stages)) + (3 + 2)
-    assert main(command) == 0  # everything is there already
-    assert main([*command[:-1], str(tmp_path / "other"), "--test-time-turns", "4"]) == 2
+    assert main(words) == 0  # everything is there already
+    assert main([*words, "--out", str(tmp_path / "other"), "--test-time-turns", "4"]) == 2
     assert not (tmp_path / "other").exists()
-    with pytest.raises(InputError, match=r"cannot be measured by stage at 33 pixels: the map of layer4, .* use images"):
-        rotate_eval([c4], textures, [45.0], str(tmp_path / "small"), [33], workers=0, device="cpu", by_stage=True)
+    assert main(command([c4], textures, tmp_path / "small", "45", "--size", "33", "--by-stage")) == 2
+    assert "by stage at 33 pixels" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("turns", ["0", "3", "8"])
-def test_number_of_turns_that_does_not_exist(turns: str, textures: str, c4: str, tmp_path: Path, capsys) -> None:
-    out = tmp_path / "out"
-    assert main(["rotate-eval", "--models", c4, "--data", textures, "--out", str(out), "--test-time-turns", turns]) == 2
-    assert f"--test-time-turns {turns} does not exist: use one of 1, 2, 4" in capsys.readouterr().err
-    assert not out.exists()
+def test_deep_pictures(c4: str, tmp_path: Path) -> None:
+    """The same figures from 16 bits per pixel as from 8; a picture of unknown range is left out."""
+    grey = (np.add.outer(np.arange(40), np.arange(40)) * 3).astype(np.uint8)
+    for name in TEXTURES:
+        for bits in ("8", "16"):
+            (tmp_path / bits / name).mkdir(parents=True)
+        Image.fromarray(grey).save(tmp_path / "8" / name / "a.png")
+        Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16" / name / "a.png")
+    Image.fromarray(grey.astype(np.uint16) * 16).save(tmp_path / "16" / TEXTURES[0] / "b.png")  # 12 bits
+    found = []
+    for bits in ("8", "16"):
+        assert main(command([c4], tmp_path / bits, tmp_path / f"out{bits}", "0,45")) == 0
+        found.append(rows(tmp_path / f"out{bits}")[c4, 33, 45])
+    assert found[1] == pytest.approx(found[0], abs=1e-3)
+    assert results(tmp_path / "out16")[0]["unreadable"] == ["brick/b.png"]
 
 
-def test_model_without_maps(textures: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unlabelled_folder(textures: str, c4: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i, file in enumerate(Path(textures, "validation").rglob("*.png")):
+        shutil.copy(file, flat / f"{i}.png")
+    assert main(command([c4], flat, tmp_path / "out")) == 2
+    assert "--unlabelled" in capsys.readouterr().err
+    assert main(command([c4], flat, tmp_path / "out", "0,90", "--unlabelled")) == 0
+    assert set(rows(tmp_path / "out")[c4, 33, 90]) == {"turns", "images", "agreement", "drift"}
+
+
+def test_unreadable_images_are_left_out_and_named(textures: str, c4: str, tmp_path: Path, capsys) -> None:
+    folder = Path(shutil.copytree(textures, tmp_path / "data"))
+    good = (folder / "validation" / "grass" / "000.png").read_bytes()
+    (folder / "validation" / "brick" / "empty.png").write_bytes(b"")
+    (folder / "validation" / "gravel" / "half.png").write_bytes(good[: len(good) // 2])
+    (folder / "validation" / "gravel" / "text.jpg").write_text("no image")
+    Image.new("L", (60000, 1)).save(folder / "validation" / "gravel" / "thin.png")
+    assert main(command([c4], folder, tmp_path / "out", "0,90", "-b", "4")) == 0
+    (result,) = results(tmp_path / "out")
+    assert (result["images"], result["position"]) == (12, 16)
+    assert result["unreadable"] == ["brick/empty.png", "gravel/half.png", "gravel/text.jpg", "gravel/thin.png"]
+    assert "left out 4 unreadable image(s): brick/empty.png" in capsys.readouterr().out
+    assert "gravel/half.png" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_any_angle_gives_numbers(textures: str, c4: str, tmp_path: Path) -> None:
+    """Huge angles; the same model and size twice."""
+    assert main(command([c4, c4], textures, tmp_path, "0,1e300,-1e17", "--size", "33", "33")) == 0
+    found = rows(tmp_path)
+    assert len(found) == len(parse_angles("0,1e300,-1e17")) == 2
+    assert all(math.isfinite(value) for row in found.values() for value in row.values())
+
+
+# Results belong to what they depend on
+
+
+def digits_folder(root: Path, shift: int = 0) -> Path:
+    """Pictures of three classes, each of a grey value that depends on its class."""
+    for label in range(3):
+        (root / f"class{label}").mkdir(parents=True)
+        for i in range(2 + 2 * label):
+            value = 40 + 60 * ((label + shift) % 3) + i
+            Image.new("L", (33, 33), value).save(root / f"class{label}" / f"{i}.png")
+    return root
+
+
+def refused(words: list[str], capsys: pytest.CaptureFixture) -> str:
+    out = Path(words[words.index("--out") + 1])
+    before = (out / "results.json").read_bytes()
+    assert main(words) == 2
+    assert (out / "results.json").read_bytes() == before
+    return capsys.readouterr().err
+
+
+def test_a_corrected_class_map_is_not_ignored(c4: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder, classes = digits_folder(tmp_path / "data"), tmp_path / "map.txt"
+    classes.write_text("class1\nclass2\nclass0\n")
+    words = command([c4], folder, tmp_path / "out", "0", "--class-map", str(classes))
+    assert main(words) == 0
+    wrong = rows(tmp_path / "out")[c4, 33, 0]["top1"]
+    assert main(words) == 0  # control: the same map continues
+    classes.write_text("class0\nclass1\nclass2\n")
+    assert "targets" in refused(words, capsys)
+    assert main([*words, "--out", str(tmp_path / "new")]) == 0
+    assert rows(tmp_path / "new")[c4, 33, 0]["top1"] != wrong
+
+
+def test_other_pictures_under_the_same_names(c4: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    first = digits_folder(tmp_path / "a" / "data")
+    assert main(command([c4], first, tmp_path / "out")) == 0
+    moved = shutil.copytree(first, tmp_path / "c" / "data")
+    assert main(command([c4], moved, tmp_path / "out")) == 0  # control: the same contents elsewhere
+    second = digits_folder(tmp_path / "b" / "data", shift=1)
+    assert "images" in refused(command([c4], second, tmp_path / "out"), capsys)
+
+
+@pytest.mark.parametrize(
+    "change", [{"mean": [0.1, 0.2, 0.3]}, {"std": [1.0, 1.0, 1.0]}, {"crop_pct": 0.5}, {"interpolation": "nearest"}]
+)
+def test_another_preparation_of_equal_weights(
+    change: dict, textures: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    spec = save_training(tmp_path, img_size=33)
+    assert main(command([spec], textures, tmp_path / "out")) == 0
+    save_training(tmp_path, img_size=33, epochs=7)
+    assert main(command([spec], textures, tmp_path / "out")) == 0  # control: an argument that does not prepare images
+    save_training(tmp_path, img_size=33, **change)
+    assert "preparation" in refused(command([spec], textures, tmp_path / "out"), capsys)
+
+
+def test_other_weights_of_the_same_name(textures: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    words = command([f"test_resnet={tmp_path}/model.pth"], textures, tmp_path / "out", "0", "--size", "33")
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), tmp_path / f"{seed}.pth")
+    for seed in (0, 0):  # control: the same weights continue
+        shutil.copy(tmp_path / f"{seed}.pth", tmp_path / "model.pth")
+        assert main(words) == 0
+    shutil.copy(tmp_path / "1.pth", tmp_path / "model.pth")
+    assert "weights" in refused(words, capsys)
+
+
+def test_other_model_kwargs(textures: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """They may change what equal weights compute."""
+    torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), tmp_path / "model.pth")
+    words = command([f"test_resnet={tmp_path}/model.pth"], textures, tmp_path / "out", "0", "--size", "33")
+    assert main([*words, "--model-kwargs", "global_pool=max"]) == 0
+    assert "options" in refused(words, capsys)
+
+
+@pytest.mark.parametrize("options", [["--angles", "0"], ["--corners", "circle"], ["--amp"], ["--unlabelled"]])
+def test_other_settings(options: list[str], measured: Path, textures: str, c4: str, capsys) -> None:
+    assert "settings" in refused([*command([c4], textures, measured, *WHOLE), *options], capsys)
+
+
+def test_other_settings_in_the_meantime(textures: str, c4: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    """A file that another process replaces during the run is not overwritten."""
+    measure = module.measure
+
+    def after_another_run(result, *rest):
+        (tmp_path / "results.json").write_text('{"results": "others"}')
+        yield from measure(result, *rest)
+
+    monkeypatch.setattr(module, "measure", after_another_run)
+    assert main(command([c4], textures, tmp_path, "0")) == 2
+    assert "holds no results" in capsys.readouterr().err
+    assert (tmp_path / "results.json").read_text() == '{"results": "others"}'
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("images", -1),
+        ("images", "many"),
+        ("position", 99),
+        ("sums", {}),
+        ("sums", {name: [1.0] for name in METRICS}),
+        ("sums", {name: ["x"] * 5 for name in METRICS}),
+        ("unreadable", 3),
+        ("settings", {}),
+        ("model", None),
+    ],
+)
+def test_damaged_results(key: str, value, measured: Path, textures: str, c4: str, tmp_path: Path, capsys) -> None:
+    content = json.loads((measured / "results.json").read_text())
+    content["results"][1][key] = value
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    assert "holds no results" in refused(command([c4], textures, tmp_path, "0:180:45"), capsys)
+
+
+# Interruptions
+
+
+def test_interrupted_run_continues(
+    measured: Path, textures: str, c4: str, c1: str, tmp_path: Path, monkeypatch
+) -> None:
+    """Stopped in the second batch of the second result; the rest gives the figures of the complete run."""
+    words, measure, calls = command([c4, c1], textures, tmp_path, *WHOLE), module.measure, []
+
+    def stop_early(result, *rest):
+        calls.append(result)
+        for count, after in enumerate(measure(result, *rest)):
+            if len(calls) == 2 and count == 1:
+                raise KeyboardInterrupt
+            yield after
+
+    monkeypatch.setattr(module, "measure", stop_early)
+    assert main(words) == 130
+    assert "interrupted after 5 of 12 files" in (tmp_path / "report.html").read_text()
+    assert [result["position"] for result in results(tmp_path)] == [12, 5]
+    monkeypatch.setattr(module, "measure", measure)
+    assert main(words) == 0
+    resumed, whole = rows(tmp_path), rows(measured)
+    assert resumed.keys() == whole.keys()
+    for key, row in whole.items():
+        assert resumed[key] == pytest.approx(row, rel=1e-5)
+
+
+def test_ctrl_c_leaves_what_was_measured(c4: str, tmp_path: Path) -> None:
+    """A real SIGINT to a real process, once a batch is stored."""
+    folder = write_textures(tmp_path / "data", train=1, validation=300)
+    program = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in background jobs
+        "from equivision_timm.cli.main import main; sys.exit(main())"
+    )
+    words = [sys.executable, "-c", program, *command([c4], folder, tmp_path / "out", "0:360:5", "-b", "4")]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    stored = tmp_path / "out" / "results.json"
+    deadline = time.monotonic() + 120
+    while not stored.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "interrupted; what was measured is in" in errors
+    assert "Traceback" not in errors
+    assert 0 < results(tmp_path / "out")[0]["images"] < 900
+    names = {path.name for path in stored.parent.iterdir()}
+    assert names == {".results.lock", "results.csv", "results.json", "rotation.png", "report.html"}
+
+
+def test_two_runs_share_one_folder(
+    measured: Path, textures: str, c4: str, c1: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second run starts after the first batch of the first one and ends before its second."""
+    measure, inner = module.measure, []
+
+    def with_another_run_inside(result, *rest):
+        for count, after in enumerate(measure(result, *rest)):
+            yield after
+            if not inner and count == 0:
+                inner.append(result)
+                assert main(command([c1], textures, tmp_path, *WHOLE)) == 0
+
+    monkeypatch.setattr(module, "measure", with_another_run_inside)
+    assert main(command([c4], textures, tmp_path, *WHOLE)) == 0
+    assert len(inner) == 1
+    both, whole = rows(tmp_path), rows(measured)
+    assert both.keys() == whole.keys()
+    for key, row in whole.items():
+        assert both[key] == pytest.approx(row, rel=1e-5)
+
+
+def test_too_little_memory(textures: str, c4: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """The second batch runs out of memory: the first is stored."""
+    calls = []
+
     class Model(torch.nn.Module):
-        num_classes, pretrained_cfg = 3, {"input_size": (3, 33, 33)}
+        num_classes = 3
 
-    monkeypatch.setattr(run, "load_trained", lambda name, num_classes: (Model(), {}))
-    with pytest.raises(InputError, match="'resnet18' shows no maps of its stages: leave --by-stage out"):
-        rotate_eval(["resnet18"], textures, [0.0], str(tmp_path), workers=0, device="cpu", by_stage=True)
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            calls.append(x)
+            if len(calls) > 3:  # the trial, and two angles of the first batch
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            return x.mean((2, 3))
+
+    config = resolve_data_config({"input_size": (3, 33, 33)})
+    monkeypatch.setattr(module, "load", lambda spec, *_, **__: Loaded(spec, Model(), config, {}))
+    assert main(command([c4], textures, tmp_path, "0,90", "-b", "4")) == 2
+    assert "lower --batch-size" in capsys.readouterr().err
+    assert results(tmp_path)[0]["images"] == 4
+
+
+# The report
+
+
+def test_report_is_one_page_that_loads_nothing(measured: Path, c4: str, c1: str) -> None:
+    text = (measured / "report.html").read_text()
+    page = Page(text)
+    assert [load[:22] for load in page.loads] == 4 * ["data:image/png;base64,"]  # three metrics, samples
+    assert "http" not in text
+    assert "@import" not in text
+    assert page.rows == (1 + 4) + 4 * (1 + 5) + (3 + 4)  # summary, a table for each metric, how it was measured
+    with Image.open(measured / "rotation.png") as picture:
+        assert picture.size[0] > 1000
+    summary = text.partition("<h2>Summary</h2>")[2].partition("</table>")[0]
+    columns = re.findall("<th>(.*?)</th>", summary)
+    assert columns[:2] == ["model", "images"]
+    assert re.findall('<td data-column="(.*?)">', summary) == columns * 4  # which a telephone shows before each value
+    assert datetime.date.today().isoformat() in page.words
+    assert f"timm {timm.__version__}, torch {torch.__version__}; cpu" in page.words
+    for name in (c4, c1):
+        assert page.words.count(hash_tensors(timm.create_model(name, pretrained=True).state_dict())) == 2  # sizes
+
+
+def test_report_has_the_command_without_the_users_folders(measured: Path, c4: str, textures: str) -> None:
+    text = (measured / "report.html").read_text()
+    assert f"rotate-eval --models local-dir:{Path(c4).name}" in text
+    assert str(Path(textures).parent) not in text
+    assert str(Path(textures).parent) in str(Path(textures).resolve())  # control
+
+
+def test_curves_that_coincide_differ_in_style() -> None:
+    styles = [rotate_report._style(i, 10) for i in range(10)]
+    assert len({(style["color"], style["marker"], style["linestyle"]) for style in styles}) == 10
+    assert all(a["linewidth"] > b["linewidth"] for a, b in itertools.pairwise(styles))
+
+
+def test_samples_are_rotated_images(textures: str) -> None:
+    folder, angles = data.ImageFolder(textures, "validation"), parse_angles("0:360:90")
+    reflected, circle = (rotate_report.draw_samples(folder, angles, corners) for corners in ("reflect", "circle"))
+    assert [axes.get_title() for axes in reflected.axes[:4]] == ["0°", "90°", "180°", "270°"]
+    assert len(reflected.axes) == 3 * 4  # an image of each class
+    upright, quarter = (axes.images[0].get_array() for axes in reflected.axes[:2])
+    assert np.array_equal(quarter, np.rot90(upright))
+    assert not np.array_equal(quarter, upright)
+    assert (circle.axes[0].images[0].get_array()[0, 0] == 0.5).all()
+    assert not np.array_equal(reflected.axes[0].images[0].get_array(), reflected.axes[4].images[0].get_array())
+
+
+def stored(models: list[str], angles: list[float], values: list[float], name: str = "data") -> list[Result]:
+    common = {"data": name, "images": "0", "targets": "0", "files": 1, "angles": angles}
+    settings = [
+        Settings(**common, corners="reflect", precision="float32", by_stage=False, model=model, size=33)
+        for model in models
+    ]
+    return [Result(s, 1, 1, [], dict.fromkeys(METRICS, values)) for s in settings]
+
+
+def test_mean_over_a_full_rotation_counts_zero_once(tmp_path: Path) -> None:
+    """One correct answer, upright: 1/24 of the angles, not 2/25."""
+    angles = parse_angles("0:360:15")
+    values = [1.0 if angle % 360 == 0 else 0.0 for angle in angles]
+    rotate_report.write(stored(["c8resnet18"], angles, values), tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert ">4.17</td>" in page
+    assert ">8.00</td>" not in page
+
+
+def test_curves_close_if_they_go_round() -> None:
+    curves = []
+    for angles in ([0.0, 90.0, 180.0, 270.0], [90.0, 0.0, -90.0]):
+        (axes,) = rotate_report.draw(stored(["c8resnet18"], angles, [0.1, 0.2, 0.3, 0.4][: len(angles)]), ["top1"]).axes
+        curves.append([values.tolist() for values in axes.lines[0].get_data()])
+    assert curves[0] == [[0, 90, 180, 270, 360], pytest.approx([10, 20, 30, 40, 10])]
+    assert curves[1] == [[-90, 0, 90], pytest.approx([30, 20, 10])]
+
+
+def test_text_is_text_in_every_file(tmp_path: Path) -> None:
+    """Formulas of TeX and of spreadsheets, tags, line breaks, stray bytes, a name that begins with '_'; long names."""
+    names = ["local-dir:/x/$\\nosuch$", "local-dir:/x/_hidden", "<script>alert(1)</script>", "=1+1", "a\nb\udcff", "@x"]
+    found = stored([*names, "x" * 99], [0.0, 90.0], [1.0, 0.5], "<b>$\\frac$\n\udcff")
+    rotate_report.write(found, tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    assert "<script" not in text
+    assert "<b>" not in text
+    words = Page(text).words
+    for name in ("$\\nosuch$", "_hidden", "<script>alert(1)</script>", "=1+1", "a\\nb\\udcff", "<b>$\\frac$\\n\\udcff"):
+        assert name in words
+    with (tmp_path / "results.csv").open(newline="") as file:
+        models = {row["model"] for row in csv.DictReader(file)}
+    assert {"'=1+1", "'@x"} < models
+    assert not [model for model in models if model[0] in "=+-@"]
+    with plain_text():
+        (legend,) = rotate_report.draw(found, ["top1"]).legends
+    labels = [entry.get_text() for entry in legend.get_texts()]
+    assert labels[:2] == ["$\\nosuch$, 33 px", "_hidden, 33 px"]
+    assert labels[-1] == "x" * 28 + "…, 33 px"  # 36 characters
+
+
+# Input
+
+
+@pytest.mark.parametrize(
+    ("model", "key"),
+    [
+        ("c8resnet19", "did you mean c8resnet18"),
+        ("xyzzy", "unknown model 'xyzzy'"),
+        ("c8resnet18_fast=nowhere.pth", "nowhere.pth"),
+        ("resnet10t.no_such_tag", "tags are resnet10t.c3_in1k"),
+    ],
+)
+def test_models_that_cannot_be_used(model: str, key: str, textures: str, tmp_path: Path, capsys) -> None:
+    assert main(command([model], textures, tmp_path)) == 2
+    assert key in capsys.readouterr().err
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_no_network(textures: str, tmp_path: Path) -> None:
+    """In a process of its own, because the Hub's client reads its settings once."""
+    words = [sys.executable, "-m", "equivision_timm", *command(["resnet10t"], textures, tmp_path / "out")]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "resnet10t=CHECKPOINT" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_images_that_a_model_does_not_fit(textures: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    five = save_small_model(tmp_path / "five", width=2, num_classes=5)
+    assert main(command([five], textures, tmp_path / "out")) == 2
+    assert "5 classes" in capsys.readouterr().err
+    torch.save(timm.create_model("test_vit", num_classes=3).state_dict(), tmp_path / "vit.pth")
+    assert main(command([f"test_vit={tmp_path}/vit.pth"], textures, tmp_path / "out", "0", "--size", "33")) == 2
+    assert "33 x 33" in capsys.readouterr().err
+    rectangle = save_training(tmp_path, input_size=[3, 65, 33])
+    assert main(command([rectangle], textures, tmp_path / "out")) == 2
+    assert "65 x 33" in capsys.readouterr().err
+    assert main(command([rectangle], textures, tmp_path / "out", "0,90", "--size", "33")) == 0
+
+
+def test_model_without_maps(textures: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    class Model(torch.nn.Module):
+        num_classes = 3
+
+    config = resolve_data_config({"input_size": (3, 33, 33)})
+    monkeypatch.setattr(module, "load", lambda spec, *_, **__: Loaded(spec, Model(), config, {}))
+    assert main(command(["resnet18"], textures, tmp_path, "0", "--by-stage")) == 2
+    assert "--by-stage" in capsys.readouterr().err
+
+
+def test_other_timm_models_with_a_checkpoint(textures: str, tmp_path: Path) -> None:
+    torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), tmp_path / "plain.pth")
+    assert main(command([f"test_resnet={tmp_path}/plain.pth"], textures, tmp_path / "out")) == 0
+    upright, rotated = rows(tmp_path / "out").values()
+    assert upright["drift"] == 0
+    assert rotated["drift"] > 1e-2
+
+
+def test_classifier_of_a_distilled_model(tmp_path: Path) -> None:
+    """It has two heads, and the checkpoint shows the classes of both."""
+    model = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=3, depth=1)
+    content = {"state_dict": model.state_dict(), "args": argparse.Namespace(model_kwargs={"depth": 1})}
+    torch.save(content, tmp_path / "d")
+    assert load(f"deit_tiny_distilled_patch16_224={tmp_path}/d").num_classes == 3
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "north", "0:360", "0:360:0", "0:360:-15", "90:0:15", "1:2:3:4", "0,,90", "nan", "0:inf:1", "0:360:1e-9"],
+)
+def test_angles_that_cannot_be_used(text: str, textures: str, c4: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="angles"):
+        parse_angles(text)
+    assert main(command([c4], textures, tmp_path, text)) == 2
+
+
+@given(st.integers(-360, 360), st.integers(1, 90), st.integers(0, 30))
+def test_range_of_angles(start: int, step: int, count: int) -> None:
+    """Of every class modulo 360 the first one, less full turns."""
+    typed = [start + step * i for i in range(count + 1)]
+    parsed = parse_angles(f"{start}:{start + count * step}:{step}")
+    assert parsed == parse_angles(",".join(map(str, typed)))
+    assert [angle % 360 for angle in parsed] == list(dict.fromkeys(angle % 360 for angle in typed))
+    assert all(-360 < angle < 360 for angle in parsed)
+
+
+def test_every_rotation_counts_once() -> None:
+    assert parse_angles("0:360:15") == [15.0 * i for i in range(24)]
+    assert parse_angles("0,360,-360,720") == [0]
+    assert parse_angles("-90,270,45") == [-90, 45]
+    assert parse_angles("-1e300") == [math.fmod(-1e300, 360) + 0.0]
+
+
+def test_results_of_two_states_keep_the_longer_one(tmp_path: Path) -> None:
+    """Two processes may measure the same result."""
+    file = Results(tmp_path / "results.json")
+    settings = Settings("data", "0", "0", 9, [0.0], "reflect", "float32", False, "m", 33)
+    sums = {name: [1.0] for name in METRICS}
+    for position in (2, 5, 3):
+        file.put(Result(settings, position, position, [], sums))
+    (result,) = file.read()
+    assert result.position == 5

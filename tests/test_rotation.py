@@ -1,5 +1,6 @@
 """Rotation and the folder of rotated images: it turns, by angles that are uniform, and the corners are filled."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from PIL import Image
 from support.small_models import write_textures
 from timm.data import create_dataset, create_loader
 
-from equivision_timm.images.pictures import PictureError
-from equivision_timm.images.rotation import LIMITS, RotatedFolder, rotate, rotate_image
+from equivision_timm.data import PictureError
+from equivision_timm.rotation import LIMITS, RotatedFolder, rotate, rotate_image
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # timm leaves image files to the garbage collector
 
@@ -89,7 +90,7 @@ def _assert_uniform(angles: list[float]) -> None:
 
 def test_training_angles_are_uniform_and_new_each_time(dots: Path) -> None:
     torch.manual_seed(0)
-    folder = RotatedFolder(str(dots), train=True)
+    folder = RotatedFolder(dots, "train", training=True)
     first, second = ([_angle(folder[i][0]) for i in range(200)] for _ in range(2))
     _assert_uniform(first)
     assert np.abs(np.subtract(first, second)).min() > 1e-3
@@ -99,7 +100,7 @@ def test_training_angles_are_uniform_and_new_each_time(dots: Path) -> None:
 
 def test_validation_angles_are_uniform_and_stay(dots: Path) -> None:
     (dots / "train").rename(dots / "val")
-    folder = RotatedFolder(str(dots), train=False)
+    folder = RotatedFolder(dots, "validation", training=False)
     angles = [_angle(folder[i][0]) for i in range(200)]
     _assert_uniform(angles)
     assert [_angle(folder[i][0]) for i in range(199, -1, -1)] == angles[::-1]
@@ -119,14 +120,14 @@ def test_training_angles_up_to_a_limit(dots: Path, limit: float) -> None:
 def test_validation_is_under_all_rotations_whatever_the_limit(dots: Path) -> None:
     (dots / "train").rename(dots / "val")
     few = create_dataset("torch/rotated_folder_22.5", root=str(dots), split="validation", is_training=False)
-    every = RotatedFolder(str(dots), train=False)
+    every = RotatedFolder(dots, "validation", training=False)
     assert [_angle(few[i][0]) for i in range(20)] == [_angle(every[i][0]) for i in range(20)]
 
 
 @pytest.mark.parametrize("limit", [0, -5, 181, math.nan])
 def test_limits_that_do_not_exist(dots: Path, limit: float) -> None:
-    with pytest.raises(ValueError, match=f"turned by up to {limit} degrees: use a limit above 0 and up to 180"):
-        RotatedFolder(str(dots), train=True, limit=limit)
+    with pytest.raises(ValueError, match=f"rotated by up to {limit} degrees: use a limit above 0 and up to 180"):
+        RotatedFolder(dots, "train", training=True, limit=limit)
 
 
 def test_every_limit_has_a_name(dots: Path) -> None:
@@ -162,7 +163,7 @@ def test_training_split_is_found(tmp_path: Path) -> None:
 
 def test_nothing_to_download(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="downloads nothing"):
-        RotatedFolder(str(tmp_path), train=True, download=True)
+        create_dataset("torch/rotated_folder", root=str(tmp_path), split="train", download=True)
 
 
 def test_angles_count_modulo_a_turn() -> None:
@@ -176,23 +177,23 @@ def test_angles_count_modulo_a_turn() -> None:
 
 def test_damaged_pictures_are_named_and_left_out(dots: Path) -> None:
     files = sorted((dots / "train" / "dot").iterdir())
-    good = RotatedFolder(str(dots), train=False)[1][0]
+    good = RotatedFolder(dots, "validation", training=False)[1][0]
     files[0].write_bytes(b"no picture")
-    folder = RotatedFolder(str(dots), train=False)
+    folder = RotatedFolder(dots, "validation", training=False)
     with pytest.warns(UserWarning, match=r"1 picture\(s\) left out: .*000\.png"):
         image, target = folder[0]
     assert target == 0
     assert image.size == good.size
     for file in files:
         file.write_bytes(b"no picture")
-    with pytest.raises(PictureError, match=r"50 pictures one after another cannot be read, such as: .*000\.png"):
+    with pytest.raises(PictureError, match=r"50 consecutive pictures cannot be read, such as: .*000\.png"):
         folder[0]
 
 
 def test_sixteen_bits_are_scaled(dots: Path) -> None:
     """timm's own loader gives white."""
     file = dots / "train" / "dot" / "000.png"
-    folder = RotatedFolder(str(dots), train=False)
+    folder = RotatedFolder(dots, "validation", training=False)
     expected = np.asarray(folder[0][0], dtype=float)
     with Image.open(file) as image:
         Image.fromarray(np.asarray(image).astype(np.uint16) * 257).save(file)
@@ -203,4 +204,56 @@ def test_sixteen_bits_are_scaled(dots: Path) -> None:
 
 def test_no_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no folder"):
-        RotatedFolder(str(tmp_path / "missing"), train=True)
+        RotatedFolder(tmp_path / "missing", "train", training=True)
+
+
+def _folder_of_greys(root: Path) -> Path:
+    """root/{train,val,fold1}/{a,b,c}/0.png, each of another grey, and with the shade of each class."""
+    for split, base in (("train", 0), ("val", 60), ("fold1", 120)):
+        for shade, label in enumerate("abc"):
+            (root / split / label).mkdir(parents=True)
+            Image.new("RGB", (9, 9), (base + 10 * shade,) * 3).save(root / split / label / "0.png")
+    return root
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"split": "train", "is_training": True},
+        {"split": "validation"},
+        {"split": "val"},
+        {"split": "fold1"},
+        {"split": "fold1", "is_training": True},
+        {"split": "val", "input_img_mode": "L"},
+        {"split": "val", "class_map": "map.txt"},
+        {"split": "val", "class_map": "few.txt"},
+        {"split": "val", "search_split": False},
+    ],
+)
+@pytest.mark.parametrize("name", ["torch/rotated_folder", "torch/rotated_folder_45"])
+def test_options_of_timms_scripts(name: str, options: dict, tmp_path: Path) -> None:
+    """Split, class map and image mode count as they do for timm's own folders; the pictures are grey all over."""
+    root = _folder_of_greys(tmp_path)
+    (root / "map.txt").write_text("c\na\nb\n")
+    (root / "few.txt").write_text("b\na\n")
+    if "class_map" in options:
+        options = {**options, "class_map": str(root / options["class_map"])}
+    rotated = create_dataset(name, root=str(root), **options)
+    plain = create_dataset("", root=str(root), **options)
+    assert len(rotated) == len(plain)
+    for (image, target), (expected, label) in zip(rotated, plain, strict=True):
+        assert (image.mode, image.getpixel((4, 4)), target) == (expected.mode, expected.getpixel((4, 4)), label)
+    assert rotated.training is options.get("is_training", False) or options["split"] == "train"
+
+
+def test_options_change_what_is_read(tmp_path: Path) -> None:
+    """Control: each of them matters in the comparison above."""
+    root = _folder_of_greys(tmp_path)
+    (root / "map.txt").write_text("c\na\nb\n")
+
+    def read(**options) -> list:
+        dataset = create_dataset("torch/rotated_folder", root=str(root), **{"split": "val", **options})
+        return [(image.mode, image.getpixel((4, 4)), target) for image, target in dataset]
+
+    found = [read(), read(split="fold1"), read(input_img_mode="L"), read(class_map=str(root / "map.txt"))]
+    assert all(a != b for a, b in itertools.combinations(found, 2))

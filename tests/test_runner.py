@@ -68,9 +68,9 @@ def test_torchrun(script: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("no_such_train.py", "'no_such_train.py' is neither a sub-command .* nor a file"),
-        ("timm", "'timm' is a package, not a script"),
-        ("training", "'training' is neither a sub-command"),
+        ("no_such_train.py", "'no_such_train.py' is neither a command .* nor a file"),
+        ("timm", "'timm' is neither a command"),
+        ("training", "'training' is neither a command"),
         (".", r"'.' is a folder, not a script: name a file in it, such as train.py"),
     ],
 )

@@ -13,11 +13,11 @@ from matplotlib.text import Text
 from PIL import Image
 from support.small_models import save_small_model, save_training
 
-import equivision_timm.cli.show as module
-from equivision_timm.arguments import shortened
 from equivision_timm.cli.main import main
-from equivision_timm.cli.show import _LONGEST, _class_titles, map_error, scalar_maps
-from equivision_timm.images.rotation import rotate
+from equivision_timm.cli.models import Loaded
+from equivision_timm.cli.show import class_titles, map_error, scalar_maps
+from equivision_timm.errors import one_line
+from equivision_timm.rotation import rotate
 
 
 @pytest.fixture
@@ -68,38 +68,39 @@ def test_picture_of_two_models(photograph: str, tmp_path: Path) -> None:
         assert len(picture.getcolors(1 << 24)) > 1000
 
 
-def test_checkpoint_of_training(tmp_path: Path) -> None:
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list:
+    """The figures that the command saves."""
+    found: list = []
+    monkeypatch.setattr("equivision_timm.cli.figures.save_figure", lambda figure, path, dpi: found.append(figure))
+    return found
+
+
+def test_checkpoint_of_training(photograph: str, tmp_path: Path, figures: list) -> None:
     """Model and image size are those of the training, as in predict."""
-    (column,) = module._measure(save_training(tmp_path, img_size=33), None, Image.new("RGB", (40, 40)), [0.0], 1, None)
-    assert column.image.shape[:2] == (33, 33)
+    assert main(["show", photograph, "--model", save_training(tmp_path, img_size=33), "--angles", "0"]) == 0
+    assert figures[0].subfigs[0].axes[0].images[0].get_array().shape[:2] == (33, 33)
 
 
-def test_differences_have_one_scale_for_all_models(
-    photograph: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It ends where the largest difference is, that of the plain network; and the text can be read."""
-    figures = []
-    monkeypatch.setattr(module, "save_figure", lambda figure, path, dpi: figures.append(figure))
-    models = ["test_c8resnet", "test_c1resnet"]
-    module.show(photograph, models, [0.0, 90.0], str(tmp_path / "show.png"))
-    ours, plain = figures[0].subfigs
-    rows = [[block.axes[6].images[0], block.axes[7].images[0]] for block in (ours, plain)]  # upright, rotated
+def test_differences_have_one_scale_for_all_models(photograph: str, figures: list) -> None:
+    """It ends at the largest difference, that of the plain network; and the text can be read."""
+    assert main(["show", photograph, "--model", "test_c8resnet", "test_c1resnet", "--angles", "0,90"]) == 0
+    c8, plain = figures[0].subfigs
+    rows = [[block.axes[6].images[0], block.axes[7].images[0]] for block in (c8, plain)]  # upright, rotated
     assert {image.norm.vmax for row in rows for image in row} == {rows[1][1].get_array().max()}
     assert rows[0][1].get_array().max() < 1e-4 < 0.1 < rows[1][1].get_array().max()
     assert rows[1][0].get_array().max() == 0  # against itself
-    for block in (ours, plain):
+    for block in (c8, plain):
         scale = block.axes[-1]
         assert "difference" in scale.get_xlabel()
         assert scale.get_xlim()[1] == rows[0][0].norm.vmax
-    texts = [text for block in (ours, plain) for text in block.findobj(Text) if text.get_text()]
+    texts = [text for block in (c8, plain) for text in block.findobj(Text) if text.get_text()]
     assert len(texts) >= 2 * (2 + 4 + 2)  # predictions, rows, errors
     assert min(text.get_fontsize() for text in texts) >= 12
 
 
-def test_differences_of_nothing_stay_dark(photograph: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    figures = []
-    monkeypatch.setattr(module, "save_figure", lambda figure, path, dpi: figures.append(figure))
-    module.show(photograph, ["test_c8resnet"], [0.0, 90.0], str(tmp_path / "show.png"))
+def test_rounding_errors_stay_dark(photograph: str, figures: list) -> None:
+    assert main(["show", photograph, "--model", "test_c8resnet", "--angles", "0,90"]) == 0
     rotated = figures[0].subfigs[0].axes[7].images[0]
     assert rotated.norm.vmax == 0.01 > 100 * rotated.get_array().max() > 0
 
@@ -109,7 +110,7 @@ def test_differences_of_nothing_stay_dark(photograph: str, tmp_path: Path, monke
     [
         (["IMAGE", "--model", "c8resnet19"], "unknown model 'c8resnet19': did you mean c8resnet18"),
         (["nowhere.png", "--model", "c8resnet18"], "cannot read the image: there is no picture file 'nowhere.png'"),
-        (["IMAGE", "--model", "c8resnet18", "--angles", "north"], "'north' is no list of angles"),
+        (["IMAGE", "--model", "c8resnet18", "--angles", "north"], "'north' is not a list of angles"),
         (["EMPTY", "--model", "c8resnet18"], "cannot read the image"),
         (["IMAGE", "--model", "OURS", "--level", "7"], "no feature map --level 7"),
     ],
@@ -136,7 +137,7 @@ def test_class_names_are_drawn_as_they_stand(name: str, photograph: str, tmp_pat
     with matplotlib.rc_context({"svg.fonttype": "none"}):  # text as text
         assert main(["show", photograph, "--model", f"local-dir:{folder}", "--angles", "0,90", "--out", str(out)]) == 0
     drawn = html.unescape(out.read_text())
-    assert shortened(name.split(",")[0], _LONGEST) in drawn
+    assert one_line(name)[:15] in drawn
     assert "$\\x$, 33 px, level 1" in drawn
 
 
@@ -146,5 +147,5 @@ def test_names_of_a_checkpoint_are_not_those_of_other_weights(photograph: str, t
     file = tmp_path / "trained.pth"
     model = timm.create_model("test_c8resnet", num_classes=10, pretrained_cfg_overlay=named)
     torch.save(model.state_dict(), file)
-    assert _class_titles("test_c8resnet", model) == [f"breed {n}" for n in range(10)]
-    assert _class_titles(f"test_c8resnet={file}", model) == [f"class {n}" for n in range(10)]
+    assert class_titles(Loaded("test_c8resnet", model, {}, {})) == [f"breed {n}" for n in range(10)]
+    assert class_titles(Loaded(f"test_c8resnet={file}", model, {}, {})) == [f"class {n}" for n in range(10)]

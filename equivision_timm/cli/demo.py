@@ -1,48 +1,64 @@
-"""The demo: handwritten digits at 24 angles, read by three equivariant networks and by their rivals.
+"""The command `demo`: rotated handwritten digits, classified by three equivariant networks and by plain ones.
 
-One of them is alias-free, made for the angles between the quarter turns, too; one is a vision transformer, which stands
-in the table alone. The rivals are the plain twin, the twin trained with random rotations, and the twin averaged over
-quarter turns: what one would do without equivariance. All lie in the package and saw the same digits in training; the
-ResNets have about as many parameters. The digits of the demo were held out. What comes out is a table, what the table
-means, and a picture.
+One of the equivariant networks is alias-free, made for the angles between the quarter turns, too; one is a vision
+transformer, which is in the table only. The plain ones are the same network without the group, the same trained with
+random rotations, and the same averaged over quarter turns: what one would do without equivariance. All are in the
+package and were trained on the same digits; the ResNets have about as many parameters. The digits of the demo were held
+out. The command prints a table and what it means, and draws a picture.
 """
 
+import argparse
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
+from typing import TYPE_CHECKING
 
 import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from equivision_timm.arguments import one_line
-from equivision_timm.cli.figures import check_figure_file, plain_text, save_figure
-from equivision_timm.cli.rotate_eval.measure import averaged
-from equivision_timm.images.rotation import rotate
-from equivision_timm.models.attributes import attribute
+from equivision_timm.cli.options import Parsers
+from equivision_timm.cli.rotate_eval import averaged
+from equivision_timm.errors import one_line
 from equivision_timm.models.variants import DIGITS
+from equivision_timm.rotation import rotate
 
-__all__ = ["load_digits", "predict", "run", "turn"]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["load_digits", "measure", "predict", "register", "turn"]
+
+
+def register(commands: Parsers) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser("demo", help="classify rotated digits with equivariant and plain networks")
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("equivision_demo.png"), help="picture to write (default: %(default)s)")
+    parser.set_defaults(run=run, interrupted="{out} was not written")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table and write the picture; returns the exit status."""
+    measure(args.out)
+    return 0
 
 
 @dataclass(frozen=True)
 class Network:
-    """One of those compared.
+    """A network of the comparison.
 
     Attributes:
-        title: heads its column.
-        kind: what it is, in words.
+        title: of its column.
+        kind: description in words.
         model: its name.
         file: its weights in the package.
-        colour: of its curve; '' where the picture leaves it out.
-        turns: over how many rotations of an image it averages its logits.
+        colour: of its curve; '' if it is not in the picture.
+        turns: its logits are averaged over so many rotations of an image.
     """
 
     title: str
@@ -64,32 +80,32 @@ ANGLES = tuple(range(0, 360, 15))
 PICTURED = (2, 5, 6, 7, 9)  # the first held-out digit of each of these classes is shown
 
 
-def run(out: str, angles: Sequence[int] = ANGLES, every: int = 1) -> None:
+def measure(out: Path, angles: Sequence[int] = ANGLES, every: int = 1) -> None:
     """Classify the digits at all angles, print the table and write the picture.
 
     Args:
         out: file of the picture; its folder must exist.
         angles: in degrees, counter-clockwise.
-        every: take every n-th of the digits, for a quick look.
+        every: use every n-th of the digits only.
 
     Raises:
-        InputError: `out` cannot be written, or its ending is no picture format; found before the work.
-        OSError: the picture could not be written after all; the old one is untouched.
+        InputError: `out` cannot be written, or does not end as a picture; found before the work.
     """
-    check_figure_file(Path(out))
+    from equivision_timm.cli.figures import check_figure_file, plain_text, save_figure
+
+    check_figure_file(out)
     digits, labels = (tensor[::every] for tensor in load_digits())
     predictions = {}
     for network in NETWORKS:
         model = timm.create_model(network.model, num_classes=10, checkpoint_path=str(_weights(network.file))).eval()
         progress = tqdm(angles, desc=network.title, unit="angle")
-        answers = [predict(model, digits, angle, network.turns) for angle in progress]
-        predictions[network] = torch.stack(answers)  # [angles, N]
-    print(_table(predictions, labels, angles))
+        predictions[network] = torch.stack([predict(model, digits, angle, network.turns) for angle in progress])
+    print(_table(predictions, labels, angles))  # predictions: [angles, N] each
     print(_meaning(predictions, labels, angles))
     drawn = {network: predicted for network, predicted in predictions.items() if network.colour}
     with plain_text():
-        save_figure(_picture(drawn, digits, labels, angles), Path(out), dpi=110)
-    print(f"\nPicture: {one_line(out)}")
+        save_figure(_picture(drawn, digits, labels, angles), out, dpi=110)
+    print(f"\nPicture: {one_line(str(out))}")
 
 
 def load_digits() -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,9 +119,9 @@ def _weights(file: str) -> Path:
 
 
 def turn(digits: torch.Tensor, degrees: float, size: int) -> torch.Tensor:
-    """Enlarge digits [N, H, W] uint8 to [N, 1, size, size] in 0 ... 1 and turn them counter-clockwise.
+    """Resize digits [N, H, W] uint8 to [N, 1, size, size] in 0 ... 1 and rotate them counter-clockwise.
 
-    What comes in at the corners is black, like the ground of the digits.
+    The corners are filled with black, like the background of the digits.
     """
     images = F.interpolate(digits[:, None] / 255, size=(size, size), mode="bilinear", antialias=True)
     margin = size // 4  # more than (sqrt(2) - 1) / 2 of the size: no corner reaches beyond the border
@@ -114,8 +130,8 @@ def turn(digits: torch.Tensor, degrees: float, size: int) -> torch.Tensor:
 
 @torch.inference_mode()
 def predict(model: nn.Module, digits: torch.Tensor, degrees: float, turns: int = 1) -> torch.Tensor:
-    """The classes [N] that `model` gives to digits [N, H, W], turned by an angle; by the mean of `turns` rotations."""
-    cfg = attribute(model, "pretrained_cfg", dict)
+    """The classes [N] of digits [N, H, W], rotated by an angle; the logits are averaged over `turns` rotations."""
+    cfg = model.pretrained_cfg
     channels, size, _ = cfg["input_size"]
     mean, std = (torch.tensor(cfg[key])[:, None, None] for key in ("mean", "std"))
     classes, logits = [], averaged(model, turns)
@@ -126,12 +142,12 @@ def predict(model: nn.Module, digits: torch.Tensor, degrees: float, turns: int =
 
 
 def _accuracy(predicted: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Percentage of right ones among predictions [..., N], per angle."""
+    """Percentage of correct predictions [..., N], per angle."""
     return 100 * (predicted == labels).double().mean(-1)
 
 
 def _swapped(predicted: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Percentage of the sixes and nines that are taken for the other, per angle."""
+    """Percentage of sixes and nines that are confused with the other, per angle."""
     six, nine = labels == 6, labels == 9
     swaps = (predicted[:, six] == 9).sum(1) + (predicted[:, nine] == 6).sum(1)
     return 100 * swaps.double() / (six | nine).sum()
@@ -140,7 +156,7 @@ def _swapped(predicted: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def _table(predictions: dict[Network, torch.Tensor], labels: torch.Tensor, angles: Sequence[int]) -> str:
     columns = {network.title: _accuracy(p, labels) for network, p in predictions.items()}
     columns |= {f"{network.title} 6<->9": _swapped(p, labels) for network, p in predictions.items()}
-    lines = [f"\n{len(labels)} held-out handwritten digits, in per cent: read rightly; 6 and 9 taken for each other\n"]
+    lines = [f"\n{len(labels)} held-out handwritten digits, in per cent: correct; 6 and 9 confused\n"]
     lines.append("angle  " + "  ".join(columns))
     for index, angle in enumerate(angles):
         lines.append(_row(f"{angle}°", [values[index] for values in columns.values()], columns))
@@ -154,7 +170,7 @@ def _row(title: str, values: Sequence[torch.Tensor], columns: Iterable[str]) -> 
 
 
 def _meaning(predictions: dict[Network, torch.Tensor], labels: torch.Tensor, angles: Sequence[int]) -> str:
-    """What the figures say, in words."""
+    """The figures in words."""
     quarter = [angle % 90 == 0 for angle in angles]
     same = [
         (predictions[network][quarter] == predictions[network][quarter][:1]).all(0).sum()
@@ -166,35 +182,38 @@ def _meaning(predictions: dict[Network, torch.Tensor], labels: torch.Tensor, ang
         network: f"{values.min():.1f} % at {angles[int(values.argmin())]}°" for network, values in accuracy.items()
     }
     worst = int(swapped[PLAIN].argmax())
-    ours, plain = EQUIVARIANT.title, PLAIN.title
+    c8, plain = EQUIVARIANT.title, PLAIN.title
     paragraphs = (
-        f"Quarter turns are exact: {ours} gives {same[0]} of {len(labels)} digits the same answer at each of them, "
+        f"Quarter turns are exact: {c8} gives {same[0]} of {len(labels)} digits the same answer at each of them, "
         f"{ALIAS_FREE.title} {same[1]}, {TRANSFORMER.title} {same[2]}. In between, 45° included, strides alias, which "
-        f"costs {ours} most where it reads {lowest[EQUIVARIANT]}. {ALIAS_FREE.title} is made for these angles, too, "
-        f"with smooth kernels and a low pass in front of each stride: {accuracy[ALIAS_FREE].mean():.1f} % on average, "
-        f"at the least {lowest[ALIAS_FREE]}.",
-        f"{TRANSFORMER.title} is a vision transformer that is equivariant under rotations by 90° and reflections. It "
-        f"reads {accuracy[TRANSFORMER][quarter].min():.1f} % at the quarter turns, and at the angles in between, which "
-        f"are not in its group, at the least {lowest[TRANSFORMER]}.",
-        f"What one would do instead. 'rotated': {plain} trained with all rotations, which it has to learn. It "
-        f"reads {accuracy[ROTATED][0]:.1f} % of the upright digits (trained upright: {accuracy[PLAIN][0]:.1f} %, "
+        f"costs {c8} most at its minimum, {lowest[EQUIVARIANT]}. {ALIAS_FREE.title} is made for these angles, too, "
+        f"with smooth kernels and a low pass before each stride: {accuracy[ALIAS_FREE].mean():.1f} % on average, "
+        f"at least {lowest[ALIAS_FREE]}.",
+        f"{TRANSFORMER.title} is a vision transformer that is equivariant under rotations by 90° and reflections. Its "
+        f"accuracy is {accuracy[TRANSFORMER][quarter].min():.1f} % at the quarter turns, and at the angles in between, "
+        f"which are not in its group, at least {lowest[TRANSFORMER]}.",
+        f"Alternatives to equivariance. 'rotated': {plain} trained with all rotations, which it has to learn. Its "
+        f"accuracy is {accuracy[ROTATED][0]:.1f} % on upright digits (trained upright: {accuracy[PLAIN][0]:.1f} %, "
         f"{ALIAS_FREE.title} {accuracy[ALIAS_FREE][0]:.1f} %), {accuracy[ROTATED].mean():.1f} % on average, and at "
-        f"the least {lowest[ROTATED]}. 'averaged': {plain} trained upright, its logits averaged over the four quarter "
-        f"turns of each image, at four times the time: {accuracy[AVERAGED].mean():.1f} % on average, at the least "
+        f"least {lowest[ROTATED]}. 'averaged': {plain} trained upright, its logits averaged over the four quarter "
+        f"turns of each image, in four times the time: {accuracy[AVERAGED].mean():.1f} % on average, at least "
         f"{lowest[AVERAGED]}.",
-        f"6 and 9: {ours} and {plain} saw them upright only. To {ours} a digit and the same digit upside down are one "
-        "image: it tells a 6 from a 9 by the way people write them, never by which end is up. It takes "
-        f"{swapped[EQUIVARIANT].mean():.1f} % of them for each other, averaged over the angles; a 6 drawn exactly like "
-        f"a 9 on its head it could not tell at all. {plain} does go by which end is up, as readers do, and takes "
-        f"{swapped[PLAIN][worst]:.1f} % of them for each other at {angles[worst]}°, but {swapped[PLAIN][0]:.1f} % "
-        f"upright ({ours} {swapped[EQUIVARIANT][0]:.1f} %).",
+        f"6 and 9: {c8} and {plain} were trained on upright digits only. To {c8} a digit and the same digit upside "
+        "down are one image: it distinguishes 6 and 9 by the way people write them, never by orientation. It confuses "
+        f"{swapped[EQUIVARIANT].mean():.1f} % of them on average over the angles; a 6 drawn exactly like a 9 upside "
+        f"down it could not distinguish at all. {plain} does use the orientation, as readers do, and confuses "
+        f"{swapped[PLAIN][worst]:.1f} % of them at {angles[worst]}°, but {swapped[PLAIN][0]:.1f} % upright "
+        f"({c8} {swapped[EQUIVARIANT][0]:.1f} %).",
     )
     return "\n".join("\n" + fill(paragraph, 110) for paragraph in paragraphs)
 
 
 def _picture(
     predictions: dict[Network, torch.Tensor], digits: torch.Tensor, labels: torch.Tensor, angles: Sequence[int]
-) -> Figure:
+) -> "Figure":
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
     figure = Figure(figsize=(13, 6.4), layout=ConstrainedLayoutEngine(h_pad=0.12))
     left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1, 1.2))[0]
     _draw_accuracy(left.add_subplot(projection="polar"), predictions, labels, angles)
@@ -203,9 +222,9 @@ def _picture(
 
 
 def _draw_accuracy(
-    axes: Axes, predictions: dict[Network, torch.Tensor], labels: torch.Tensor, angles: Sequence[int]
+    axes: "Axes", predictions: dict[Network, torch.Tensor], labels: torch.Tensor, angles: Sequence[int]
 ) -> None:
-    """Accuracy as the radius, the angle of the digit as the angle."""
+    """Polar plot of the accuracy against the angle of the digits."""
     closed = torch.tensor([*angles, angles[0]]).deg2rad()
     for network, predicted in predictions.items():
         accuracy = _accuracy(predicted, labels)
@@ -215,18 +234,18 @@ def _draw_accuracy(
         axes.fill(closed, radius, color=network.colour, alpha=0.08)
     axes.set(theta_zero_location="N", ylim=(0, 100), yticks=(25, 50, 75, 100), rlabel_position=67.5)
     axes.set_yticklabels(["25", "50", "75", "100 %"], color="0.4", fontsize=8)
-    axes.set_title("Accuracy on digits turned by every angle", fontweight="bold", fontsize=13, pad=16)
+    axes.set_title("Accuracy on digits rotated by every angle", fontweight="bold", fontsize=13, pad=16)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), frameon=False, fontsize=11)
 
 
 def _draw_digits(
-    axes: Axes,
+    axes: "Axes",
     predictions: dict[Network, torch.Tensor],
     digits: torch.Tensor,
     labels: torch.Tensor,
     angles: Sequence[int],
 ) -> None:
-    """A row per digit, a column per angle, the answers of all networks below each image."""
+    """A row per digit, a column per angle, the predictions of all networks below each image."""
     shown = range(0, len(angles), max(1, len(angles) // 8))
     chosen = torch.stack([(labels == label).nonzero()[0, 0] for label in PICTURED])
     row_height = 1.42  # in widths of an image: the image, and the answers below it
@@ -242,11 +261,11 @@ def _draw_digits(
                 _draw_answer(axes, x, top + 1.13, answer, answer == labels[chosen[row]], network.colour)
     axes.set(xlim=(0, len(shown)), ylim=(len(PICTURED) * row_height, -0.1), aspect="equal")
     axes.axis("off")
-    axes.set_title("What they read: filled is right, hollow is wrong", fontweight="bold", fontsize=13, pad=16)
+    axes.set_title("Predictions: filled if correct, hollow if wrong", fontweight="bold", fontsize=13, pad=16)
 
 
-def _draw_answer(axes: Axes, x: float, y: float, answer: int, right: bool, colour: str) -> None:
-    """A badge with a digit: filled where it is right, hollow where it is wrong."""
+def _draw_answer(axes: "Axes", x: float, y: float, answer: int, right: bool, colour: str) -> None:
+    """A badge with a digit: filled if it is correct, hollow if wrong."""
     box = {"boxstyle": "round,pad=0.2", "facecolor": colour if right else "white", "edgecolor": colour}
     style = {"color": "white" if right else colour, "fontweight": "bold", "fontsize": 6.5}
     axes.text(x, y, str(answer), ha="center", va="center", bbox=box, **style)

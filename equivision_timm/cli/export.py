@@ -1,9 +1,6 @@
-"""A model as an ONNX file, checked against the model itself: what `equivision-timm export` calls.
+"""The command `export`: a model as an ONNX file, checked against the model itself."""
 
-The file holds standard operators alone, block diagonal where that costs less (`models/fuse_blocks.py`), and says in its
-metadata how images are to be prepared and what the classes are called.
-"""
-
+import argparse
 import json
 import logging
 import warnings
@@ -11,102 +8,137 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
 
-from equivision_timm.arguments import InputError, check_number
-from equivision_timm.cli.loading import check_model_name
-from equivision_timm.cli.trained import class_names, data_config, load_trained, read_class_map
-from equivision_timm.cli.trial import MOST_PIXELS, try_model
+from equivision_timm.cli.models import check_spec, load, read_class_map, short_name
+from equivision_timm.cli.options import Parsers, add_class_map, add_model_kwargs, add_size
+from equivision_timm.errors import InputError, one_line
 from equivision_timm.files import check_writable, write_file
 from equivision_timm.models import EquivariantBackbone, EquivariantViT, fuse_blocks
 
-__all__ = ["Exported", "export"]
+__all__ = ["Exported", "export", "register"]
 
-_TOLERANCE = 1e-3  # of the largest logit; float noise is a hundred times smaller
+_TOLERANCE = 1e-3  # of the largest logit; rounding errors are a hundred times smaller
+
+
+def register(commands: Parsers) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser(
+        "export",
+        help="a model as an ONNX file, checked against the model",
+        description="Writes a classifier as an ONNX file of standard operators, block diagonal where that costs less: "
+        "images [batch, channels, height, width] -> logits [batch, classes]. Its metadata contain the preprocessing "
+        "and the names of the classes. onnxruntime must compute the logits of the model, else nothing is written.",
+    )
+    add = parser.add_argument
+    add("model", metavar="NAME[=CHECKPOINT]", help="timm model, maybe with own weights")
+    add("out", type=Path, metavar="FILE", help="ONNX file to write")
+    add_model_kwargs(parser)
+    add_size(parser)
+    add_class_map(parser)
+    parser.set_defaults(run=run, interrupted="{out} was not written")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the file and print how well it agrees with the model; returns the exit status."""
+    done = export(args.model, args.out, args.size, args.class_map, args.model_kwargs)
+    height, width = done.size
+    print(f"{one_line(str(args.out))}: {done.megabytes:.1f} MB, logits within {done.error:.0e} of the model's")
+    change = f"they change by {done.rotated:.0e} of the largest"
+    print(f"rotated by {done.degrees} degrees at {height} x {width} pixels {change}", end="")
+    print(f"; --size {' or '.join(map(str, done.exact_sizes))} is exact" if done.exact_sizes else "")
+    return 0
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """Result of `export`.
 
     Attributes:
-        megabytes: of the file.
+        megabytes: size of the file.
         error: largest difference to the logits of the model, relative to the largest logit.
-        turned: the same between the file's logits of images and of those rotated by 90 degrees.
-        size: side of the images in pixels.
-        exact_sizes: the nearest at which quarter turns are exact; none where `size` is one, or the model has none.
+        rotated: the same between the file's logits of images and of the rotated ones.
+        degrees: by 90 degrees; by 180 if the images are not square.
+        size: (height, width) of the images.
+        exact_sizes: the nearest at which rotations are exact; empty if `size` is exact or the model has none.
     """
 
     megabytes: float
     error: float
-    turned: float
-    size: int
+    rotated: float
+    degrees: int
+    size: tuple[int, int]
     exact_sizes: tuple[int, ...]
 
 
-def export(model: str, out: Path, size: int | None = None, class_map: Path | None = None) -> Exported:
-    """Write a classifier as an ONNX file, images [batch, C, size, size] -> logits [batch, classes], any batch size.
-
-    The file is run by onnxruntime on random images and must give the logits of the model, else nothing is written.
+def export(
+    model: str,
+    out: Path,
+    size: int | None = None,
+    class_map: Path | None = None,
+    model_kwargs: dict[str, Any] | None = None,
+) -> Exported:
+    """Write a classifier as an ONNX file, images [batch, C, H, W] -> logits [batch, classes], for any batch size.
 
     Args:
         model: `NAME` (pretrained weights) or `NAME=CHECKPOINT`.
         out: the file.
-        size: side of the images in pixels; that of the checkpoint's training, or the model's own, where None.
-        class_map: names of the classes for the metadata: a file with one a line, or the folder of the training images.
+        size: side of the images in pixels; (H, W) of the checkpoint's training, or the model's own, if None.
+        class_map: names of the classes: a file with one per line, or the folder of the training images.
+        model_kwargs: further keywords of `timm.create_model`.
 
     Raises:
-        InputError: something given cannot be used, or the extra `export` is not installed.
-        RuntimeError: the file does not compute what the model does.
-        OSError: the file could not be written after all; an old one is untouched.
+        InputError: an argument cannot be used.
+        RuntimeError: the file does not compute the logits of the model; it is not written.
     """
-    check_number("--size", size, 1, MOST_PIXELS)
-    check_model_name(model)
+    import onnx  # noqa: F401  before the work: an extra
+    import onnxruntime  # noqa: F401
+    import onnxscript  # noqa: F401
+
+    check_spec(model)
     check_writable(out, make_folders=True)
-    _check_installed()
     names = None if class_map is None else read_class_map(class_map)
-    network, training = load_trained(model)
-    config = data_config(network, training, size)
-    shape = config["input_size"]
-    grey = torch.zeros(shape)
-    try_model(model, network, lambda: grey, shape[-1], torch.device("cpu"))
+    loaded = load(model, size, model_kwargs=model_kwargs)
+    network, shape = loaded.model, loaded.input_size
+    loaded.try_image(torch.zeros(shape))
     metadata = {
-        "model": model,
-        "classes": json.dumps(class_names(model, network, names)),
-        **{key: json.dumps(config[key]) for key in ("input_size", "mean", "std", "interpolation", "crop_pct")},
+        "model": short_name(model),  # without the user's folders
+        "classes": json.dumps(loaded.class_names(names)),
+        **{key: json.dumps(loaded.config[key]) for key in ("input_size", "mean", "std", "interpolation", "crop_pct")},
     }
     content = _as_onnx(fuse_blocks(network), shape, metadata)
     images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = network(images)
-    logits, rotated = _run(content, images), _run(content, images.rot90(dims=(2, 3)))
+    height, width = shape[1:]
+    quarters = 1 if height == width else 2
+    logits, rotated = _run(content, images), _run(content, images.rot90(quarters, dims=(2, 3)))
     error = _difference(logits, expected)
     if not error <= _TOLERANCE:
         raise RuntimeError(
-            f"the ONNX file gives other logits than {model!r}, by {error:.1e} of the largest: not written"
+            f"the ONNX file computes other logits than {model!r}, by {error:.1e} of the largest: not written"
         )
     write_file(out, content)
-    side = shape[-1]
-    ours = isinstance(network, EquivariantBackbone | EquivariantViT)
-    nearest = network.exact_sizes(side) if ours and not network.is_exact(side) else ()
-    return Exported(len(content) / 1e6, error, _difference(rotated, logits), side, nearest)
-
-
-def _check_installed() -> None:
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise InputError(f"ONNX files need the extra ({error}): pip install 'equivision-timm[export]'") from error
+    equivariant = isinstance(network, EquivariantBackbone | EquivariantViT)
+    exact = not equivariant or network.is_exact((height, width))
+    sizes = () if exact else network.exact_sizes(max(height, width))
+    return Exported(
+        len(content) / 1e6,
+        error,
+        _difference(rotated, logits),
+        90 * quarters,
+        (height, width),
+        tuple(dict.fromkeys(sizes)),
+    )
 
 
 def _as_onnx(network: nn.Module, shape: tuple[int, int, int], metadata: dict[str, str]) -> bytes:
-    """The file for images [batch, *shape], its input called 'images', its output 'logits'."""
+    """The file for images [batch, *shape]; its input is called 'images', its output 'logits'."""
     batch = torch.export.Dim("batch", min=1)
-    with _silenced():
+    with _quiet():
         program = torch.onnx.export(
             network,
             (torch.zeros(2, *shape),),
@@ -123,14 +155,12 @@ def _as_onnx(network: nn.Module, shape: tuple[int, int, int], metadata: dict[str
     try:
         return proto.SerializeToString()
     except Exception as error:  # of protobuf, of a type that depends on its version
-        raise InputError(
-            f"an ONNX file holds at most 2 GB, and the model has more: {error}; take a smaller one"
-        ) from error
+        raise InputError(f"an ONNX file holds at most 2 GB: {error}; use a smaller model") from error
 
 
 @contextmanager
-def _silenced() -> Iterator[None]:
-    """Without what the exporter says of itself."""
+def _quiet() -> Iterator[None]:
+    """Without the exporter's own messages."""
     logger = logging.getLogger("onnxscript")
     level = logger.level
     logger.setLevel(logging.ERROR)

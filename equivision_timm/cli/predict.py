@@ -1,8 +1,6 @@
-"""The most probable classes of image files: what `equivision-timm predict` calls.
+"""The command `predict`: the most probable classes of image files."""
 
-The model and its images are made as in training, see `trained.py`.
-"""
-
+import argparse
 import csv
 import io
 import json
@@ -13,31 +11,26 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-from PIL import Image
-from timm.data.readers.reader_image_folder import find_images_and_targets
 from tqdm import tqdm
 
-from equivision_timm.arguments import InputError, check_number, one_line
-from equivision_timm.cli.loading import check_model_name
-from equivision_timm.cli.trained import class_names, data_config, load_trained, read_class_map
-from equivision_timm.cli.trial import MOST_PIXELS, check_memory, explained, find_device, try_model
+from equivision_timm.cli.models import check_memory, check_spec, find_device, load, read_class_map
+from equivision_timm.cli.options import Parsers, add_batches, add_class_map, add_model_kwargs, add_size, integer
+from equivision_timm.data import ENDINGS, PictureError, find_pictures, open_rgb, preparation
+from equivision_timm.errors import InputError, check_number, one_line
 from equivision_timm.files import check_writable, write_file
-from equivision_timm.images.from_timm import picture_mode, preparation
-from equivision_timm.images.pictures import ENDINGS, PictureError, open_rgb
-from equivision_timm.models.attributes import attribute
 
-__all__ = ["Prediction", "predict"]
+__all__ = ["Prediction", "register"]
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One row of the result: a class of an image.
+    """A row of the result: one class of one image.
 
     Attributes:
         file: the image.
-        rank: 1 is the most probable class.
+        rank: 1 for the most probable class.
         index: number of the class.
-        name: name of the class; its number where no name is known.
+        name: name of the class; its number if no name is known.
         probability: between 0 and 1.
     """
 
@@ -48,92 +41,72 @@ class Prediction:
     probability: float
 
 
-def predict(
-    images: list[Path],
-    model: str,
-    class_map: Path | None = None,
-    topk: int | None = None,
-    format: str = "csv",
-    out: Path | None = None,
-    size: int | None = None,
-    batch_size: int = 32,
-    device: str | None = None,
-) -> bool:
-    """Write the most probable classes of every image, to a file or to stdout, when all are done.
+def register(commands: Parsers) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser(
+        "predict",
+        help="the most probable classes of image files",
+        description="Writes the most probable classes of each image. Files that cannot be read are named and left out; "
+        "the exit status is then 1. Checkpoints of timm's train.py determine number of classes, image size and "
+        "normalisation.",
+    )
+    add = parser.add_argument
+    add("images", nargs="+", type=Path, metavar="IMAGE|DIR", help="files, or folders, searched at any depth")
+    add("--model", required=True, metavar="NAME[=CHECKPOINT]", help="timm model, maybe with own weights")
+    add_model_kwargs(parser)
+    add_class_map(parser)
+    add("--topk", type=integer(1), metavar="K", help="classes of each image (default: 5, or all of fewer)")
+    add("--format", choices=("csv", "json"), default="csv", help="of the result (default: %(default)s)")
+    add("--out", type=Path, metavar="FILE", help="file to write (default: print)")
+    add_size(parser)
+    add_batches(parser, 32)
+    parser.set_defaults(run=run, interrupted="nothing was written")
 
-    Args:
-        images: files, or folders whose pictures are taken at any depth.
-        model: `NAME` (pretrained weights) or `NAME=CHECKPOINT`.
-        class_map: names of the classes: a file with one a line, or the folder of the training images.
-        topk: how many classes of each image; five, or all of fewer, where None.
-        format: 'csv' or 'json'.
-        out: the file; None prints.
-        size: side of the images in pixels; that of the checkpoint's training, or the model's own, where None.
-        batch_size: images at a time.
-        device: where to compute; the GPU where None and there is one.
 
-    Returns:
-        Whether every file could be read; the others are named on stderr and left out.
-
-    Raises:
-        InputError: something given cannot be used, no file can be read, or there is too little memory.
-        OSError: the result could not be written after all; an old file is untouched.
-    """
-    check_number("--size", size, 1, MOST_PIXELS)
-    check_number("--batch-size", batch_size, 1, sys.maxsize)
-    check_number("--topk", topk, 1, sys.maxsize)
-    check_model_name(model)
-    if out is not None:
-        check_writable(out, make_folders=True)
-    files = _find(images)
-    names = None if class_map is None else read_class_map(class_map)
-    target = find_device(device)
-
-    network, training = load_trained(model)
-    network = network.to(target)
-    config = data_config(network, training, size)
-    side = config["input_size"][-1]
-    try:
-        mode = picture_mode(config)
-    except ValueError as error:
-        raise InputError(f"{model!r}: {error}") from error
-    batch_size = min(batch_size, len(files))
-    check_memory("--batch-size or --size", batch_size, side)
-    prepare = preparation(config)
-    with explained(model, batch_size, side, target, "lower --batch-size or --size"):
-        grey = torch.zeros(config["input_size"])
-        try_model(model, network, lambda: grey, side, target)
-        names = class_names(model, network, names)
-        topk = _check_topk(topk, attribute(network, "num_classes", int))
-        rows: list[Prediction] = []
-        with tqdm(total=len(files), unit="image", file=sys.stderr) as progress:
-            for start in range(0, len(files), batch_size):
-                chunk = files[start : start + batch_size]
-                pictures = dict(_read(chunk, mode))
-                if pictures:
-                    batch = torch.stack([prepare(picture) for picture in pictures.values()])  # [b, C, side, side]
-                    rows += _rows(network, batch.to(target), list(pictures), names, topk)
-                progress.update(len(chunk))
+def run(args: argparse.Namespace) -> int:
+    """Write the classes of all images when all are computed; returns the exit status, 1 if a file was left out."""
+    check_spec(args.model)
+    if args.out is not None:
+        check_writable(args.out, make_folders=True)
+    files = _find(args.images)
+    names = None if args.class_map is None else read_class_map(args.class_map)
+    device = find_device(args.device)
+    loaded = load(args.model, args.size, model_kwargs=args.model_kwargs)
+    batch_size = min(args.batch_size, len(files))
+    check_memory(batch_size, loaded.input_size)
+    loaded.try_image(torch.zeros(loaded.input_size))
+    names = loaded.class_names(names)
+    check_number("--topk", args.topk, 1, loaded.num_classes)
+    topk = args.topk or min(5, loaded.num_classes)
+    network, prepare = loaded.model.to(device), preparation(loaded.config)
+    rows: list[Prediction] = []
+    with tqdm(total=len(files), unit="image", file=sys.stderr) as progress:
+        for start in range(0, len(files), batch_size):
+            chunk = files[start : start + batch_size]
+            images = dict(_read(chunk, prepare))
+            if images:
+                rows += _rows(network, torch.stack(list(images.values())).to(device), list(images), names, topk)
+            progress.update(len(chunk))
     done = len({row.file for row in rows})
     if not done:
-        raise InputError(f"none of the {len(files)} images can be read, such as {str(files[0])!r}")
-    text = _as_text(rows, format)
-    if out is None:
+        raise InputError(f"none of the {len(files)} images can be read, such as {files[0]!r}")
+    text = _as_json(rows) if args.format == "json" else _as_csv(rows)
+    if args.out is None:
         sys.stdout.write(text)
     else:
-        write_file(out, text.encode())
-    return done == len(files)
+        write_file(args.out, text.encode())
+    return 0 if done == len(files) else 1
 
 
 def _find(images: list[Path]) -> list[str]:
-    """The files, and the pictures in the folders, each once, those of a folder in natural order."""
+    """The files, and the pictures in the folders, each path once."""
     found: dict[str, None] = {}
     for path in images:
         if path.is_dir():
-            inside = find_images_and_targets(str(path), types=ENDINGS)[0]
+            inside = find_pictures(path)
             if not inside:
                 raise InputError(f"there are no pictures ({' '.join(ENDINGS)}) in the folder {str(path)!r}")
-            found |= dict.fromkeys(file for file, _ in inside)
+            found |= dict.fromkeys(inside)
         elif path.exists():
             found[str(path)] = None
         else:
@@ -141,44 +114,37 @@ def _find(images: list[Path]) -> list[str]:
     return list(found)
 
 
-def _check_topk(topk: int | None, classes: int) -> int:
-    check_number("--topk", topk, 1, classes)
-    return min(5, classes) if topk is None else topk
-
-
-def _read(files: list[str], mode: str) -> Iterator[tuple[str, Image.Image]]:
-    """Those of the files that can be read, with their pictures; the others are named on stderr."""
+def _read(files: list[str], prepare) -> Iterator[tuple[str, torch.Tensor]]:
+    """The files that can be read, and their images [C, H, W]; the others are named on stderr."""
     for file in files:
         try:
-            yield file, open_rgb(file).convert(mode)
-        except PictureError as error:  # noqa: PERF203  the other files still count
+            yield file, prepare(open_rgb(file))
+        except PictureError as error:  # noqa: PERF203
             tqdm.write(one_line(f"predict: left out: {error}"), file=sys.stderr)
 
 
 @torch.inference_mode()
 def _rows(model: nn.Module, batch: torch.Tensor, files: list[str], names: list[str], topk: int) -> list[Prediction]:
-    """The best `topk` classes of images [B, C, H, W]."""
+    """The most probable `topk` classes of images [B, C, H, W]."""
     probabilities, indices = model(batch).float().softmax(1).cpu().topk(topk)  # [B, topk] each
     return [
-        Prediction(_text(file), rank, index, names[index], probability)
+        Prediction(file.encode(errors="backslashreplace").decode(), rank, index, names[index], probability)
         for file, best, values in zip(files, indices.tolist(), probabilities.tolist(), strict=True)
         for rank, (index, probability) in enumerate(zip(best, values, strict=True), start=1)
     ]
 
 
-def _text(name: str) -> str:
-    """A file name as text: bytes that are none are written out."""
-    return name.encode(errors="backslashreplace").decode()
+def _as_json(rows: list[Prediction]) -> str:
+    """A list of objects, one for each image."""
+    images: dict[str, list[dict]] = {}
+    for row in rows:
+        entry = asdict(row)
+        images.setdefault(entry.pop("file"), []).append(entry)
+    return json.dumps([{"file": file, "classes": classes} for file, classes in images.items()], indent=1) + "\n"
 
 
-def _as_text(rows: list[Prediction], format: str) -> str:
-    """The rows as CSV, a row each, or as JSON, an object for each image."""
-    if format == "json":
-        images: dict[str, list[dict]] = {}
-        for row in rows:
-            entry = asdict(row)
-            images.setdefault(entry.pop("file"), []).append(entry)
-        return json.dumps([{"file": file, "classes": classes} for file, classes in images.items()], indent=1) + "\n"
+def _as_csv(rows: list[Prediction]) -> str:
+    """A line for each class of each image."""
     text = io.StringIO()
     writer = csv.DictWriter(text, [field.name for field in fields(Prediction)], lineterminator="\n")
     writer.writeheader()

@@ -7,6 +7,7 @@ input on this machine. The three are one model whose strategies are switched, si
 with memory of its own, disturb one another's times.
 """
 
+import argparse
 import contextlib
 import copy
 import difflib
@@ -24,14 +25,15 @@ import torch.nn as nn
 from timm.models import get_pretrained_cfg
 from tqdm import tqdm
 
-from equivision_timm.arguments import InputError, check_number
-from equivision_timm.cli.trial import MOST_PIXELS, find_device
+from equivision_timm.cli.models import find_device
+from equivision_timm.cli.options import Parsers, add_batches, integer
+from equivision_timm.errors import InputError, check_number
 from equivision_timm.layers import SteerableConv2d
 from equivision_timm.layers.strategies import STRATEGIES, Layer, auto
 from equivision_timm.layers.strategies.measured import layer_key, read_table, table_file, update_table
 from equivision_timm.models import EquivariantBackbone, model_names
 
-__all__ = ["Setting", "Tuning", "as_table", "measure", "run", "tune"]
+__all__ = ["Setting", "Tuning", "as_table", "measure", "register", "run", "tune"]
 
 LAYER_MARGIN = 0.95  # a strategy must take at most so much of the time of the one that 'auto' estimates
 MODEL_MARGIN = 0.98  # the model with all choices, of the faster one of those without
@@ -365,7 +367,6 @@ def run(name: str, size: int | None, device: str | None, **options: Any) -> None
     if name not in model_names():
         near = difflib.get_close_matches(name, model_names(), n=1)
         raise InputError(f"{name!r} is no model of this package{f', did you mean {near[0]!r}?' if near else ''}")
-    check_number("--size", size, 1, MOST_PIXELS)
     place = find_device(device)
     model = timm.create_model(name).to(place)
     if options["channels_last"]:
@@ -376,3 +377,30 @@ def run(name: str, size: int | None, device: str | None, **options: Any) -> None
     side = size or model.exact_sizes(near=min(224, cfg.input_size[-1]) if cfg else 224)[1]
     print(as_table(measure(model, Setting(size=(side, side), **options))))
     print(f"Measured with {options['batch_size']} images of {side} x {side} pixels; kept in {table_file(place)}")
+
+
+def register(commands: Parsers) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser(
+        "tune",
+        help="measure which strategy of convolution is fastest here, layer by layer",
+        description="Measures each convolution of a model by every conv_strategy, then the model as a whole. Choices "
+        "that win are stored in the user's cache folder, where conv_strategy='auto', the default, finds them for the "
+        "same layers and input. The same command continues an interrupted one.",
+    )
+    add = parser.add_argument
+    add("name", metavar="MODEL", help="model of this package, e.g. c8resnet50")
+    add("--size", type=integer(1, 8192), metavar="N", help="image size (default: the exact size near 224)")
+    add_batches(parser, 8)
+    add("--amp", choices=("bfloat16", "float16"), default="", help="mixed precision (default: none)")
+    add("--channels-last", action="store_true", help="memory format")
+    add("--train", action="store_true", help="forward and backward (default: inference)")
+    add("--compile", dest="compiled", action="store_true", help="compile the model where it is measured as a whole")
+    stored = "the layers measured so far are stored, the same command continues from there"
+    parser.set_defaults(run=_run, interrupted=stored)
+
+
+def _run(args: argparse.Namespace) -> int:
+    options = {name: getattr(args, name) for name in ("batch_size", "amp", "channels_last", "train", "compiled")}
+    run(args.name, args.size, args.device, **options)
+    return 0

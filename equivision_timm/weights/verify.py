@@ -256,7 +256,7 @@ def _accuracy(model: EquivariantBackbone | EquivariantViT, data: str | Path) -> 
     except (OSError, RuntimeError, ValueError) as error:
         yield Check("accuracy", False, f"{data}: {error}")
         return
-    classes = len(getattr(dataset.reader, "class_to_idx", ()))
+    classes = len(dataset.class_to_idx)
     if classes != model.num_classes:
         yield Check("accuracy", False, f"{data} has {classes} classes, the model {model.num_classes}")
         return

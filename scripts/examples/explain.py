@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 import equivision_timm  # noqa: F401  registers the models
 from equivision_timm.cli.demo import load_digits
-from equivision_timm.images.rotation import rotate
+from equivision_timm.rotation import rotate
 
 Explain = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 

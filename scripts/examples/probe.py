@@ -23,7 +23,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import equivision_timm  # noqa: F401  registers the models
-from equivision_timm.images.rotation import rotate
+from equivision_timm.rotation import rotate
 
 VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     **{f"{angle}°": partial(rotate, degrees=angle) for angle in (0, 45, 90, 180, 270)},

@@ -9,7 +9,7 @@ import sys
 
 from torch.nn.parallel import DistributedDataParallel
 
-from equivision_timm.cli.runner import run_script
+from equivision_timm.cli.run_script import run_script
 
 __init__ = DistributedDataParallel.__init__
 

@@ -1,13 +1,11 @@
 """Runs a script of timm (`train.py`, `validate.py`, ...) unmodified, with the equivariant models registered."""
 
-import importlib.util
 import os
 import runpy
 import sys
 from pathlib import Path
 
-import equivision_timm  # noqa: F401  registers models and data set before the script asks for them
-from equivision_timm.arguments import InputError
+from equivision_timm.errors import InputError
 
 __all__ = ["check_script", "run_script"]
 
@@ -18,12 +16,12 @@ _WHERE = (
 
 
 def check_script(script: str) -> None:
-    """Raises InputError where `script` is no file that can be read."""
+    """Raise InputError if `script` is not a readable file."""
     if os.path.isdir(script):
         example = Path(script, "train.py")
         raise InputError(f"{script!r} is a folder, not a script: name a file in it, such as {example}. {_WHERE}")
     if not os.path.isfile(script):
-        raise InputError(f"{script!r} is {_kind_of_name(script)}. {_WHERE}")
+        raise InputError(f"{script!r} is neither a command (see python -m equivision_timm --help) nor a file. {_WHERE}")
     try:
         Path(script).open("rb").close()
     except OSError as error:
@@ -33,11 +31,5 @@ def check_script(script: str) -> None:
 def run_script(script: str, arguments: list[str]) -> None:
     """Run the file `script` as `python script arguments...` would; its errors and its exit status pass through."""
     sys.argv = [script, *arguments]
-    sys.path[0] = str(Path(script).resolve().parent)  # where Python looks first for a script's own modules
+    sys.path[0] = str(Path(script).resolve().parent)  # where Python searches first for a script's own modules
     runpy.run_path(script, run_name="__main__")
-
-
-def _kind_of_name(script: str) -> str:
-    if script.isidentifier() and script != "__main__" and importlib.util.find_spec(script):
-        return "a package, not a script"
-    return "neither a sub-command (see python -m equivision_timm --help) nor a file"

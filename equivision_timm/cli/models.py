@@ -1,0 +1,272 @@
+"""Models by the name that a user types, prepared as in the training of their checkpoint: loaded here for all commands.
+
+A spec is `NAME` (a model of timm with its pretrained weights, maybe 'hf-hub:...' or 'local-dir:...') or
+`NAME=CHECKPOINT`. A checkpoint of timm's `train.py` says how the model was made and how its images were prepared.
+"""
+
+import argparse
+import difflib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn as nn
+from safetensors.torch import load_file
+from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
+from timm.data.loader import adapt_to_chs
+from timm.models import clean_state_dict, get_pretrained_cfg
+
+from equivision_timm.data import ImageFolder
+from equivision_timm.errors import InputError
+from equivision_timm.models.pretrained import WeightsError
+
+__all__ = ["Loaded", "check_memory", "check_spec", "find_device", "load", "read_class_map", "short_name", "split_spec"]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that a command uses.
+
+    Attributes:
+        spec: as the user typed it.
+        model: in eval mode, with `num_classes`.
+        config: timm's data config, how images are prepared.
+        options: keywords of `create_model` that shaped the model, from its checkpoint and the command line.
+    """
+
+    spec: str
+    model: nn.Module
+    config: dict[str, Any]
+    options: dict[str, Any]
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        return tuple(self.config["input_size"])
+
+    @property
+    def num_classes(self) -> int:
+        """Number of logits."""
+        return self.model.num_classes  # type: ignore[return-value]
+
+    def class_names(self, given: list[str] | None = None) -> list[str]:
+        """The names of all classes: those given, the pretrained weights' own, ImageNet's, else their numbers."""
+        count = self.num_classes
+        if given is not None:
+            if len(given) != count:
+                raise InputError(
+                    f"--class-map has {len(given)} names, and {self.spec!r} has {count} classes: name each"
+                )
+            return given
+        own = (getattr(self.model, "pretrained_cfg", None) or {}).get("label_names")
+        if not split_spec(self.spec)[1] and isinstance(own, list | tuple) and len(own) == count:
+            return [str(name) for name in own]
+        subset = infer_imagenet_subset(self.model)
+        if subset is not None:
+            info = ImageNetInfo(subset)
+            return [info.index_to_description(index) for index in range(count)]
+        return [str(index) for index in range(count)]
+
+    @torch.inference_mode()
+    def try_image(self, image: torch.Tensor) -> None:
+        """Compute the logits of one image [C, H, W], to find before the work what the model refuses.
+
+        Raises:
+            InputError: the model does not take it, or returns no logits [1, classes], or NaN.
+        """
+        height, width = image.shape[1:]
+        try:
+            logits = self.model(image[None])
+        except (ValueError, AssertionError, IndexError, TypeError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise InputError(f"{self.spec!r} does not take images of {height} x {width} pixels: {reason}") from error
+        if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
+            shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+            raise InputError(f"{self.spec!r} returns {shape} for an image, not logits (1, classes): use a classifier")
+        if not logits.isfinite().all():
+            raise InputError(f"{self.spec!r} returns NaN or infinity: its weights are damaged, use others")
+
+
+def load(
+    spec: str,
+    size: int | None = None,
+    num_classes: int | None = None,
+    model_kwargs: dict[str, Any] | None = None,
+    test_size: bool = False,
+) -> Loaded:
+    """The model of a spec, in eval mode on the CPU.
+
+    Args:
+        spec: `NAME` or `NAME=CHECKPOINT`.
+        size: side of the images; as in the training of the checkpoint, or the model's own, if None.
+        num_classes: classes of the model; as the checkpoint has, or the model's own, if None.
+        model_kwargs: further keywords of `timm.create_model`; they override those of the checkpoint.
+        test_size: without `size` and training, images have the size at which the model is validated.
+
+    Raises:
+        InputError: unknown name, no weights, a checkpoint of another model or of other classes.
+    """
+    check_spec(spec)
+    name, checkpoint = split_spec(spec)
+    content = _read_checkpoint(checkpoint) if checkpoint else {}
+    trained = content.get("arch")
+    if isinstance(trained, str) and trained.partition(".")[0] != name.partition(".")[0]:
+        raise InputError(f"{checkpoint!r} is a checkpoint of {trained!r}, not of {name!r}: use {trained}={checkpoint}")
+    arguments = content.get("args")
+    given = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
+    training = {key: value for key, value in given.items() if value is not None}
+    options = {**_model_options(training), **(model_kwargs or {})}
+    classes = num_classes or (_count_classes(content, name) if checkpoint else None)
+    try:
+        model = timm.create_model(
+            name, pretrained=not checkpoint, num_classes=classes, checkpoint_path=checkpoint or None, **options
+        )
+    except WeightsError as error:
+        raise InputError(f"cannot load the weights of {spec!r}: {error}; or give a file, {name}=CHECKPOINT") from error
+    except Exception as error:  # of timm, PyTorch, the Hub's client, pickle, zip and JSON
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise InputError(
+            f"cannot load the weights of {spec!r}: {' '.join(lines[:2])}. {_remedy(name, checkpoint)}"
+        ) from error
+    own = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
+    if not checkpoint and num_classes is not None and own is not None and own != num_classes:
+        raise InputError(  # timm would replace the classifier by a random one
+            f"the weights of {spec!r} have {own} classes, not {num_classes}: leave --num-classes out, or give a "
+            f"file with as many, {name}=CHECKPOINT"
+        )
+    config = resolve_data_config(training, model=model, use_test_size=test_size)
+    channels, height, width = config["input_size"]
+    config["input_size"] = (channels, height, width) if size is None else (channels, size, size)
+    config |= {key: adapt_to_chs(config[key], channels) for key in ("mean", "std")}  # as timm's loader does it
+    return Loaded(spec, model.eval(), config, options)
+
+
+def _model_options(training: dict[str, Any]) -> dict[str, Any]:
+    """The keywords of `create_model` in the arguments of timm's train.py that shape a model or what it computes."""
+    options = {**training.get("model_kwargs", {}), **{k: training[k] for k in ("in_chans", "bn_eps") if k in training}}
+    if "in_chans" not in training and "input_size" in training:
+        options["in_chans"] = training["input_size"][0]
+    if "gp" in training:
+        options["global_pool"] = training["gp"]
+    return options
+
+
+def split_spec(spec: str) -> tuple[str, str]:
+    """`NAME` or `NAME=CHECKPOINT` -> name, and checkpoint or ''; a folder after 'local-dir:' may contain '='."""
+    if spec.startswith("local-dir:") and os.path.isdir(spec.removeprefix("local-dir:")):
+        return spec, ""
+    name, _, checkpoint = spec.partition("=")
+    return name, checkpoint
+
+
+def short_name(spec: str) -> str:
+    """The spec without the path to its checkpoint or folder, for titles and for files that are passed on."""
+    name, checkpoint = split_spec(spec)
+    if name.startswith("local-dir:"):
+        name = Path(name.removeprefix("local-dir:")).name
+    return f"{name}={Path(checkpoint).name}" if checkpoint else name
+
+
+def check_spec(spec: str) -> None:
+    """Check a spec without loading anything.
+
+    Raises:
+        InputError: timm does not know the name (similar ones are named); the checkpoint or folder does not exist.
+    """
+    name, checkpoint = split_spec(spec)
+    if name != spec and not checkpoint:
+        raise InputError(f"{spec!r} names no checkpoint after the '=': give a file, {name}=CHECKPOINT, or leave it out")
+    if name.startswith("local-dir:") and not os.path.isdir(name.removeprefix("local-dir:")):
+        raise InputError(f"there is no folder {name.removeprefix('local-dir:')!r} to load {name!r} from")
+    if ":" not in name and not timm.is_model(name):  # 'hf-hub:...' is looked up when it is loaded
+        near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=4, cutoff=0.5)
+        suggestion = f": did you mean {', '.join(near)}?" if near else ""
+        raise InputError(f"unknown model {name!r}{suggestion}; python -c 'import timm; print(timm.list_models())'")
+    if checkpoint and not os.path.isfile(checkpoint):
+        raise InputError(f"cannot load the weights of {spec!r}: there is no file {checkpoint!r}")
+
+
+def _read_checkpoint(path: str) -> dict[str, Any]:
+    """The entries of a checkpoint; {} for a file that timm cannot load either, whose error names the reason."""
+    try:
+        if path.endswith(".safetensors"):
+            return dict(load_file(path))
+        with torch.serialization.safe_globals([argparse.Namespace]):  # `args` of timm's train.py
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # of pickle, zip, safetensors, PyTorch
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _count_classes(content: dict[str, Any], name: str) -> int | None:
+    """The number of classes of the classifier in a checkpoint; None if its name is unknown."""
+    states = (content.get(key) for key in ("state_dict_ema", "model_ema", "state_dict", "model"))
+    state = clean_state_dict(next((state for state in states if isinstance(state, dict)), content))
+    cfg = None if ":" in name else get_pretrained_cfg(name)
+    classifier = cfg.classifier if cfg else None  # a distilled model has two
+    weight = state.get(f"{classifier[0] if isinstance(classifier, tuple) else classifier}.weight")
+    return weight.shape[0] if isinstance(weight, torch.Tensor) else None
+
+
+def _remedy(name: str, checkpoint: str) -> str:
+    if checkpoint:
+        return f"Is {checkpoint!r} a checkpoint of {name!r}, with as many classes?"
+    architecture, _, tag = name.partition(".")
+    tags = timm.list_pretrained(f"{architecture}.*")
+    if tag and tags and name not in tags:
+        return f"Its pretrained tags are {', '.join(tags)}."
+    if tags:
+        return f"Pretrained weights are downloaded once: connect, set HF_ENDPOINT, or give a file, {name}=CHECKPOINT."
+    return f"It has no pretrained weights: give a file, {name}=CHECKPOINT."
+
+
+def read_class_map(path: Path) -> list[str]:
+    """The names of the classes in the order of their numbers: lines of a file, or sub-folders as timm numbers them."""
+    if path.is_dir():
+        classes = ImageFolder(path, "", search_split=False).class_to_idx
+        names = [name for name in classes if name]
+        if not names:
+            raise InputError(f"--class-map {path}: it has no sub-folders of images; name a file, or another folder")
+        return names
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text in UTF-8"
+        raise InputError(
+            f"--class-map {path} cannot be read: {reason}; give a text file, one class per line"
+        ) from error
+    if "" in names:
+        raise InputError(f"--class-map {path}: line {names.index('') + 1} is empty; give one class per line")
+    return names
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device of this name; the GPU, if there is one, if None.
+
+    Raises:
+        InputError: there is no such device, or it cannot compute.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.ones(2, device=device).sum().item()
+    except Exception as error:  # each kind of device has its own
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"--device {name} cannot be used: {reason}; use cpu, or leave it out") from error
+    return device
+
+
+def check_memory(images: int, shape: tuple[int, int, int]) -> None:
+    """Raise InputError if a batch of images [C, H, W] exceeds the memory of this machine."""
+    channels, height, width = shape
+    needed = images * channels * height * width * 4
+    if hasattr(os, "sysconf") and needed > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
+        raise InputError(
+            f"{images} images of {height} x {width} pixels are {needed / 1e9:.0f} GB, this machine has "
+            f"{memory / 1e9:.0f} GB of memory: lower --batch-size or --size"
+        )

@@ -1,1 +1,0 @@
-"""Accuracy against rotation angle: `measure.py` measures, `results.py` keeps, `report.py` shows, `run.py` does all."""

@@ -1,0 +1,201 @@
+"""Results of `rotate-eval`: sums over images, under the settings that they depend on, in a JSON file."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from equivision_timm.errors import InputError, shortened
+from equivision_timm.files import write_file
+
+__all__ = ["METRICS", "Result", "Results", "Settings"]
+
+METRICS = ("top1", "top5", "agreement", "drift")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that the figures of a result depend on: the key under which it is stored.
+
+    Results in one folder, hence in one report, agree in the fields up to `by_stage`; of one model at one size with so
+    many turns there is one result.
+
+    Attributes:
+        data: name of the folder of images.
+        images: SHA-256 of the names and contents of its files.
+        targets: SHA-256 of their classes; '' without labels.
+        files: their number.
+        angles: in degrees, counter-clockwise.
+        corners: 'reflect': the image is reflected at its border; 'circle': at every angle, zero included, only the
+            inscribed circle is shown, on the mean colour.
+        precision: 'float32', or the type of mixed precision.
+        by_stage: whether the feature maps of each stage are measured.
+        model: its spec.
+        size: side of the images in pixels.
+        turns: the logits are averaged over so many rotations of each image, 360 / turns degrees apart.
+        weights: SHA-256 of the model's tensors.
+        options: keywords with which the model was created.
+        preparation: timm's data config: mean, std, crop, interpolation.
+    """
+
+    data: str
+    images: str
+    targets: str
+    files: int
+    angles: list[float]
+    corners: str
+    precision: str
+    by_stage: bool
+    model: str = ""
+    size: int = 0
+    turns: int = 1
+    weights: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    preparation: dict[str, Any] = field(default_factory=dict)
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON has it: lists for tuples."""
+        return json.loads(json.dumps(asdict(self), default=str))
+
+    def differences(self, other: "Settings") -> list[str]:
+        """The fields in which `other` must not differ, and does, with both values."""
+        same = self.cell == other.cell
+        shared = [f.name for f in fields(self)][:8]
+        mine, its = self.plain(), other.plain()
+        names = [name for name in mine if mine[name] != its[name] and (same or name in shared)]
+        return [
+            f"{name}: {shortened(str(its[name]), 60)} there, {shortened(str(mine[name]), 60)} here" for name in names
+        ]
+
+    @property
+    def cell(self) -> tuple[str, int, int]:
+        """Model, size and turns."""
+        return self.model, self.size, self.turns
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured so far under some settings: sums over the images, an entry per angle.
+
+    Attributes:
+        settings: the key.
+        position: number of files taken.
+        images: number of images measured.
+        unreadable: names of the other files.
+        sums: for each of `METRICS` the sum over the images, by angle; without labels no top1 and top5.
+        stages: for each stage the sum of its errors, by angle; empty unless measured.
+        command: what the user typed.
+        versions: of the libraries, and the device.
+        date: of the last batch.
+    """
+
+    settings: Settings
+    position: int = 0
+    images: int = 0
+    unreadable: list[str] = field(default_factory=list)
+    sums: dict[str, list[float]] = field(default_factory=dict)
+    stages: dict[str, list[float]] = field(default_factory=dict)
+    command: str = ""
+    versions: str = ""
+    date: str = ""
+
+    def add(self, images: int, unreadable: list[str], sums: dict, stages: dict) -> "Result":
+        """The result after one more batch."""
+        position = self.position + images + len(unreadable)
+        added = {"sums": _added(self.sums, sums), "stages": _added(self.stages, stages)}
+        names = [*self.unreadable, *unreadable]
+        return replace(self, position=position, images=self.images + images, unreadable=names, **added)
+
+    def mean(self, metric: str) -> list[float]:
+        """The mean over the images, by angle; in per cent except for the drift."""
+        scale = 1.0 if metric == "drift" else 100.0
+        return [scale * value / self.images for value in self.sums[metric]]
+
+    def stage_errors(self, stage: str) -> list[float]:
+        """The mean error of a stage over the images, by angle."""
+        return [value / self.images for value in self.stages[stage]]
+
+    def metrics(self) -> list[str]:
+        """The metrics that were measured, in the order of `METRICS`."""
+        return [metric for metric in METRICS if metric in self.sums]
+
+
+def _added(before: dict[str, list[float]], new: dict[str, list[float]]) -> dict[str, list[float]]:
+    if not before or not new:
+        return before or new
+    return {name: [a + b for a, b in zip(before[name], new[name], strict=True)] for name in new}
+
+
+class Results:
+    """The results in a JSON file, which several processes may share: a change is made under a lock."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = FileLock(path.with_name(f".{path.stem}.lock"), timeout=60)
+
+    def read(self) -> list[Result]:
+        """All results; [] without a file.
+
+        Raises:
+            InputError: the file holds something else.
+        """
+        try:
+            entries = json.loads(self.path.read_bytes())["results"]
+            return [_parse(entry) for entry in entries]
+        except FileNotFoundError:
+            return []
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise InputError(
+                f"{self.path} holds no results of this rotate-eval ({error}): choose another --out"
+            ) from error
+
+    def find(self, settings: Settings) -> Result:
+        """The result under these settings, or an empty one.
+
+        Raises:
+            InputError: the file holds results that may not stand beside it.
+        """
+        stored = self.read()
+        for other in stored:
+            if differences := settings.differences(other.settings):
+                raise InputError(
+                    f"{self.path} was measured with other settings ({'; '.join(differences)}): choose another --out"
+                )
+        return next((result for result in stored if result.settings.cell == settings.cell), Result(settings))
+
+    def put(self, result: Result) -> None:
+        """Add or continue a result; of two states of one the file keeps the one with more images."""
+        with self.locked():
+            held = self.find(result.settings)
+            if held.position < result.position:
+                others = [other for other in self.read() if other.settings.cell != result.settings.cell]
+                content = {"results": [{**asdict(r), "settings": r.settings.plain()} for r in (*others, result)]}
+                write_file(self.path, (json.dumps(content, indent=1) + "\n").encode())
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """No other process changes the folder meanwhile. Raises OSError if one holds the lock for a minute."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self._lock:
+            yield
+
+
+def _parse(entry: dict[str, Any]) -> Result:
+    """A result from the file. Raises ValueError, KeyError, TypeError, AttributeError for anything else."""
+    result = Result(**{**entry, "settings": Settings(**entry["settings"])})
+    settings, metrics = result.settings, METRICS if result.settings.targets else METRICS[2:]
+    complete = not result.images or set(result.sums) == set(metrics)
+    tables = [*result.sums.values(), *result.stages.values()]
+    if not complete or any(len(sums) != len(settings.angles) or not all(map(_is_number, sums)) for sums in tables):
+        raise ValueError(f"{settings.model!r} has no sum for each angle")
+    if not 0 <= result.images + len(result.unreadable) == result.position <= settings.files or result.images < 0:
+        raise ValueError(f"{settings.model!r} has {result.images} images of {result.position} files")
+    return result
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)

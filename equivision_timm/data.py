@@ -1,0 +1,356 @@
+"""Pictures: read from files, found in folders with one sub-folder per class, prepared for models by timm.
+
+8 bits per channel are read as they are, and of colour with 16 bits per channel the upper 8 (as Pillow does). A grey
+channel of more than 8 bits, as microscopes and satellites write it, is scaled to 0 ... 255 from the range of its type:
+0 ... 65535 for 16-bit integers, 0 ... 1 for floating-point numbers. Values that contradict this range are an error:
+32-bit integers, floats beyond 0 ... 1, and 16-bit pictures that use less than the lower sixteenth of the range, which
+hold 12 bits or fewer and would become nearly black.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Collection
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data.dataset_factory import _search_split
+from timm.data.readers.class_map import load_class_map
+from timm.utils.misc import natural_key
+
+from equivision_timm.errors import InputError
+
+__all__ = [
+    "ENDINGS",
+    "ImageFolder",
+    "PictureError",
+    "draw_crops",
+    "find_photographs",
+    "find_pictures",
+    "load_crops",
+    "load_photographs",
+    "open_rgb",
+    "preparation",
+]
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".avif", ".bmp")  # of picture files in folders
+MOST_PIXELS = 178_956_970  # Pillow's own limit; decoded, such a picture takes 0.7 GB
+_MOST_ASPECT = 300  # resized to 224 pixels along the short side, such a picture takes 45 MB
+_FORMATS = ("PNG", "JPEG", "MPO", "TIFF", "WEBP", "AVIF", "JPEG2000", "GIF", "BMP", "PPM")  # none runs other programs
+_WHITE_IS_ZERO = 262, 0  # tag and value in a TIFF file; Pillow inverts 8 bits, but not 16
+_MOST_FAULTS = 50  # consecutive unreadable pictures of a data set
+
+
+class PictureError(ValueError):
+    """A picture file that cannot be read; the message names the file and a remedy."""
+
+
+def open_rgb(path: str | Path) -> Image.Image:
+    """The picture in a file as RGB with 8 bits per channel; the first one if the file holds several.
+
+    Transparency is dropped, and an orientation in the metadata ignored, as timm does it.
+
+    Args:
+        path: a PNG, JPEG, TIFF, WebP, AVIF, JPEG 2000, GIF, BMP or PPM file, whatever its name ends in.
+
+    Raises:
+        PictureError: missing, damaged, of another format, too large, longer than 300 times its width, or of an unknown
+            range of values.
+    """
+    name = repr(str(path))
+    try:
+        if not Path(path).is_file():  # opening a pipe would wait for ever
+            raise PictureError(f"there is no picture file {name}: give the name of one")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd metadata; sizes that Pillow still reads
+            with _open(path, name) as file:
+                _check_size(file, name)
+                if file.mode.startswith("I") or file.mode == "F":
+                    return Image.fromarray(_scale(file, name)).convert("RGB")
+                return (file.convert("RGBA") if "transparency" in file.info else file).convert("RGB")
+    except PictureError:
+        raise
+    except Exception as error:  # damaged files raise a dozen types in Pillow
+        reason = next((line.strip()[:200] for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise PictureError(f"cannot read the picture {name} ({reason}): save it anew or leave it out") from error
+
+
+def _open(path: str | Path, name: str) -> Image.Image:
+    Image.init()
+    try:
+        return Image.open(path, formats=[format for format in _FORMATS if format in Image.OPEN])
+    except Image.UnidentifiedImageError as error:
+        raise PictureError(
+            f"{name} is damaged, or not in one of the formats {', '.join(_FORMATS)}: convert it or leave it out"
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise PictureError(_too_large(name)) from error
+
+
+def _check_size(file: Image.Image, name: str) -> None:
+    if file.width * file.height > MOST_PIXELS:
+        raise PictureError(_too_large(name))
+    if max(file.size) > _MOST_ASPECT * min(file.size):
+        raise PictureError(f"the picture {name} has {file.width} x {file.height} pixels, too thin to resize: cut it")
+
+
+def _too_large(name: str) -> str:
+    return f"the picture {name} has more than {round(MOST_PIXELS / 1e6)} megapixels: make it smaller or cut it"
+
+
+def _scale(file: Image.Image, name: str) -> np.ndarray:
+    """The channel of a grey picture with more than 8 bits, [H, W] uint8."""
+    values = np.asarray(file)
+    low, high = values.min(), values.max()
+    if file.mode == "F":
+        top, least = 1.0, 0.0
+    elif file.mode.startswith("I;16") or file.format in ("PNG", "PPM"):  # at most 16 bits in these two
+        top, least = 65535.0, 4096
+    else:
+        raise PictureError(
+            f"the picture {name} holds 32-bit integers from {low} to {high}, of which white is unknown: "
+            "save it with 8 or 16 bits"
+        )
+    if not (low >= 0 and high <= top and (high >= least or high == low == 0)):
+        raise PictureError(
+            f"the picture {name} holds values from {low:g} to {high:g}, where black is 0 and white {top:g}: scale them "
+            "to this range, or save it with 8 bits"
+        )
+    grey = values * (255 / top)
+    tag, white_is_zero = _WHITE_IS_ZERO
+    if isinstance(file, TiffImageFile) and file.tag_v2.get(tag) == white_is_zero:
+        grey = 255 - grey
+    return np.rint(grey).astype(np.uint8)
+
+
+def find_pictures(folder: str | Path, endings: Collection[str] = ENDINGS) -> list[str]:
+    """The picture files in a folder and its sub-folders, in natural order ('2.png' before '10.png').
+
+    Links to folders are followed, but not those to a folder above, and every folder is searched once.
+    """
+    found: list[str] = []
+    seen: set[str] = set()
+    starts = [str(folder)]
+    for start in starts:  # grows by the links that are found, so that no link takes the place of the folder itself
+        for place, subfolders, names in os.walk(start):
+            real = os.path.realpath(place)
+            if real in seen:
+                subfolders.clear()
+                continue
+            seen.add(real)
+            found += [os.path.join(place, name) for name in names if os.path.splitext(name)[1].lower() in endings]
+            links = [path for name in subfolders if os.path.islink(path := os.path.join(place, name))]
+            starts += [link for link in links if not Path(real).is_relative_to(os.path.realpath(link))]
+    return sorted(found, key=natural_key)
+
+
+class ImageFolder(torch.utils.data.Dataset[tuple[Any, int]]):
+    """Pictures in one sub-folder per class, found, numbered and split as timm's own folder reader does it.
+
+    Unlike timm's `ImageDataset` it finds all `ENDINGS`, reads 16 bits by `open_rgb`, and ends where links form a cycle.
+
+    Args:
+        root: the folder, or the one above its splits.
+        split: name of a sub-folder of `root`; timm's synonyms ('val' for 'validation', ...) count as the same, and
+            without such a sub-folder `root` itself is read.
+        class_map: file with the classes, as `--class-map` of timm's scripts; sub-folders that it lacks are left out.
+        input_img_mode: 'RGB' or 'L', grey.
+        search_split: False reads `root` itself.
+        input_key: endings of the files, separated by ';', instead of `ENDINGS`.
+
+    Raises:
+        ValueError: `root` does not exist, or holds no pictures.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        class_map: Any = "",
+        input_img_mode: str = "RGB",
+        search_split: bool = True,
+        input_key: str | None = None,
+    ) -> None:
+        if not os.path.isdir(root):
+            raise InputError(f"there is no folder {str(root)!r} of images: name another")
+        if input_img_mode not in ("RGB", "L"):
+            raise InputError(f"input_img_mode {input_img_mode!r} is not supported: use 'RGB' or 'L'")
+        folder = _search_split(str(root), split) if search_split else str(root)
+        self.root: str = folder.rstrip(os.sep) or folder
+        files = find_pictures(self.root, input_key.split(";") if input_key else ENDINGS)
+        if not files:
+            raise InputError(f"there are no pictures ({' '.join(ENDINGS)}) in the folder {self.root!r}")
+        folders = [os.path.dirname(file) for file in files]
+        labels = ["" if folder == self.root else os.path.basename(folder) for folder in folders]
+        numbered = {label: index for index, label in enumerate(sorted(set(labels), key=natural_key))}
+        try:
+            self.class_to_idx: dict[str, Any] = load_class_map(class_map, self.root) if class_map else numbered
+        except Exception as error:  # of pickle, the file system, or an assertion of timm
+            raise InputError(
+                f"the class map {str(class_map)!r} cannot be read: {error or type(error).__name__}"
+            ) from error
+        known = zip(files, labels, strict=True)
+        self.samples = [(file, self.class_to_idx[label]) for file, label in known if label in self.class_to_idx]
+        if not self.samples:
+            raise InputError(f"the class map {str(class_map)!r} has none of the sub-folders of {self.root!r}")
+        self.input_img_mode = input_img_mode
+        self.transform: Callable[[Any], Any] | None = None  # set by timm's loader
+        self.target_transform: Callable[[Any], Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        """The picture and its class; unreadable pictures are replaced by the next one, with a warning, as timm does it.
+
+        Raises:
+            PictureError: 50 consecutive pictures, or all, cannot be read.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        faults: list[str] = []
+        for i in range(index, index + min(_MOST_FAULTS, len(self))):
+            try:
+                image, target = self.change(self.picture(i % len(self)), index), self.samples[i % len(self)][1]
+            except PictureError as error:
+                faults.append(str(error))
+                continue
+            if faults:
+                warnings.warn(f"{len(faults)} picture(s) left out: {'; '.join(faults)}", stacklevel=2)
+            image = image if self.transform is None else self.transform(image)
+            return image, target if self.target_transform is None else self.target_transform(target)
+        raise PictureError(f"{len(faults)} consecutive pictures cannot be read, such as: {faults[0]}")
+
+    def picture(self, index: int) -> Image.Image:
+        """The picture in `input_img_mode`, before any transform."""
+        return open_rgb(self.samples[index][0]).convert(self.input_img_mode)
+
+    def change(self, image: Image.Image, index: int) -> Image.Image:
+        """Hook for subclasses: the picture before the transform."""
+        return image
+
+    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        """As in timm's `ImageDataset`: relative to the folder by default."""
+        path = self.samples[index][0]
+        return os.path.basename(path) if basename else path if absolute else os.path.relpath(path, self.root)
+
+    def filenames(self, basename: bool = False, absolute: bool = False) -> list[str]:
+        """`filename` of all pictures."""
+        return [self.filename(index, basename, absolute) for index in range(len(self))]
+
+
+def preparation(config: dict[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
+    """The transform of timm's `validate.py` for a data config: a picture -> [C, H, W].
+
+    Raises:
+        InputError: the model has neither 1 nor 3 input channels.
+    """
+    channels = config["input_size"][0]
+    if channels not in (1, 3):
+        raise InputError(f"the model takes images of {channels} channels, and pictures have 1 or 3: use another model")
+    return partial(_prepare, create_transform(**config, is_training=False), "L" if channels == 1 else "RGB")
+
+
+def _prepare(transform: Callable[[Image.Image], torch.Tensor], mode: str, picture: Image.Image) -> torch.Tensor:
+    return transform(picture.convert(mode))
+
+
+# Crops of photographs, on which the statistics of weights are checked
+
+_LEAST, _MOST = 40, 256  # default numbers of crops and of photographs
+_PIXELS = 1 << 20  # larger photographs are shrunk
+_BUNDLED = ("astronaut", "chelsea", "coffee", "rocket", "camera", "brick", "grass", "gravel", "coins")
+
+
+def load_crops(folder: str | Path | None, count: int | None = None, size: int = 97) -> torch.Tensor:
+    """`draw_crops` from `load_photographs`, [count, 3, size, size] float32, the same at every call."""
+    return draw_crops(load_photographs(folder, count or _MOST), count, size)
+
+
+def draw_crops(photographs: list[np.ndarray], count: int | None = None, size: int = 97, seed: int = 0) -> torch.Tensor:
+    """Random crops of photographs, normalised as for ImageNet: [count, 3, size, size] float32.
+
+    Each crop is a square of 8 to 100 % of the largest square's area, as in the training of equivision; half of them
+    are mirrored. Crop i is from photograph i modulo their number.
+
+    Args:
+        photographs: [H, W, 3] uint8 each.
+        count: number of crops; one per photograph, at least 40, if None.
+        size: side in pixels.
+        seed: of the random numbers.
+    """
+    count = count or max(_LEAST, len(photographs))
+    generator = torch.Generator().manual_seed(seed)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    crops = [_crop(photographs[i % len(photographs)], size, generator) for i in range(count)]
+    return (torch.stack(crops) - mean) / std
+
+
+def _crop(photograph: np.ndarray, size: int, generator: torch.Generator) -> torch.Tensor:
+    """A random square of a photograph [H, W, 3] uint8, resized to [3, size, size], values in 0 ... 1."""
+    height, width = photograph.shape[:2]
+    area, row, column, mirror = torch.rand(4, generator=generator).tolist()
+    side = max(1, round((0.08 + 0.92 * area) ** 0.5 * min(height, width)))
+    top, left = round(row * (height - side)), round(column * (width - side))
+    square = torch.from_numpy(photograph[top : top + side, left : left + side].copy()).permute(2, 0, 1) / 255
+    crop = F.interpolate(square[None], (size, size), mode="bilinear", antialias=True, align_corners=False)[0]
+    return crop.flip(-1) if mirror < 0.5 else crop
+
+
+def load_photographs(folder: str | Path | None, count: int = _MOST) -> list[np.ndarray]:
+    """Photographs, [H, W, 3] uint8 each, shrunk to a megapixel; unreadable files are left out, with a warning.
+
+    Args:
+        folder: searched with its sub-folders; None takes the photographs of scikit-image.
+        count: at most so many, spread evenly over the sorted files of the folder.
+
+    Raises:
+        InputError: the folder does not exist, or holds no readable picture.
+        ModuleNotFoundError: no folder is named and scikit-image is not installed.
+    """
+    if folder is None:
+        return _bundled()
+    files = find_photographs(folder)
+    files = [files[i * len(files) // count] for i in range(count)] if len(files) > count else files
+    photographs = [photograph for path in files if (photograph := _read(path)) is not None]
+    if not photographs:
+        raise InputError(f"no photograph of the {len(files)} in {folder} can be read: name another folder")
+    return photographs
+
+
+def find_photographs(folder: str | Path) -> list[Path]:
+    """The paths of the pictures in a folder, sorted. Raises InputError if there are none."""
+    files = sorted(path for name in find_pictures(folder) if (path := Path(name)).is_file())
+    if not files:
+        raise InputError(f"{folder} holds no photographs ({', '.join(ENDINGS)}): name another folder")
+    return files
+
+
+def _read(path: Path) -> np.ndarray | None:
+    try:
+        picture = open_rgb(path)
+    except PictureError as error:
+        warnings.warn(f"left out: {error}", stacklevel=4)
+        return None
+    scale = (_PIXELS / (picture.width * picture.height)) ** 0.5
+    if scale < 1:
+        picture = picture.resize([max(1, int(side * scale)) for side in picture.size], reducing_gap=3.0)
+    return np.asarray(picture)
+
+
+def _bundled() -> list[np.ndarray]:
+    try:
+        from skimage import data
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "no photographs: name a folder of a dozen or more (--images DIR), "
+            "or install those of scikit-image: pip install 'equivision-timm[convert]'"
+        ) from error
+    grey_or_colour = [getattr(data, name)() for name in _BUNDLED] + [data.stereo_motorcycle()[0]]
+    return [np.broadcast_to(a[..., None], (*a.shape, 3)) if a.ndim == 2 else a for a in grey_or_colour]

@@ -1,0 +1,130 @@
+"""Rotation of images, and a data set of randomly rotated images for timm's scripts.
+
+Importing this module registers the data set `torch/rotated_folder` with timm, so that its unmodified scripts train and
+evaluate under uniformly random rotation:
+
+    train.py    --device-modules equivision_timm --data-dir DIR --dataset torch/rotated_folder ...
+    python -m equivision_timm validate.py --data-dir DIR --dataset torch/rotated_folder ...
+
+A network that is equivariant under N rotations does multiples of 360 / N degrees by itself; training has to cover only
+the angles up to 180 / N degrees: `torch/rotated_folder_22.5` for C8 and D8, `torch/rotated_folder_45` for C4 and D4,
+and so on for the `LIMITS`. Evaluation is under all rotations with each of them.
+
+The image is rotated before timm crops it, so that the corners of the crop hold pixels of the image, and beyond its
+border its reflection; black corners would reveal the angle.
+"""
+
+import math
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.data.dataset_factory import _TORCH_BASIC_DS
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+
+from equivision_timm.data import ImageFolder
+
+__all__ = ["LIMITS", "RotatedFolder", "inscribed_circle", "rotate", "rotate_image"]
+
+LIMITS = (90, 45, 30, 22.5, 15, 11.25)  # degrees, for groups of 2, 4, 6, 8, 12 and 16 rotations
+
+
+def rotate(images: torch.Tensor, degrees: float) -> torch.Tensor:
+    """Rotate images [B, C, H, W] counter-clockwise about their centre.
+
+    The nearest multiple of 90 degrees permutes pixels (an odd one swaps H and W); the rest, at most 45 degrees, is
+    resampled bilinearly: output(x) = input(R(-angle) x). Beyond the border the image is reflected.
+
+    Args:
+        images: floating point.
+        degrees: any finite angle; counts modulo 360.
+
+    Raises:
+        ValueError: the angle is not finite.
+    """
+    if not math.isfinite(degrees):
+        raise ValueError(f"images cannot be rotated by {degrees} degrees: give a finite angle")
+    degrees = math.fmod(degrees, 360)
+    quarters = round(degrees / 90)
+    images = images.rot90(quarters, dims=(-2, -1))
+    angle = math.radians(degrees - 90 * quarters)
+    if angle == 0:
+        return images
+    height, width = images.shape[-2:]
+    # Pixel centres measured from the centre of the image; y points down, as in `grid_sample`
+    y = torch.arange(height, device=images.device, dtype=images.dtype)[:, None] - (height - 1) / 2
+    x = torch.arange(width, device=images.device, dtype=images.dtype)[None, :] - (width - 1) / 2
+    source_x = math.cos(angle) * x - math.sin(angle) * y
+    source_y = math.sin(angle) * x + math.cos(angle) * y
+    source = torch.stack([2 * source_x / width, 2 * source_y / height], dim=-1)  # [H, W, 2], borders at -1 and 1
+    source = source.expand(images.shape[0], -1, -1, -1)
+    return F.grid_sample(images, source, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+def inscribed_circle(images: torch.Tensor) -> torch.Tensor:
+    """Mask [H, W] of the pixels of images [..., H, W] inside the inscribed circle, which rotations map to itself."""
+    height, width = images.shape[-2:]
+    y = torch.arange(height, device=images.device)[:, None] - (height - 1) / 2
+    x = torch.arange(width, device=images.device)[None, :] - (width - 1) / 2
+    return torch.hypot(x, y) <= min(height, width) / 2
+
+
+def rotate_image(image: Image.Image, degrees: float) -> Image.Image:
+    """`rotate` for a PIL image of 8 bits per channel."""
+    pixels = pil_to_tensor(image)[None].float()  # [1, C, H, W]
+    return to_pil_image(rotate(pixels, degrees)[0].round().byte(), mode=image.mode)
+
+
+class RotatedFolder(ImageFolder):
+    """A folder of images, one sub-folder per class, each image rotated by a random angle.
+
+    Args:
+        root: the folder, or the one above its splits.
+        split: as for `ImageFolder`.
+        training: True draws a new angle, uniform in [-limit, limit] degrees, at each access, from PyTorch's generator,
+            which the data-loader workers seed. False takes an angle uniform in [0, 360) degrees, a fixed function of
+            the index, so that every model and every epoch gets the same images.
+        limit: in degrees, above 0 and up to 180.
+        options: other arguments of `ImageFolder`: `class_map`, `input_img_mode`, ...
+
+    Raises:
+        ValueError: such a limit does not exist, or as for `ImageFolder`.
+    """
+
+    def __init__(self, root: str | Path, split: str, training: bool, limit: float = 180, **options: Any) -> None:
+        if not 0 < limit <= 180:
+            raise ValueError(f"images cannot be rotated by up to {limit} degrees: use a limit above 0 and up to 180")
+        super().__init__(root, split, **options)
+        self.training = training
+        self.limit = limit
+
+    def change(self, image: Image.Image, index: int) -> Image.Image:
+        """The picture, rotated."""
+        if self.training:
+            angle = self.limit * (2 * torch.rand(()).item() - 1)
+        else:
+            angle = 360 * np.random.default_rng(index).random()
+        return rotate_image(image, angle)
+
+
+def _create(root: str, train: bool, download: bool = False, limit: float = 180, **options: Any) -> RotatedFolder:
+    """The data set for `timm.data.create_dataset`.
+
+    To data sets whose names begin with 'torch/' timm passes on only whether the split is called 'train'. The other
+    arguments of `create_dataset` (--class-map, --input-img-mode, the name of the split) are read from its frame.
+    """
+    if download:
+        raise ValueError(f"rotated_folder reads {root!r} and downloads nothing: leave --dataset-download out")
+    given = sys._getframe(1).f_locals
+    options |= {name: given[name] for name in ("split", "class_map", "input_img_mode", "search_split")}
+    return RotatedFolder(root, training=train or given["is_training"], limit=limit, **options)
+
+
+_NAMES: dict[str, Any] = _TORCH_BASIC_DS
+_NAMES["rotated_folder"] = _create
+_NAMES.update({f"rotated_folder_{limit}": partial(_create, limit=limit) for limit in LIMITS})
