@@ -1,21 +1,22 @@
-/* Steerable convolution in the irreps basis, a chunk of pixels at a time, so that nothing leaves the caches between
+/* Steerable convolution in the irreps basis, a chunk of pixels at a time, so that intermediate results stay in the cache
 
        f^ = Q f        to the irreps basis, field by field                    mix
        T = sum c E     functions of the plane and products of irreps          load
        y^ = W T        block by block                                         multiply
        y = Q^T y^      back to regular fields                                 store
 
-   and the transposes of these steps. `block_diagonal.py` is the algorithm, `irreps_basis.py` derives it; Q and the
-   first half of T = P * f there are steps of their own here. E are sums of neighbours, see `neighbours`, and c joins
-   the functions of the plane with A. A chunk is some images, or some output rows of one.
+   and the transposes of these steps. `block_diagonal.py` is the same algorithm, `irreps_basis.py` derives it; its step
+   T = P * f is split in two here. E are sums of neighbours, see `neighbours`, and c combines the functions of the plane
+   with A. A chunk is several images, or several output rows of one image.
 
        x, y           image   | field | element | row | pixel       contiguous
        T              block   | copy | function | row | field       along a row the pixels of the chunk: image, row, x
        y^             block   | copy | row | field                  as T
        W, packed      block   | tile of MR rows | column | row      see `pack_part`
 
-   Vectors may be written past the end of a line of pixels: the next line overwrites it, and behind the last one there
-   is room. `native.py` compiles this file, with REAL=float and with REAL=double, and calls what stands at its end. */
+   Vectors may be written past the end of a line of pixels: the next line overwrites the excess, and memory is allocated
+   for it after the last line. `build_native.py` compiles this file with REAL=float and with REAL=double; `native.py`
+   calls the functions at its end. */
 
 #include <pthread.h>
 #include <stdint.h>
@@ -41,7 +42,12 @@ typedef REAL vector __attribute__((vector_size(BYTES), aligned(sizeof(REAL)), ma
 #define DEPTH ((long)(1024 / sizeof(REAL))) /* rows of T that a product takes at a time */
 
 #define INLINE static inline __attribute__((always_inline))
-/* Writes past the caches what is not read soon: to an address that whole vectors divide; FENCE ends such writes. */
+#if defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL
+#endif
+/* Stores that bypass the cache, for values that are not read soon; p is aligned to a vector. FENCE orders them. */
 #if defined(__AVX512F__)
 #define STREAM(p, v) _mm512_stream_si512((__m512i *)(p), (__m512i)(v))
 #define FENCE _mm_sfence()
@@ -63,16 +69,16 @@ typedef struct { /* a sparse matrix, row by row */
 
 typedef struct {
     long order, in_fields, out_fields;
-    long kernel_size, low_pass, stride, dilation; /* low_pass: which sums of neighbours are meant, of 5 x 5 */
+    long kernel_size, low_pass, stride, dilation; /* low_pass: the sums of neighbours are those of blurred 5 x 5 kernels */
     long batch, in_height, in_width, out_height, out_width;
-    long images, rows;                        /* of a chunk: images, and their output rows */
-    long n_blocks, functions;                 /* how many */
+    long images, rows;                        /* of a chunk: images, and output rows of each */
+    long n_blocks, functions;                 /* their numbers */
     const long *sizes, *copies;               /* of each block */
     const REAL *fourier, *fourier_transposed; /* Q, Q^T [order, order] */
     Sparse terms, terms_transposed;           /* c [functions * order, n * n * order], c^T; n sums along each axis */
 } Layer;
 
-typedef struct { /* the chunk at hand */
+typedef struct { /* the current chunk */
     long image, images, row, rows, line, pixels; /* line: length of a row of T in memory */
 } Chunk;
 
@@ -83,16 +89,16 @@ static long floor_divide(long a, long b) { return (a < 0 ? a - b + 1 : a) / b; }
 typedef __typeof__((vector){0} < (vector){0}) mask;
 static vector positive(vector x) { return (vector)((mask)x & ~(x < (vector){0})); } /* keeps NaN */
 
-/* An odd number of vectors: lines a power of two apart would share few places of the cache. */
+/* An odd number of vectors: lines whose distance is a power of two would share few sets of the cache. */
 static long line_length(long pixels) { return ((round_up(pixels, LANES) / LANES + 1) | 1) * LANES; }
 
-/* Memory that each thread keeps from call to call until it ends; NULL if there is none. */
+/* Memory that each thread reuses from call to call and frees when it ends; NULL if the allocation fails. */
 static pthread_key_t scratch_key;
 static void make_scratch_key(void) { pthread_key_create(&scratch_key, free); }
 static REAL *scratch(long numbers) {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     pthread_once(&once, make_scratch_key);
-    long *own = pthread_getspecific(scratch_key); /* how many numbers; 64 bytes on, they themselves */
+    long *own = pthread_getspecific(scratch_key); /* a count of numbers; the numbers begin after 64 bytes */
     if (!own || *own < numbers) {
         free(own);
         own = aligned_alloc(64, 64 + round_up(numbers * (long)sizeof(REAL), 64));
@@ -103,7 +109,7 @@ static REAL *scratch(long numbers) {
     return (REAL *)((char *)own + 64);
 }
 
-/* ---- To and from the irreps basis: out[r] = sum_g q[r, g] in[g], lines of n numbers, whole vectors */
+/* ---- To and from the irreps basis: out[r] = sum_g q[r, g] in[g], lines of n numbers, in whole vectors */
 
 INLINE void mix_lines(int order, const REAL *q, const REAL *in, long in_step, REAL *out, long out_step, long n) {
     for (long p = 0; p < n; p += LANES) {
@@ -117,7 +123,7 @@ INLINE void mix_lines(int order, const REAL *q, const REAL *in, long in_step, RE
     }
 }
 
-/* Any order: what is read comes from the first cache, not from registers */
+/* Any order: reads from the first-level cache, not from registers */
 static void mix_any(long order, const REAL *q, const REAL *in, long in_step, REAL *out, long out_step, long n) {
     for (long p = 0; p < n; p += LANES)
         for (long r = 0; r < order; r++) {
@@ -143,14 +149,14 @@ static void mix(long order, const REAL *q, const REAL *in, long in_step, REAL *o
 /* c = a b, or c += a b: a[i, k] = a[i * row_a + k * step_a], m x depth; b depth x nv vectors */
 INLINE void tile(int m, int nv, long depth, const REAL *a, long row_a, long step_a, const REAL *b, long ldb, REAL *c,
                  long ldc, int add) {
-    vector sum[MR][2];
-    for (int i = 0; i < m; i++)
-        for (int j = 0; j < nv; j++) sum[i][j] = add ? LOAD(c + i * ldc + j * LANES) : (vector){0};
+    vector sum[MR][2]; /* registers, once the loops over i and j are unrolled */
+    UNROLL for (int i = 0; i < m; i++)
+        UNROLL for (int j = 0; j < nv; j++) sum[i][j] = add ? LOAD(c + i * ldc + j * LANES) : (vector){0};
     for (long k = 0; k < depth; k++)
-        for (int i = 0; i < m; i++)
-            for (int j = 0; j < nv; j++) sum[i][j] += a[i * row_a + k * step_a] * LOAD(b + k * ldb + j * LANES);
-    for (int i = 0; i < m; i++)
-        for (int j = 0; j < nv; j++) STORE(c + i * ldc + j * LANES, sum[i][j]);
+        UNROLL for (int i = 0; i < m; i++)
+            UNROLL for (int j = 0; j < nv; j++) sum[i][j] += a[i * row_a + k * step_a] * LOAD(b + k * ldb + j * LANES);
+    UNROLL for (int i = 0; i < m; i++)
+        UNROLL for (int j = 0; j < nv; j++) STORE(c + i * ldc + j * LANES, sum[i][j]);
 }
 
 #define TILE(m) \
@@ -203,7 +209,7 @@ static void transpose(long m, long pixels, const REAL *b, long line, REAL *out) 
        k = 5             n = 5    e = 0 0 1 0 0, 0 1 0 1 0, 0 -1 0 1 0, 1 0 0 0 1, -1 0 0 0 1
        k = 5, low_pass   n = 3    e = those of k = 3, convolved with 1 2 1: 0 1 2 1 0, 1 2 2 2 1, -1 -2 0 2 1
 
-   The values come in the order 0, 1, -1, 2, -2 from the middle. */
+   The values are ordered by their offset from the middle: 0, 1, -1, 2, -2. */
 
 enum { MAX_K = 5 };
 INLINE int sums_of(int k, int low) { return low ? 3 : k; }
@@ -232,17 +238,17 @@ INLINE void neighbours_transposed(int k, int low, const vector *e, vector *v) {
 
        regular   element | margin, pixels of one phase, margin                  one row of the image
        irreps    phase | row of Q | margin, pixels, margin                      f^ of that row
-       h         row of the image | b | row of Q | pixel                        e_b(x) * f^, of all rows that are needed
+       h         row of the image | b | row of Q | pixel                        e_b(x) * f^, of all rows needed
        e         a | b | row of Q | pixel                                       E of one output row */
 
 typedef struct { /* how the neighbours t = 0, 1, -1, 2, -2 of output pixels lie in a line of the image */
     long phases, phase[MAX_K], tap[MAX_K], shift[MAX_K], margin, length;
 } Taps;
 
-/* How far neighbour number n is from the middle, in rows or columns */
+/* Offset of neighbour number n from the middle, in rows or columns */
 static long offset(const Layer *l, long n) { return (n % 2 ? (n + 1) / 2 : -n / 2) * l->dilation; }
 
-/* s x + t d = s (x + shift) + phase; each phase makes a line of its own, with `margin` zeros on both sides */
+/* s x + t d = s (x + shift) + phase; each phase has a line of its own, with `margin` zeros on both sides */
 static Taps find_taps(const Layer *l) {
     Taps t = {0};
     for (long n = 0; n < l->kernel_size; n++) {
@@ -257,13 +263,13 @@ static Taps find_taps(const Layer *l) {
     return t;
 }
 
-/* A line of one channel between the image and the line of a phase, behind its margin */
+/* Copies a line of one channel from the image to the line of a phase, after its margin, or adds it back */
 INLINE void split(const Layer *l, long phase, const REAL *image, REAL *line) {
     if (l->stride == 1) memcpy(line, image, l->in_width * sizeof(REAL));
     else for (long x = phase; x < l->in_width; x += l->stride) *line++ = image[x];
 }
 INLINE void join(const Layer *l, long phase, const REAL *line, REAL *image) {
-    if (l->kernel_size == 1 && l->stride == 1) memcpy(image, line, l->in_width * sizeof(REAL)); /* no other adds to it */
+    if (l->kernel_size == 1 && l->stride == 1) memcpy(image, line, l->in_width * sizeof(REAL)); /* nothing else adds to it */
     else for (long x = phase; x < l->in_width; x += l->stride) image[x] += *line++;
 }
 
@@ -287,7 +293,7 @@ static void combine(const Sparse *m, long rows, const REAL *in, REAL *out, long 
         }
 }
 
-/* Where the channels of a field of x begin */
+/* Offset of the first channel of a field of x */
 static long field_at(const Layer *l, long image, long field) {
     return (image * l->in_fields + field) * l->order * l->in_height * l->in_width;
 }
@@ -337,7 +343,7 @@ INLINE void load_sums(int size, int low, const Layer *l, const Chunk *k, const R
                     for (long g = 0; g < order; g++) {
                         REAL *own = regular + g * taps.length + taps.margin;
                         split(l, taps.phase[f], image + g * plane + y * l->in_width, own);
-                        if (l->stride > 1) own[count] = 0; /* a longer phase may have been there */
+                        if (l->stride > 1) own[count] = 0; /* overwrites the end of a longer phase */
                     }
                     mix(order, l->fourier, regular, taps.length, irreps + f * lines, taps.length, taps.length);
                 }
@@ -371,7 +377,7 @@ static void load(const Layer *l, const Chunk *k, const REAL *x, REAL *t, REAL *w
     else load_sums(5, 0, l, k, x, t, work);
 }
 
-/* The transposes: the gradient of T, added to dx, which the first chunk of an image finds without numbers */
+/* The transposes: add the gradient with respect to T to dx, which the first chunk of an image initializes to 0 */
 static void unload_pixels(const Layer *l, const Chunk *k, const REAL *t, REAL *dx, REAL *regular) {
     long order = l->order, plane = l->in_height * l->in_width, step = l->in_fields * k->line, length = find_taps(l).length;
     for (long i = 0; i < l->in_fields; i++)
@@ -402,7 +408,7 @@ INLINE void unload_sums(int size, int low, const Layer *l, const Chunk *k, const
             const REAL *in = t + i * k->line + b * k->rows * l->out_width;
             memset(h, 0, sums * needed * line * sizeof(REAL));
             for (long y = 0; y < k->rows; y++, in += l->out_width) {
-                for (long r = 0; r < l->functions * order; r++) { /* what lies behind the line is of another one */
+                for (long r = 0; r < l->functions * order; r++) { /* what follows belongs to another line */
                     memcpy(own + r * n, in + r * step, l->out_width * sizeof(REAL));
                     memset(own + r * n + l->out_width, 0, (n - l->out_width) * sizeof(REAL));
                 }
@@ -449,7 +455,7 @@ static void unload(const Layer *l, const Chunk *k, const REAL *t, REAL *dx, REAL
 
 /* ---- Between images and y^ */
 
-/* y = x + bias + shortcut, negative numbers 0 if `relu`, n numbers; x has room behind them; shortcut may be NULL */
+/* y = x + bias + shortcut, then ReLU if `relu`; n numbers; x can be read in whole vectors; shortcut may be NULL */
 INLINE void finish(const REAL *x, REAL bias, const REAL *shortcut, int relu, REAL *y, long n) {
     int whole = (uintptr_t)y % BYTES == 0;
     for (long p = 0; p < n; p += LANES) {
@@ -464,7 +470,7 @@ INLINE void finish(const REAL *x, REAL bias, const REAL *shortcut, int relu, REA
     }
 }
 
-/* y = Q^T y^ + bias + shortcut, negative numbers 0 if `relu`; bias [out_fields] and shortcut, like y, may be NULL */
+/* y = Q^T y^ + bias + shortcut, then ReLU if `relu`; bias [out_fields] and shortcut (shaped as y) may be NULL */
 static void store(const Layer *l, const Chunk *k, const REAL *irreps, const REAL *bias, const REAL *shortcut, long relu, REAL *y,
                   REAL *work) {
     long order = l->order, plane = l->out_height * l->out_width, own = k->rows * l->out_width;
@@ -495,14 +501,14 @@ static void load_gradient(const Layer *l, const Chunk *k, const REAL *dy, REAL *
 }
 
 /* ---- Weights: [entries, out_fields, in_fields], for each block [size (row), functions, size (column), ...].
-   As the matrix of a block they have the rows (row, o) and the columns (function, column, i), and each number lies where
-   the offsets of its row and its column say, together. */
+   As the matrix of a block they have the rows (row, o) and the columns (function, column, i); the offset of a number is
+   the sum of the offsets of its row and its column. */
 
 typedef struct {
     long rows, columns, *row, *column; /* row, column: offsets */
 } Block;
 
-/* The block at w, which is moved on to the next one */
+/* The block at w; advances w to the next block */
 static Block find_block(const Layer *l, long b, const REAL **w, long *offsets) {
     long size = l->sizes[b], field = l->out_fields * l->in_fields, q = l->functions * size;
     Block found = {size * l->out_fields, q * l->in_fields, offsets, offsets + size * l->out_fields};
@@ -515,9 +521,9 @@ static Block find_block(const Layer *l, long b, const REAL **w, long *offsets) {
 }
 static long offsets_size(const Layer *l) { return 2 * l->out_fields + 2 * l->functions * l->in_fields; }
 
-/* ---- The work, shared out among the threads of PyTorch */
+/* ---- The work, distributed over the threads of PyTorch */
 
-/* OpenMP's, of the library that PyTorch has loaded: threads of another one would compete with them. */
+/* Of the OpenMP library that PyTorch has loaded: the threads of a second one would compete with its threads. */
 extern void GOMP_parallel(void (*work)(void *), void *job, unsigned threads, unsigned flags);
 extern int omp_get_thread_num(void), omp_get_num_threads(void);
 
@@ -529,7 +535,7 @@ typedef struct {
 } Job;
 
 static Chunk chunk(const Layer *l, long index) {
-    long down = (l->out_height + l->rows - 1) / l->rows; /* chunks below one another */
+    long down = (l->out_height + l->rows - 1) / l->rows; /* chunks of an image, from top to bottom */
     Chunk k = {.image = index / down * l->images, .row = index % down * l->rows};
     k.images = least(l->images, l->batch - k.image);
     k.rows = least(l->rows, l->out_height - k.row);
@@ -538,7 +544,7 @@ static Chunk chunk(const Layer *l, long index) {
     return k;
 }
 
-/* Numbers that `load` and `unload` need to work, or `store` and `load_gradient` */
+/* Numbers in the work memory of `load` and `unload`, or of `store` and `load_gradient` */
 static long work_size(const Layer *l) {
     Taps taps = find_taps(l);
     long n = round_up(l->out_width, LANES), sums = sums_of(l->kernel_size, l->low_pass);
@@ -548,7 +554,7 @@ static long work_size(const Layer *l) {
     return round_up(image > lines ? image : lines, LANES) + 2 * LANES;
 }
 
-/* W, or W^T, of each block in the order in which `multiply` reads it: [rows / MR, columns, MR] */
+/* Packs W, or W^T, of each block in the order in which `multiply` reads it: [rows / MR, columns, MR] */
 static void pack_part(void *argument) {
     Job *job = argument;
     const Layer *l = job->layer;
@@ -600,7 +606,7 @@ static void forward_part(void *argument) {
     FENCE;
 }
 
-/* dw: for each thread [columns, rows in whole vectors] of each block, added to */
+/* dw: for each thread the sums [columns, rows in whole vectors] of each block */
 static void backward_part(void *argument) {
     Job *job = argument;
     const Layer *l = job->layer;
@@ -616,7 +622,7 @@ static void backward_part(void *argument) {
     if (sums) memset(sums, 0, job->dw_size * sizeof(REAL));
     long thread = omp_get_thread_num(), threads = omp_get_num_threads();
     if (thread == 0) job->parts = threads;
-    /* Each thread has its images, whole ones, since their chunks add to dx, and always the same: so are the sums. */
+    /* Each thread has whole images, since their chunks add to dx, and always the same, so that sums are reproducible. */
     long down = (l->out_height + l->rows - 1) / l->rows, groups = (l->batch + l->images - 1) / l->images;
     for (long index = groups * thread / threads * down; index < groups * (thread + 1) / threads * down; index++) {
         Chunk k = chunk(l, index);
@@ -640,7 +646,7 @@ static void backward_part(void *argument) {
     }
 }
 
-/* The gradient of the weights: the sum over threads, each number in its place */
+/* The gradient with respect to the weights: the sum over threads, in the order of the weights */
 static void gather_part(void *argument) {
     Job *job = argument;
     const Layer *l = job->layer;
@@ -667,17 +673,18 @@ static void gather_part(void *argument) {
     free(offsets);
 }
 
-/* ---- What `native.py` calls: 0, or 1 if memory is short, or 2 for a kernel that is not known here */
+/* ---- Functions for Python. Status: 0; 1 if memory cannot be allocated; 2 for a kernel size that is not supported */
 
 static int knows(const Layer *l) { return l->kernel_size == 1 || l->kernel_size == 3 || l->kernel_size == 5; }
 
-/* What `native_library.py` compares with its own: bytes of a layer, and the hash of this file when it was compiled */
+/* For `native_library.py`: bytes of a layer, and the hash that this file had when it was compiled */
 long layer_size(void) { return sizeof(Layer); }
 const char *source_hash(void) { return SOURCE_HASH; }
 
+/* MR, the number of rows of a tile of packed weights */
 long tile_rows(void) { return MR; }
 
-/* Numbers in `packed`, and of the sums of the gradient that each thread makes */
+/* Numbers in `packed`, and in the sums of each thread */
 long packed_size(const Layer *l, long transposed) {
     long size = 0;
     for (long b = 0; b < l->n_blocks; b++) {
@@ -707,7 +714,7 @@ int forward(const Layer *l, const REAL *x, const REAL *packed, const REAL *bias,
     return job.failed;
 }
 
-/* dx (with W^T, packed) or dw (with sums, for each thread), or both; the others are NULL */
+/* Computes dx (from W^T, packed) or dw (with the sums of each thread), or both; the other pointers are NULL */
 int backward(const Layer *l, const REAL *dy, const REAL *x, const REAL *packed, REAL *dx, REAL *sums, REAL *dw, long threads) {
     if (!knows(l)) return 2;
     Job job = {.layer = l, .dy = dy, .x = x, .packed = packed, .dx = dx, .dw = sums, .dw_size = sums_size(l)};

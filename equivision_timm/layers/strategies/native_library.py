@@ -13,7 +13,7 @@ __all__ = ["CLayer", "CSparse", "describe", "library", "why_not"]
 
 FOLDER = Path(__file__).parent  # of the libraries
 _REALS = {torch.float32: "float", torch.float64: "double"}
-_REMEDY = "install equivision-timm again where there is a C compiler (pip install --force-reinstall --no-deps)"
+_REMEDY = "with a C compiler, pip install --force-reinstall --no-deps --no-cache-dir equivision-timm"
 
 
 class CSparse(ctypes.Structure):
