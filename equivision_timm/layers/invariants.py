@@ -1,32 +1,32 @@
-"""Functions of tokens in the irreps basis that do not change under the group."""
+"""From tokens in the irreps basis to ordinary tokens, invariant under the group."""
 
 import torch
 import torch.nn as nn
 
-from equivision_timm.layers.irreps import irreps_of
+from equivision_timm.layers.irreps import Device, DType, irreps_of
 
 __all__ = ["INVARIANTS", "Invariants"]
 
-INVARIANTS = ("power", "polynomial", "trivial")
+INVARIANTS = ("power", "polynomial", "trivial", "")
 
 
 class Invariants(nn.Module):
-    """Invariants of each channel of tokens in the irreps basis: [..., |G| * fields] -> [..., out_features].
+    """Invariants of each channel of tokens in the irreps basis, projected: [..., |G| * fields] -> [..., dim].
 
     - 'power': the trivial irrep, the absolute values of the other one-dimensional ones, the length of E for each of its
       multiplicity; scales * fields numbers. Their gradient at zero is zero.
     - 'polynomial': 32 polynomials of degree 1 to 4 for each field of D4, which generate all its invariant polynomials;
       in the order of octic-vits (https://github.com/davnords/octic-vits), whose DeiT III models use them.
-    - 'trivial': only the trivial irrep; fields numbers.
-
-    Args:
-        kind: 'power', 'polynomial' or 'trivial'.
+    - 'trivial': only the trivial irrep; fields numbers, not projected.
+    - '': NOT invariant, the channels themselves, for hybrids: those of E copy by copy, E0+ E1+ E0- E1-; not projected.
 
     Raises:
         ValueError: an unknown kind, or polynomials of another group than D4.
     """
 
-    def __init__(self, kind: str, fields: int, group: str) -> None:
+    def __init__(
+        self, kind: str, fields: int, group: str, dim: int, device: Device = None, dtype: DType = None
+    ) -> None:
         super().__init__()
         irreps = irreps_of(group)
         if kind not in INVARIANTS:
@@ -38,22 +38,30 @@ class Invariants(nn.Module):
         self.order: int = irreps.order
         self.ones: int = irreps.ones
         self.rows: int = irreps.rows
-        self.out_features: int = {"power": irreps.scales, "polynomial": 32, "trivial": 1}[kind] * fields
+        count = {"power": irreps.scales, "polynomial": 32}.get(kind)
+        self.proj: nn.Module = nn.Linear(count * fields, dim, device=device, dtype=dtype) if count else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        trivial = x[..., : self.fields]
+        return self.proj(self.invariants(x))
+
+    def invariants(self, x: torch.Tensor) -> torch.Tensor:
+        """The invariants themselves."""
+        trivial, ones = x[..., : self.fields], x[..., self.fields : self.ones * self.fields]
         if self.kind == "trivial":
             return trivial
         if self.kind == "polynomial":
             return torch.cat(_polynomials(x.unflatten(-1, (self.order, self.fields))), -1)
-        parts = [trivial, x[..., self.fields : self.ones * self.fields].abs()]
+        parts = [trivial, ones.abs() if self.kind == "power" else ones]
         if self.rows > 0:
             plane = x[..., self.ones * self.fields :].unflatten(-1, (self.rows, -1))  # [..., 2, multiplicity * fields]
-            parts.append(torch.linalg.vector_norm(plane, dim=-2))
+            if self.kind == "power":
+                parts.append(torch.linalg.vector_norm(plane, dim=-2))
+            else:
+                parts.append(plane.unflatten(-1, (-1, self.fields)).transpose(-3, -2).flatten(-3))
         return torch.cat(parts, -1)
 
     def extra_repr(self) -> str:
-        return f"{self.kind!r}, out_features={self.out_features}"
+        return f"{self.kind!r}"
 
 
 def _polynomials(x: torch.Tensor) -> list[torch.Tensor]:

@@ -173,6 +173,8 @@ class TileConv2d(nn.Module):
 class EquivariantPatchEmbed(PatchEmbed):
     """timm's PatchEmbed with an equivariant convolution: [B, in_chans, H, W] -> [B, H / p * W / p, |G| * fields].
 
+    Without `strict_img_size` [B, H / p, W / p, |G| * fields].
+
     Args:
         img_size: height and width in pixels, or both.
         patch_size: p, the side of the patches in pixels.
@@ -200,7 +202,8 @@ class EquivariantPatchEmbed(PatchEmbed):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = _check_patches(x, self.patch_size[0], self.img_size if self.strict_img_size else None)
-        return self.proj(x).flatten(2).transpose(1, 2)  # [B, C, H / p, W / p] -> [B, N, C]
+        x = self.proj(x).permute(0, 2, 3, 1)  # [B, H / p, W / p, |G| * fields]
+        return x.flatten(1, 2) if self.strict_img_size else x
 
 
 def _check_patches(x: torch.Tensor, patch: int, img_size: tuple[int, int] | None) -> torch.Tensor:

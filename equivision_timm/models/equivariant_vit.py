@@ -2,13 +2,13 @@
 
 The networks are those of octic-vits (Nordström et al., arXiv 2505.15441, https://github.com/davnords/octic-vits; their
 "D8" is the D4 of this package) and, for D1, of flopping-for-flops (arXiv 2502.05169). Tokens are one tensor [B, N, d]
-in the irreps basis (layers/irreps.py); the blocks commute with the group. What follows them makes the kind of network:
+in the irreps basis (layers/irreps.py); the first blocks commute with the group. The kinds differ in what follows:
 
-- `d4vit_*`: in the middle, invariants of every token are handed to ordinary blocks of timm. The class token, the
+- `d4vit_*`: in the middle, invariants of every token are passed to ordinary blocks of timm. The class token, the
   logits and the means over patches do not change under the group; maps of the later blocks move with the image.
-- `*_full_*` and `d1vit_*`: all blocks are equivariant, invariants are taken of what the last one returns.
-- `d4hybridvit_*`: the channels go on as they are, and ordinary blocks break the symmetry. NOT invariant, NOT
-  equivariant behind the first half.
+- `*_full_*` and `d1vit_*`: all blocks are equivariant, the head takes invariants of the last one.
+- `d4hybridvit_*`: the channels are passed on unchanged, and ordinary blocks break the symmetry. NOT invariant, NOT
+  equivariant after the first half.
 
 Rotations by 90 degrees and reflections are exact, to rounding, for every image that the patch divides, 224 x 224
 included: there is no padding and no stride that skips a pixel. Angles in between are not in the group.
@@ -19,26 +19,18 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import (
-    DropPath,
-    PatchDropout,
-    global_pool_nlc,
-    resample_abs_pos_embed,
-    to_2tuple,
-    trunc_normal_,
-)
-from timm.models import build_model_with_cfg, checkpoint
-from timm.models._features import feature_take_indices
+from timm.layers import DropPath, PatchDropout, global_pool_nlc, to_2tuple, trunc_normal_
+from timm.models import build_model_with_cfg, checkpoint, checkpoint_seq
+from timm.models._features import FeatureGetterNet, feature_take_indices
 from timm.models.vision_transformer import Block
 
 from equivision_timm.kernels import Kernel
 from equivision_timm.layers import CheckImage, check_pointwise
 from equivision_timm.layers.invariants import Invariants
-from equivision_timm.layers.irreps import ChangeBasis, irreps_of
+from equivision_timm.layers.irreps import ChangeBasis, Device, DType, irreps_of
 from equivision_timm.layers.patches import EquivariantPatchEmbed, UnfoldTiles, resize_tiles, tile_count, tile_size
 from equivision_timm.layers.tokens import IrrepAttention, IrrepMlp, IrrepNorm, IrrepScale
 from equivision_timm.models.pretrained import WEIGHTS_FILE, build_pretrained
@@ -46,27 +38,14 @@ from equivision_timm.models.variants import Variant, digits_cfg, register_family
 
 __all__ = ["EquivariantBlock", "EquivariantViT"]  # the entrypoints are added below
 
-torch.fx.wrap("resample_abs_pos_embed")  # looks at sizes: one node in a graph of torch.fx
-
 POOLS = ("token", "avg", "avgmax", "max", "")
 
 
 class EquivariantBlock(nn.Module):
     """A pre-norm transformer block that commutes with the group: [B, N, |G| * fields] -> the same shape.
 
-    Args:
-        fields: number of fields.
-        num_heads: attention heads.
-        group: name of the group.
-        mlp_ratio: fields between the linear layers of the perceptron, in units of `fields`.
-        init_values: scales of the residual branches at the start.
-        eps: of the norms.
-        act_layer: pointwise activation.
-        proj_drop: dropout behind linear layers.
-        attn_drop: dropout of attention weights.
-        drop_path: probability of dropping a residual branch of a sample in training.
-        device: where to create the parameters.
-        dtype: their type.
+    Tokens are in the irreps basis; `EquivariantViT.forward_intermediates` gives regular fields. `mlp_ratio` is in units
+    of `fields`, `init_values` are the initial scales of the residual branches; other arguments as of timm's Block.
     """
 
     def __init__(
@@ -81,19 +60,17 @@ class EquivariantBlock(nn.Module):
         proj_drop: float = 0.0,
         attn_drop: float = 0.0,
         drop_path: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        device: Device = None,
+        dtype: DType = None,
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.norm1: IrrepNorm = IrrepNorm(fields, group, eps=eps, **dd)
-        self.attn: IrrepAttention = IrrepAttention(
-            fields, num_heads, group, attn_drop=attn_drop, proj_drop=proj_drop, **dd
-        )
+        self.norm1: IrrepNorm = IrrepNorm(fields, group, eps, **dd)
+        self.attn: IrrepAttention = IrrepAttention(fields, num_heads, group, attn_drop, proj_drop, **dd)
         self.ls1: IrrepScale = IrrepScale(fields, group, init_values, **dd)
         self.drop_path1: nn.Module = DropPath(drop_path) if drop_path else nn.Identity()
-        self.norm2: IrrepNorm = IrrepNorm(fields, group, eps=eps, **dd)
-        self.mlp: IrrepMlp = IrrepMlp(fields, int(fields * mlp_ratio), group, act_layer=act_layer, drop=proj_drop, **dd)
+        self.norm2: IrrepNorm = IrrepNorm(fields, group, eps, **dd)
+        self.mlp: IrrepMlp = IrrepMlp(fields, int(fields * mlp_ratio), group, act_layer, proj_drop, **dd)
         self.ls2: IrrepScale = IrrepScale(fields, group, init_values, **dd)
         self.drop_path2: nn.Module = DropPath(drop_path) if drop_path else nn.Identity()
 
@@ -102,59 +79,17 @@ class EquivariantBlock(nn.Module):
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
-class InvariantTokens(nn.Module):
-    """Tokens in the irreps basis -> ordinary tokens that the group leaves unchanged: [..., |G| * fields] -> [..., dim].
+class TransitionBlock(Block):
+    """timm's block after the `transition` from tokens in the irreps basis to ordinary ones."""
 
-    Args:
-        kind: which invariants, see `Invariants`.
-        fields: number of fields.
-        group: name of the group.
-        dim: features of a token; the invariants themselves where they are 'trivial'.
-        device: where to create the parameters.
-        dtype: their type.
-    """
-
-    def __init__(
-        self,
-        kind: str,
-        fields: int,
-        group: str,
-        dim: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.invariants: Invariants = Invariants(kind, fields, group)
-        self.proj: nn.Module = nn.Identity()
-        self.out_features: int = self.invariants.out_features
-        if kind != "trivial":
-            self.proj = nn.Linear(self.out_features, dim, device=device, dtype=dtype)
-            self.out_features = dim
+    def __init__(self, transition: nn.Module, dim: int, **kwargs: Any) -> None:
+        super().__init__(dim, **kwargs)
+        self.transition = transition
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.proj(self.invariants(x))
-
-
-class ChannelsAsTheyAre(nn.Module):
-    """The hand-over of the hybrids, which breaks the symmetry: the channels of E copy by copy, as octic-vits has them.
-
-    [..., |G| * fields] -> the same shape, rows and copies of E swapped: E0+ E0- E1+ E1- becomes E0+ E1+ E0- E1-.
-    """
-
-    def __init__(self, group: str) -> None:
-        super().__init__()
-        irreps = irreps_of(group)
-        self.order: int = irreps.order
-        self.ones: int = irreps.ones
-        self.rows: int = irreps.rows
-        self.multiplicity: int = irreps.multiplicity
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        blocks = x.unflatten(-1, (self.order, -1))  # [..., |G|, fields]
-        if self.rows > 0:
-            plane = blocks[..., self.ones :, :].unflatten(-2, (self.rows, self.multiplicity))
-            blocks = torch.cat([blocks[..., : self.ones, :], plane.transpose(-3, -2).flatten(-3, -2)], -2)
-        return blocks.flatten(-2)
+        x = self.transition(x)
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
 class EquivariantViT(nn.Module):
@@ -162,7 +97,7 @@ class EquivariantViT(nn.Module):
 
     The first `equivariant_depth` blocks are equivariant, the others timm's. With `invariants` the logits do not change
     under the group; without (the hybrids) they do. `forward_features` returns tokens [B, prefix + N, d]: ordinary ones,
-    invariant but for their place, where ordinary blocks come last; else regular fields, field-major.
+    invariant except for their place, if ordinary blocks come last; else regular fields, field-major.
 
     Args:
         group: name of the group: 'd4', 'd1', 'c4', or another one that maps a square grid onto itself.
@@ -171,29 +106,27 @@ class EquivariantViT(nn.Module):
         patch_size: side of the patches in pixels, even.
         in_chans: number of image channels.
         num_classes: number of classes; 0 removes the classifier.
-        global_pool: what the head reads: 'token' (the class token); of the patches 'avg', 'max', 'avgmax'; '' all.
+        global_pool: input of the head: 'token' (the class token); of the patches 'avg', 'max', 'avgmax'; '' all.
         embed_dim: d, channels of a token.
         depth: number of blocks.
         num_heads: attention heads; |G| divides their width.
-        mlp_ratio: hidden features of the perceptrons, in units of d.
-        equivariant_depth: how many blocks are equivariant; the first half where None.
-        invariants: 'power', 'polynomial' or 'trivial' (the trivial irrep alone; all blocks must be equivariant), or ''
+        mlp_ratio: hidden features of the MLPs, in units of d.
+        equivariant_depth: number of equivariant blocks; the first half if None.
+        invariants: 'power', 'polynomial' or 'trivial' (only the trivial irrep; all blocks must be equivariant), or ''
             for a hybrid, which is NOT invariant.
-        init_values: scales of the residual branches at the start.
+        init_values: initial scales of the residual branches.
         equivariant_eps: of the norms of equivariant blocks.
         class_token: whether there is one.
         reg_tokens: number of registers, further tokens without a place.
-        dynamic_img_size: take images of every size that the patch divides; the position map is resized.
-        act_layer: activation, a name timm knows or a class; must be pointwise.
-        drop_rate: dropout in front of the classifier.
-        pos_drop_rate: dropout of tokens' channels behind the position map.
+        distilled: a distillation token with a classifier of its own, as in timm's VisionTransformerDistilled.
+        dynamic_img_size: accept images of every size that the patch divides; the position map is resized.
+        act_layer: activation, a timm name or a class; must be pointwise.
+        drop_rate: dropout before the classifier.
+        pos_drop_rate: dropout of channels after the position map.
         patch_drop_rate: fraction of the patches left out in training.
-        proj_drop_rate: dropout behind linear layers of the blocks.
+        proj_drop_rate: dropout after linear layers of the blocks.
         attn_drop_rate: dropout of attention weights.
         drop_path_rate: stochastic depth, the same in every block.
-        fix_init: divide the last weights of every residual branch by the root of twice the number of its block.
-        device: where to create parameters.
-        dtype: their type.
 
     Raises:
         ValueError: a value of a keyword that does not exist, does not fit the others, or would break the symmetry.
@@ -221,6 +154,7 @@ class EquivariantViT(nn.Module):
         equivariant_eps: float = 1e-5,
         class_token: bool = True,
         reg_tokens: int = 0,
+        distilled: bool = False,
         dynamic_img_size: bool = False,
         act_layer: str | Callable[..., nn.Module] = nn.GELU,
         drop_rate: float = 0.0,
@@ -229,16 +163,17 @@ class EquivariantViT(nn.Module):
         proj_drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        fix_init: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        device: Device = None,
+        dtype: DType = None,
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         equivariant_depth = depth // 2 if equivariant_depth is None else equivariant_depth
         self.group = group
         self.order: int = irreps_of(group).order
-        self._check(embed_dim, depth, equivariant_depth, invariants)
+        _check_depths(depth, equivariant_depth, invariants)
+        if embed_dim % self.order:
+            raise ValueError(f"embed_dim {embed_dim} must be a multiple of {self.order}, the order of {group}")
         act_layer = check_pointwise(act_layer)
         fields = embed_dim // self.order
         self.fields: int = fields
@@ -247,36 +182,41 @@ class EquivariantViT(nn.Module):
         self.num_features: int = embed_dim
         self.embed_dim: int = embed_dim
         self.has_class_token = class_token
-        self.no_embed_class = True  # the position map is for patches alone
+        self.no_embed_class = True  # the position map is only for patches
         self.num_reg_tokens = reg_tokens
-        self.num_prefix_tokens: int = int(class_token) + reg_tokens
+        self.num_prefix_tokens: int = int(class_token) + int(distilled) + reg_tokens
+        self.distilled = distilled
+        self.distilled_training: bool = False
         self.dynamic_img_size = dynamic_img_size
         self.equivariant_depth = equivariant_depth
-        self.fix_init = fix_init
+        self.is_invariant: bool = bool(invariants)  # not so the logits of a hybrid
+        self.ends_equivariant: bool = equivariant_depth == depth
         self.grad_checkpointing: bool = False
         self._check_pool(global_pool)
         self.global_pool: str = global_pool
 
-        # Images -> tokens in the irreps basis
+        # Images -> tokens in the irreps basis; class token, distillation token and registers are of the trivial irrep
         self.check_image: CheckImage = CheckImage(in_chans, min_size=patch_size)
         self.patch_embed: EquivariantPatchEmbed = EquivariantPatchEmbed(
             img_size, patch_size, in_chans, fields, group, strict_img_size=not dynamic_img_size, **dd
         )
-        self.cls_token: nn.Parameter | None = None  # trivial irrep, as the registers
-        if class_token:
-            self.cls_token = nn.Parameter(torch.empty(1, 1, fields, **dd))
+        tokens = [nn.Parameter(torch.empty(1, n, fields, **dd)) if n else None for n in (class_token, distilled)]
+        self.cls_token: nn.Parameter | None = tokens[0]
+        self.dist_token: nn.Parameter | None = tokens[1]
         self.reg_token: nn.Parameter | None = None
         if reg_tokens:
             self.reg_token = nn.Parameter(torch.empty(1, reg_tokens, fields, **dd))
-        tiles = self._position_tiles(self.patch_embed.grid_size)
+        tiles = self._position_tiles(img_size)
         self.pos_embed: nn.Parameter = nn.Parameter(torch.empty(tile_count(group), fields, *tiles, **dd))
         self.unfold: UnfoldTiles = UnfoldTiles(group)
         self.pos_drop: nn.Dropout = nn.Dropout(pos_drop_rate)
         self.patch_drop: nn.Module = (
             PatchDropout(patch_drop_rate, self.num_prefix_tokens) if patch_drop_rate else nn.Identity()
         )
+        self.norm_pre: nn.Module = nn.Identity()  # timm's models have one here
 
-        # Blocks: equivariant ones, the hand-over, ordinary ones
+        # Blocks: equivariant ones, then ordinary ones, the first of them with the transition
+        norm_layer: Any = partial(nn.LayerNorm, eps=1e-6)  # timm's Block declares a class
         shared: dict[str, Any] = {
             "num_heads": num_heads,
             "mlp_ratio": mlp_ratio,
@@ -287,97 +227,70 @@ class EquivariantViT(nn.Module):
             "drop_path": drop_path_rate,
             **dd,
         }
-        norm_layer: Any = partial(nn.LayerNorm, eps=1e-6)  # timm's Block says that it takes classes alone
+        ordinary: dict[str, Any] = {"qkv_bias": True, "norm_layer": norm_layer, **shared}
+        transition = Invariants(invariants, fields, group, embed_dim, **dd)
         self.blocks: nn.Sequential = nn.Sequential(
-            *[EquivariantBlock(fields, group=group, eps=equivariant_eps, **shared) for _ in range(equivariant_depth)],
-            *[
-                Block(embed_dim, qkv_bias=True, norm_layer=norm_layer, **shared)
-                for _ in range(depth - equivariant_depth)
-            ],
+            *[EquivariantBlock(fields, group=group, eps=equivariant_eps, **shared) for _ in range(equivariant_depth)]
         )
-        self.feature_info: Sequence[dict[str, Any]] = [  # a list, but torch.jit warns where the annotation says so
-            _feature_info(index, embed_dim, patch_size, group if index < equivariant_depth else "c1")
-            for index in range(depth)
+        if not self.ends_equivariant:
+            self.blocks.append(TransitionBlock(transition, embed_dim, **ordinary))
+            self.blocks.extend(Block(embed_dim, **ordinary) for _ in range(depth - equivariant_depth - 1))
+        self.feature_info: Sequence[dict[str, Any]] = [  # a list, but torch.jit warns if the annotation says so
+            dict(
+                module=f"blocks.{index}",
+                num_chs=embed_dim,
+                reduction=patch_size,
+                num_fields=embed_dim // irreps_of(of).order,
+                group=of,
+            )
+            for index, of in enumerate([group] * equivariant_depth + ["c1"] * (depth - equivariant_depth))
         ]
-        self.is_invariant: bool = bool(invariants)  # of the group: not so a hybrid's logits
-        self.hand_over: nn.Module
-        if invariants:
-            self.hand_over = InvariantTokens(invariants, fields, group, embed_dim, **dd)
-        else:
-            self.hand_over = ChannelsAsTheyAre(group)
-        self.ends_equivariant: bool = equivariant_depth == depth  # then the hand-over is part of the head
         self.to_regular: ChangeBasis = ChangeBasis(group, "regular")
-        self.to_irreps: ChangeBasis = ChangeBasis(group, "irreps")
-        self.norm: nn.Module
+        self.norm: nn.Module = norm_layer(embed_dim, **dd)
         if self.ends_equivariant:
-            self.norm = IrrepNorm(fields, group, eps=equivariant_eps, **dd)
-        else:
-            self.norm = norm_layer(embed_dim, **dd)
+            self.norm = IrrepNorm(fields, group, equivariant_eps, **dd)
 
-        # Head
-        self.reads_fields: bool = self.ends_equivariant
+        # Head; with regular fields as its input, back to the irreps basis for the transition
+        self.to_irreps: ChangeBasis = ChangeBasis(group, "irreps")
+        self.transition: nn.Module | None = transition if self.ends_equivariant else None
         self.head_hidden_size: int = fields if invariants == "trivial" else embed_dim
         self.fc_norm: nn.Module = nn.Identity()
-        if self.reads_fields and invariants != "trivial":
+        if self.ends_equivariant and invariants != "trivial":
             self.fc_norm = norm_layer(embed_dim, **dd)
         self.head_drop: nn.Dropout = nn.Dropout(drop_rate)
-        self.head: nn.Module = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.head: nn.Module = nn.Identity()
+        self.head_dist: nn.Module | None = None
+        self.reset_classifier(num_classes)
 
+        self.register_load_state_dict_pre_hook(_rename_transition)
         self.init_weights()
-
-    def _check(self, embed_dim: int, depth: int, equivariant_depth: int, invariants: str) -> None:
-        """Raises ValueError where these do not make a network."""
-        if embed_dim % self.order:
-            nearest = max(1, round(embed_dim / self.order)) * self.order
-            raise ValueError(
-                f"embed_dim {embed_dim} does not consist of fields of {self.group}, {self.order} channels each: use, "
-                f"for example, {nearest}"
-            )
-        if not 0 < equivariant_depth <= depth:
-            raise ValueError(
-                f"equivariant_depth {equivariant_depth} is none of the {depth} blocks: use 1 to {depth}, or None for "
-                "the first half"
-            )
-        ordinary = equivariant_depth < depth
-        if invariants == "trivial" and ordinary:
-            raise ValueError(
-                f"invariants 'trivial' are for networks whose {depth} blocks are all equivariant, but "
-                f"equivariant_depth is {equivariant_depth}: use 'power'"
-            )
-        if not invariants and not ordinary:
-            raise ValueError(
-                f"invariants '' makes a hybrid, but all {depth} blocks are equivariant: use invariants='power', or an "
-                f"equivariant_depth below {depth}"
-            )
 
     def _check_pool(self, global_pool: str) -> None:
         if global_pool not in POOLS:
             raise ValueError(f"unknown global_pool {global_pool!r}: use one of {POOLS}")
-        if global_pool == "token" and not self.has_class_token:
-            raise ValueError("global_pool 'token' needs the class token: use class_token=True, or global_pool='avg'")
+        if self.distilled and global_pool not in ("token", ""):
+            raise ValueError(f"global_pool {global_pool!r} ignores the distillation token: use 'token'")
+        if (global_pool == "token" or self.distilled) and not self.has_class_token:
+            raise ValueError("class_token=False: use global_pool='avg', without distilled=True")
 
-    def _position_tiles(self, grid: tuple[int, int]) -> tuple[int, int]:
+    def _position_tiles(self, img_size: int | tuple[int, int]) -> tuple[int, int]:
         """Height and width of the tiles of the position map; raises ValueError if the image or the grid has none."""
-        height, width = self.patch_embed.img_size
-        p = self.patch_embed.patch_size[0]
-        if min(grid) < 1 or height % p or width % p:
-            raise ValueError(
-                f"img_size {height} x {width} is not a multiple of the patch of {p} x {p} pixels: use, for example, "
-                f"{max(1, round(height / p)) * p} x {max(1, round(width / p)) * p}"
-            )
+        (height, width), p = to_2tuple(img_size), self.patch_embed.patch_size[0]
+        if min(height, width) < p or height % p or width % p:
+            fitting = f"{max(1, round(height / p)) * p} x {max(1, round(width / p)) * p}"
+            raise ValueError(f"img_size {height} x {width} is not a multiple of the patch, {p}: use {fitting}")
         try:
-            return tile_size(*grid, self.group)
+            return tile_size(height // p, width // p, self.group)
         except ValueError as error:
-            side = 2 * p
-            fitting = max(1, round(max(height, width) / side)) * side
+            fitting = max(1, round(max(height, width) / (2 * p))) * 2 * p
             raise ValueError(
-                f"img_size {height} x {width} gives the position map a grid that {self.group} does not fit ({error}). "
-                f"Use img_size={fitting}, with dynamic_img_size=True to take {height} x {width} as well"
+                f"img_size {height} x {width}, patch {p}: {error}. Use img_size={fitting}, with dynamic_img_size=True "
+                f"to accept {height} x {width} as well"
             ) from error
 
     @torch.jit.unused
     def init_weights(self) -> None:
-        """Draw all weights anew, for a model that came from the meta device, say."""
+        """Initialise all weights, also of a model that comes from the meta device."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 trunc_normal_(module.weight, std=0.02)
@@ -385,30 +298,23 @@ class EquivariantViT(nn.Module):
             elif callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
         trunc_normal_(self.pos_embed, std=0.16 * 0.5**0.5)
-        if self.cls_token is not None:
-            trunc_normal_(self.cls_token, std=0.16)
+        for token in (self.cls_token, self.dist_token):
+            if token is not None:
+                trunc_normal_(token, std=0.16)
         if self.reg_token is not None:
             nn.init.normal_(self.reg_token, std=1e-6)
-        if self.fix_init:
-            with torch.no_grad():
-                for number, block in enumerate(self.blocks, start=1):
-                    for layer in (block.get_submodule("attn.proj"), block.get_submodule("mlp.fc2")):
-                        for name, parameter in layer.named_parameters():
-                            if name != "bias":
-                                parameter.div_((2.0 * number) ** 0.5)
 
     @torch.jit.unused
     def no_weight_decay(self) -> set[str]:
         """Parameters without weight decay, besides those of one dimension."""
-        return {"pos_embed", "cls_token", "reg_token"}
+        return {"pos_embed", "cls_token", "dist_token", "reg_token"}
 
     @torch.jit.unused
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that group parameters by depth: the embedding, then each block; the hand-over goes with the next."""
-        after = 99999 if self.ends_equivariant else self.equivariant_depth
+        """Patterns that group parameters by depth: the embedding, then each block."""
         return dict(
-            stem=r"^cls_token|reg_token|pos_embed|patch_embed",
-            blocks=[(r"^blocks\.(\d+)", None), (r"^hand_over", (after,)), (r"^norm|^fc_norm", (99999,))],
+            stem=r"^cls_token|dist_token|reg_token|pos_embed|patch_embed",
+            blocks=[(r"^blocks\.(\d+)", None), (r"^norm|^fc_norm|^transition", (99999,))],
         )
 
     @torch.jit.unused
@@ -417,9 +323,16 @@ class EquivariantViT(nn.Module):
         self.grad_checkpointing = enable
 
     @torch.jit.unused
-    def get_classifier(self) -> nn.Module:
-        """The linear classifier."""
-        return self.head
+    def set_distilled_training(self, enable: bool = True) -> None:
+        """In training return the logits of both classifiers, as timm's `TokenDistillationTask` expects."""
+        if not self.distilled:
+            raise ValueError("the model has no distillation token: create it with distilled=True")
+        self.distilled_training = enable
+
+    @torch.jit.unused
+    def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
+        """The linear classifier; with `distilled` both."""
+        return self.head if self.head_dist is None else (self.head, self.head_dist)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier, and the pooling unless `global_pool` is None; 0 classes: none."""
@@ -427,31 +340,44 @@ class EquivariantViT(nn.Module):
             self._check_pool(global_pool)
             self.global_pool = global_pool
         self.num_classes = num_classes
+        self.head = self._classifier()
+        self.head_dist = self._classifier() if self.distilled else None
+
+    def _classifier(self) -> nn.Module:
+        if self.num_classes == 0:
+            return nn.Identity()
         like = self.pos_embed
-        self.head = nn.Identity()
-        if num_classes > 0:
-            self.head = nn.Linear(self.head_hidden_size, num_classes, device=like.device, dtype=like.dtype)
-        self.head.train(self.training)
+        head = nn.Linear(self.head_hidden_size, self.num_classes, device=like.device, dtype=like.dtype)
+        return head.train(self.training)
 
     @torch.jit.unused
     def is_exact(self, size: int | tuple[int, int]) -> bool:
         """Whether an image of this size, n or (height, width), may be rotated and reflected without any resampling."""
-        sides = (size, size) if isinstance(size, int) else size
+        sides = to_2tuple(size)
         if not self.dynamic_img_size:
             return tuple(sides) == tuple(self.patch_embed.img_size)
-        return all(side % patch == 0 for side, patch in zip(sides, self.patch_embed.patch_size, strict=True))
+        return all(side % self.patch_embed.patch_size[0] == 0 for side in sides)
 
     @torch.jit.unused
     def exact_sizes(self, near: int = 224) -> tuple[int, int]:
-        """The exact sizes next to `near`: the largest that is not above, the smallest not below."""
-        if not self.dynamic_img_size:
-            return self.patch_embed.img_size[0], self.patch_embed.img_size[0]
-        patch = self.patch_embed.patch_size[0]
-        return max(1, near // patch) * patch, max(1, -(-near // patch)) * patch
+        """The exact square sizes next to `near`: the largest that is not above, the smallest not below.
+
+        Raises:
+            ValueError: the model only accepts a rectangle.
+        """
+        patch, (height, width) = self.patch_embed.patch_size[0], self.patch_embed.img_size
+        if self.dynamic_img_size:
+            return max(1, near // patch) * patch, max(1, -(-near // patch)) * patch
+        if height != width:
+            raise ValueError(
+                f"the model only accepts {height} x {width} pixels, so no square size is exact: create it with "
+                "dynamic_img_size=True"
+            )
+        return height, width
 
     @torch.jit.unused
     def kernels(self) -> set[Kernel]:
-        """None: its coefficients are of no kernels in a basis."""
+        """Kernel bases of the coefficients: none."""
         return set()
 
     @torch.jit.unused
@@ -460,47 +386,40 @@ class EquivariantViT(nn.Module):
         img_size: int | tuple[int, int] | None = None,
         patch_size: int | tuple[int, int] | None = None,
     ) -> None:
-        """Make the position map for images of another size, resized from the present one.
+        """Resize the position map for images of another size.
 
         Raises:
             ValueError: a size that does not fit, or another patch size; nothing has changed.
         """
         if patch_size is not None and to_2tuple(patch_size) != self.patch_embed.patch_size:
             raise ValueError(
-                f"patch_size {patch_size} is not that of this model, {self.patch_embed.patch_size[0]}, for which its "
-                "kernels were made: resize the images instead"
+                f"patch_size {patch_size}, but the kernels are of {self.patch_embed.patch_size[0]}: resize the images"
             )
         if img_size is None:
             return
-        before = self.patch_embed.img_size
-        try:
-            self.patch_embed.set_input_size(img_size)
-            tiles = self._position_tiles(self.patch_embed.grid_size)
-        except ValueError:
-            self.patch_embed.set_input_size(before)
-            raise
+        tiles = self._position_tiles(img_size)
+        self.patch_embed.set_input_size(img_size)
         if tiles != self.pos_embed.shape[2:]:
             resized = resize_tiles(self.pos_embed.detach(), self.group, self.patch_embed.grid_size)
             self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
 
-    def _embed(self, x: torch.Tensor) -> torch.Tensor:
-        """Images -> tokens in front of the first block: [B, in_chans, H, W] -> [B, prefix + N, |G| * fields]."""
-        x = self.check_image(x)
-        grid = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
-        x = self.patch_embed(x)
-        positions = self.unfold(self.pos_embed).flatten(0, 1).flatten(1).t().unsqueeze(0)  # [1, N, |G| * fields]
+    def _pos_embed(self, x: torch.Tensor) -> torch.Tensor:
+        """Patches [B, N, |G| * fields], or [B, h, w, |G| * fields] if `dynamic_img_size`, with places and prefix."""
+        positions = self.unfold(self.pos_embed).flatten(0, 1)  # [|G| * fields, h, w]
         if self.dynamic_img_size:
-            new, old = [grid[0], grid[1]], [self.patch_embed.grid_size[0], self.patch_embed.grid_size[1]]
-            positions = resample_abs_pos_embed(
-                positions, new_size=new, old_size=old, num_prefix_tokens=0, antialias=False
-            )
-        tokens = [x + positions]
-        rest = (self.order - 1) * self.fields  # channels of the other irreps, where these are zero
-        if self.reg_token is not None:
-            tokens.insert(0, F.pad(self.reg_token, [0, rest]).expand(x.shape[0], -1, -1))
-        if self.cls_token is not None:
-            tokens.insert(0, F.pad(self.cls_token, [0, rest]).expand(x.shape[0], -1, -1))
-        return self.patch_drop(self.pos_drop(torch.cat(tokens, 1)))
+            size = [x.shape[1], x.shape[2]]
+            positions = F.interpolate(positions.unsqueeze(0), size, mode="bicubic").squeeze(0)
+            x = x.flatten(1, 2)
+        tokens = [x + positions.flatten(1).t()]
+        rest = (self.order - 1) * self.fields  # channels of the other irreps, which are zero
+        for token in (self.reg_token, self.dist_token, self.cls_token):
+            if token is not None:
+                tokens.insert(0, F.pad(token, [0, rest]).expand(x.shape[0], -1, -1))
+        return self.pos_drop(torch.cat(tokens, 1))
+
+    def _embed(self, x: torch.Tensor) -> torch.Tensor:
+        """Images -> tokens before the first block: [B, in_chans, H, W] -> [B, prefix + N, |G| * fields]."""
+        return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(self.check_image(x)))))
 
     def _fields(self, x: torch.Tensor) -> torch.Tensor:
         """Irreps basis -> regular fields, field-major: [B, N, |G| * fields] -> channel = field * |G| + element."""
@@ -508,26 +427,31 @@ class EquivariantViT(nn.Module):
         return self.to_regular(blocks).permute(1, 2, 3, 0).flatten(2)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Tokens [B, prefix + N, d] behind the last norm: regular fields where the last block is equivariant."""
+        """Tokens [B, prefix + N, d] after the last norm: regular fields if the last block is equivariant."""
         x = self._embed(x)
-        for index, block in enumerate(self.blocks):
-            if index == self.equivariant_depth:
-                x = self.hand_over(x)
-            if self.grad_checkpointing and not torch.jit.is_scripting():  # noqa: SIM108  (TorchScript)
-                x = checkpoint(block, x)
-            else:
-                x = block(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.blocks, x)
+        else:
+            x = self.blocks(x)
         x = self.norm(x)
         return self._fields(x) if self.ends_equivariant else x
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Pool the tokens of `forward_features`, of regular fields their invariants; classify unless `pre_logits`."""
-        pool = self.global_pool
-        if self.reads_fields:
-            x = x[:, :1] if pool == "token" else x
+        if self.global_pool == "token":
+            x = x[:, : 2 if self.head_dist is not None else 1]
+        if self.transition is not None:
             x = x.unflatten(2, (self.fields, self.order)).permute(3, 0, 1, 2)  # [|G|, B, N, fields]
-            x = self.hand_over(self.to_irreps(x).permute(1, 2, 0, 3).flatten(2))  # [B, N, features]
-        x = global_pool_nlc(x, pool_type=pool, num_prefix_tokens=self.num_prefix_tokens)
+            x = self.transition(self.to_irreps(x).permute(1, 2, 0, 3).flatten(2))  # [B, N, features]
+        if self.head_dist is not None and self.global_pool == "token":
+            x = self.head_drop(self.fc_norm(x))  # [B, 2, features]
+            if pre_logits:
+                return x.mean(1)
+            logits, distilled = self.head(x[:, 0]), self.head_dist(x[:, 1])
+            if self.distilled_training and self.training and not torch.jit.is_scripting():
+                return logits, distilled  # pyright: ignore[reportReturnType]  as in timm, which TorchScript needs
+            return (logits + distilled) / 2
+        x = global_pool_nlc(x, pool_type=self.global_pool, num_prefix_tokens=self.num_prefix_tokens)
         x = self.head_drop(self.fc_norm(x))
         return x if pre_logits else self.head(x)
 
@@ -544,52 +468,35 @@ class EquivariantViT(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Any] | tuple[torch.Tensor, list[Any]]:
-        """What blocks return: regular fields of the equivariant ones, ordinary channels of the others.
+        """Outputs of blocks: regular fields of the equivariant ones, ordinary channels of the others.
 
-        Args:
-            x: images [B, in_chans, H, W].
-            indices: the last n blocks if an int, all if None, else those listed.
-            return_prefix_tokens: give each as (patches, prefix tokens).
-            norm: apply the last norm, which only fits what the last blocks return.
-            stop_early: skip the blocks after the last one asked for.
-            output_fmt: 'NCHW' for maps [B, d, H / p, W / p], 'NLC' for tokens [B, N, d].
-            intermediates_only: return the list alone.
-
-        Returns:
-            The tokens behind the last block computed, normed where the norm fits, and the list; or the list.
+        Arguments as of timm's VisionTransformer; 'NCHW' are maps [B, d, H / p, W / p], 'NLC' tokens [B, N, d]. Also
+        returned are the tokens after the last block computed, normed if the norm fits.
 
         Raises:
-            ValueError: an unknown format; `norm` for an equivariant block in front of ordinary ones; maps of what
-                `patch_drop_rate` has left over.
+            ValueError: an unknown format; `norm`, which only fits the last kind of block, for another one.
         """
         if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt {output_fmt!r} does not exist for this model: use 'NCHW' or 'NLC'")
+            raise ValueError(f"unknown output_fmt {output_fmt!r}: use 'NCHW' or 'NLC'")
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         if norm and not self.ends_equivariant and min(take_indices) < self.equivariant_depth:
             raise ValueError(
-                f"norm=True is for blocks {self.equivariant_depth} to {len(self.blocks) - 1}, whose tokens the last "
-                f"norm is made for, but block {min(take_indices)} is equivariant: use norm=False"
+                f"norm=True only fits blocks {self.equivariant_depth} to {len(self.blocks) - 1}, but block "
+                f"{min(take_indices)} is equivariant: use norm=False"
             )
-        if self.training and output_fmt == "NCHW" and isinstance(self.patch_drop, PatchDropout):
-            raise ValueError(
-                f"patch_drop_rate {self.patch_drop.prob} leaves no whole map in training: use output_fmt='NLC', or "
-                "eval()"
-            )
-        size = x.shape[2], x.shape[3]
+        size = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
         x = self._embed(x)
         taken, fields = [], True
         for index, block in enumerate(self.blocks[: max_index + 1] if stop_early else self.blocks):
-            if index == self.equivariant_depth:
-                x, fields = self.hand_over(x), False
             x = checkpoint(block, x) if self.grad_checkpointing else block(x)
+            fields = index < self.equivariant_depth
             if index in take_indices:
                 y = self.norm(x) if norm else x
                 taken.append(self._fields(y) if fields else y)
-        height, width = self.patch_embed.dynamic_feat_size(size)
         prefix = [y[:, : self.num_prefix_tokens] for y in taken]
         taken = [y[:, self.num_prefix_tokens :] for y in taken]
         if output_fmt == "NCHW":
-            taken = [y.transpose(1, 2).unflatten(2, (height, width)).contiguous() for y in taken]  # [B, d, h, w]
+            taken = [y.transpose(1, 2).unflatten(2, size).contiguous() for y in taken]  # [B, d, h, w]
         if return_prefix_tokens:
             taken = list(zip(taken, prefix, strict=True))
         if intermediates_only:
@@ -606,7 +513,7 @@ class EquivariantViT(nn.Module):
         return_prefix_tokens: bool = False,
         norm: bool = False,
     ) -> list[Any]:
-        """`forward_intermediates` as DINO calls it: tokens, or maps with `reshape`."""
+        """`forward_intermediates` with the interface of DINO: tokens, or maps with `reshape`."""
         output_fmt = "NCHW" if reshape else "NLC"
         return list(self.forward_intermediates(x, n, return_prefix_tokens, norm, False, output_fmt, True))
 
@@ -616,48 +523,52 @@ class EquivariantViT(nn.Module):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
-        """Remove the blocks after the last of `indices`, and the head; returns the indices that stay.
+        """Remove the blocks after the last of `indices`, and the head; returns the indices that remain.
 
-        Norm and head also go where the blocks they were made for do, all ordinary ones.
+        Norm and head are also removed if all the ordinary blocks for which they were made are.
         """
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         self.blocks = self.blocks[: max_index + 1]
         lost = not self.ends_equivariant and max_index < self.equivariant_depth
+        self.ends_equivariant = self.ends_equivariant or lost
         if prune_norm or lost:
             self.norm = nn.Identity()
-        self.ends_equivariant = self.ends_equivariant or lost
         if prune_head or lost:
-            if self.ends_equivariant:
-                self.hand_over = nn.Identity()  # it stands in front of blocks or a head that are gone
-            self.reads_fields = False
+            self.transition = None
             self.head_hidden_size = self.embed_dim
             self.fc_norm = nn.Identity()
             self.reset_classifier(0, "")
         return take_indices
 
 
+def _check_depths(depth: int, equivariant_depth: int, invariants: str) -> None:
+    """Raises ValueError if these do not make a network."""
+    if not 0 < equivariant_depth <= depth:
+        raise ValueError(f"equivariant_depth {equivariant_depth} of {depth} blocks: use 1 to {depth}, or None")
+    if invariants == "trivial" and equivariant_depth < depth:
+        raise ValueError(f"invariants 'trivial' need equivariant_depth={depth}, not {equivariant_depth}: use 'power'")
+    if not invariants and equivariant_depth == depth:
+        raise ValueError(f"invariants '' is for hybrids, with equivariant_depth below {depth}: use invariants='power'")
+
+
+def _rename_transition(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Checkpoints made before 0.2 have the transition under the name of `hand_over`, whatever block it belongs to."""
+    new = next((name for name, _ in model.named_modules() if name.endswith("transition")), "transition")
+    for name in [name for name in state_dict if name.startswith(f"{prefix}hand_over.")]:
+        state_dict[prefix + name[len(prefix) :].replace("hand_over", new, 1)] = state_dict.pop(name)
+
+
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: EquivariantViT) -> dict[str, torch.Tensor]:
-    """The state dict for `model`, its position map resized where the model is made for another image size."""
+    """The state dict for `model`, its position map resized if the model is made for another image size."""
     tiles = state_dict.get("pos_embed")
     if tiles is None or tiles.shape[:2] != model.pos_embed.shape[:2] or tiles.shape == model.pos_embed.shape:
         return state_dict
     return {**state_dict, "pos_embed": resize_tiles(tiles, model.group, model.patch_embed.grid_size)}
 
 
-def _feature_info(index: int, channels: int, patch_size: int, group: str) -> dict[str, Any]:
-    """timm's description of what a block returns, with its number of fields and the group they belong to."""
-    fields = channels // irreps_of(group).order
-    return dict(module=f"blocks.{index}", num_chs=channels, reduction=patch_size, num_fields=fields, group=group)
-
-
-def _row(text: str, keywords: dict[str, Any], tag: str = "", cfg: dict[str, Any] | None = None) -> Variant:
-    """A row of the table: the docstring, keywords of `EquivariantViT`, the tag of published weights, further cfg."""
-    return Variant(text, keywords, {**_cfg(tag), **(cfg or {})}, tag)
-
-
 def _cfg(tag: str) -> dict[str, Any]:
     return {
-        "num_classes": 1000,
+        "num_classes": 0 if tag.startswith("dinov2") else 1000,
         "input_size": (3, 224, 224),
         "fixed_input_size": True,
         "crop_pct": 1.0,
@@ -680,72 +591,62 @@ SIZES = {  # width, depth, heads
     "huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16},
 }
 INVARIANT = "class token and logits invariant under rotations by 90 degrees and reflections"
-HYBRID = "NOT invariant and, behind its first half, NOT equivariant under rotations and reflections (a hybrid)"
-FULL = f"all blocks equivariant, {INVARIANT}"
+HYBRID = "NOT invariant and, after its first half, NOT equivariant under rotations and reflections (a hybrid)"
 MIRROR = "all blocks equivariant, logits invariant under left-right reflection"
-SELF_SUPERVISED = {"num_classes": 0}
 
 
-def _d1(size: str, patch_size: int = 16) -> dict[str, Any]:
-    depth = SIZES[size]["depth"]
-    only = {"invariants": "trivial", "equivariant_depth": depth, "equivariant_eps": 1e-6}
-    return {**SIZES[size], "group": "d1", "patch_size": patch_size, **only}
+def _row(size: str, patch_size: int = 16, tag: str = "", full: bool = False, **keywords: Any) -> Variant:
+    """A row of the table: the size, the tag of published weights, keywords of `EquivariantViT`."""
+    group, hybrid = keywords.get("group", "d4"), keywords.get("invariants") == ""
+    kind = {"d1": MIRROR, "d4": HYBRID if hybrid else INVARIANT}[group]
+    text = (
+        f"{'Hybrid ' if hybrid else ''}{group.upper()} ViT {size}, patch {patch_size}, {tag or 'no weights'}: {kind}."
+    )
+    arguments: dict[str, Any] = {**SIZES[size], "patch_size": patch_size, **keywords}
+    if full or group == "d1":
+        arguments["equivariant_depth"] = arguments["depth"]
+    if group == "d1":
+        arguments.update(invariants="trivial", equivariant_eps=1e-6)
+    return Variant(text, arguments, _cfg(tag), tag)
 
 
 VARIANTS: dict[str, Variant] = {
-    "d4vit_tiny_patch16_224": _row(f"D4 ViT-Ti/16: {INVARIANT}.", SIZES["tiny"]),
-    "d4vit_small_patch16_224": _row(f"D4 ViT-S/16: {INVARIANT}.", SIZES["small"]),
-    "d4vit_base_patch16_224": _row(f"D4 ViT-B/16: {INVARIANT}.", SIZES["base"]),
-    "d4vit_large_patch16_224": _row(
-        f"D4 ViT-L/16 (DeiT III): {INVARIANT}.", {**SIZES["large"], "invariants": "polynomial"}, "deit3_in1k"
-    ),
-    "d4vit_huge_patch14_224": _row(
-        f"D4 ViT-H/14 (DeiT III): {INVARIANT}.",
-        {**SIZES["huge"], "patch_size": 14, "invariants": "polynomial"},
-        "deit3_in1k",
-    ),
-    "d4vit_large_patch16_dinov2": _row(
-        f"D4 ViT-L/16 (DINOv2), features: {INVARIANT}.", SIZES["large"], "dinov2_in1k", SELF_SUPERVISED
-    ),
-    "d4vit_huge_patch16_dinov2": _row(
-        f"D4 ViT-H/16 (DINOv2), features: {INVARIANT}.", SIZES["huge"], "dinov2_in1k", SELF_SUPERVISED
-    ),
-    "d4vit_small_patch16_full_224": _row(f"D4 ViT-S/16: {FULL}.", {**SIZES["small"], "equivariant_depth": 12}),
-    "d4vit_base_patch16_full_224": _row(f"D4 ViT-B/16: {FULL}.", {**SIZES["base"], "equivariant_depth": 12}),
-    "d4hybridvit_large_patch16_224": _row(
-        f"Hybrid D4 ViT-L/16 (DeiT III): {HYBRID}.", {**SIZES["large"], "invariants": ""}, "deit3_in1k"
-    ),
-    "d4hybridvit_huge_patch14_224": _row(
-        f"Hybrid D4 ViT-H/14 (DeiT III): {HYBRID}.", {**SIZES["huge"], "patch_size": 14, "invariants": ""}, "deit3_in1k"
-    ),
-    "d4hybridvit_large_patch16_dinov2": _row(
-        f"Hybrid D4 ViT-L/16 (DINOv2), features: {HYBRID}.",
-        {**SIZES["large"], "invariants": ""},
-        "dinov2_in1k",
-        SELF_SUPERVISED,
-    ),
-    "d4hybridvit_huge_patch16_dinov2": _row(
-        f"Hybrid D4 ViT-H/16 (DINOv2), features: {HYBRID}.",
-        {**SIZES["huge"], "invariants": ""},
-        "dinov2_in1k",
-        SELF_SUPERVISED,
-    ),
-    "d1vit_tiny_patch16_224": _row(f"D1 ViT-Ti/16: {MIRROR}.", _d1("tiny")),
-    "d1vit_small_patch16_224": _row(f"D1 ViT-S/16: {MIRROR}.", _d1("small")),
-    "d1vit_base_patch16_224": _row(f"D1 ViT-B/16: {MIRROR}.", _d1("base")),
-    "d1vit_large_patch16_224": _row(f"D1 ViT-L/16: {MIRROR}.", _d1("large")),
-    "d1vit_huge_patch14_224": _row(f"D1 ViT-H/14: {MIRROR}.", _d1("huge", 14)),
-    "test_d4vit": _row(
+    "d4vit_tiny_patch16_224": _row("tiny"),
+    "d4vit_small_patch16_224": _row("small"),
+    "d4vit_base_patch16_224": _row("base"),
+    "d4vit_large_patch16_224": _row("large", 16, "deit3_in1k", invariants="polynomial"),
+    "d4vit_huge_patch14_224": _row("huge", 14, "deit3_in1k", invariants="polynomial"),
+    "d4vit_large_patch16_dinov2": _row("large", 16, "dinov2_in1k"),
+    "d4vit_huge_patch16_dinov2": _row("huge", 16, "dinov2_in1k"),
+    "d4vit_small_patch16_full_224": _row("small", full=True),
+    "d4vit_base_patch16_full_224": _row("base", full=True),
+    "d4hybridvit_large_patch16_224": _row("large", 16, "deit3_in1k", invariants=""),
+    "d4hybridvit_huge_patch14_224": _row("huge", 14, "deit3_in1k", invariants=""),
+    "d4hybridvit_large_patch16_dinov2": _row("large", 16, "dinov2_in1k", invariants=""),
+    "d4hybridvit_huge_patch16_dinov2": _row("huge", 16, "dinov2_in1k", invariants=""),
+    "d1vit_tiny_patch16_224": _row("tiny", group="d1"),
+    "d1vit_small_patch16_224": _row("small", group="d1"),
+    "d1vit_base_patch16_224": _row("base", group="d1"),
+    "d1vit_large_patch16_224": _row("large", group="d1"),
+    "d1vit_huge_patch14_224": _row("huge", 14, group="d1"),
+    "test_d4vit": Variant(
         f"Tiny D4 ViT for tests: {INVARIANT}.",
         {"img_size": 64, "patch_size": 16, "embed_dim": 48, "depth": 4, "num_heads": 3, "init_values": 1.0},
+        {**_cfg("digits"), **digits_cfg("test_d4vit", 64)},
         "digits",
-        digits_cfg("test_d4vit", 64),
     ),
 }
 
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     """Build `name` through timm; see `EquivariantViT` for the keywords, all of which may be overridden."""
+    if kwargs.pop("use_naflex", False):
+        raise ValueError("use_naflex=True: NaFlexViT has no equivariant version; use dynamic_img_size=True")
+    if kwargs.get("feature_cls", "getter") not in ("getter", FeatureGetterNet):
+        raise ValueError(
+            f"feature_cls {kwargs['feature_cls']!r} would return tokens in the irreps basis, not the regular fields of "
+            "feature_info: use 'getter', the default"
+        )
     build = partial(
         build_model_with_cfg,
         EquivariantViT,

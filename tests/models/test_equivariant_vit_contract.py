@@ -1,4 +1,4 @@
-"""What timm's users do with a ViT: features, heads, other sizes, layer decay, export, wrong keywords."""
+"""ViTs as timm's users run them: features, heads, sizes, distillation, export, wrong keywords."""
 
 import copy
 import io
@@ -9,27 +9,14 @@ import torch
 import torch.nn as nn
 from packaging.version import Version
 from support.reference_data import image
+from timm.layers import set_fused_attn
 from timm.optim import create_optimizer_v2
+from timm.utils import AttentionExtract
 
 import equivision_timm  # noqa: F401  (registers the models)
-from equivision_timm.groups import Group
-from equivision_timm.models.equivariant_vit import VARIANTS, EquivariantViT, checkpoint_filter_fn
+from equivision_timm.models.equivariant_vit import VARIANTS, checkpoint_filter_fn
 
-NAMES = [
-    *(f"d4vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large")),
-    "d4vit_huge_patch14_224",
-    "d4vit_large_patch16_dinov2",
-    "d4vit_huge_patch16_dinov2",
-    "d4vit_small_patch16_full_224",
-    "d4vit_base_patch16_full_224",
-    "d4hybridvit_large_patch16_224",
-    "d4hybridvit_huge_patch14_224",
-    "d4hybridvit_large_patch16_dinov2",
-    "d4hybridvit_huge_patch16_dinov2",
-    *(f"d1vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large")),
-    "d1vit_huge_patch14_224",
-    "test_d4vit",
-]
+FULL = {"equivariant_depth": 4}
 PARAMETERS = {  # millions, with the published heads; counted by hand from the descriptions of the networks
     "d4vit_tiny_patch16_224": 3.26,
     "d4vit_base_patch16_224": 49.22,
@@ -41,16 +28,33 @@ PARAMETERS = {  # millions, with the published heads; counted by hand from the d
     "d1vit_base_patch16_224": 43.3,
     "d1vit_huge_patch14_224": 316.15,
 }
+X = image((2, 3, 64, 64))
 
 
-def create(**keywords):
+def create(name="test_d4vit", **keywords):
     torch.manual_seed(0)
-    return timm.create_model("test_d4vit", **keywords).eval()
+    return timm.create_model(name, **keywords).eval()
 
 
-def test_all_names_are_listed():
-    assert sorted(timm.list_models(module="equivariant_vit")) == sorted(NAMES) == sorted(VARIANTS)
-    assert not set(NAMES) & set(timm.list_models(module="vision_transformer"))
+@pytest.fixture
+def unfused():
+    set_fused_attn(False)
+    yield
+    set_fused_attn(True)
+
+
+def test_names_and_cfgs():
+    assert set(timm.list_models(module="equivariant_vit")) == set(VARIANTS)
+    assert len(VARIANTS) == 19
+    for name in VARIANTS:
+        cfg = timm.get_pretrained_cfg(name)
+        assert (cfg.first_conv, cfg.classifier, cfg.crop_pct) == ("patch_embed.proj", "head", 1.0)
+        assert cfg.hf_hub_id is None  # nothing is published: no host is contacted
+        tag = ("dinov2_in1k" if "dinov2" in name else "deit3_in1k") if "d1" not in name and "ge_" in name else None
+        classes = 0 if "dinov2" in name else 1000
+        assert (cfg.tag, cfg.num_classes) == (("digits", 10) if name == "test_d4vit" else (tag, classes))
+    with pytest.raises(RuntimeError, match="d4vit_tiny_patch16_224"):
+        timm.create_model("d4vit_tiny_patch16_224", pretrained=True)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -61,134 +65,190 @@ def test_parameters(name):
     assert model.patch_embed.patch_size[0] == (14 if "patch14" in name else 16)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_cfgs(name):
-    cfg = timm.get_pretrained_cfg(name)
-    assert cfg.first_conv == "patch_embed.proj"
-    assert cfg.classifier == "head"
-    assert cfg.crop_pct == 1.0
-    assert cfg.hf_hub_id is None  # nothing is published: no host is asked
-    published = name.startswith(("d4vit_", "d4hybridvit_")) and ("large" in name or "huge" in name)
-    dinov2 = "dinov2" in name
-    if name == "test_d4vit":
-        assert (cfg.tag, cfg.num_classes) == ("digits", 10)
-    else:
-        assert cfg.tag == (("dinov2_in1k" if dinov2 else "deit3_in1k") if published else None)
-        assert cfg.num_classes == (0 if dinov2 else 1000)
+@pytest.mark.parametrize("keywords", [{}, FULL], ids=str)
+def test_intermediates(keywords):
+    model = create(num_classes=7, reg_tokens=1, **keywords)
+    last, maps = model.forward_intermediates(X)
+    torch.testing.assert_close(last, model.forward_features(X))
+    torch.testing.assert_close(model.forward_head(last), model(X))
+    assert [m.shape for m in maps] == 4 * [(2, 48, 4, 4)]
+    early, two = model.forward_intermediates(X, [0, 2], stop_early=True)
+    torch.testing.assert_close(two, [maps[0], maps[2]])
+    assert early.shape == last.shape == (2, 18, 48)
+    ((patches, prefix),) = model.forward_intermediates(X, 1, True, output_fmt="NLC", intermediates_only=True)
+    assert prefix.shape == (2, 2, 48)
+    torch.testing.assert_close(patches.transpose(1, 2).reshape(2, 48, 4, 4), maps[-1])
+    normed = model.forward_intermediates(X, [3], norm=True, intermediates_only=True)[0]
+    torch.testing.assert_close(normed.flatten(2).transpose(1, 2), last[:, 2:])
+    torch.testing.assert_close(model.get_intermediate_layers(X, [3], reshape=True, norm=True)[0], normed)
+    with pytest.raises(ValueError, match="NHWC"):
+        model.forward_intermediates(X, output_fmt="NHWC")
+    if not keywords:
+        with pytest.raises(ValueError, match="norm"):
+            model.forward_intermediates(X, norm=True)
 
 
-@pytest.mark.parametrize("full", [False, True])
-def test_intermediates(full):
-    model, x = create(num_classes=7, reg_tokens=1, equivariant_depth=4 if full else 2), image((2, 3, 64, 64))
-    with torch.no_grad():
-        last, maps = model.forward_intermediates(x)
-        torch.testing.assert_close(last, model.forward_features(x))
-        torch.testing.assert_close(model.forward_head(last), model(x))
-        assert [m.shape for m in maps] == 4 * [(2, 48, 4, 4)]
-        early, two = model.forward_intermediates(x, [0, 2], stop_early=True)
-        torch.testing.assert_close(two, [maps[0], maps[2]])
-        assert early.shape == last.shape == (2, 18, 48)
-        tokens = model.forward_intermediates(x, 1, return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True)
-        ((patches, prefix),) = tokens
-        assert patches.shape == (2, 16, 48)
-        assert prefix.shape == (2, 2, 48)
-        torch.testing.assert_close(patches.transpose(1, 2).reshape(2, 48, 4, 4), maps[-1])
-        normed = model.forward_intermediates(x, [3], norm=True, intermediates_only=True)[0]
-        torch.testing.assert_close(normed.flatten(2).transpose(1, 2), last[:, 2:])
-        torch.testing.assert_close(model.get_intermediate_layers(x, [3], reshape=True, norm=True)[0], normed)
-
-
-def test_feature_info_names_fields_and_group():
+def test_features():
     model = create(features_only=True, out_indices=(0, 1, 3))
     assert model.feature_info.channels() == [48, 48, 48]
     assert model.feature_info.reduction() == [16, 16, 16]
     assert model.feature_info.get("group") == ["d4", "d4", "c1"]
     assert model.feature_info.get("num_fields") == [6, 6, 48]
-    maps, whole = model(image((1, 3, 64, 64))), create()
-    torch.testing.assert_close(maps, whole.forward_intermediates(image((1, 3, 64, 64)), [0, 1, 3])[1])
-    assert len(create(features_only=True)(image((1, 3, 64, 64)))) == 3
+    torch.testing.assert_close(model(X), create().forward_intermediates(X, [0, 1, 3])[1])
+    for other in ("hook", "fx"):  # would return the irreps basis
+        with pytest.raises(ValueError, match="feature_cls"):
+            create(features_only=True, feature_cls=other)
 
 
-def test_pruned_models_keep_their_maps():
-    x = image((1, 3, 64, 64))
-    for depth in (2, 4):
-        for index in range(4):
-            model = create(equivariant_depth=depth)
-            expected = model.forward_intermediates(x, [index], intermediates_only=True)[0]
-            model.prune_intermediate_layers([index], prune_norm=True)
-            torch.testing.assert_close(model.forward_intermediates(x, [index], intermediates_only=True)[0], expected)
-            model.forward_features(x).sum().backward()
-            assert all(p.grad is not None for p in model.parameters())
+@pytest.mark.parametrize("keywords", [{}, FULL, {"dynamic_img_size": True, "reg_tokens": 1}], ids=str)
+def test_steps_of_timms_vit(keywords):
+    model = create(**keywords)
+    x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(X))))
+    x = model.norm(nn.Sequential(*model.blocks)(x))
+    if not keywords:
+        torch.testing.assert_close(x, model.forward_features(X), rtol=0, atol=0)
+    if keywords is FULL:
+        x = model._fields(x)
+    torch.testing.assert_close(model.forward_head(x), model(X), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("keywords", [{}, FULL], ids=str)
+def test_checkpoints_with_the_former_name_of_the_transition(keywords):
+    model = create(**keywords)
+    state = {name.replace("blocks.2.transition", "hand_over"): value for name, value in model.state_dict().items()}
+    state = {name.replace("transition", "hand_over"): value for name, value in state.items()}
+    assert len([name for name in state if name.startswith("hand_over.")]) == 2
+    other = create(**keywords)
+    other.init_weights()
+    assert not torch.equal(other(X), model(X))
+    other.load_state_dict(state)
+    torch.testing.assert_close(other(X), model(X), rtol=0, atol=0)
+    wrapped = nn.Sequential(other)
+    wrapped.load_state_dict({f"0.{name}": value for name, value in state.items()})
+
+
+@pytest.mark.parametrize("depth", [2, 4])
+@pytest.mark.parametrize("index", range(4))
+def test_pruned_models_have_the_same_maps(depth, index):
+    model = create(equivariant_depth=depth)
+    expected = model.forward_intermediates(X, [index], intermediates_only=True)[0]
+    model.prune_intermediate_layers([index], prune_norm=True)
+    torch.testing.assert_close(model.forward_intermediates(X, [index], intermediates_only=True)[0], expected)
+    model.forward_features(X).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_heads():
-    model, x = create(num_classes=7), image((2, 3, 64, 64))
-    assert model(x).shape == (2, 7)
+    model = create(num_classes=7)
+    assert model(X).shape == (2, 7)
     assert model.get_classifier() is model.head
     model.reset_classifier(5, "avg")
-    assert (model(x).shape, model.global_pool) == ((2, 5), "avg")
+    assert (model(X).shape, model.global_pool) == ((2, 5), "avg")
+    with pytest.raises(ValueError, match="global_pool"):
+        model.reset_classifier(3, "mean")
+    assert model.num_classes == 5
     model.reset_classifier(0)
-    assert model(x).shape == (2, 48)
+    assert model(X).shape == (2, 48)
     model.reset_classifier(0, "")
-    assert model(x).shape == (2, 17, 48)
+    assert model(X).shape == (2, 17, 48)
     mirrored = timm.create_model("d1vit_tiny_patch16_224", depth=2, equivariant_depth=2)
     assert (mirrored.num_features, mirrored.head_hidden_size) == (192, 96)
 
 
 def test_parameters_without_weight_decay_and_layer_decay():
-    model = create()
+    model = create(distilled=True)
     names = dict(model.named_parameters())
-    assert model.no_weight_decay() <= {*names, "reg_token"}
+    assert list(names)[-2:] == ["head_dist.weight", "head_dist.bias"]
     optimizer = create_optimizer_v2(model, "adamw", lr=1.0, weight_decay=0.1, layer_decay=0.5)
     found = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     scale = {name: found[id(p)]["lr_scale"] for name, p in names.items()}
-    assert scale["pos_embed"] == scale["cls_token"] == scale["patch_embed.proj.weight"] == 0.5**5
+    embedding = ("pos_embed", "cls_token", "dist_token", "patch_embed.proj.weight")
+    assert {scale[name] for name in embedding} == {0.5**5}
     assert [scale[f"blocks.{i}.mlp.fc1.weight"] for i in range(4)] == [0.5**i for i in (4, 3, 2, 1)]
-    assert scale["hand_over.proj.weight"] == scale["blocks.2.norm1.weight"]
-    assert scale["head.weight"] == 1.0
+    assert scale["blocks.2.transition.proj.weight"] == scale["blocks.2.norm1.weight"]
+    assert scale["head.weight"] == scale["head_dist.weight"] == 1.0
     decayed = {name for name, p in names.items() if found[id(p)]["weight_decay"]}
     assert {name.split(".")[-1] for name in decayed} == {"weight", "weight_plane"}
-    assert not any("norm" in name or "gamma" in name or "bias" in name for name in decayed)
+    assert not any("norm" in name for name in decayed)
 
 
-@pytest.mark.parametrize("depth", [2, 4])
-def test_checkpointing_gives_the_same_gradients(depth):
-    x, gradients = image((2, 3, 64, 64)), []
+@pytest.mark.parametrize("keywords", [{}, FULL], ids=str)
+def test_checkpointing_gives_the_same_gradients(keywords):
+    gradients = []
     for enable in (False, True):
-        model = create(num_classes=3, equivariant_depth=depth).train()
+        model = create(num_classes=3, **keywords).train()
         model.set_grad_checkpointing(enable)
-        model(x).square().sum().backward()
+        model(X).square().sum().backward()
         gradients.append([p.grad for p in model.parameters()])
     torch.testing.assert_close(*gradients)
 
 
-def test_dropouts_are_used():
-    rates = {"drop_rate": 0.5, "pos_drop_rate": 0.5, "patch_drop_rate": 0.5, "proj_drop_rate": 0.5}
-    x = image((2, 3, 64, 64))
-    for name, rate in {**rates, "attn_drop_rate": 0.5, "drop_path_rate": 0.9}.items():
-        model = create(num_classes=5, **{name: rate})
-        torch.testing.assert_close(model(x), create(num_classes=5)(x))  # not in eval
-        model.train()
-        assert not torch.equal(model(x), model(x)), name
-    model = create(patch_drop_rate=0.5).train()
-    assert model.forward_features(x).shape == (2, 9, 48)
-    assert [type(block.drop_path1) for block in create(drop_path_rate=0.1).blocks] == 4 * [timm.layers.DropPath]
+@pytest.mark.parametrize("fused", [True, False])
+def test_dropouts_are_used(fused):
+    set_fused_attn(fused)
+    try:
+        for kind in ("drop", "pos_drop", "patch_drop", "proj_drop", "attn_drop", "drop_path"):
+            model = create(num_classes=5, **{f"{kind}_rate": 0.9 if kind == "drop_path" else 0.5})
+            torch.testing.assert_close(model(X), create(num_classes=5)(X))  # not in eval
+            model.train()
+            assert not torch.equal(model(X), model(X)), kind
+    finally:
+        set_fused_attn(True)
+    assert create(patch_drop_rate=0.5).train().forward_features(X).shape == (2, 9, 48)
 
 
-def test_fix_init_scales_the_last_weights_of_each_block():
-    model = create(fix_init=True)
-    for number, block in enumerate(model.blocks, start=1):
-        for layer in (block.attn.proj, block.mlp.fc2):
-            assert layer.weight.std().item() == pytest.approx(0.02 / (2 * number) ** 0.5, rel=0.1)
+def test_attention_maps(unfused):
+    """timm's AttentionExtract finds those of all blocks, and they are what the fused attention computes."""
+    maps = AttentionExtract(create(**FULL), method="hook")(X)
+    assert len(maps) == len(AttentionExtract(create(), method="hook")(X)) == 4
+    assert len(AttentionExtract(create(), method="fx")(X)) == 4
+    for attention in maps.values():
+        assert attention.shape == (2, 3, 17, 17)
+        torch.testing.assert_close(attention.sum(-1), torch.ones(2, 3, 17))
+    set_fused_attn(True)
+    fused = create(**FULL)
+    assert not AttentionExtract(fused, method="hook").hooks.get_output("cpu")  # the control
+    set_fused_attn(False)
+    torch.testing.assert_close(create(**FULL)(X), fused(X), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("keywords", [{}, FULL], ids=str)
+def test_token_distillation(keywords):
+    task = pytest.importorskip("timm.task")
+    model = create(distilled=True, num_classes=10, drop_rate=0.1, **keywords)
+    features = model.forward_features(X)
+    torch.testing.assert_close(model(X), model.forward_head(features))
+    teacher = timm.create_model("test_resnet", num_classes=10)
+    step = task.TokenDistillationTask(model, teacher, nn.CrossEntropyLoss(), distill_type="hard", verbose=False).train()
+    assert [logits.shape for logits in model(X)] == [(2, 10), (2, 10)]
+    step(X, torch.tensor([1, 2]))["loss"].backward()
+    assert all(p.grad is not None for p in model.parameters())
+    model.eval()
+    assert model(X).shape == (2, 10)
+    assert model.forward_head(features, pre_logits=True).shape == (2, 48)
+    model.reset_classifier(3)
+    assert [head.out_features for head in model.get_classifier()] == [3, 3]
+    with pytest.raises(ValueError, match="distilled"):
+        create().set_distilled_training()
+    with pytest.raises(ValueError, match="distillation"):
+        create(distilled=True, global_pool="avg")
+
+
+@pytest.mark.parametrize("kind", ["LogitDistillationTask", "FeatureDistillationTask"])
+@pytest.mark.parametrize("name", ["test_d4vit", "test_c8resnet"])
+def test_distillation_of_logits_and_features(kind, name):
+    task = pytest.importorskip("timm.task")
+    model, teacher = create(name, num_classes=10), timm.create_model("test_vit", num_classes=10, img_size=64)
+    step = getattr(task, kind)(model, teacher, nn.CrossEntropyLoss(), task_loss_weight=0.5, verbose=False).train()
+    step(X, torch.tensor([1, 2]))["loss"].backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_grey_images():
-    grey = create(in_chans=1)
-    colour = create()
+    grey, colour = create(in_chans=1), create()
     weight = colour.patch_embed.proj.weight
     assert grey.patch_embed.proj.weight.shape == (weight.shape[0], 1, *weight.shape[2:])
-    state = {**colour.state_dict(), "patch_embed.proj.weight": weight.sum(1, keepdim=True)}
-    grey.load_state_dict(state)
+    grey.load_state_dict({**colour.state_dict(), "patch_embed.proj.weight": weight.sum(1, keepdim=True)})
     x = image((1, 1, 64, 64))
     torch.testing.assert_close(grey(x), colour(x.expand(-1, 3, -1, -1)), atol=1e-5, rtol=1e-4)
 
@@ -202,45 +262,65 @@ def test_position_map_is_resized_on_load_and_by_set_input_size():
         large.load_state_dict(small.state_dict())
     large.load_state_dict(checkpoint_filter_fn(small.state_dict(), large))
     torch.testing.assert_close(large(x), dynamic(x), atol=1e-5, rtol=1e-4)
+    for size, patch in ((80, None), (64, 8)):
+        with pytest.raises(ValueError, match=r"80 x 80|patch_size 8"):
+            small.set_input_size(size, patch)
+    assert small(X).shape == (2, 10)  # unchanged
     small.set_input_size(96)
     torch.testing.assert_close(small(x), dynamic(x), atol=1e-5, rtol=1e-4)
-    assert small.pos_embed.shape == (6, 6, 3, 3)
     state = create().state_dict()
     assert checkpoint_filter_fn(state, create()) is state
 
 
+def test_exact_sizes():
+    model = create(dynamic_img_size=True)
+    assert model.exact_sizes(near=100) == (96, 112)
+    assert [model.is_exact(size) for size in (96, (48, 80), 100)] == [True, True, False]
+    assert create().exact_sizes(100) == (64, 64)
+    rectangular = create(group="d1", img_size=(64, 96))
+    assert rectangular.is_exact((64, 96))
+    assert not rectangular.is_exact(64)
+    with pytest.raises(ValueError, match="64 x 96"):
+        rectangular.exact_sizes()
+
+
 def test_meta_device_and_types():
     with torch.device("meta"):
-        model = timm.create_model("test_d4vit")
+        model = timm.create_model("test_d4vit", distilled=True)
     assert all(value.is_meta for value in model.state_dict().values())
     model = model.to_empty(device="cpu")
     model.init_weights()
-    assert model.eval()(image((1, 3, 64, 64))).isfinite().all()
-    half = create().bfloat16()
-    assert half(image((1, 3, 64, 64)).bfloat16()).dtype == torch.bfloat16
+    assert model.eval()(X).isfinite().all()
+    assert create().bfloat16()(X.bfloat16()).dtype == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = create()(image((1, 3, 64, 64)))
-    torch.testing.assert_close(mixed.float(), create()(image((1, 3, 64, 64))), atol=0.05, rtol=0.05)
+        mixed = create()(X)
+    torch.testing.assert_close(mixed.float(), create()(X), atol=0.05, rtol=0.05)
 
 
-@pytest.mark.parametrize("keywords", [{}, {"equivariant_depth": 4}, {"invariants": "polynomial"}], ids=str)
+@pytest.mark.parametrize("keywords", [{}, FULL, {"invariants": "polynomial"}, {"distilled": True}], ids=str)
 def test_graphs(keywords):
-    model, x = create(**keywords), image((2, 3, 64, 64))
-    expected = model(x)
-    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), expected)
-    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
-    torch.testing.assert_close(copy.deepcopy(model)(x), expected)
-    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), expected)
+    model = create(**keywords)
+    expected = model(X)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(X), expected)
+    torch.testing.assert_close(torch.export.export(model, (X,)).module()(X), expected)
+    torch.testing.assert_close(copy.deepcopy(model)(X), expected)
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(X), expected)
+
+
+SCRIPTED = [{}, FULL, {"invariants": "polynomial"}, {"group": "c4"}, {"group": "d1"}, {"distilled": True}]
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.(script|trace).* is (deprecated|not supported)")
-@pytest.mark.parametrize("keywords", [{}, {"invariants": "polynomial"}, {"group": "c4"}, {"group": "d1"}], ids=str)
-def test_torchscript(keywords):
-    """Scripted; and traced, without a warning of sizes that are checked."""
-    model, x = create(**keywords), image((2, 3, 64, 64))
-    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+@pytest.mark.parametrize("keywords", SCRIPTED, ids=str)
+def test_torchscript(keywords, unfused):
+    """Scripted; and traced, without a warning about sizes that are checked."""
+    model = create(**keywords)
+    torch.testing.assert_close(torch.jit.script(model)(X), model(X))
+    set_fused_attn(True)
+    model = create(**keywords)
+    torch.testing.assert_close(torch.jit.script(model)(X), model(X))
     with torch.no_grad():
-        torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))
+        torch.testing.assert_close(torch.jit.trace(model, X)(X), model(X))
 
 
 def test_exported_for_all_batch_and_image_sizes():
@@ -252,16 +332,23 @@ def test_exported_for_all_batch_and_image_sizes():
         torch.testing.assert_close(program(image(shape)), model(image(shape)), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.skipif(Version(torch.__version__) < Version("2.9"), reason="its ONNX exporter cannot write this graph")
-def test_onnx():
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Constant folding")
+@pytest.mark.parametrize("opset", [None, 14, 17])
+@pytest.mark.parametrize("keywords", [{}, {"group": "c4", **FULL}], ids=str)
+def test_onnx(opset, keywords):
+    """By the exporter of torch.export, and by that of TorchScript with its opsets."""
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    model, x, file = create(), image((2, 3, 64, 64)), io.BytesIO()
-    program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
-    program.save(file)
+    if opset is None and Version(torch.__version__) < Version("2.9"):
+        pytest.skip("its exporter cannot write this graph")
+    model, file = create(**keywords), io.BytesIO()
+    if opset is None:
+        torch.onnx.export(model, (X,), dynamo=True, verbose=False).save(file)
+    else:
+        torch.onnx.export(model, (X,), file, dynamo=False, opset_version=opset)
     session = onnxruntime.InferenceSession(file.getvalue())
-    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(found), model(x), atol=1e-5, rtol=1e-4)
+    (found,) = session.run(None, {session.get_inputs()[0].name: X.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), model(X), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -285,6 +372,7 @@ def test_onnx():
         ({"global_pool": "map"}, "global_pool"),
         ({"class_token": False}, "class_token"),
         ({"act_layer": nn.GLU}, "pointwise"),
+        ({"use_naflex": True}, "NaFlex"),
     ],
 )
 def test_keyword_of_the_wrong_value(keywords, word):
@@ -295,6 +383,7 @@ def test_keyword_of_the_wrong_value(keywords, word):
 def test_unknown_keyword():
     with pytest.raises(TypeError, match="dynamic_img_pad"):
         create(dynamic_img_pad=True)
+    assert create(use_naflex=False)(X).shape == (2, 10)  # as in timm
 
 
 @pytest.mark.parametrize(
@@ -309,46 +398,3 @@ def test_unknown_keyword():
 def test_image_that_does_not_fit(shape, dynamic, word):
     with pytest.raises(AssertionError, match=word):
         create(dynamic_img_size=dynamic)(torch.zeros(shape))
-
-
-def test_refused_calls_change_nothing():
-    model = create(num_classes=7)
-    with pytest.raises(ValueError, match="img_size 80 x 80"):
-        model.set_input_size(80)
-    with pytest.raises(ValueError, match="patch_size 8 is not that of this model, 16"):
-        model.set_input_size(64, 8)
-    with pytest.raises(ValueError, match="unknown global_pool 'mean'"):
-        model.reset_classifier(3, "mean")
-    assert (model.num_classes, model.patch_embed.img_size) == (7, (64, 64))
-    assert model(image((1, 3, 64, 64))).shape == (1, 7)
-
-
-def test_refused_intermediates():
-    x = image((1, 3, 64, 64))
-    with pytest.raises(ValueError, match="output_fmt 'NHWC' does not exist for this model: use 'NCHW' or 'NLC'"):
-        create().forward_intermediates(x, output_fmt="NHWC")
-    with pytest.raises(ValueError, match=r"norm=True is for blocks 2 to 3.*but block 0 is equivariant"):
-        create().forward_intermediates(x, norm=True)
-    with pytest.raises(ValueError, match=r"patch_drop_rate 0.5 leaves no whole map in training"):
-        create(patch_drop_rate=0.5).train().forward_intermediates(x)
-
-
-def test_no_weights_exist():
-    with pytest.raises(RuntimeError, match="No pretrained weights exist for d4vit_tiny_patch16_224"):
-        timm.create_model("d4vit_tiny_patch16_224", pretrained=True)
-
-
-def test_geometric_tensors_take_the_maps():
-    pytest.importorskip("escnn")
-    from equivision_timm.escnn_interop import to_geometric_tensor
-
-    x = image((1, 3, 64, 64))
-    first, moved = (
-        create().forward_intermediates(Group.from_name("d4").transform_image(x, g), [1])[1][0] for g in (0, 1)
-    )
-    tensor = to_geometric_tensor(first.detach(), "d4")
-    rotated = tensor.transform(
-        next(g for g in tensor.type.testing_elements if g == tensor.type.fibergroup.element((0, 1)))
-    )
-    torch.testing.assert_close(rotated.tensor, moved, atol=1e-4, rtol=1e-4)
-    assert isinstance(create(), EquivariantViT)

@@ -6,7 +6,7 @@ import torch
 from support import octic_data
 from support.reference_data import image
 
-from equivision_timm.models.equivariant_vit import ChannelsAsTheyAre
+from equivision_timm.layers.invariants import Invariants
 from equivision_timm.weights.octic.translate import translate_to
 
 TOLERANCE = 2e-5
@@ -19,12 +19,12 @@ LARGE = {
 
 def run(model, x):
     """The stages of octic-vits, by name."""
-    stages, as_theirs = {}, ChannelsAsTheyAre("d4")
+    stages, as_theirs = {}, Invariants("", model.fields, "d4", 0)
     depth = model.equivariant_depth
-    first, last, after = model.blocks[0], model.blocks[depth - 1], model.blocks[depth]
+    first, last, transition = model.blocks[0], model.blocks[depth - 1], model.blocks[depth].transition
     first.register_forward_pre_hook(lambda _, args: stages.update(embedded=as_theirs(args[0])))
     last.register_forward_hook(lambda _, args, y: stages.update(octic=as_theirs(y)))
-    after.register_forward_pre_hook(lambda _, args: stages.update(handed_over=args[0]))
+    transition.register_forward_hook(lambda _, args, y: stages.update(handed_over=y))
     with torch.no_grad():
         stages["normed"] = model.forward_features(x)
         stages["output"] = model.forward_head(stages["normed"])

@@ -114,7 +114,8 @@ def translate_to(model: EquivariantViT, state_dict: dict[str, torch.Tensor]) -> 
             _equivariant_block(source, ours, f"blocks.{index}", heads)
         else:
             _ordinary_block(source, ours, f"blocks.{index}")
-    theirs = {"hand_over.proj": "invariant_proj", "norm": "norm", "head": "head"}
+    transition = f"blocks.{model.equivariant_depth}.transition.proj"
+    theirs = {transition: "invariant_proj", "norm": "norm", "head": "head"}
     for name in model.state_dict():
         module, _, leaf = name.rpartition(".")
         if module in theirs:
