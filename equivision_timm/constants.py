@@ -1,6 +1,7 @@
-"""Tensors that follow from their names alone, such as a kernel basis: computed once, the same for every caller.
+"""Tensors that are functions of a layer's arguments only, such as a kernel basis: computed once and shared.
 
-They are no state of a model: nothing can rescale, round, move, broadcast or forget them.
+They are neither parameters nor buffers: `to_empty`, `load_state_dict(assign=True)`, or a cast to low precision and
+back cannot change them.
 """
 
 from collections.abc import Callable, Hashable
@@ -9,7 +10,6 @@ from functools import cache, wraps
 from typing import ParamSpec, TypeVar
 
 import torch
-from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
 
 __all__ = ["constant", "constant_like"]
@@ -19,11 +19,10 @@ Result = TypeVar("Result")
 
 
 def constant(make: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Cache what `make` returns for its (hashable) arguments; the caller's modes have no part in it.
+    """Decorator: cache what `make` returns for its hashable arguments; it must not be changed in place.
 
-    `make` runs in a thread of its own, since what PyTorch switches on around a caller (fake tensors, inference mode,
-    `torch.func` transforms, tracing, a default device) holds for the caller's thread. `torch.compile` calls it while it
-    traces, and takes the result as a constant. What it returns is shared: it must not be changed in place.
+    `make` runs in a new thread, because modes (fake tensors, inference mode, `torch.func`, tracing, a default device)
+    belong to the caller's thread. `torch.compile` calls it while tracing and treats the result as a constant.
     """
 
     @cache
@@ -42,11 +41,8 @@ def constant(make: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
 def constant_like(like: torch.Tensor, make: Callable[..., torch.Tensor], *names: Hashable) -> torch.Tensor:
     """The constant `make(*names, dtype, device)` in the type and on the device of `like`.
 
-    A fake tensor where `like` is computed with fake tensors alone; the device it names need not exist.
+    If `like` is a fake tensor, so is the result, and the device need not exist.
     """
-    if torch.compiler.is_compiling() or not (isinstance(like, FakeTensor) or torch._C._len_torch_dispatch_stack()):
+    if torch.compiler.is_compiling() or not isinstance(like, FakeTensor) or like.fake_mode.allow_non_fake_inputs:
         return make(*names, like.dtype, like.device)
-    mode = detect_fake_mode(like)
-    if mode is None or mode.allow_non_fake_inputs:
-        return make(*names, like.dtype, like.device)
-    return mode.from_tensor(make(*names, like.dtype, torch.device("cpu"))).to(like.device)
+    return like.fake_mode.from_tensor(make(*names, like.dtype, torch.device("cpu"))).to(like.device)
