@@ -3,8 +3,8 @@
 C_N holds the rotations by 360/N degrees; D_N adds the reflections (order 2N). An element is r^k f^p, the reflection
 f : (x, y) -> (-x, y) applied p times, then the rotation r by 360/N degrees, counter-clockwise, applied k times; its
 index is p * N + k. The order of elements, the axis of reflection and the names are those of escnn (`C_N`:
-`gspaces.rot2dOnR2(N)`, `D_N`: `gspaces.flipRot2dOnR2(N)`, `D_1`: `gspaces.flip2dOnR2()`), so that a feature map can
-be handed over as it is.
+`gspaces.rot2dOnR2(N)`, `D_N`: `gspaces.flipRot2dOnR2(N)`, `D_1`: `gspaces.flip2dOnR2()`), so that a feature map is a
+`GeometricTensor` without any change.
 """
 
 import math
@@ -22,7 +22,7 @@ _PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459"
 
 @cache
 def circle(n: int) -> tuple[tuple[float, float], ...]:
-    """(cos, sin) of k/n of a full rotation, k = 0 ... n - 1, correctly rounded: the same on every machine.
+    """(cos, sin) of k/n of a full rotation, k = 0 ... n - 1, correctly rounded.
 
     Example:
         >>> circle(4)
@@ -57,10 +57,10 @@ class Group:
 
     @classmethod
     def from_name(cls, name: str) -> "Group":
-        """The group called `name`: `c8` is C_8, `d4` is D_4.
+        """The group with this name: `c8` is C_8, `d4` is D_4.
 
         Raises:
-            ValueError: the name is not `c` or `d` followed by a positive integer.
+            ValueError: not `c` or `d` followed by a positive integer.
 
         Example:
             >>> Group.from_name("d4").order
@@ -87,12 +87,12 @@ class Group:
         return (p + q) % 2 * self.rotations + (k + (-m if p else m)) % self.rotations
 
     def inverse(self, a: int) -> int:
-        """Index of a^-1: a reflection is its own inverse, r^k has r^-k."""
+        """Index of a^-1: a reflection is its own inverse, that of r^k is r^-k."""
         p, k = divmod(a, self.rotations)
         return a if p else -k % self.rotations
 
     def left_quotients(self) -> torch.Tensor:
-        """[|G|, |G|] int64, entry [g, h] the index of g^-1 h: the table by which kernels and fields are permuted."""
+        """[|G|, |G|] int64, entry [g, h] is the index of g^-1 h; kernels and fields are permuted by it."""
         return torch.tensor(
             [[self.product(self.inverse(g), h) for h in range(self.order)] for g in range(self.order)],
             dtype=torch.int64,
@@ -113,9 +113,9 @@ class Group:
     def fourier_matrix(self) -> torch.Tensor:
         """Q [|G|, |G|] float64, orthogonal: coefficients of a function on the group in the irreps basis, f^ = Q f.
 
-        Q[(rho, a, b), h] = sqrt(d / |G|) rho_ab(h), d the dimension of rho: under (g f)(h) = f(g^-1 h) the index a
-        turns with rho(g) and b stays, so a counts the copies of D_N's blocks and b the rows inside. C_N, whose rho of
-        dimension 2 are complex, has rows cos and sin in one copy. Blocks in the order of `irreps`.
+        Q[(rho, a, b), h] = sqrt(d / |G|) rho_ab(h), d the dimension of rho: (g f)(h) = f(g^-1 h) is
+        transformed by rho(g) in a, not in b; so a counts the copies of D_N's blocks and b the rows inside. C_N, whose
+        rho of dimension 2 are complex, has rows cos and sin in one copy. Blocks in the order of `irreps`.
 
         Source of the maths: Serre, Linear Representations of Finite Groups (1977), chapters 2 and 5.
         """
@@ -144,7 +144,7 @@ class Group:
         return math.pi - rotated if p else rotated
 
     def quarter_turns(self, g: int) -> int | None:
-        """The rotation part of `g` in units of 90 degrees; None where it is no multiple of 90 degrees."""
+        """The rotation part of `g` in units of 90 degrees; None if it is not a multiple of 90 degrees."""
         turns, remainder = divmod(4 * (g % self.rotations), self.rotations)
         return None if remainder else turns
 
@@ -154,19 +154,21 @@ class Group:
         return [g for g in range(self.order) if self.quarter_turns(g) is not None]
 
     def transform_image(self, image: torch.Tensor, g: int) -> torch.Tensor:
-        """Move the pixels of `image` [..., H, W], H = W, by the element `g` of `grid_elements`.
+        """Transform `image` [..., H, W], H = W, by the element `g` of `grid_elements`.
 
         Raises:
-            ValueError: `g` does not map the pixel grid onto itself (a rotation by 45 degrees, say).
+            ValueError: `g` does not map the pixel grid onto itself (for example, a rotation by 45 degrees).
         """
         turns = self.quarter_turns(g)
         if turns is None:
-            raise ValueError(f"element {g} of {self.name} is no symmetry of the pixel grid: use {self.grid_elements}")
+            raise ValueError(
+                f"element {g} of {self.name} is not a symmetry of the pixel grid: use {self.grid_elements}"
+            )
         reflected = image.flip(-1) if g >= self.rotations else image
         return reflected.rot90(turns, dims=(-2, -1))
 
     def transform_fields(self, features: torch.Tensor, g: int) -> torch.Tensor:
-        """Act with `g` on regular fields: move the pixels and permute the channels, (g f)[h] = g . f[g^-1 h].
+        """Transform regular fields by `g`: the pixels, and the channels of each field, (g f)[h] = g . f[g^-1 h].
 
         Args:
             features: [B, m * |G|, H, W], field-major (channel = field * |G| + element), H = W.
@@ -179,7 +181,7 @@ class Group:
 
 @torch.compiler.assume_constant_result  # torch.compile does not parse names
 def group_order(name: str) -> int:
-    """|G| of the group called `name`."""
+    """|G| of the group with this name."""
     return _order(name)
 
 

@@ -1,27 +1,23 @@
-"""A kernel basis in the irreps basis, where it is block diagonal: what makes the fast convolutions fast.
+"""A kernel basis in the irreps basis, in which it is block diagonal: the form of the fast convolutions.
 
-Turn the fields (of regular input) to the irreps basis, f^ = Q f, and filter every channel with the same few functions
-of the plane, S_j = phi_j * f^. The product of the irreps of phi and f^ decomposes into irreps again,
+Transform the fields (of regular input) to the irreps basis, f^ = Q f, and filter every channel with the same few
+functions of the plane, S_j = phi_j * f^. The product of the irreps of phi and f^ decomposes into irreps again,
 
     T[(r, j)] = sum_{j', s} A[(r, j), (j', s)] S_j'[s],    A[(r, j), (j', s)] = sum_h Q[r, h] D(h)[j, j'] Q[s, h]
 
-with phi_j(h^-1 x) = sum_j' D(h)[j, j'] phi_j'(x). In terms of T the basis element
+with phi_j(h^-1 x) = sum_j' D(h)[j, j'] phi_j'(x). On T the basis element
 
     K_b(x)[g, h] = k_b(g^-1 x, g^-1 h),  k_b(x, u) = sum_j C[b, j, u] phi_j(x)
 
-acts without regard to the position and commutes with the group, so that Schur's lemma makes it block diagonal:
+acts pixel by pixel and commutes with the group, so that by Schur's lemma it is block diagonal:
 
     y^[r] = sum_{j, s} (Q kappa_bj Q^T)[r, s] T[(s, j)]
     kappa_bj[g, h] = sum_j' C[b, j', u] D(u^-1)[j', j],  u = g^-1 h
-
-The functions phi are sums of those of `functions.py`: whatever the group transforms alike may be added up, to the end
-that few sums of neighbouring pixels make up all of them.
 
 Source of the maths: Weiler and Cesa, General E(2)-Equivariant Steerable CNNs (2019), for the kernels; Serre, Linear
 Representations of Finite Groups (1977), for the decomposition.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,31 +25,9 @@ import torch
 from equivision_timm.constants import constant
 from equivision_timm.groups import Group
 from equivision_timm.kernel_basis import load_kernel_basis
-from equivision_timm.kernels import Family, Kernel, families, mixing, pixels
+from equivision_timm.kernels import Kernel, harmonics, mixing, pixels
 
-__all__ = [
-    "FunctionSet",
-    "IrrepsBasis",
-    "block_coefficients",
-    "load_irreps_basis",
-    "sums_and_differences",
-]
-
-
-@dataclass(frozen=True)
-class FunctionSet:
-    """Functions of the plane that the group mixes among themselves, n of them: one, or what was cos and sin.
-
-    Attributes:
-        pixels: phi [n, k, k].
-        mixing: D [|G|, n, n], phi_j(g^-1 x) = sum_j' D(g)[j, j'] phi_j'(x).
-        product: A [|G| * n, n * |G|], rows (block, copy, j, row of the block), columns (j', s); None for the identity,
-            where no element changes the function.
-    """
-
-    pixels: torch.Tensor
-    mixing: torch.Tensor
-    product: torch.Tensor | None
+__all__ = ["IrrepsBasis", "block_coefficients", "load_irreps_basis", "sums_and_differences"]
 
 
 @dataclass(frozen=True)
@@ -63,42 +37,17 @@ class IrrepsBasis:
     Attributes:
         fourier: Q [|G|, |G|].
         blocks: (size, copies) of each block, as `Group.irreps`.
-        sets: the functions of the plane; first those that no element changes.
-        coefficients: [n_basis, entries]: for each block the matrices [size, n, size] (row, function of any set, column)
-            of all basis elements, flattened; the copies of a block share them.
+        functions: phi [J, k, k].
+        coupling: A [|G| * J, J * |G|], rows (block, copy, function, row of the block), columns (function, s).
+        coefficients: [n_basis, entries]: for each block the matrices [size, J, size] (row, function, column) of all
+            basis elements, flattened; the copies of a block share them.
     """
 
     fourier: torch.Tensor
     blocks: tuple[tuple[int, int], ...]
-    sets: tuple[FunctionSet, ...]
+    functions: torch.Tensor
+    coupling: torch.Tensor
     coefficients: torch.Tensor
-
-    @property
-    def functions(self) -> int:
-        """How many functions of the plane there are, over all sets."""
-        return sum(len(functions.pixels) for functions in self.sets)
-
-    def couple(self, steered: Sequence[torch.Tensor]) -> torch.Tensor:
-        """T = A S, of all sets together.
-
-        Args:
-            steered: S of each set, [n * |G|, ...], rows (j', s).
-
-        Returns:
-            T [functions * |G|, ...], rows (block, copy, function of any set, row of the block).
-        """
-        sets = [
-            s if functions.product is None else torch.tensordot(functions.product, s, 1)
-            for functions, s in zip(self.sets, steered, strict=True)
-        ]  # of each set, rows (block, copy, j, row of the block)
-        rows, row = [], 0
-        for size, copies in self.blocks:
-            for _ in range(copies):
-                for functions, own in zip(self.sets, sets, strict=True):
-                    n = len(functions.pixels)
-                    rows.append(own[row * n : (row + size) * n])
-                row += size
-        return torch.cat(rows)
 
 
 @constant
@@ -110,34 +59,27 @@ def load_irreps_basis(kernel: Kernel) -> IrrepsBasis:
     """
     if kernel.input_type != "regular":
         raise ValueError(f"the kernels {kernel.name} have {kernel.input_type} input: only regular fields have irreps")
-    basis, group = load_kernel_basis(kernel), Group.from_name(kernel.group)
+    group, coefficients = Group.from_name(kernel.group), load_kernel_basis(kernel).coefficients
     fourier, blocks = group.fourier_matrix(), group.irreps()
-    psi, mixed = pixels(kernel), mixing(kernel)
+    change = _change_to_few_terms(kernel)
+    back = torch.linalg.inv(change)
+    d = change @ mixing(kernel) @ back  # D of phi: [|G|, J, J]
+
+    a = torch.einsum("rh,hjk,sh->rjks", fourier, d, fourier)
+    rows = a.split([size for size, copies in blocks for _ in range(copies)])  # each [size, J, J, |G|]
+    coupling = torch.cat([part.transpose(0, 1).flatten(0, 1) for part in rows]).flatten(1)
+
     inverses = [group.inverse(u) for u in range(group.order)]
-
-    sets, kappas = [], []  # kappa_bj [n_basis, n, |G|], n functions of a set
-    for family in sorted(families(kernel), key=lambda family: not family.fixed):
-        phi, back = _reduced(family, psi)
-        own = [[j for j, _ in member] for member in family.members]  # [members, n]
-        signs = [[sign for _, sign in member] for member in family.members]
-        signs = torch.tensor(signs, dtype=torch.float64, device="cpu")  # [members, n]
-        d = mixed[:, own[0]][:, :, own[0]] * signs[0, :, None] * signs[0]  # [|G|, n, n]
-        product = None if family.fixed else _block_rows(_product(fourier, d), blocks)
-        c = basis.coefficients[:, own] * signs[..., None]  # [n_basis, members, n, |G|]
-        c = torch.einsum("bmku,mi->biku", c, back)  # C of phi
-        kappas += torch.einsum("biku,ukj->biju", c, d[inverses]).unbind(1)
-        sets += [FunctionSet(member, d, product) for member in phi]
-
-    kappa = torch.cat(kappas, 1)  # [n_basis, functions, |G|]
+    kappa = torch.einsum("biu,ij,ujk->bku", coefficients, back, d[inverses])  # [n_basis, J, |G|]
     products = [[group.product(g, u) for g in range(group.order)] for u in range(group.order)]
     entries, row = [], 0
     for size, copies in blocks:
-        rows = fourier[row : row + size]  # of the first copy; the others are equal
-        irrep = torch.einsum("rg,sug->urs", rows, rows[:, products])  # Q [h = g u] Q^T: [|G|, size, size]
-        matrix = torch.einsum("bju,urs->brjs", kappa, irrep)  # [n_basis, size (row), n, size (column)]
-        entries.append(matrix.flatten(1))
+        q = fourier[row : row + size]  # of the first copy; the others are equal
+        irrep = torch.einsum("rg,sug->urs", q, q[:, products])  # Q [h = g u] Q^T: [|G|, size, size]
+        entries.append(torch.einsum("bju,urs->brjs", kappa, irrep).flatten(1))
         row += size * copies
-    return IrrepsBasis(fourier, blocks, tuple(sets), torch.cat(entries, 1))
+    functions = torch.einsum("ij,jyx->iyx", change, pixels(kernel))
+    return IrrepsBasis(fourier, blocks, _exact(functions), _exact(coupling), torch.cat(entries, 1))
 
 
 @constant
@@ -146,12 +88,17 @@ def block_coefficients(kernel: Kernel, dtype: torch.dtype, device: torch.device)
     return load_irreps_basis(kernel).coefficients.to(device, dtype)
 
 
+def _exact(values: torch.Tensor) -> torch.Tensor:
+    """`values` with zeros for rounding errors, which sparse products skip."""
+    return torch.where(values.abs() < 1e-12, 0.0, values)
+
+
 def sums_and_differences(size: int) -> torch.Tensor:
-    """e [k, k], rows e_0, s_1, d_1, s_2, d_2, ... over the pixels of an axis, whose middle is 0.
+    """e [k, k] float64, rows e_0, s_1, d_1, s_2, d_2, ... over the pixels of an axis, with 0 in the middle.
 
     e_0 is 1 in the middle; s_i is 1 at -i and at i; d_i is -1 at -i and 1 at i; zero elsewhere.
     """
-    middle, e = size // 2, torch.zeros(size, size, dtype=torch.float64, device="cpu")
+    middle, e = size // 2, torch.zeros(size, size, dtype=torch.float64)
     e[0, middle] = 1
     for i in range(1, middle + 1):
         e[2 * i - 1, middle - i] = e[2 * i - 1, middle + i] = e[2 * i, middle + i] = 1
@@ -159,42 +106,51 @@ def sums_and_differences(size: int) -> torch.Tensor:
     return e
 
 
-def _terms(images: torch.Tensor) -> torch.Tensor:
-    """`images` [n, k, k] in products of `sums_and_differences`: terms [n, k, k] with images = e^T terms e."""
-    e = sums_and_differences(images.shape[-1])
-    inverse = e / e.abs().sum(1, keepdim=True)  # the rows of e are orthogonal
-    return inverse @ images @ inverse.T
+def _change_to_few_terms(kernel: Kernel) -> torch.Tensor:
+    """[J, J] of phi = change psi: functions phi that are sums of few products e_a(y) e_b(x) of `sums_and_differences`.
 
-
-def _reduced(family: Family, psi: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """phi [members, n, k, k], sums of the members of a family that consist of few terms; back [members, members].
-
-    What the members were is sum_i back[m, i] phi_i. The terms, one row [n * k * k] for each member, are brought to
-    reduced row echelon form, the largest entry of a row its pivot.
+    Functions that the group transforms alike may be added. Their terms, one row for each, are brought to reduced row
+    echelon form, the largest entry of a row its pivot.
     """
-    members = torch.stack([torch.stack([sign * psi[j] for j, sign in member]) for member in family.members])
-    rows = _terms(members.flatten(0, 1)).view(len(members), -1)  # [members * n, k, k] -> [members, n * k * k]
-    change = torch.eye(len(rows), dtype=rows.dtype, device="cpu")  # phi = change members
-    for m in range(len(rows)):
-        pivot = int(rows[m].abs().argmax())
-        change[m] /= rows[m, pivot].clone()
-        rows[m] /= rows[m, pivot].clone()
-        for other in range(len(rows)):
-            if other != m:
-                change[other] -= rows[other, pivot] * change[m]
-                rows[other] -= rows[other, pivot].clone() * rows[m]
-                rows[other, pivot] = 0.0
+    psi, rows = pixels(kernel), []
     e = sums_and_differences(psi.shape[-1])
-    return e.T @ rows.view_as(members) @ e, torch.linalg.inv(change)
+    inverse = e / e.abs().sum(1, keepdim=True)  # the rows of e are orthogonal
+    terms = (inverse @ psi @ inverse.T).flatten(1)  # psi = e^T terms e
+    for members in _families(kernel):  # each member: (j, sign) of one function, or of cos and sin
+        unit = torch.eye(len(psi), dtype=torch.float64)
+        own = torch.stack([torch.stack([sign * unit[j] for j, sign in member]) for member in members])
+        for m in range(len(own)):
+            found = (own @ terms).flatten(1)  # [members, 1 or 2, J] -> [members, terms]
+            factors = found[:, found[m].abs().argmax()] / found[m, found[m].abs().argmax()]
+            pivot = own[m] / found[m, found[m].abs().argmax()]
+            own = own - factors[:, None, None] * own[m]
+            own[m] = pivot
+        rows.append(own.flatten(0, 1))
+    return torch.cat(rows)
 
 
-def _product(fourier: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
-    """A [|G|, n, n, |G|], rows (r, j), columns (j', s); what is zero but for rounding becomes zero."""
-    product = torch.einsum("rh,hjk,sh->rjks", fourier, d, fourier)
-    return torch.where(product.abs() < 1e-12, 0.0, product)
+def _families(kernel: Kernel) -> list[list[tuple[tuple[int, float], ...]]]:
+    """The functions psi, sorted by how the group transforms them; first those that it does not change.
 
+    A rotation by 360/N degrees changes the angle m phi by 2 pi m / N. If this is a multiple of pi, cos and sin are not
+    mixed, and each is multiplied by the same sign. Otherwise they belong together; frequencies m and N - m behave alike
+    but for the sign of sin.
+    """
+    group = Group.from_name(kernel.group)
+    n = group.rotations
+    found: dict[tuple[int, int, int], list[tuple[tuple[int, float], ...]]] = {}
+    for harmonic in harmonics(kernel):
+        m, parity, j = harmonic.frequency % n, harmonic.frequency % 2, harmonic.sin
+        if j is not None and 2 * m % n:  # 0 < m < N / 2, or N / 2 < m < N
+            members = ((harmonic.cos, 1.0), (j, 1.0 if 2 * m < n else -1.0))
+            found.setdefault((min(m, n - m), parity, 2), []).append(members)
+            continue
+        found.setdefault((m, parity, 0), []).append(((harmonic.cos, 1.0),))
+        if j is not None:
+            found.setdefault((m, parity, 1), []).append(((j, 1.0),))
 
-def _block_rows(product: torch.Tensor, blocks: tuple[tuple[int, int], ...]) -> torch.Tensor:
-    """Rows (r, j) -> (block, copy, j, row of the block): [|G|, n, n, |G|] -> [|G| * n, n * |G|]."""
-    parts = product.split([size for size, copies in blocks for _ in range(copies)])  # each [size, n, n, |G|]
-    return torch.cat([part.transpose(0, 1).flatten(0, 1) for part in parts]).flatten(1)
+    def changes(key: tuple[int, int, int]) -> bool:
+        m, parity, sine = key
+        return m != 0 or (group.reflections and parity != sine)
+
+    return [found[key] for key in sorted(found, key=changes)]

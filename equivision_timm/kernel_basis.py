@@ -45,7 +45,7 @@ import torch
 
 from equivision_timm.constants import constant
 from equivision_timm.groups import Group, circle
-from equivision_timm.kernels import Harmonic, Kernel, families, harmonics, mixing, pixels
+from equivision_timm.kernels import Harmonic, Kernel, harmonics, mixing, pixels
 
 __all__ = ["Element", "KernelBasis", "elements", "initial_std", "load_kernel_basis", "sample_kernels"]
 
@@ -190,11 +190,10 @@ def _closed_form(kernel: Kernel) -> tuple[torch.Tensor, torch.Tensor]:
         ValueError: the cutoff gives functions that are linearly dependent on so few pixels.
     """
     group, found, escnn = Group.from_name(kernel.group), elements(kernel), _has_escnn_coordinates(kernel)
-    psi = pixels(kernel).flatten(1)
     u = torch.arange(group.order if kernel.input_type == "regular" else 1)
     p, t = u // group.rotations, u % group.rotations
     waves = torch.tensor(circle(group.rotations), dtype=torch.float64)  # [N, 2]
-    rows = torch.zeros(len(found), len(psi), len(u), dtype=torch.float64)  # in terms of cos and sin of m phi
+    rows = torch.zeros(len(found), len(_gram(kernel)), len(u), dtype=torch.float64)  # in terms of cos and sin of m phi
     for row, element in zip(rows, found, strict=True):
         theta = waves[element.rotation * t % group.rotations].T * (1 - 2 * p * element.sign)  # [2, H]
         if escnn:
@@ -209,11 +208,9 @@ def _closed_form(kernel: Kernel) -> tuple[torch.Tensor, torch.Tensor]:
                 row[js[1]] = cos if element.sine else -sin
     coefficients = torch.einsum("biu,ij->bju", rows, _from_y_axis(kernel) if escnn else _orthonormal(kernel))
 
-    moved = torch.einsum("gij,jx->gix", mixing(kernel), psi)
-    gram = torch.einsum("gix,gjx->ij", moved, moved)
     dimensions = torch.tensor([_dimension(group, e.out_irrep) for e in found], dtype=torch.float64)
     squared = dimensions if escnn else torch.ones_like(dimensions)  # norm of K
-    scales = squared / torch.einsum("biu,ij,bju->b", coefficients, gram, coefficients)
+    scales = squared / torch.einsum("biu,ij,bju->b", coefficients, _gram(kernel), coefficients)
 
     pairs = Counter((e.in_irrep, e.out_irrep) for e in found)
     inputs = Counter(out_irrep for _, out_irrep in pairs)  # the number of irreps that reach it
@@ -228,12 +225,25 @@ def _from_y_axis(kernel: Kernel) -> torch.Tensor:
     return mixing(replace(kernel, group="c4"))[1]  # psi(r^-1 x), r a quarter turn
 
 
-def _orthonormal(kernel: Kernel) -> torch.Tensor:
-    """As `_gram_schmidt`.
+def _gram(kernel: Kernel) -> torch.Tensor:
+    """Inner products [J, J] of the functions psi over the pixels, summed over the group."""
+    moved = torch.einsum("gij,jx->gix", mixing(kernel), pixels(kernel).flatten(1))
+    return torch.einsum("gix,gjx->ij", moved, moved)
 
-    Raises:
-        ValueError: the functions are linearly dependent.
+
+def _gram_schmidt(kernel: Kernel) -> torch.Tensor | None:
+    """R [J, J], lower triangular, phi = R psi orthonormal with respect to `_gram`; None if psi is linearly dependent.
+
+    phi is transformed as psi is, since the functions that the group transforms differently are orthogonal.
     """
+    gram = _gram(kernel)
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if failed or (factor.diagonal() ** 2 <= _DEPENDENT * gram.diagonal()).any():
+        return None
+    return torch.linalg.inv(factor)
+
+
+def _orthonormal(kernel: Kernel) -> torch.Tensor:
     r = _gram_schmidt(kernel)
     if r is None:
         smaller = range((kernel.cutoff or 1) - 1, 0, -1)  # the default always fits, and so does 1
@@ -242,28 +252,7 @@ def _orthonormal(kernel: Kernel) -> torch.Tensor:
             f"cutoff {kernel.cutoff} does not fit {kernel.size}x{kernel.size} kernels of {kernel.group}: functions of "
             f"high frequency depend on the others on so few pixels; use cutoff {fitting}, or less"
         )
-    return r
-
-
-def _gram_schmidt(kernel: Kernel) -> torch.Tensor | None:
-    """R [J, J], lower triangular: phi = R psi is orthonormal within each family; None if psi is linearly dependent.
-
-    R is the inverse of a Cholesky factor of the Gram matrix over the pixels (of a pair (cos, sin) that the group mixes,
-    the mean of both).
-    """
-    psi = pixels(kernel).flatten(1)
-    r = torch.zeros(len(psi), len(psi), dtype=torch.float64)
-    for family in families(kernel):
-        js = torch.tensor([[j for j, _ in member] for member in family.members]).T  # [1 or 2, members]
-        signs = torch.tensor([[sign for _, sign in member] for member in family.members], dtype=torch.float64).T
-        values = psi[js] * signs[..., None]  # [1 or 2, members, k * k]
-        gram = torch.einsum("nax,nbx->ab", values, values) / len(js)
-        factor, failed = torch.linalg.cholesky_ex(gram)
-        if failed or (factor.diagonal() ** 2 <= _DEPENDENT * gram.diagonal()).any():
-            return None
-        for j, sign in zip(js, signs, strict=True):
-            r[j[:, None], j] = sign[:, None] * torch.linalg.inv(factor) * sign
-    return r
+    return torch.where(r.abs() < 1e-12, 0.0, r)
 
 
 @constant

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from equivision_timm.groups import Group, circle
 
-__all__ = ["Family", "Harmonic", "Kernel", "Ring", "families", "harmonics", "mixing", "pixels"]
+__all__ = ["Harmonic", "Kernel", "Ring", "harmonics", "mixing", "pixels"]
 
 
 @dataclass(frozen=True)
@@ -107,19 +107,12 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Harmonic:
-    """The functions of one ring and angular frequency m: cos, and sin if m > 0.
-
-    Attributes:
-        ring: of the kernel.
-        frequency: m.
-        cos: index j of the function with cos.
-        sin: index j of the function with sin; None if m = 0.
-    """
+    """The functions of one ring and angular frequency m: cos, and sin if m > 0."""
 
     ring: Ring
     frequency: int
-    cos: int
-    sin: int | None
+    cos: int  # index j of the function
+    sin: int | None  # None if m = 0
 
 
 def harmonics(kernel: Kernel) -> list[Harmonic]:
@@ -167,46 +160,3 @@ def mixing(kernel: Kernel) -> torch.Tensor:
             if b is not None:
                 d[g, a, b], d[g, b, a], d[g, b, b] = even * sin, -odd * sin, odd * cos
     return d
-
-
-@dataclass(frozen=True)
-class Family:
-    """Functions of several rings and frequencies that the group transforms alike.
-
-    The functions of different families are orthogonal, averaged over the group.
-
-    Attributes:
-        members: for each member its functions, one or (cos, sin), as pairs (j, sign): with f_n = sign_n psi_j(n),
-            f_n(g^-1 x) = sum_n' D(g)[n, n'] f_n'(x) with the same D for all members.
-        fixed: whether D = 1 for all elements.
-    """
-
-    members: tuple[tuple[tuple[int, float], ...], ...]
-    fixed: bool
-
-
-def families(kernel: Kernel) -> list[Family]:
-    """The functions, sorted by how the group transforms them.
-
-    A rotation by 360/N degrees changes the angle m phi by 2 pi m / N. If this is a multiple of pi, cos and sin are not
-    mixed, and each is multiplied by the same sign. Otherwise they belong together; frequencies m and N - m behave alike
-    but for the sign of sin. On the square grid, functions of even and of odd frequency are orthogonal, as are cos and
-    sin.
-    """
-    group = Group.from_name(kernel.group)
-    n = group.rotations
-    found: dict[tuple[int, int, str], list] = {}
-    for harmonic in harmonics(kernel):
-        m, parity = harmonic.frequency % n, harmonic.frequency % 2
-        if 2 * m % n:  # 0 < m < N / 2, or N / 2 < m < N
-            members = ((harmonic.cos, 1.0), (harmonic.sin, 1.0 if 2 * m < n else -1.0))
-            found.setdefault((min(m, n - m), parity, "both"), []).append(members)
-            continue
-        found.setdefault((m, parity, "cos"), []).append(((harmonic.cos, 1.0),))
-        if harmonic.sin is not None:
-            found.setdefault((m, parity, "sin"), []).append(((harmonic.sin, 1.0),))
-
-    def fixed(m: int, parity: int, part: str) -> bool:
-        return m == 0 and not (group.reflections and parity != (part == "sin"))
-
-    return [Family(tuple(members), fixed(*key)) for key, members in found.items()]

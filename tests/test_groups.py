@@ -19,24 +19,12 @@ def group_with_elements(draw, elements):
 
 
 @given(group_with_elements(3))
-def test_product_is_associative(case):
+def test_axioms_of_a_group(case):
     group, a, b, c = case
     assert group.product(group.product(a, b), c) == group.product(a, group.product(b, c))
-
-
-@given(group_with_elements(1))
-def test_identity_and_inverse(case):
-    group, a = case
     assert group.product(0, a) == group.product(a, 0) == a
     assert group.product(a, group.inverse(a)) == group.product(group.inverse(a), a) == 0
-
-
-@given(group_with_elements(1))
-def test_left_quotients_are_permutations(case):
-    group, g = case
-    quotients = group.left_quotients()[g]
-    assert sorted(quotients.tolist()) == list(range(group.order))
-    assert [group.product(g, h) for h in quotients.tolist()] == list(range(group.order))
+    assert [group.product(a, h) for h in group.left_quotients()[a].tolist()] == list(range(group.order))
 
 
 @pytest.mark.parametrize("name", GROUPS)
@@ -87,13 +75,12 @@ def test_quarter_turn_is_counter_clockwise_and_the_mirror_swaps_left_and_right()
 
 @pytest.mark.parametrize("name", ["e4", "c", "c0", "4", "", "C4", "d-1", "c4 ", 4, None])
 def test_unknown_name(name):
-    with pytest.raises(ValueError, match="use 'cN'") as error:
+    with pytest.raises(ValueError, match=f"group {name!r}"):
         Group.from_name(name)
-    assert repr(name) in str(error.value)
 
 
 def test_eighth_turn_is_no_symmetry_of_the_grid():
-    with pytest.raises(ValueError, match=r"element 1 of c8 .* use \[0, 2, 4, 6\]"):
+    with pytest.raises(ValueError, match=r"element 1 .* \[0, 2, 4, 6\]"):
         Group.from_name("c8").transform_image(torch.zeros(1, 1, 3, 3), 1)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from equivision_timm.groups import Group
-from equivision_timm.kernels import Kernel, families, harmonics, mixing, pixels
+from equivision_timm.kernels import Kernel, harmonics, mixing, pixels
 
 KERNELS = [
     Kernel(group, size, cutoff=cutoff, low_pass=low_pass)
@@ -104,23 +104,3 @@ def test_mixing_is_a_representation(kernel):
     for g in range(min(group.order, 4)):
         for h in range(group.order):
             torch.testing.assert_close(d[h] @ d[g], d[group.product(g, h)], rtol=0, atol=1e-14)
-
-
-@by_name
-def test_members_of_a_family_are_transformed_alike_and_families_are_orthogonal(kernel):
-    d, psi = mixing(kernel), pixels(kernel).flatten(1)
-    gram = sum(m @ psi @ psi.T @ m.T for m in d) / len(d)
-    seen = []
-    for family in families(kernel):
-        own = []
-        for member in family.members:
-            js, signs = [j for j, _ in member], torch.tensor([sign for _, sign in member]).double()
-            own.append(d[:, js][:, :, js] * signs[:, None] * signs)
-            assert not d[:, js][:, :, [j for j in range(len(psi)) if j not in js]].any()
-            torch.testing.assert_close(own[-1], own[0], rtol=0, atol=1e-15)
-        assert family.fixed == torch.equal(own[0], torch.eye(own[0].shape[1]).double().expand_as(own[0]))
-        js = [j for member in family.members for j, _ in member]
-        rest = [j for j in range(len(psi)) if j not in js]
-        assert not rest or gram[js][:, rest].abs().max() < 1e-13
-        seen += js
-    assert sorted(seen) == list(range(len(psi)))

@@ -42,15 +42,15 @@ def lifting_filter(kernel: Kernel) -> torch.Tensor:
     The rows are (block, copy, function, row of the block).
     """
     basis = load_irreps_basis(kernel)
-    steered = [torch.einsum("jyx,sg->jsgyx", functions.pixels, basis.fourier) for functions in basis.sets]
-    return basis.couple([s.flatten(0, 1) for s in steered])  # S = s * f: [n, |G|, |G|, k, k] -> [n * |G|, |G|, k, k]
+    steered = torch.einsum("jyx,sg->jsgyx", basis.functions, basis.fourier).flatten(0, 1)  # S: [J * |G|, |G|, k, k]
+    return torch.tensordot(basis.coupling, steered, 1)
 
 
 @constant
 def block_shapes(kernel: str) -> tuple[tuple[int, int, int], ...]:
     """(copies, functions, size) of each block in the irreps basis: its matrix is [size, functions * size]."""
     basis = load_irreps_basis(named_kernel(kernel))
-    return tuple((copies, basis.functions, size) for size, copies in basis.blocks)
+    return tuple((copies, len(basis.functions), size) for size, copies in basis.blocks)
 
 
 @constant

@@ -210,7 +210,7 @@ def _plan(name: str, dtype: torch.dtype) -> _Plan:
         return CSparse(address(starts), address(columns), address(matrix[rows, columns].to(dtype)))
 
     sizes, copies = (address(torch.tensor(numbers, device="cpu")) for numbers in zip(*basis.blocks, strict=True))
-    blocks = {"n_blocks": len(basis.blocks), "functions": basis.functions, "sizes": sizes, "copies": copies}
+    blocks = {"n_blocks": len(basis.blocks), "functions": len(basis.functions), "sizes": sizes, "copies": copies}
     fourier, terms = basis.fourier.to(dtype), _terms(basis, _sums_of_neighbours(kernel))
     maps = {"kernel_size": kernel.size, "low_pass": int(_is_blurred(kernel))}
     maps |= {"fourier": address(fourier), "fourier_transposed": address(fourier.T)}
@@ -235,8 +235,7 @@ def _terms(basis: IrrepsBasis, e: torch.Tensor) -> torch.Tensor:
     """c of T = c E, E = e_a(y) e_b(x) * f^: rows (block, copy, function, row of the block), columns (a, b, s)."""
     inverse = torch.linalg.pinv(torch.kron(e, e))  # [k * k, n * n]
     every = torch.eye(len(basis.fourier), dtype=torch.float64, device="cpu")
-    spread = [torch.kron(functions.pixels.flatten(1) @ inverse, every) for functions in basis.sets]  # S = spread E
-    terms = basis.couple(spread)
+    terms = basis.coupling @ torch.kron(basis.functions.flatten(1) @ inverse, every)  # S = kron(...) E
     return torch.where(terms.abs() < 1e-12, 0.0, terms)
 
 
