@@ -1,6 +1,6 @@
 """Rotation- and reflection-equivariant image backbones for timm. Importing the package registers the models.
 
-It also registers the data set `torch/rotated_folder` for timm's scripts.
+It also registers the data sets `torch/rotated_folder` and `torch/oriented_folder` for timm's scripts.
 """
 
 from equivision_timm import rotation as _rotation  # noqa: F401

@@ -1,17 +1,23 @@
 """timm models; importing this package registers them."""
 
+from equivision_timm.models import adapted_names as _adapted_names  # noqa: F401  registers its names
+from equivision_timm.models.adapted import Canonicalized, Symmetrized
 from equivision_timm.models.backbone import EquivariantBackbone
 from equivision_timm.models.equivariant_fpn import EquivariantFPN
 from equivision_timm.models.equivariant_resnet import EquivariantResNet
 from equivision_timm.models.equivariant_vit import EquivariantViT
 from equivision_timm.models.fuse_blocks import fuse_blocks
+from equivision_timm.models.orientation import OrientationNet
 from equivision_timm.models.variants import family_of, is_ours, model_names
 
 __all__ = [
+    "Canonicalized",
     "EquivariantBackbone",
     "EquivariantFPN",
     "EquivariantResNet",
     "EquivariantViT",
+    "OrientationNet",
+    "Symmetrized",
     "family_of",
     "fuse_blocks",
     "is_ours",

@@ -49,6 +49,7 @@ def register_family(
     network: type[nn.Module],
     create: Callable[..., nn.Module],
     variants: Mapping[str, Variant],
+    cfgs: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Make every variant a model of timm; its entrypoint becomes an attribute of `module`.
 
@@ -57,10 +58,13 @@ def register_family(
         network: the class of its models.
         create: called with (name, pretrained, **arguments).
         variants: the table, by model name.
+        cfgs: timm's configurations by model name and tag, the default first; None for those of the table.
     """
     home = sys.modules[module]
-    cfgs = generate_default_cfgs({f"{n}.{v.tag}" if v.tag else n: dict(v.cfg) for n, v in variants.items()})
-    vars(home)["default_cfgs"] = {**getattr(home, "default_cfgs", {}), **cfgs}  # where register_model looks
+    if cfgs is None:
+        cfgs = {f"{name}.{v.tag}" if v.tag else name: v.cfg for name, v in variants.items()}
+    default_cfgs = generate_default_cfgs({name: dict(cfg) for name, cfg in cfgs.items()})
+    vars(home)["default_cfgs"] = {**getattr(home, "default_cfgs", {}), **default_cfgs}  # where register_model looks
     for name in variants:
         _FAMILIES[name] = network
         setattr(home, name, register_model(_entrypoint(module, name, variants, create)))

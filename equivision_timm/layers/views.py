@@ -1,0 +1,94 @@
+"""Images under the elements of a group, and feature maps moved back: what averaging over views is made of.
+
+`act(x, g, n)` is g x for g = r^k f^p of C_n or D_n (n = 1, 2, 4 or 8 rotations), `act(x, g, n, inverse=True)` is
+g^-1 x; `act_each` takes another element for every image of the batch. Quarter turns and reflections are transposes and
+flips, which ONNX has too; a rotation by 45 degrees is a quarter turn and one resampling.
+"""
+
+import math
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+
+__all__ = ["act", "act_each", "check_square", "shrink"]
+
+
+def check_square(x: torch.Tensor, group: str) -> None:
+    """Raises ValueError if images [B, C, H, W] are not square: quarter turns would swap their sides."""
+    if x.shape[-2] != x.shape[-1]:
+        raise ValueError(f"images of {x.shape[-2]} x {x.shape[-1]} pixels are not square, as {group} needs them: crop")
+
+
+def act(x: torch.Tensor, g: int, n: int, inverse: bool = False) -> torch.Tensor:
+    """g x, or g^-1 x, of images or maps x [..., H, W]; H = W unless n <= 2."""
+    reflect, k = g >= n, g % n
+    if inverse:
+        x = _rotate(x, -k % n, n, True)
+        return x.flip(-1) if reflect else x
+    return _rotate(x.flip(-1) if reflect else x, k, n, False)
+
+
+def act_each(x: torch.Tensor, g: torch.Tensor, n: int, reflections: bool, inverse: bool = False) -> torch.Tensor:
+    """g[b] x[b], or g[b]^-1 x[b], of x [B, C, H, W] under elements g [B]; no branch depends on their values."""
+    k = (-g if inverse else g).remainder(n)
+    where = g.view(-1, 1, 1, 1) >= n
+    if reflections and not inverse:
+        x = torch.where(where, x.flip(-1), x)
+    half = 1
+    steps: list[int] = []
+    while half < n:  # rotations by 1, 2, 4, ... steps of 360 / n degrees: the bits of k
+        steps.append(half)
+        half *= 2
+    for step in steps[::-1] if inverse else steps:
+        x = torch.where((k // step % 2 == 1).view(-1, 1, 1, 1), _rotate(x, step, n, inverse), x)
+    if reflections and inverse:
+        x = torch.where(where, x.flip(-1), x)
+    return x
+
+
+def _rotate(x: torch.Tensor, k: int, n: int, quarters_first: bool) -> torch.Tensor:
+    """x [..., H, W] rotated counter-clockwise by k of n steps."""
+    quarters, rest = divmod(4 * k, n)
+    if rest == 0:
+        return _quarter_turns(x, quarters)
+    if quarters_first:
+        return _eighth_turn(_quarter_turns(x, quarters))
+    return _quarter_turns(_eighth_turn(x), quarters)
+
+
+def _quarter_turns(x: torch.Tensor, quarters: int) -> torch.Tensor:
+    if quarters == 1:
+        return x.transpose(-2, -1).flip(-2)
+    if quarters == 2:
+        return x.flip(-2, -1)
+    return x.transpose(-2, -1).flip(-1) if quarters == 3 else x
+
+
+@torch.fx.wrap
+def _eighth_turn(x: torch.Tensor) -> torch.Tensor:
+    """x [..., n, n] rotated counter-clockwise by 45 degrees, bicubic; beyond the border it is reflected."""
+    size = x.shape[-1]
+    axis = torch.arange(size, device=x.device, dtype=x.dtype) - (size - 1) / 2
+    right, down = axis[None, :], axis[:, None]
+    scale = math.sqrt(0.5) * 2 / size  # cos 45 = sin 45; the borders of the image at -1 and 1
+    source = torch.stack([(right - down) * scale, (right + down) * scale], dim=-1)  # [n, n, 2]
+    images = x.reshape(-1, x.shape[-3], size, size)
+    source = source.expand(images.shape[0], -1, -1, -1)
+    rotated = F.grid_sample(images, source, mode="bicubic", padding_mode="reflection", align_corners=False)
+    return rotated.view(x.shape)
+
+
+def shrink(x: torch.Tensor, size: int) -> torch.Tensor:
+    """x [B, C, H, W] -> [B, C, size, size]: bilinear with antialiasing, as two products with matrices."""
+    return _shrinking(x.shape[-2], size, x) @ x @ _shrinking(x.shape[-1], size, x).transpose(0, 1)
+
+
+def _shrinking(source: int, size: int, like: torch.Tensor) -> torch.Tensor:
+    """[size, source], of the type of `like`; rows sum to 1, the same under reversal of both axes."""
+    step = source / size
+    at = (torch.arange(size, device=like.device, dtype=torch.float32) + 0.5) * step - 0.5
+    distance = (at[:, None] - torch.arange(source, device=like.device, dtype=torch.float32)).abs()
+    weight = (1 - distance / max(step, 1.0)).clamp(min=0)
+    weight = weight + weight.flip(0, 1)
+    return (weight / weight.sum(1, keepdim=True)).to(like.dtype)

@@ -1,0 +1,507 @@
+"""Any model of timm made equivariant, its weights untouched: symmetrized (averaged over views) or canonicalized.
+
+**Symmetrized**: the model f runs on g^-1 x for every g of the group, F(x)[g] = g f(g^-1 x). The maps F are regular
+fields, [B, C * |G|, H, W], channel = c * |G| + g; the logits are pooled over the group. It costs |G| passes.
+
+**Canonicalized**: a small orientation network scores the elements, the image is moved by the inverse of the best one,
+f runs once, and its maps are moved back. It costs one pass and a bit. `choice="soft"` unites the two: all views,
+weighted by the softmax of the scores; the orientation network then learns with f.
+
+Quarter turns and reflections are exact at every size that f takes; rotations by 45 degrees resample. The names without
+keywords, such as `d4sym_resnet50`, take timm's own weights from the Hub.
+
+Sources: Puny et al., Frame Averaging for Invariant and Equivariant Network Design (2022); Basu et al., Equi-Tuning
+(2023); Kaba et al., Equivariance with Learned Canonicalization Functions (2023).
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+import torch.fx
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import Format, nchw_to, nhwc_to
+from timm.models import create_model
+from timm.models._input import update_model_args
+
+from equivision_timm.groups import Group
+from equivision_timm.layers.views import act, act_each, check_square
+
+__all__ = ["Canonicalized", "Symmetrized"]
+
+Views = list[torch.Tensor]  # one map, seen from every element of the group
+Run = Callable[[torch.Tensor], tuple[list[torch.Tensor], list[torch.Tensor]]]  # images -> levels, last features
+GROUPS = ("c2", "c4", "c8", "d1", "d2", "d4", "d8")
+torch.fx.wrap("check_square")  # asks for sizes: one node in a graph of torch.fx
+
+
+class _Adapted(nn.Module):
+    """The contract of timm for a `backbone` whose images and maps are moved by a group."""
+
+    __jit_unused_properties__: ClassVar[list[str]] = ["feature_info", "head_hidden_size", "num_features"]
+
+    def __init__(self, backbone: str | nn.Module, group: str, group_pool: str, chunk: int, **options: Any) -> None:
+        super().__init__()
+        if group not in GROUPS:
+            raise ValueError(f"unknown group {group!r}: use one of {', '.join(GROUPS)}")
+        if group_pool not in ("avg", "prob", "max"):
+            raise ValueError(f"unknown group_pool {group_pool!r}: use 'avg', 'prob' or 'max'")
+        if chunk < 0:
+            raise ValueError(f"chunk={chunk!r} is not a number of views: use 1 or more, or 0 for all")
+        if not isinstance(backbone, str) and options:
+            raise TypeError(f"{sorted(options)} are keywords of the backbone, which is a module: create it with them")
+        pool = options.get("global_pool")
+        network = create_model(backbone, **options) if isinstance(backbone, str) else backbone
+        if getattr(network, "group", "c1") != "c1":
+            raise ValueError(f"{type(network).__name__} is equivariant under {network.group} already: use it unadapted")
+        self.backbone: nn.Module = network
+        self.group: str = group
+        self.group_pool: str = group_pool
+        self.chunk: int = chunk
+        self.order: int = Group.from_name(group).order
+        self.rotations: int = Group.from_name(group).rotations
+        self.num_classes: int = getattr(network, "num_classes", 0)
+        self.in_chans: int = getattr(network, "in_chans", 3)
+        self.output_fmt: str = str(getattr(network, "output_fmt", "NCHW"))  # of `forward_features`, unless tokens
+        self.has_head: bool = hasattr(network, "num_classes") and (self.num_classes > 0 or pool != "")  # not maps
+        if group_pool == "prob" and self.num_classes < 2:
+            raise ValueError(f"group_pool='prob' averages probabilities of {self.num_classes} class(es): use 'avg'")
+
+    @property
+    def head_hidden_size(self) -> int:
+        """Width of the embedding, the classifier's input."""
+        return self.backbone.head_hidden_size
+
+    # Views and features
+
+    def check(self, x: torch.Tensor) -> None:
+        """Raises ValueError if the group rotates by 90 degrees and the images are not square."""
+        if self.rotations > 2:
+            check_square(x, self.group)
+
+    def views(self, x: torch.Tensor, first: int, count: int) -> torch.Tensor:
+        """g^-1 x for `count` elements from `first` on, [count * B, C, H, W]."""
+        return torch.cat([act(x, g, self.rotations, inverse=True) for g in range(first, first + count)])
+
+    def views_at_once(self) -> int:
+        """Views in a pass; in training all, so that batch norms see the whole group, whatever the image's pose."""
+        return self.order if self.training or self.chunk == 0 else min(self.chunk, self.order)
+
+    def view_logits(self, x: torch.Tensor) -> torch.Tensor:
+        """The backbone's output for every view, [|G|, B, ...]."""
+        outputs: list[torch.Tensor] = []
+        count = self.views_at_once()
+        for first in range(0, self.order, count):
+            n = min(count, self.order - first)
+            outputs.append(self.backbone(self.views(x, first, n)).unflatten(0, [n, -1]))
+        return torch.cat(outputs)
+
+    def view_features(self, run: "Run", x: torch.Tensor) -> tuple[list[Views], list[Views]]:
+        """The levels and the last features that `run` returns, each as the list of its views, moved back."""
+        count, views = self.views_at_once(), []
+        for first in range(0, self.order, count):
+            n = min(count, self.order - first)
+            levels, last = run(self.views(x, first, n))
+            chunks = [[output.chunk(n) for output in outputs] for outputs in (levels, last)]
+            views += [[[output[i] for output in outputs] for outputs in chunks] for i in range(n)]
+        moved = [[[self.move(output, g) for output in part] for part in view] for g, view in enumerate(views)]
+        levels, last = ([list(views) for views in zip(*parts, strict=True)] for parts in zip(*moved, strict=True))
+        return levels, last
+
+    def move(self, x: torch.Tensor, g: int | torch.Tensor, inverse: bool = False) -> torch.Tensor:
+        """g x or g^-1 x of features as the backbone returns them; g is one element, or one for each image, [B]."""
+        if isinstance(g, int):
+            mover = partial(act, g=g, n=self.rotations, inverse=inverse)
+        else:
+            mover = partial(act_each, g=g, n=self.rotations, reflections=self.order > self.rotations, inverse=inverse)
+        if x.ndim == 3:
+            grid = self._grid(x.shape[1])
+            prefix = x.shape[1] - grid[0] * grid[1]  # class token, registers: they do not move
+            maps = x[:, prefix:].transpose(1, 2).unflatten(2, grid)  # [B, C, h, w]
+            return torch.cat([x[:, :prefix], mover(maps).flatten(2).transpose(1, 2)], dim=1)
+        return mover(x) if self.axis(x) == 1 else mover(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+    def axis(self, x: torch.Tensor) -> int:
+        """The axis of the channels in features of the backbone."""
+        return 1 if x.ndim == 4 and self.output_fmt == "NCHW" else x.ndim - 1
+
+    def _grid(self, tokens: int) -> tuple[int, int]:
+        """Rows and columns of the grid in `tokens`."""
+        count = tokens - getattr(self.backbone, "num_prefix_tokens", 0)
+        fixed = getattr(getattr(self.backbone, "patch_embed", None), "grid_size", None) or (0, 0)
+        side = math.isqrt(count)
+        if fixed[0] * fixed[1] != count and side * side != count:
+            raise ValueError(f"{tokens} tokens are not a square grid: use images of the backbone's own size")
+        return tuple(fixed) if fixed[0] * fixed[1] == count else (side, side)
+
+    def fields(self, views: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The moved features of all views as regular fields: C * |G| channels."""
+        axis = self.axis(views[0])
+        return torch.stack(list(views), axis + 1).flatten(axis, axis + 1)
+
+    def unmoved(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """The views that `fields` was made of, before they were moved."""
+        axis = self.axis(x)
+        views = x.unflatten(axis, (-1, self.order)).unbind(axis + 1)
+        return [self.move(view, g, inverse=True) for g, view in enumerate(views)]
+
+    def levels(self, copies: int) -> list[dict[str, Any]]:
+        """timm's description of the backbone's levels, with `copies` times the channels."""
+        info = self.backbone.feature_info
+        own = {"group": self.group if copies > 1 else "c1"}
+        return [
+            {**level, "num_chs": level["num_chs"] * copies, "num_fields": level["num_chs"], **own}
+            | {"module": f"backbone.{level['module']}"}
+            for level in getattr(info, "info", info)
+        ]
+
+    # timm's contract
+
+    def combine(self, run: Run, x: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """What `run` computes of the views of x, as levels and last features of the image."""
+        raise NotImplementedError
+
+    @torch.jit.unused
+    def forward_maps(self, x: torch.Tensor) -> torch.Tensor:
+        """The output of a model without a head."""
+        return self.combine(lambda views: ([self.backbone(views)], []), x)[0][0]
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """The backbone's last features; see the class for their channels."""
+        return self.combine(lambda views: ([], [self.backbone.forward_features(views)]), x)[1][0]
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """The backbone's levels and last features; arguments as in timm."""
+
+        def run(views: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+            options = dict(norm=norm, stop_early=stop_early, intermediates_only=intermediates_only)
+            out = self.backbone.forward_intermediates(views, indices=indices, output_fmt="NCHW", **options)
+            levels, last = (out, []) if intermediates_only else (out[1], [out[0]])
+            return [nchw_to(level, Format(self.output_fmt)) for level in levels], last
+
+        levels, last = self.combine(run, x)
+        if self.output_fmt == "NHWC":
+            levels = [nhwc_to(level, Format.NCHW) for level in levels]
+        levels = [nchw_to(level, Format(output_fmt)) for level in levels]
+        return levels if intermediates_only else (last[0], levels)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """The backbone's patterns that group parameters by depth."""
+
+        def prefixed(pattern: str) -> str:
+            unanchored = re.sub(r"(?<!\[)\^", "", pattern)  # timm matches from the start in any case
+            return rf"backbone\.(?:{unanchored})"
+
+        return {
+            name: prefixed(spec) if isinstance(spec, str) else [(prefixed(pattern), last) for pattern, last in spec]
+            for name, spec in self.backbone.group_matcher(coarse=coarse).items()
+            if spec is not None
+        }
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """The parameters that the backbone exempts from weight decay."""
+        return {f"backbone.{name}" for name in getattr(self.backbone, "no_weight_decay", set)()}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the backbone's stages in the backward pass instead of storing their activations."""
+        self.backbone.set_grad_checkpointing(enable)
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The backbone's classifier."""
+        return self.backbone.get_classifier()
+
+    @torch.jit.ignore
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the backbone's classifier. `group_pool` 'prob', for trained classifiers, becomes 'avg'."""
+        if global_pool is None:
+            self.backbone.reset_classifier(num_classes)
+        else:
+            self.backbone.reset_classifier(num_classes, global_pool)
+        self._reset(num_classes, self.has_head if global_pool is None else num_classes > 0 or global_pool != "")
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove the backbone's layers after the last of `indices`; returns the levels that stay."""
+        taken = self.backbone.prune_intermediate_layers(indices, prune_norm, prune_head)
+        if self.num_classes != self.backbone.num_classes or prune_head:
+            self._reset(self.backbone.num_classes, False)
+        return taken
+
+    def _reset(self, num_classes: int, has_head: bool) -> None:
+        self.num_classes, self.has_head = num_classes, has_head
+        if self.group_pool == "prob":
+            self.group_pool = "avg"
+            update_model_args(self, group_pool="avg")
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """Draw all weights anew."""
+        for network in self.children():
+            network.init_weights()
+
+    @torch.jit.ignore
+    def is_exact(self, size: int | tuple[int, int]) -> bool:
+        """Whether the whole group acts on images of this size, n or (height, width), without any resampling.
+
+        False for groups with rotations by 45 degrees, of which the quarter turns are exact all the same.
+        """
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.rotations <= 2 or (self.rotations == 4 and height == width)
+
+
+class Symmetrized(_Adapted):
+    """The mean of a model of timm over all views of the image: images [B, in_chans, H, W] -> invariant logits.
+
+    `forward_features`, `forward_intermediates` and `features_only` give regular fields: maps [B, C * |G|, H, W], tokens
+    [B, N, C * |G|] (prefix tokens are not moved, grid tokens are), or [B, H, W, C * |G|] if the backbone has its
+    channels last. `num_classes=0` gives the mean over the group of the embedding, an invariant vector.
+
+    For groups with rotations by 45 degrees `forward_head(forward_features(x))` resamples the maps twice and differs
+    from `forward(x)`; use the latter.
+
+    Args:
+        backbone: name of a model of timm, with or without a tag; or the model. A module without `num_classes`, such as
+            a segmentation network, returns maps.
+        group: 'c2', 'c4', 'c8', 'd1', 'd2', 'd4' or 'd8'. Rotations by 90 degrees need square images.
+        group_pool: of the logits over the group: their mean 'avg', the logarithm of the mean probability 'prob' (for
+            pretrained classifiers that were not fine-tuned), or 'max'. Embeddings are always averaged.
+        train_views: views of an image in a training step: 0 for all; 1 draws an element for each image, in `forward`.
+        chunk: views in a pass outside training, 0 for all: memory grows with them.
+        **options: of the backbone.
+
+    Raises:
+        ValueError: an unknown group or pooling; 'prob' with fewer than two classes; a backbone that is equivariant.
+
+    Example:
+        >>> model = Symmetrized("test_resnet", group="c4").eval()
+        >>> x = torch.randn(2, 3, 64, 64)
+        >>> torch.allclose(model(x.rot90(1, dims=(-2, -1))), model(x), atol=1e-5)
+        True
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module = "resnet18",
+        group: str = "d4",
+        group_pool: str = "avg",
+        train_views: int = 0,
+        chunk: int = 1,
+        **options: Any,
+    ) -> None:
+        super().__init__(backbone, group, group_pool, chunk, **options)
+        if train_views not in (0, 1):
+            raise ValueError(f"train_views={train_views!r} is not possible: use 1, or 0 for all")
+        self.train_views: int = train_views
+
+    @property
+    def num_features(self) -> int:
+        """Channels of `forward_features`."""
+        return self.backbone.num_features * self.order
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """The backbone's levels, as regular fields."""
+        return self.levels(self.order)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.has_head:
+            return self.forward_maps(x)
+        self.check(x)
+        if self.training and self.train_views == 1:
+            g = torch.randint(self.order, (x.shape[0],), device=x.device)
+            return self.backbone(act_each(x, g, self.rotations, self.order > self.rotations, inverse=True))
+        return self.pool(self.view_logits(x))
+
+    def pool(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits or embeddings of the views, [|G|, B, C], pooled over the group: [B, C]."""
+        if self.num_classes > 0 and self.group_pool == "prob":
+            return logits.float().log_softmax(-1).logsumexp(0) - math.log(self.order)
+        if self.num_classes > 0 and self.group_pool == "max":
+            return logits.amax(0)
+        return logits.mean(0)
+
+    def combine(self, run: Run, x: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Regular fields."""
+        self.check(x)
+        levels, last = self.view_features(run, x)
+        return [self.fields(views) for views in levels], [self.fields(views) for views in last]
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Logits of the backbone's head on the maps of the views, moved back to them, pooled over the group."""
+        outputs = [self.backbone.forward_head(view, pre_logits=pre_logits) for view in self.unmoved(x)]
+        if not self.has_head:
+            return self.fields([self.move(output, g) for g, output in enumerate(outputs)])
+        return torch.stack(outputs).mean(0) if pre_logits else self.pool(torch.stack(outputs))
+
+
+class Canonicalized(_Adapted):
+    """A model of timm on images that an orientation network puts upright: [B, in_chans, H, W] -> invariant logits.
+
+    `forward_intermediates` and `features_only` give the backbone's maps [B, C, H, W], moved back so that they rotate
+    with the image. The features of `forward_features` end with |G| channels more, the weights of the elements, from
+    which `forward_head` knows the views: C + |G| channels, one weight of which is 1; with `choice="soft"` the regular
+    fields and the weights, (C + 1) * |G|. A model without a head gives the maps only.
+
+    Of an image that is symmetric itself two elements score alike: its maps may jump, its logits do not.
+
+    Args:
+        backbone: as in `Symmetrized`.
+        group: as in `Symmetrized`.
+        group_pool: with `choice="soft"`, the weighted mean of logits 'avg' or of probabilities 'prob', whose loss is
+            -log sum_g p_g q_g(y) in training.
+        orientation: name of a network with |G| scores that permute with the group, or the network; None for
+            `c4orient_tiny` or `c8orient_tiny`. With a hard choice it is frozen and always in eval mode.
+        choice: 'hard' takes the best element; 'soft' all, weighted.
+        gate: an image whose best element has a smaller probability is left as it is, and is not invariant then.
+        chunk: as in `Symmetrized`, for the soft choice.
+        **options: of the backbone; `pretrained`, `in_chans`, `device` and `dtype` of the orientation network, too.
+
+    Raises:
+        ValueError: as in `Symmetrized`; an orientation network of another group.
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module = "resnet18",
+        group: str = "c4",
+        group_pool: str = "avg",
+        orientation: str | nn.Module | None = None,
+        choice: str = "hard",
+        gate: float = 0.0,
+        chunk: int = 1,
+        **options: Any,
+    ) -> None:
+        super().__init__(backbone, group, group_pool, chunk, **options)
+        if choice not in ("hard", "soft"):
+            raise ValueError(f"unknown choice {choice!r}: use 'hard' or 'soft'")
+        if group_pool != "avg" and (choice, group_pool) != ("soft", "prob"):
+            raise ValueError(f"group_pool={group_pool!r} with choice={choice!r}: use 'avg', or 'prob' with 'soft'")
+        if not 0 <= gate < 1 or (gate > 0 and choice == "soft"):
+            raise ValueError(f"gate={gate!r} with choice={choice!r}: use 0 to 1 with 'hard', 0 with 'soft'")
+        self.choice: str = choice
+        self.gate: float = gate
+        self.orientation: nn.Module = self._create_orientation(orientation, options)
+        found = getattr(self.orientation, "group", None), getattr(self.orientation, "num_classes", None)
+        if found != (group, self.order):
+            raise ValueError(f"an orientation network of {found[0]} with {found[1]} scores is not for {group}: use one")
+        if choice == "hard":
+            self.orientation.requires_grad_(False).eval()
+
+    def _create_orientation(self, orientation: str | nn.Module | None, options: dict[str, Any]) -> nn.Module:
+        if isinstance(orientation, nn.Module):
+            return orientation
+        if orientation is None and self.group not in ("c4", "c8"):
+            raise ValueError(f"the package has no orientation network of {self.group}: name one by orientation=")
+        own = {name: options[name] for name in ("pretrained", "device", "dtype") if name in options}
+        return create_model(orientation or f"{self.group}orient_tiny", in_chans=self.in_chans, **own)
+
+    def train(self, mode: bool = True) -> "Canonicalized":
+        """As in PyTorch; but a frozen orientation network stays in eval mode, since batch statistics change it."""
+        super().train(mode)
+        if self.choice == "hard":
+            self.orientation.eval()
+        return self
+
+    @property
+    def num_features(self) -> int:
+        """Channels of `forward_features`."""
+        copies = self.order if self.choice == "soft" and self.has_head else 1
+        return self.backbone.num_features * copies + (self.order if self.has_head else 0)
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """The backbone's levels, moved back."""
+        return self.levels(1)
+
+    @torch.jit.ignore
+    def is_exact(self, size: int | tuple[int, int]) -> bool:
+        """As in `Symmetrized`; not with a gate."""
+        return self.gate == 0 and super().is_exact(size)
+
+    def element(self, x: torch.Tensor) -> torch.Tensor:
+        """The element [B] by whose inverse a hard choice moves each image."""
+        p = self.orientation(x).float().softmax(1)
+        best = p.argmax(1)
+        return torch.where(p.amax(1) < self.gate, torch.zeros_like(best), best) if self.gate > 0 else best
+
+    def log_weights(self, x: torch.Tensor) -> torch.Tensor:
+        """The logarithm of the weight of each element in a soft choice, [|G|, B]."""
+        return self.orientation(x).float().log_softmax(1).transpose(0, 1)
+
+    def move_images(self, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        """g[b]^-1 x[b]."""
+        return act_each(x, g, self.rotations, self.order > self.rotations, inverse=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.has_head:
+            return self.forward_maps(x)
+        self.check(x)
+        if self.choice == "hard":
+            return self.backbone(self.move_images(x, self.element(x)))
+        return self.pool(self.view_logits(x), self.log_weights(x))
+
+    def pool(self, logits: torch.Tensor, log_weights: torch.Tensor) -> torch.Tensor:
+        """Logits or embeddings of the views, [|G|, B, C], pooled under weights [|G|, B]: [B, C]."""
+        if self.num_classes > 0 and self.group_pool == "prob":
+            return (logits.float().log_softmax(-1) + log_weights.unsqueeze(-1)).logsumexp(0)
+        return (logits * log_weights.exp().unsqueeze(-1)).sum(0)
+
+    def combine(self, run: Run, x: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Levels that move with the image; the last features with the weights."""
+        self.check(x)
+        if self.choice == "hard":
+            g = self.element(x)
+            levels, last = ([self.move(y, g) for y in outputs] for outputs in run(self.move_images(x, g)))
+            weights = F.one_hot(g, self.order)
+        else:
+            weights = self.log_weights(x).exp().T  # [B, |G|]
+            view_levels, view_last = self.view_features(run, x)
+            levels = [self._weighted(views, weights) for views in view_levels]
+            last = [self.fields(views) if self.has_head else self._weighted(views, weights) for views in view_last]
+        return levels, [self._with_weights(y, weights) for y in last] if self.has_head else last
+
+    def _weighted(self, views: Views, weights: torch.Tensor) -> torch.Tensor:
+        shape = (-1, *[1] * (views[0].ndim - 1))
+        return sum(view * w.view(shape).to(view.dtype) for view, w in zip(views, weights.T, strict=True))
+
+    def _with_weights(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """x and |G| channels more, constant over space."""
+        axis = self.axis(x)
+        shape = [x.shape[0], *[1] * (x.ndim - 1)]
+        shape[axis] = self.order
+        sizes = list(x.shape)
+        sizes[axis] = self.order
+        return torch.cat([x, weights.to(x.dtype).view(shape).expand(sizes)], dim=axis)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Logits of the backbone's head on the maps in the views that the weights name."""
+        if not self.has_head:
+            return x
+        axis = self.axis(x)
+        maps, constant = x.split([x.shape[axis] - self.order, self.order], dim=axis)
+        weights = constant.movedim(axis, -1).flatten(1, -2)[:, 0]  # [B, |G|]
+        if self.choice == "hard":
+            view = self.move(maps, weights.argmax(1), inverse=True)
+            return self.backbone.forward_head(view, pre_logits=pre_logits)
+        outputs = torch.stack([self.backbone.forward_head(view, pre_logits=pre_logits) for view in self.unmoved(maps)])
+        if pre_logits:
+            return (outputs * weights.T.unsqueeze(-1)).sum(0)
+        return self.pool(outputs, weights.float().log().T)

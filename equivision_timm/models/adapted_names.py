@@ -1,0 +1,199 @@
+"""`symmetrized`, `canonicalized` and names without keywords such as `d4sym_resnet50`, registered with timm.
+
+`pretrained=True` lets timm load the source into the backbone, as it does for the backbone's own name. Files that hold
+the adapted model, with keys `backbone.*`, are loaded into the whole, strictly: `local-dir:` and `hf-hub:` names,
+`checkpoint_path`, and a `file` of the pretrained configuration.
+"""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.nn as nn
+from timm.models import (
+    build_model_with_cfg,
+    create_model,
+    get_pretrained_cfg,
+    is_model,
+    list_pretrained,
+    load_state_dict,
+)
+from timm.models._builder import resolve_pretrained_cfg
+from timm.models._features import FeatureGetterNet
+from timm.models._pretrained import PretrainedCfg
+
+from equivision_timm.models.adapted import Canonicalized, Symmetrized
+from equivision_timm.models.variants import Variant, register_family
+
+__all__: list[str] = []  # register_model adds every entrypoint
+
+BACKBONES = (
+    "resnet18",
+    "resnet50",
+    "convnext_tiny",
+    "convnextv2_nano",
+    "efficientnet_b0",
+    "tf_efficientnet_lite0",
+    "mobilenetv3_large_100",
+    "regnety_032",
+    "swin_tiny_patch4_window7_224",
+    "vit_small_patch16_224",
+    "vit_small_patch14_dinov2",
+    "vit_small_patch16_dinov3",
+    "vit_base_patch16_clip_224",
+    "eva02_small_patch14_336",
+)
+_FEATURES = ("features_only", "out_indices", "feature_cls")
+_PREFIXED = ("first_conv", "classifier")  # fields of a configuration that name parameters
+_IDENTITY = ("architecture", "tag", "source")  # fields that differ between the adapted model and its backbone
+
+
+def _create(
+    variant: str,
+    pretrained: bool,
+    network: type[Symmetrized] | type[Canonicalized],
+    pretrained_cfg: str | dict[str, Any] | PretrainedCfg | None = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    pretrained_model_args: dict[str, Any] | None = None,
+    cache_dir: str | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """The model called `variant`: a `network` of a backbone that timm makes and loads."""
+    features = {name: kwargs.pop(name) for name in _FEATURES if name in kwargs}
+    resolved = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+    from_folder = resolved.source in ("hf-hub", "local-dir")
+    whole = pretrained and (from_folder or _holds_whole(resolved))
+
+    backbone = kwargs.pop("backbone", "resnet18")
+    if not isinstance(backbone, str):
+        raise TypeError(f"backbone is a {type(backbone).__name__}, not a name: use the class {network.__name__}")
+    own_names = set(inspect.signature(network).parameters) - {"options"}
+    own = {name: value for name, value in kwargs.items() if name in own_names}
+    options = {name: value for name, value in kwargs.items() if name not in own_names}
+    overlay: dict[str, Any] = {}
+    if variant in _NAMES:
+        own.setdefault("group_pool", _group_pool(variant, resolved, own.get("choice"), options, network))
+        backbone = f"{backbone}.{resolved.tag}" if get_pretrained_cfg(f"{backbone}.{resolved.tag}") else backbone
+    if not from_folder:
+        if isinstance(pretrained_cfg, (dict, PretrainedCfg)):  # of `variant`, complete for a name
+            overlay = _fields_of(resolved, complete=variant in _NAMES)
+        overlay = _renamed({**overlay, **(pretrained_cfg_overlay or {})}, lambda name: name.removeprefix("backbone."))
+    if features.get("features_only"):
+        features = _getter(backbone, features, options)
+
+    model = network(
+        backbone,
+        pretrained=pretrained and not whole,
+        pretrained_cfg_overlay=overlay,
+        cache_dir=cache_dir,
+        **own,
+        **options,
+    )
+    cfg = resolved
+    if not from_folder:
+        cfg = {**model.backbone.pretrained_cfg, "architecture": variant, "tag": resolved.tag}
+        cfg = _renamed(cfg, lambda name: f"backbone.{name}")
+    return build_model_with_cfg(
+        lambda **_: model,  # the keywords are applied already; timm notes them
+        variant,
+        whole,
+        pretrained_cfg=cfg,
+        pretrained_model_args=pretrained_model_args,
+        cache_dir=cache_dir,
+        **features,
+        **options,
+    )
+
+
+def _holds_whole(cfg: PretrainedCfg) -> bool:
+    """Whether the file or state dict of a configuration holds an adapted model, not a backbone."""
+    state = cfg.state_dict or (load_state_dict(cfg.file) if cfg.file else {})
+    return any(name.startswith("backbone.") for name in state)
+
+
+def _group_pool(
+    variant: str, cfg: PretrainedCfg, choice: str | None, options: dict[str, Any], network: type[nn.Module]
+) -> str:
+    """'prob' for the classes that the weights were trained on, 'avg' for others; 'avg' for a hard choice."""
+    trained = (get_pretrained_cfg(f"{variant}.{cfg.tag}") or get_pretrained_cfg(variant)).num_classes
+    classes = options.get("num_classes", trained)
+    averages = network is Symmetrized or choice == "soft"
+    return "prob" if averages and classes == trained and classes > 1 else "avg"
+
+
+def _fields_of(cfg: PretrainedCfg, complete: bool) -> dict[str, Any]:
+    """The fields of a configuration that its backbone has, too: all, or those that differ from timm's defaults."""
+    defaults = asdict(PretrainedCfg())
+    return {
+        name: value
+        for name, value in asdict(cfg).items()
+        if name not in _IDENTITY and value is not None and (complete or value != defaults[name])
+    }
+
+
+def _renamed(cfg: Mapping[str, Any], rename: Any) -> dict[str, Any]:
+    """The configuration, with other names of parameters."""
+    renamed = dict(cfg)
+    for field in _PREFIXED:
+        value = renamed.get(field)
+        if isinstance(value, str):
+            renamed[field] = rename(value)
+        elif value:
+            renamed[field] = tuple(map(rename, value))
+    return renamed
+
+
+def _getter(backbone: str, features: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """timm's options for maps of `forward_intermediates`; by default the backbone's own levels."""
+    if features.get("feature_cls", "getter") not in ("getter", FeatureGetterNet):
+        raise ValueError(f"feature_cls={features['feature_cls']!r} would return maps of the views: use 'getter'")
+    if "out_indices" not in features:
+        with torch.device("meta"):
+            plain = create_model(backbone, features_only=True, **{k: v for k, v in options.items() if k != "device"})
+        features = {**features, "out_indices": tuple(plain.feature_info.out_indices)}
+    return {**features, "feature_cls": "getter"}
+
+
+def _cfgs() -> dict[str, Any]:
+    """timm's configurations by name and tag, the default one first."""
+    cfgs: dict[str, Any] = {"symmetrized": {}, "canonicalized": {}}
+    for name, variant in _NAMES.items():
+        backbone = variant.arguments["backbone"]
+        default = f"{backbone}.{get_pretrained_cfg(backbone).tag}"
+        for tagged in [default, *(other for other in list_pretrained(f"{backbone}.*") if other != default)]:
+            cfg = {k: v for k, v in asdict(get_pretrained_cfg(tagged)).items() if k not in _IDENTITY}
+            cfgs[f"{name}.{tagged.partition('.')[2]}"] = _renamed(cfg, lambda name: f"backbone.{name}")
+    return cfgs
+
+
+def _names() -> dict[str, Variant]:
+    described = {
+        "c4sym": (Symmetrized, "c4", "averaged over rotations by 90 degrees"),
+        "d4sym": (Symmetrized, "d4", "averaged over rotations by 90 degrees and reflections"),
+        "c4can": (Canonicalized, "c4", "on images rotated upright by c4orient_tiny"),
+    }
+    return {
+        f"{prefix}_{backbone}": Variant(
+            f"timm's {backbone} {how}", {"network": network, "backbone": backbone, "group": group}
+        )
+        for prefix, (network, group, how) in described.items()
+        for backbone in BACKBONES
+        if is_model(backbone)
+    }
+
+
+_NAMES = _names()
+_GENERIC = {
+    "symmetrized": Variant("A model of timm averaged over a group; see Symmetrized", {"network": Symmetrized}),
+    "canonicalized": Variant("A model of timm on images put upright; see Canonicalized", {"network": Canonicalized}),
+}
+for _network in (Symmetrized, Canonicalized):
+    register_family(
+        __name__,
+        _network,
+        _create,
+        {name: v for name, v in {**_GENERIC, **_NAMES}.items() if v.arguments["network"] is _network},
+        cfgs=_cfgs(),
+    )

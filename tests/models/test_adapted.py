@@ -1,0 +1,423 @@
+"""Adapted models against their definition, written out with torch.rot90 and flips, and timm's contract for them."""
+
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from timm.models import group_parameters
+from timm.optim import create_optimizer_v2
+
+from equivision_timm import assert_equivariant
+from equivision_timm.layers.views import act, act_each
+from equivision_timm.models import Canonicalized, EquivariantFPN, Symmetrized
+
+SIZES = {"test_vit": 64, "test_vit2": 64, "test_resnet": 64, "test_convnext": 64}
+
+
+def elements(group):
+    """(p, k), r^k f^p, in the order of the package: rotations first, then reflections."""
+    n = int(group[1:])
+    return [(p, k) for p in range(2 if group[0] == "d" else 1) for k in range(n)]
+
+
+def move(x, element, group):
+    """r^k f^p x: the reflection first, then k rotations by 360 / n degrees (n = 1, 2 or 4), counter-clockwise."""
+    p, k = element
+    x = torch.flip(x, [-1]) if p else x
+    return torch.rot90(x, k * 4 // int(group[1:]), (-2, -1))
+
+
+def back(x, element, group):
+    """(r^k f^p)^-1 x."""
+    p, k = element
+    x = torch.rot90(x, -k * 4 // int(group[1:]), (-2, -1))
+    return torch.flip(x, [-1]) if p else x
+
+
+def index(group, element):
+    return elements(group).index(element)
+
+
+def left_quotient(group, g, h):
+    """The index of g^-1 h, found by what both sides do to an image without symmetry."""
+    image = torch.arange(16.0).view(4, 4)
+    wanted = back(move(image, h, group), g, group)
+    return next(i for i, e in enumerate(elements(group)) if torch.equal(move(image, e, group), wanted))
+
+
+def images(size=64, channels=3, count=2):
+    height, width = (size, size) if isinstance(size, int) else size
+    coarse = torch.randn(count, channels, 8, 8, generator=torch.Generator().manual_seed(1))
+    return nn.functional.interpolate(coarse, (height, width), mode="bicubic")
+
+
+def plain(name, **options):
+    """A backbone with weights that leave no map zero, in eval mode."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, **options).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return model
+
+
+def maps(model, x):
+    return model.forward_intermediates(x, intermediates_only=True)
+
+
+class Scores(nn.Module):
+    """Scores of a group by their definition: a template compared with every view. Tests know its choice."""
+
+    def __init__(self, group, sharpness=100.0, size=64):
+        super().__init__()
+        self.group, self.num_classes = group, len(elements(group))
+        height, width = (size, size) if isinstance(size, int) else size
+        self.template = nn.Parameter(images((height, width), count=1)[0] * sharpness)
+
+    def forward(self, x):
+        views = [back(x, e, self.group) for e in elements(self.group)]
+        return torch.stack([(view * self.template).mean((1, 2, 3)) for view in views], 1)
+
+
+EXACT = [
+    ("test_resnet", 64, {}),
+    ("test_convnext", 64, {}),
+    ("test_vit", 64, {"img_size": 64}),
+    ("test_vit2", 64, {"img_size": 64}),  # registers
+    ("resnet18", 64, {}),
+    ("tf_efficientnet_lite0", 64, {}),
+    ("convnext_atto", 64, {}),
+    ("vit_tiny_patch16_224", 64, {"img_size": 64}),
+    ("mobilenetv3_small_100", 64, {}),
+    ("swin_tiny_patch4_window7_224", 56, {"img_size": 56, "window_size": 7}),  # channels last
+    ("vit_small_patch16_dinov3", 64, {"img_size": 64, "depth": 3}),  # rotary embeddings, registers
+    ("resnet50_clip", 64, {"img_size": 64}),  # attention pooling, which reads positions
+]
+
+
+@pytest.mark.parametrize("group", ["c4", "d4"])
+@pytest.mark.parametrize(("name", "size", "options"), EXACT, ids=lambda value: value if isinstance(value, str) else "")
+@torch.no_grad()
+def test_symmetrized_is_its_definition(name, size, options, group):
+    backbone = plain(name, **options)
+    model, x = Symmetrized(copy.deepcopy(backbone), group).eval(), images(size)
+    views = [back(x, e, group) for e in elements(group)]
+    expected = torch.stack([backbone(view) for view in views]).mean(0)
+    scale = expected.abs().max()
+    actual = model(x)
+    assert (actual - expected).abs().max() <= 1e-5 * scale
+    assert (model.forward_head(model.forward_features(x)) - actual).abs().max() <= 1e-5 * scale
+    for e in elements(group):
+        assert (model(move(x, e, group)) - actual).abs().max() <= 1e-5 * scale
+
+    by_view = [maps(backbone, view) for view in views]
+    for level, (info, fields) in enumerate(zip(model.feature_info, maps(model, x), strict=True)):
+        assert fields.shape[1] == info["num_chs"]
+        assert info["group"] == group
+        moved = [move(by_view[g][level], e, group) for g, e in enumerate(elements(group))]
+        wanted = torch.stack(moved, 2).flatten(1, 2)  # channel = c * |G| + g
+        assert (fields - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit2", "swin_tiny_patch4_window7_224", "resnet50_clip"])
+@pytest.mark.parametrize("choice", ["hard", "soft"])
+@torch.no_grad()
+def test_canonicalized_is_its_definition(name, choice):
+    group = "d4"
+    size, options = next((size, options) for other, size, options in EXACT if other == name)
+    backbone, scores, x = plain(name, **options), Scores(group, size=size), images(size)
+    model = Canonicalized(copy.deepcopy(backbone), group, orientation=scores, choice=choice).eval()
+    p = scores(x).softmax(1)  # [B, |G|]
+    if choice == "hard":
+        p = torch.eye(8)[p.argmax(1)]
+    assert len(set(scores(x).argmax(1).tolist())) > 1  # the images do not all take the same element
+
+    views = [back(x, e, group) for e in elements(group)]
+    expected = sum(p[:, g, None] * backbone(view) for g, view in enumerate(views))
+    scale = expected.abs().max()
+    actual = model(x)
+    assert (actual - expected).abs().max() <= 1e-5 * scale
+    assert (model.forward_head(model.forward_features(x)) - actual).abs().max() <= 1e-5 * scale
+    for e in elements(group):
+        assert (model(move(x, e, group)) - actual).abs().max() <= 1e-5 * scale
+
+    by_view = [maps(backbone, view) for view in views]
+    levels = maps(model, x)
+    for level, (info, map_) in enumerate(zip(model.feature_info, levels, strict=True)):
+        assert map_.shape[1] == info["num_chs"]
+        assert info["group"] == "c1"
+        moved = [move(by_view[g][level], e, group) for g, e in enumerate(elements(group))]
+        wanted = sum(p[:, g, None, None, None] * m for g, m in enumerate(moved))
+        assert (map_ - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    for e in elements(group):
+        for before, after in zip(levels, maps(model, move(x, e, group)), strict=True):
+            assert (after - move(before, e, group)).abs().max() <= 1e-5 * before.abs().max()
+
+
+@torch.no_grad()
+def test_features_of_a_canonicalized_model_end_with_the_weights():
+    model = Canonicalized(plain("test_resnet"), "c4", orientation=Scores("c4")).eval()
+    x = images()
+    features = model.forward_features(x)
+    assert features.shape[1] == model.num_features == model.backbone.num_features + 4
+    for k in range(4):
+        turned = model.forward_features(torch.rot90(x, k, (-2, -1)))
+        order = [left_quotient("c4", (0, k), e) for e in elements("c4")]
+        wanted = torch.rot90(torch.cat([features[:, :-4], features[:, -4:][:, order]], 1), k, (-2, -1))
+        assert torch.equal(turned, wanted)
+
+
+@pytest.mark.parametrize("group", ["c2", "d1", "d2"])
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+@torch.no_grad()
+def test_groups_without_quarter_turns_take_images_that_are_not_square(name, group):
+    options = {"img_size": (64, 96)} if "vit" in name else {}
+    x = images((64, 96))
+    for model in (
+        Symmetrized(plain(name, **options), group).eval(),
+        Canonicalized(plain(name, **options), group, orientation=Scores(group, size=(64, 96))).eval(),
+    ):
+        assert model.is_exact((64, 96))
+        y = model(x)
+        assert torch.allclose(model.forward_head(model.forward_features(x)), y, atol=1e-5)
+        for _g, e in enumerate(elements(group)):
+            assert torch.allclose(model(move(x, e, group)), y, atol=1e-5)
+            for info, before, after in zip(
+                model.feature_info, maps(model, x), maps(model, move(x, e, group)), strict=True
+            ):
+                order = [left_quotient(group, e, h) for h in elements(group)] if info["group"] == group else [0]
+                permuted = before.unflatten(1, (-1, len(order)))[:, :, order].flatten(1, 2)
+                assert torch.allclose(after, move(permuted, e, group), atol=1e-5)
+
+
+@pytest.mark.parametrize("group", ["c8", "d8"])
+@torch.no_grad()
+def test_quarter_turns_stay_exact_beside_eighth_turns(group):
+    model, x = Symmetrized(plain("test_resnet"), group).eval(), images()
+    assert not model.is_exact(64)
+    for e in elements("d4" if group == "d8" else "c4"):
+        assert torch.allclose(model(move(x, e, "d4")), model(x), atol=1e-5)
+
+
+def test_an_eighth_turn_is_half_a_quarter_turn():
+    x = nn.functional.interpolate(images(8), (65, 65), mode="bicubic", align_corners=True)
+    disc = torch.hypot(*torch.meshgrid(*[torch.linspace(-1, 1, 65)] * 2, indexing="ij")) < 0.8
+
+    def error(actual, expected):
+        return ((actual - expected) * disc).abs().max() / expected.abs().max()
+
+    twice = act(act(x, 1, 8), 1, 8)
+    assert error(twice, torch.rot90(x, 1, (-2, -1))) < 0.03
+    assert error(act(act(x, 1, 8), 1, 8, inverse=True), x) < 0.03
+    assert error(twice, torch.rot90(x, -1, (-2, -1))) > 0.3  # the control: the other direction
+
+
+@pytest.mark.parametrize(("group", "n", "reflections"), [("d4", 4, True), ("c8", 8, False), ("d8", 8, True)])
+def test_every_image_may_have_its_own_element(group, n, reflections):
+    order = n * (2 if reflections else 1)
+    x = torch.randn(order, 2, 9, 9)
+    for inverse in (False, True):
+        each = act_each(x, torch.arange(order), n, reflections, inverse)
+        for g in range(order):
+            assert torch.equal(each[g], act(x[g : g + 1], g, n, inverse)[0])
+
+
+# Pooling, training
+
+
+@torch.no_grad()
+def test_pooling_over_the_group():
+    backbone, x = plain("test_resnet"), images()
+    logits = torch.stack([backbone(back(x, e, "c4")) for e in elements("c4")])  # [|G|, B, classes]
+    wanted = {"avg": logits.mean(0), "max": logits.amax(0), "prob": logits.softmax(-1).mean(0).log()}
+    for group_pool, expected in wanted.items():
+        actual = Symmetrized(backbone, "c4", group_pool).eval()(x)
+        assert torch.allclose(actual, expected, atol=1e-5), group_pool
+    soft = Canonicalized(backbone, "c4", "prob", Scores("c4"), choice="soft").eval()
+    p = Scores("c4")(x).softmax(1).T
+    assert torch.allclose(soft(x), (logits.softmax(-1) * p[..., None]).sum(0).log(), atol=1e-5)
+
+
+@torch.no_grad()
+def test_embeddings_are_averaged():
+    backbone, x = plain("test_resnet", num_classes=0), images()
+    expected = torch.stack([backbone(back(x, e, "d4")) for e in elements("d4")]).mean(0)
+    for group_pool in ("avg", "max"):
+        model = Symmetrized(backbone, "d4", group_pool).eval()
+        assert torch.allclose(model(x), expected, atol=1e-6)
+        assert model(x).shape[1] == model.head_hidden_size
+        assert torch.allclose(model.forward_head(model.forward_features(x), pre_logits=True), expected, atol=1e-6)
+
+
+@torch.no_grad()
+def test_chunks_change_nothing_and_bound_the_batch():
+    x, seen = images(count=3), []
+    backbone = plain("test_resnet")
+    backbone.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[0]))
+    outputs = {}
+    for chunk in (1, 3, 8, 0):
+        outputs[chunk] = Symmetrized(backbone, "d4", chunk=chunk).eval()(x)
+        outputs[-1 - chunk] = seen.copy()
+        seen.clear()
+    assert (outputs[-2], outputs[-4], outputs[-9], outputs[-1]) == ([3] * 8, [9, 9, 6], [24], [24])
+    for chunk in (3, 8, 0):
+        assert torch.allclose(outputs[chunk], outputs[1], atol=1e-5)
+
+
+def test_batch_norms_see_every_view_in_training():
+    """So the statistics, and the output in train mode, do not depend on the pose of the images."""
+    x = images(count=4)
+    outputs, statistics = [], []
+    for k in range(2):
+        model = Symmetrized(plain("test_resnet"), "c4").train()
+        outputs.append(model(torch.rot90(x, k, (-2, -1))))
+        statistics.append(torch.cat([b.flatten() for n, b in model.named_buffers() if "running" in n]))
+    assert torch.allclose(*outputs, atol=1e-4)
+    assert torch.allclose(*statistics, atol=1e-5)
+
+
+def test_one_view_an_image_in_training():
+    backbone, x = plain("test_vit", img_size=64), images(count=64)
+    model = Symmetrized(backbone, "d4", train_views=1)
+    model.train()
+    backbone.eval()
+    logits = model(x)
+    views = torch.stack([backbone(back(x, e, "d4")) for e in elements("d4")], 1)  # [B, |G|, classes]
+    distance = (logits[:, None] - views).abs().amax(2)
+    assert distance.amin(1).max() < 1e-4
+    assert len(set(distance.argmin(1).tolist())) == 8  # every element is drawn
+    model.eval()
+    assert torch.allclose(model(x), views.mean(1), atol=1e-5)
+
+
+def test_every_parameter_that_is_trained_has_a_gradient():
+    for model in (
+        Symmetrized("test_resnet", "c4"),
+        Symmetrized("test_resnet", "c4", train_views=1),
+        Canonicalized("test_resnet", "c4", orientation=Scores("c4", 1.0)),
+        Canonicalized("test_resnet", "c4", "prob", Scores("c4", 1.0), choice="soft"),
+    ):
+        model.train()(images()).square().sum().backward()
+        trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+        assert any("orientation" in name for name in trained) == (getattr(model, "choice", "") == "soft")
+
+
+def test_a_frozen_orientation_network_stays_in_eval_mode():
+    model = Canonicalized("test_resnet", orientation="c4orient_tiny").train()
+    assert model.backbone.training
+    assert not any(m.training for m in model.orientation.modules())
+    soft = Canonicalized("test_resnet", orientation="c4orient_tiny", choice="soft").train()
+    assert all(m.training for m in soft.orientation.modules())
+
+
+@torch.no_grad()
+def test_the_gate_leaves_doubtful_images_as_they_are():
+    x, scores = images(), Scores("c4", sharpness=1.0)  # probabilities near 1/4
+    backbone = plain("test_resnet")
+    gated = Canonicalized(backbone, orientation=scores, gate=0.9).eval()
+    assert torch.equal(gated(x), backbone(x))
+    assert not gated.is_exact(64)
+    sure = Canonicalized(backbone, orientation=Scores("c4", 1e4), gate=0.9).eval()
+    assert not torch.equal(sure(x), backbone(x))
+
+
+# timm's contract
+
+
+def test_features_only_keeps_the_levels_of_the_backbone():
+    for name, options, levels in (
+        ("test_resnet", {}, [0, 1, 2, 3, 4]),
+        ("vit_tiny_patch16_224", {"img_size": 32}, [9, 10, 11]),
+        ("swin_tiny_patch4_window7_224", {"img_size": 56}, [0, 1, 2, 3]),
+    ):
+        model = timm.create_model("symmetrized", backbone=name, group="c4", features_only=True, **options)
+        assert list(model.feature_info.out_indices) == levels
+    with torch.no_grad():
+        x, levels = images(), timm.create_model("canonicalized", backbone="test_resnet", features_only=True)
+        assert [y.shape[1] for y in levels.eval()(x)] == levels.feature_info.channels()
+    with pytest.raises(ValueError, match="feature_cls"):
+        timm.create_model("symmetrized", backbone="test_resnet", features_only=True, feature_cls="hook")
+
+
+@torch.no_grad()
+def test_a_feature_pyramid_takes_the_fields():
+    encoder = timm.create_model("symmetrized", backbone="test_resnet", features_only=True, out_indices=(1, 2, 3, 4))
+    pyramid, x = EquivariantFPN(encoder, num_classes=2).eval(), images(65)
+    logits = pyramid(x)
+    for e in elements("d4"):
+        assert torch.allclose(pyramid(move(x, e, "d4")), move(logits, e, "d4"), atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_segmentation_network_as_a_module():
+    class Segmenter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 2, 3, padding=1)
+
+        def forward(self, x):
+            return self.conv(x).relu().cumsum(3)  # depends on the orientation
+
+    torch.manual_seed(0)
+    for model in (
+        Canonicalized(Segmenter(), orientation=Scores("c4")),
+        Symmetrized(Segmenter(), "c4"),
+    ):
+        x = images()
+        y = model.eval()(x)
+        turned = model(torch.rot90(x, 1, (-2, -1)))
+        if isinstance(model, Symmetrized):
+            y = y.unflatten(1, (-1, 4)).roll(1, 2).flatten(1, 2)
+        assert torch.allclose(turned, torch.rot90(y, 1, (-2, -1)), atol=1e-5)
+
+
+def test_layer_decay_and_weight_decay_reach_the_backbone():
+    backbone, model = timm.create_model("test_vit"), Symmetrized("test_vit")
+    wanted = group_parameters(backbone, backbone.group_matcher())
+    found = group_parameters(model, model.group_matcher())
+    assert {i: [f"backbone.{n}" for n in names] for i, names in wanted.items()} == found
+    assert model.no_weight_decay() == {f"backbone.{n}" for n in backbone.no_weight_decay()}
+    rates = {g["lr_scale"] for g in create_optimizer_v2(model, "sgd", 0.1, layer_decay=0.5).param_groups}
+    assert len(rates) > 3
+
+
+@torch.no_grad()
+def test_reset_classifier():
+    model, x = timm.create_model("d4sym_resnet18").eval(), images()
+    assert model.group_pool == "prob"
+    model.reset_classifier(5)
+    assert (model.group_pool, model.num_classes, model(x).shape) == ("avg", 5, (2, 5))
+    model.reset_classifier(0)
+    assert model(x).shape == (2, 512)
+    model.reset_classifier(0, "")
+    fields = model(x)
+    assert fields.shape == (2, 512 * 8, 2, 2)
+    assert torch.equal(fields, model.forward_features(x))
+
+
+def test_assert_equivariant_knows_adapted_models():
+    assert_equivariant(Symmetrized(plain("test_resnet"), "d4"), 64, 1e-5)
+    with pytest.raises(AssertionError, match="not d4"):
+        assert_equivariant(plain("test_resnet"), 64, 1e-5, group="d4")
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext"])
+def test_tracers_and_exporters(name):
+    options = {"img_size": 64} if "vit" in name else {}
+    x = images()
+    orientation = timm.create_model("c4orient_tiny").eval()
+    for model in (
+        Symmetrized(plain(name, **options), "d4").eval(),
+        Canonicalized(plain(name, **options), orientation=orientation).eval(),
+        Canonicalized(plain(name, **options), "c4", "prob", orientation, choice="soft").eval(),
+    ):
+        with torch.no_grad():
+            expected = model(x)
+            assert torch.allclose(torch.export.export(model, (x,)).module()(x), expected, atol=1e-5)
+            assert torch.allclose(torch.jit.script(model)(x), expected, atol=1e-5)
+            if name != "test_vit":  # whose sizes torch.fx cannot follow, unadapted
+                assert torch.allclose(torch.fx.symbolic_trace(model)(x), expected, atol=1e-5)
