@@ -78,7 +78,9 @@ def _create(
         backbone = f"{backbone}.{resolved.tag}" if get_pretrained_cfg(f"{backbone}.{resolved.tag}") else backbone
     if not from_folder:
         if isinstance(pretrained_cfg, (dict, PretrainedCfg)):  # of `variant`, complete for a name
-            overlay = _fields_of(resolved, complete=variant in _NAMES)
+            overlay = _differences(
+                resolved, get_pretrained_cfg(f"{variant}.{resolved.tag}") or get_pretrained_cfg(variant)
+            )
         overlay = _renamed({**overlay, **(pretrained_cfg_overlay or {})}, lambda name: name.removeprefix("backbone."))
     if features.get("features_only"):
         features = _getter(backbone, features, options)
@@ -123,14 +125,10 @@ def _group_pool(
     return "prob" if averages and classes == trained and classes > 1 else "avg"
 
 
-def _fields_of(cfg: PretrainedCfg, complete: bool) -> dict[str, Any]:
-    """The fields of a configuration that its backbone has, too: all, or those that differ from timm's defaults."""
-    defaults = asdict(PretrainedCfg())
-    return {
-        name: value
-        for name, value in asdict(cfg).items()
-        if name not in _IDENTITY and value is not None and (complete or value != defaults[name])
-    }
+def _differences(cfg: PretrainedCfg, registered: PretrainedCfg) -> dict[str, Any]:
+    """The fields of a configuration that differ from the registered one: what a script or user changed."""
+    before = asdict(registered)
+    return {k: v for k, v in asdict(cfg).items() if k not in _IDENTITY and v is not None and v != before[k]}
 
 
 def _renamed(cfg: Mapping[str, Any], rename: Any) -> dict[str, Any]:
@@ -158,7 +156,7 @@ def _getter(backbone: str, features: dict[str, Any], options: dict[str, Any]) ->
 
 def _cfgs() -> dict[str, Any]:
     """timm's configurations by name and tag, the default one first."""
-    cfgs: dict[str, Any] = {"symmetrized": {}, "canonicalized": {}}
+    cfgs: dict[str, Any] = {name: dict(first_conv="backbone.conv1", classifier="backbone.fc") for name in _GENERIC}
     for name, variant in _NAMES.items():
         backbone = variant.arguments["backbone"]
         default = f"{backbone}.{get_pretrained_cfg(backbone).tag}"
@@ -184,11 +182,11 @@ def _names() -> dict[str, Variant]:
     }
 
 
-_NAMES = _names()
 _GENERIC = {
     "symmetrized": Variant("A model of timm averaged over a group; see Symmetrized", {"network": Symmetrized}),
     "canonicalized": Variant("A model of timm on images put upright; see Canonicalized", {"network": Canonicalized}),
 }
+_NAMES = _names()
 for _network in (Symmetrized, Canonicalized):
     register_family(
         __name__,

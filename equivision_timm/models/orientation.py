@@ -89,6 +89,11 @@ class OrientationNet(nn.Module):
         return self.score(self.dropout(fields)).squeeze(2)
 
     @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The projection to the scores."""
+        return self.score
+
+    @torch.jit.ignore
     def init_weights(self) -> None:
         """Draw all weights anew."""
         self.network.init_weights()
