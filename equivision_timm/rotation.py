@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data.dataset_factory import _TORCH_BASIC_DS
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from equivision_timm.data import ImageFolder
 
-__all__ = ["LIMITS", "RotatedFolder", "inscribed_circle", "rotate", "rotate_image"]
+__all__ = ["LIMITS", "OrientedFolder", "RotatedFolder", "inscribed_circle", "rotate", "rotate_image"]
 
 LIMITS = (90, 45, 30, 22.5, 15, 11.25)  # degrees, for groups of 2, 4, 6, 8, 12 and 16 rotations
 
@@ -112,19 +112,46 @@ class RotatedFolder(ImageFolder):
         return rotate_image(image, angle)
 
 
-def _create(root: str, train: bool, download: bool = False, limit: float = 180, **options: Any) -> RotatedFolder:
+class OrientedFolder(RotatedFolder):
+    """A folder of upright images, each rotated by any angle; the class is the nearest rotation of a group.
+
+    It trains orientation networks. Classes count rotations by 360 / N degrees, counter-clockwise; sub-folders mean
+    nothing. In training every second image is reflected before it is rotated: leave reflections of the data loader out
+    (`--hflip 0`), since they reverse the rotation. Other arguments as in `RotatedFolder`.
+
+    Args:
+        rotations: N.
+    """
+
+    def __init__(self, root: str | Path, split: str, training: bool, rotations: int, **options: Any) -> None:
+        super().__init__(root, split, training, **options)
+        self.rotations = rotations
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image = self.picture(index)
+        angle = 360 * (torch.rand(()).item() if self.training else np.random.default_rng(index).random())
+        if self.training and torch.rand(()) < 0.5:
+            image = ImageOps.mirror(image)
+        image = rotate_image(image, angle)
+        image = image if self.transform is None else self.transform(image)
+        return image, round(angle * self.rotations / 360) % self.rotations
+
+
+def _create(root: str, train: bool, download: bool = False, kind: Any = RotatedFolder, **options: Any) -> ImageFolder:
     """The data set for `timm.data.create_dataset`.
 
     To data sets whose names begin with 'torch/' timm passes on only whether the split is called 'train'. The other
     arguments of `create_dataset` (--class-map, --input-img-mode, the name of the split) are read from its frame.
     """
     if download:
-        raise ValueError(f"rotated_folder reads {root!r} and downloads nothing: leave --dataset-download out")
+        raise ValueError(f"a rotated folder reads {root!r} and downloads nothing: leave --dataset-download out")
     given = sys._getframe(1).f_locals
     options |= {name: given[name] for name in ("split", "class_map", "input_img_mode", "search_split")}
-    return RotatedFolder(root, training=train or given["is_training"], limit=limit, **options)
+    return kind(root, training=train or given["is_training"], **options)
 
 
 _NAMES: dict[str, Any] = _TORCH_BASIC_DS
 _NAMES["rotated_folder"] = _create
 _NAMES.update({f"rotated_folder_{limit}": partial(_create, limit=limit) for limit in LIMITS})
+_NAMES.update({f"oriented_folder_c{n}": partial(_create, kind=OrientedFolder, rotations=n) for n in (4, 8)})
+_NAMES["oriented_folder"] = _NAMES["oriented_folder_c4"]

@@ -6,13 +6,23 @@ import fnmatch
 import json
 from dataclasses import asdict, dataclass
 
+import timm
+import torch
 from timm.models import resolve_pretrained_cfg
+from torch.utils.flop_counter import FlopCounterMode
 
 from equivision_timm.cli.options import Parsers, integer
 from equivision_timm.errors import InputError
-from equivision_timm.models import EquivariantBackbone, EquivariantViT, model_names
+from equivision_timm.models import (
+    Canonicalized,
+    EquivariantBackbone,
+    EquivariantViT,
+    OrientationNet,
+    Symmetrized,
+    model_names,
+)
 from equivision_timm.models.pretrained import PUBLISHED, WEIGHTS_FILE, local_folder
-from equivision_timm.models.variants import create
+from equivision_timm.models.variants import create, family_of
 from equivision_timm.weights.model_card import complexity
 from equivision_timm.weights.rooms import released
 
@@ -82,6 +92,8 @@ def list_models(pattern: str = "*", near: int = 224) -> list[Row]:
 
 
 def _row(name: str, near: int) -> Row:
+    if issubclass(family_of(name), (Symmetrized, Canonicalized, OrientationNet)):
+        return _adapted_row(name, near)
     model = create(name, EquivariantBackbone, EquivariantViT, device="meta")
     size = model.pretrained_cfg["input_size"][-1]  # type: ignore[index]
     try:
@@ -91,6 +103,28 @@ def _row(name: str, near: int) -> Row:
     parameters, gmacs = complexity(name, size)
     fields = model.feature_info[0]["num_fields"]
     return Row(name, model.group, fields, parameters, gmacs, size, exact, _place(name))
+
+
+def _adapted_row(name: str, near: int) -> Row:
+    """Every size is exact; the cost of a model of timm counts once for each view."""
+    with torch.device("meta"), torch.no_grad():
+        model = timm.create_model(name).eval()
+        size = model.pretrained_cfg["input_size"][-1]
+        networks = [(model, 1)]
+        if isinstance(model, Symmetrized):
+            networks = [(model.backbone, model.order)]
+        elif isinstance(model, Canonicalized):
+            networks = [(model.backbone, 1), (model.orientation, 1)]
+        operations = 0
+        for network, times in networks:
+            with FlopCounterMode(display=False) as counter:
+                network.requires_grad_(False)(torch.empty(1, model.in_chans, size, size))
+            operations += times * counter.get_total_flops()
+    fields = model.feature_info[0]["num_fields"] if hasattr(model, "feature_info") else 1
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    cfg = resolve_pretrained_cfg(name)
+    weights = f"timm's Hub, {cfg.license}" if cfg.hf_hub_id else _place(name)
+    return Row(name, model.group, fields, parameters, operations / 2e9, size, (near, near), weights)
 
 
 def _place(name: str) -> str:
