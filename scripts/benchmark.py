@@ -172,7 +172,7 @@ def build(form: str, name: str, mode: str, setting: Setting) -> nn.Module:
         elif form.startswith("dense"):
             model = dense_twin(model)
         elif form == "escnn":
-            from equivision_timm.weights.equivision.to_escnn import (
+            from equivision_timm.weights.escnn_format import (
                 to_escnn,  # the extra is needed for --escnn alone
             )
 

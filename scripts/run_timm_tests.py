@@ -32,7 +32,7 @@ from timm.models._registry import _module_to_models
 from equivision_timm.models import model_names
 from equivision_timm.models.pretrained import local_folder
 from equivision_timm.weights.folder import write_model_folder
-from equivision_timm.weights.rooms import released
+from equivision_timm.weights.released import released
 
 NEEDS_TIMM_HUB = "test_model_inference"
 VITS = ["d1vit_*", "d4vit_*", "d4hybridvit_*", "test_d4vit*"]

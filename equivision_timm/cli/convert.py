@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from equivision_timm.cli.options import Parsers
-from equivision_timm.weights.rooms import convert_file
+from equivision_timm.weights.convert import convert_file
 
 __all__ = ["register"]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from equivision_timm.cli.options import Parsers, add_names, for_each
 from equivision_timm.weights.fetch import fetch
-from equivision_timm.weights.rooms import released
+from equivision_timm.weights.released import released
 
 __all__ = ["register"]
 

@@ -24,7 +24,7 @@ from equivision_timm.models import (
 from equivision_timm.models.pretrained import PUBLISHED, WEIGHTS_FILE, local_folder
 from equivision_timm.models.variants import create, family_of
 from equivision_timm.weights.model_card import complexity
-from equivision_timm.weights.rooms import released
+from equivision_timm.weights.released import released
 
 __all__ = ["Row", "list_models", "register"]
 

@@ -1,9 +1,9 @@
-"""Where converted weights come from: the local weights folder first, else the Hub, else an error that says how.
+"""Pretrained weights: from the local weights folder, else from the Hub.
 
-The local weights folder holds a folder for each model: `<weights folder>/c8resnet50.equivision_in1k/model.safetensors`
-next to its `config.json`. On the Hub are those of `PUBLISHED`, each at one commit and with one hash: no host is asked
-for a model that is not there. Both places are only consulted where nobody named another source: an explicit `hf-hub:`,
-`local-dir:`, `pretrained_cfg` or `pretrained_cfg_overlay` with a source of its own goes the way timm sends it.
+The local weights folder holds a folder for each model, `<weights folder>/c8resnet50.equivision_in1k`, with
+`model.safetensors` and `config.json`. Weights on the Hub are listed in `PUBLISHED`, each with one commit and one hash.
+Both are used only if the caller did not name a source: `hf-hub:`, `local-dir:`, `pretrained_cfg` and
+`pretrained_cfg_overlay` with a source of their own are left to timm.
 """
 
 import os
@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn as nn
 from huggingface_hub import constants, hf_hub_download
 from safetensors import SafetensorError, safe_open
@@ -41,48 +42,33 @@ WEIGHTS_FILE = "model.safetensors"
 
 @dataclass(frozen=True)
 class Published:
-    """Weights on the Hub.
-
-    Attributes:
-        revision: the commit that `publish` named, 40 hexadecimal digits.
-        tensors_sha256: hash of the tensors, as `publish` checked it and `verify` shows it.
-    """
+    """Weights on the Hub: the commit, 40 hexadecimal digits, and the hash of the tensors."""
 
     revision: str
     tensors_sha256: str
 
 
 class WeightsError(RuntimeError):
-    """Weights of ours are nowhere, or their file is damaged or holds another model; the message says the remedy."""
+    """Weights that are missing or damaged, or belong to another model."""
 
 
-PUBLISHED: dict[str, Published] = {}  # by name, e.g. "c8resnet50"; nothing has been published yet
+PUBLISHED: dict[str, Published] = {}  # by model name, e.g. "c8resnet50"
 
 
 def hub_id(model_name: str, tag: str) -> str | None:
-    """`organisation/repository@commit` of a model on the Hub, None where it has not been published."""
+    """`organisation/repository@commit` of a model on the Hub, None if it has not been published."""
     published = PUBLISHED.get(model_name)
     return f"{HUB_ORG}/{model_name}.{tag}@{published.revision}" if published else None
 
 
-def _tag(model_name: str) -> str:
-    """Of its weights, 'equivision_in1k'; '' for a model without."""
-    return resolve_pretrained_cfg(model_name).tag or ""
-
-
-def _with_tag(model_name: str) -> str:
-    """'c8resnet50.equivision_in1k'; the name alone for a model without weights."""
-    return f"{model_name}.{_tag(model_name)}".rstrip(".")
-
-
 def weights_folder() -> Path:
-    """The local weights folder: $EQUIVISION_TIMM_WEIGHTS, by default `cache_folder`, whose errors it raises."""
+    """The local weights folder: $EQUIVISION_TIMM_WEIGHTS, by default `cache_folder`."""
     named = os.environ.get("EQUIVISION_TIMM_WEIGHTS")
     return Path(named).expanduser() if named else cache_folder()
 
 
 def local_folder(model_name: str) -> Path:
-    """Folder of the weights folder for a model, e.g. 'c8resnet50', whether it exists or not."""
+    """The folder of a model, e.g. 'c8resnet50', in the local weights folder; it need not exist."""
     return weights_folder() / _with_tag(model_name)
 
 
@@ -93,34 +79,40 @@ def build_pretrained(
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Build `variant` with weights from the first place that has them.
+    """Build `variant` with pretrained weights.
 
     Args:
-        build: `timm.models.build_model_with_cfg`, given the model class.
+        build: `timm.models.build_model_with_cfg` with the model class.
         variant: name of the model.
         pretrained_cfg: as in `timm.create_model`.
         pretrained_cfg_overlay: as in `timm.create_model`.
-        **kwargs: the rest of what `build` takes.
+        **kwargs: other arguments of `build`.
 
     Raises:
-        WeightsError: no place has the weights, or their file is damaged or holds something else.
+        WeightsError: no weights are found, or their file is damaged or holds another model.
     """
     overlay = dict(pretrained_cfg_overlay or {})
     build = partial(build, variant, pretrained=True, pretrained_cfg=pretrained_cfg, **kwargs)
-    if _is_ours(variant, resolve_pretrained_cfg(variant, pretrained_cfg, overlay)):
-        overlay["file"] = str(find_weights(variant, kwargs.get("cache_dir")))
-    return build(pretrained_cfg_overlay=overlay)
+    if not _is_converted(variant, resolve_pretrained_cfg(variant, pretrained_cfg, overlay)):
+        return build(pretrained_cfg_overlay=overlay)
+    file = find_weights(variant, kwargs.get("cache_dir"))
+    try:
+        return build(pretrained_cfg_overlay={**overlay, "file": str(file)})
+    except RuntimeError as error:
+        if "loading state_dict" not in str(error):
+            raise
+        raise WeightsError(f"{file} does not fit {variant}: {' '.join(str(error).split())[:500]}") from error
 
 
 def find_weights(model_name: str, cache_dir: str | Path | None = None) -> Path:
-    """The safetensors file with the original's weights for `model_name`, downloaded if need be, its tensors compared.
+    """The checked safetensors file of a model, downloaded from the Hub if it is published and not there yet.
 
     Args:
         model_name: e.g. 'c8resnet50'.
-        cache_dir: of downloads; None takes the cache of huggingface_hub.
+        cache_dir: for downloads, by default the cache of huggingface_hub.
 
     Raises:
-        WeightsError: no place has the weights, or their file is damaged or holds something else.
+        WeightsError: no weights are found, or their file is damaged or holds another model.
     """
     file = local_folder(model_name) / WEIGHTS_FILE
     if file.is_file():
@@ -137,26 +129,31 @@ def find_weights(model_name: str, cache_dir: str | Path | None = None) -> Path:
 
 
 def _check(file: Path, model_name: str, tensors_sha256: str | None, remedy: str) -> None:
-    """Raises WeightsError unless a file holds this model, with this hash; None: that of its own metadata, if any."""
+    """Raises WeightsError unless a file holds finite weights of this model, with this hash or that of its metadata."""
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
-        found = hash_tensors(load_file(file))
+        state_dict = load_file(file)
     except SafetensorError as error:
         raise WeightsError(f"{file} is damaged ({error}): {remedy}") from error
     if metadata.get("model", model_name) != model_name:
         raise WeightsError(f"{file} holds {metadata['model']!r}, not {model_name}: {remedy}")
+    found = hash_tensors(state_dict)
     expected = tensors_sha256 or metadata.get(TENSORS_SHA256, found)
     if found != expected:
         raise WeightsError(f"{file} is damaged (the hash of its tensors is {found}, not {expected!r}): {remedy}")
+    for name, value in state_dict.items():
+        if not value.is_floating_point() and not name.endswith("num_batches_tracked"):
+            raise WeightsError(f"{file} is damaged ({name} is of type {value.dtype}): {remedy}")
+        if not torch.isfinite(value).all():
+            raise WeightsError(f"{file} is damaged ({name} holds NaN or infinity): {remedy}")
 
 
 def _download(model_name: str, local_file: Path, cache_dir: str | Path | None) -> Path:
-    """The file in the Hub's cache, downloaded if need be."""
     repository, revision = f"{HUB_ORG}/{_with_tag(model_name)}", PUBLISHED[model_name].revision
     try:
         return Path(hf_hub_download(repository, WEIGHTS_FILE, revision=revision, cache_dir=cache_dir))
-    except Exception as error:  # errors of huggingface_hub, of its HTTP library, of the system
+    except Exception as error:  # of huggingface_hub, its HTTP library, the operating system
         raise WeightsError(
             f"no weights for {model_name}. Tried:\n"
             f"- the local weights folder: there is no {local_file}\n"
@@ -165,9 +162,14 @@ def _download(model_name: str, local_file: Path, cache_dir: str | Path | None) -
         ) from error
 
 
-def _is_ours(variant: str, cfg: PretrainedCfg) -> bool:
-    """Whether they are the converted weights of `variant`, and no other source was named."""
-    other = cfg.source or cfg.state_dict or cfg.file or cfg.url
-    tag = _tag(variant)
-    theirs = (cfg.tag or "", cfg.hf_hub_id, cfg.hf_hub_filename)
-    return not other and theirs == (tag, hub_id(variant, tag), WEIGHTS_FILE)
+def _with_tag(model_name: str) -> str:
+    """'c8resnet50.equivision_in1k'; the name only for a model without weights."""
+    return f"{model_name}.{resolve_pretrained_cfg(model_name).tag or ''}".rstrip(".")
+
+
+def _is_converted(variant: str, cfg: PretrainedCfg) -> bool:
+    """Whether a configuration names the converted weights of `variant`, and no other source."""
+    if cfg.source or cfg.state_dict or cfg.file or cfg.url:
+        return False
+    tag = resolve_pretrained_cfg(variant).tag or ""
+    return (cfg.tag or "", cfg.hf_hub_id, cfg.hf_hub_filename) == (tag, hub_id(variant, tag), WEIGHTS_FILE)

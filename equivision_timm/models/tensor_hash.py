@@ -1,4 +1,4 @@
-"""One hash for all tensors of a state dict: `convert` keeps it in the metadata, `verify` compares it with the file."""
+"""Hash of the tensors of a state dict: `convert` writes it into the metadata of a file, `verify` compares it."""
 
 import hashlib
 from collections.abc import Mapping
@@ -11,10 +11,10 @@ TENSORS_SHA256 = "tensors_sha256"  # the key in the metadata of a safetensors fi
 
 
 def hash_tensors(state_dict: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over names, types, shapes and values, whatever the order of the entries and the strides of the tensors.
+    """SHA-256 over names, dtypes, shapes and values, independent of the order of entries and of strides.
 
     Args:
-        state_dict: dense tensors of any type and shape, on any device that holds values.
+        state_dict: dense tensors of any dtype and shape.
 
     Returns:
         64 hexadecimal digits.
@@ -29,6 +29,6 @@ def hash_tensors(state_dict: Mapping[str, torch.Tensor]) -> str:
         values = value.flatten().view(torch.uint8).numpy().data
         dtype = str(value.dtype).removeprefix("torch.")
         for part in (name.encode(), dtype.encode(), str(tuple(value.shape)).encode(), values):
-            digest.update(len(part).to_bytes(8, "little"))  # so that no two state dicts give the same stream
+            digest.update(len(part).to_bytes(8, "little"))  # separates the parts
             digest.update(part)
     return digest.hexdigest()

@@ -1,1 +1,1 @@
-"""Our weights: model folders, checks, publication; one closed room for each foreign format."""
+"""Foreign checkpoints (read, translated, loaded strictly, written) and model folders (verified, published)."""

@@ -1,8 +1,7 @@
-"""Download a released checkpoint from Google Drive, convert it and put it into the local weights folder.
+"""Download of a released checkpoint from Google Drive, and its conversion into the local weights folder.
 
-The download lies in `<weights folder>/downloads`, where a broken one waits to be continued and a whole one to be
-converted; the model's own folder appears only once everything is in it. A file lock makes a second process wait for
-the first instead of downloading twice.
+The file is downloaded to `<weights folder>/downloads`, where a broken download is continued. The folder of the model
+appears once everything is in it. With a file lock, a second process waits for the first.
 """
 
 from pathlib import Path
@@ -10,35 +9,37 @@ from pathlib import Path
 from filelock import FileLock
 
 from equivision_timm.files import check_writable, file_sha256
-from equivision_timm.models.pretrained import WEIGHTS_FILE, local_folder, weights_folder
+from equivision_timm.models.pretrained import WEIGHTS_FILE, WeightsError, local_folder, weights_folder
+from equivision_timm.weights.checkpoint import DamagedFile
+from equivision_timm.weights.convert import check_options, convert_file
 from equivision_timm.weights.folder import check_model_folder
-from equivision_timm.weights.rooms import check_file, check_options, convert_file, released
+from equivision_timm.weights.released import released
 
 __all__ = ["fetch"]
 
 
 def fetch(model_name: str, images: Path | None = None, signs: str | None = None) -> Path:
-    """Have the weights of `model_name` in the local weights folder; prints what it does.
+    """Put the weights of `model_name` into the local weights folder, and print the progress.
 
     Args:
         model_name: a model whose checkpoint was released, e.g. 'c8resnet50'.
-        images: folder of photographs, on which the signs of a D4 or D8 checkpoint are found.
-        signs: the sign pattern, where it is known.
+        images: photographs for the signs of a D4 or D8 checkpoint.
+        signs: sign pattern, by default the one recorded in the table of released files, if any.
 
     Returns:
-        The model's folder; `timm.create_model` takes it as `local-dir:`, too.
+        The model folder.
 
     Raises:
-        InputError: the weights folder cannot be written, there are no photographs in `images`.
-        ValueError: no checkpoint of this model was released, or it has no such signs; the file is no such checkpoint,
-            or another one than was released.
-        ConnectionError: Google Drive did not give the file.
+        ValueError: no checkpoint of this model was released.
+        InputError: an option does not apply to it, or nothing can be written.
+        WeightsError: the downloaded file is damaged, another one than was released, or does not fit.
+        ConnectionError: the download failed.
         ModuleNotFoundError: gdown is not installed.
     """
     if model_name not in released():
-        raise ValueError(f"no weights of {model_name} were ever released; there are: {', '.join(released())}")
+        raise ValueError(f"no weights of {model_name} were released; there are: {', '.join(released())}")
     check_options(model_name, images, signs)
-    folder = local_folder(model_name)
+    folder, entry = local_folder(model_name), released()[model_name]
     checkpoint = weights_folder() / "downloads" / f"{model_name}.ckpt"
     check_writable(checkpoint, make_folders=True)
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -48,19 +49,31 @@ def fetch(model_name: str, images: Path | None = None, signs: str | None = None)
             return folder
         check_model_folder(folder, model_name)
         if not checkpoint.exists():
-            _download(model_name, checkpoint)
-        _check_kind(model_name, checkpoint)
-        _check_hash(model_name, checkpoint, folder)
+            _download(model_name, entry.drive_id, checkpoint)
+        sha256 = file_sha256(checkpoint)
+        if not sha256.startswith(entry.sha256 or ""):
+            checkpoint.unlink()
+            raise WeightsError(
+                f"Google Drive gave another checkpoint of {model_name} than was released, deleted again: its sha256 "
+                f"is {sha256}, not {entry.sha256}. If you trust it, download "
+                f"https://drive.google.com/uc?id={entry.drive_id} in a browser and run "
+                f"`python -m equivision_timm convert FILE --model {model_name} --out {folder}`"
+            )
+        published = "as published" if entry.sha256 else "none was published to compare with"
+        print(f"{model_name}: sha256 {sha256} ({published})")
         try:
-            print(convert_file(checkpoint, model_name, folder, images=images, signs=signs))
-        except ValueError as error:
-            raise ValueError(f"{error} (the download is kept in {checkpoint})") from error
+            print(convert_file(checkpoint, model_name, folder, images, signs or entry.signs))
+        except DamagedFile as error:  # for example continued after the file on Drive had changed
+            checkpoint.unlink()
+            raise WeightsError(f"Google Drive did not give a sound checkpoint, deleted again: {error}") from error
+        except WeightsError as error:
+            raise type(error)(f"{error} (the download is in {checkpoint})") from error
         checkpoint.unlink()
     return folder
 
 
-def _download(model_name: str, checkpoint: Path) -> None:
-    """Download to `checkpoint`, going on where an earlier try broke off; gdown shows the progress."""
+def _download(model_name: str, drive_id: str, checkpoint: Path) -> None:
+    """Download to `checkpoint`, continuing a broken download; gdown shows the progress."""
     try:
         import gdown
         import requests
@@ -68,7 +81,6 @@ def _download(model_name: str, checkpoint: Path) -> None:
         raise ModuleNotFoundError(
             f"{error.name} is not installed, but fetch needs it: pip install 'equivision-timm[fetch]'"
         ) from error
-    drive_id = released()[model_name].drive_id
     try:
         # Without cookies, which gdown would write into the home folder
         gdown.download(id=drive_id, output=str(checkpoint), resume=True, retries=3, timeout=60, use_cookies=False)
@@ -78,26 +90,3 @@ def _download(model_name: str, checkpoint: Path) -> None:
             f"The same command goes on where the download stopped; delete {checkpoint.parent} to start afresh. "
             f"Or download https://drive.google.com/uc?id={drive_id} in a browser and save it as {checkpoint}"
         ) from error
-
-
-def _check_kind(model_name: str, checkpoint: Path) -> None:
-    """Delete what is no sound checkpoint, such as a download continued after the file on Drive had changed."""
-    try:
-        check_file(checkpoint, model_name)
-    except ValueError as error:
-        checkpoint.unlink()
-        raise ValueError(f"Google Drive gave something else than a sound checkpoint, deleted again: {error}") from error
-
-
-def _check_hash(model_name: str, checkpoint: Path, folder: Path) -> None:
-    """Print the hash; delete a file that is another one than was released."""
-    sha256, entry = file_sha256(checkpoint), released()[model_name]
-    if not sha256.startswith(entry.sha256 or ""):
-        checkpoint.unlink()
-        raise ValueError(
-            f"Google Drive gave another checkpoint of {model_name} than was released, deleted again: its sha256 "
-            f"is {sha256}, not {entry.sha256}. If you trust it, download "
-            f"https://drive.google.com/uc?id={entry.drive_id} in a browser and run "
-            f"`python -m equivision_timm convert FILE --model {model_name} --out {folder}`"
-        )
-    print(f"{model_name}: sha256 {sha256} ({'as published' if entry.sha256 else 'none was published to compare with'})")

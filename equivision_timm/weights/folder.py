@@ -1,7 +1,8 @@
-"""Write a model folder that timm's `local-dir:` loads, all or nothing; the provenance of its weights.
+"""Model folders, as timm's `local-dir:` and the Hub have them: written all or nothing, and loaded strictly.
 
-The files are written to a hidden folder beside the target, flushed to the disk, and only then moved into place: a full
-disk, a crash or a kill leaves the target as it was. What a killed process may leave is the hidden folder alone.
+A config can ask for another network with the same entries (`model_args`) or leave entries random (a classifier of
+another size). `load_strictly` therefore allows only arguments that leave the logits unchanged, and compares the loaded
+model with the file, entry by entry.
 """
 
 import json
@@ -17,17 +18,21 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from timm.models._hub import save_config_for_hf
+from safetensors.torch import load_file, save_file
+from timm.models import resolve_pretrained_cfg
+from timm.models._hub import HF_WEIGHTS_NAME, save_config_for_hf
 
-from equivision_timm.arguments import InputError
-from equivision_timm.files import check_writable, sync_folder, write_file
-from equivision_timm.models.pretrained import WEIGHTS_FILE
+from equivision_timm.errors import InputError
+from equivision_timm.files import check_writable
+from equivision_timm.models import EquivariantBackbone, EquivariantViT, model_names
+from equivision_timm.models.pretrained import WEIGHTS_FILE, WeightsError, find_weights
+from equivision_timm.models.variants import create
 
 __all__ = [
     "CONFIG_FILE",
-    "Report",
+    "Loaded",
     "check_model_folder",
+    "load_strictly",
     "read_provenance",
     "versions",
     "write_config",
@@ -35,31 +40,13 @@ __all__ = [
 ]
 
 CONFIG_FILE = "config.json"
-
-
-@dataclass(frozen=True)
-class Report:
-    """What was converted, for people: as text a row for each entry.
-
-    Attributes:
-        folder: the model folder that was written.
-        provenance: where the weights come from, as written into the file.
-    """
-
-    folder: Path
-    provenance: dict[str, str]
-
-    def __str__(self) -> str:
-        rows = {"written": str(self.folder), **self.provenance}
-        return "\n".join(f"{name:18} {value}" for name, value in rows.items())
+# Arguments that leave the logits unchanged, or follow from the shapes of the entries
+_HARMLESS = ("num_classes", "in_chans", "invariants", "drop_rate", "drop_path_rate", "bn_momentum", "zero_init_last")
+_HARMLESS += ("conv_strategy",)
 
 
 def check_model_folder(folder: str | Path, model_name: str) -> None:
-    """Find out whether `write_model_folder` can write a model here, before the work whose result it is to hold.
-
-    Raises:
-        InputError: it cannot, or the folder holds something else.
-    """
+    """Raises InputError if `write_model_folder` could not write here, or would replace something else."""
     folder = Path(folder).absolute()
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file: name a folder for the converted model")
@@ -73,7 +60,7 @@ def check_model_folder(folder: str | Path, model_name: str) -> None:
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{config} belongs to something else: name another folder") from error
     if held != model_name:
-        raise InputError(f"{folder} holds {held}, and {model_name} would take its place: name another folder")
+        raise InputError(f"{folder} holds {held}, and {model_name} would replace it: name another folder")
 
 
 def write_model_folder(
@@ -83,55 +70,62 @@ def write_model_folder(
     provenance: dict[str, str],
     model_args: dict[str, Any] | None = None,
 ) -> Path:
-    """Write `model.safetensors` and `config.json` to `folder`, or leave it as it is.
+    """Write `model.safetensors` and `config.json`, or leave the folder as it is.
 
     Args:
-        folder: created where missing. One that exists keeps its other files; it may hold the same model only.
+        folder: created if missing; its other files are kept.
         model_name: e.g. 'c8resnet50'.
         state_dict: exactly the entries of this model.
-        provenance: where the weights come from; goes into the metadata of the safetensors file.
-        model_args: keywords of the model, where the weights are for others than its own; go into the config.
+        provenance: origin of the weights, for the metadata of the safetensors file.
+        model_args: arguments of `timm.create_model` that differ from the model's own.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: the weights do not fit the model, or `folder` cannot be written or holds another model.
+        WeightsError: the weights do not fit the model.
+        InputError: the folder cannot be written or holds something else.
         OSError: writing fails; nothing has changed.
     """
     folder = Path(folder).absolute()
     with torch.device("meta"):
         model = timm.create_model(model_name, **(model_args or {}))
-    _check_fit(model.state_dict(), state_dict, model_name)
+    try:
+        model.load_state_dict(state_dict, strict=True, assign=True)
+    except RuntimeError as error:
+        raise WeightsError(f"these weights do not fit {model_name}: {' '.join(str(error).split())[:500]}") from error
     check_model_folder(folder, model_name)
     tensors = {name: value.contiguous() for name, value in state_dict.items()}
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
     try:
         write_config(model, staging / CONFIG_FILE, model_args)
-        write_file(staging / CONFIG_FILE, (staging / CONFIG_FILE).read_bytes())  # flushed
-        write_file(staging / WEIGHTS_FILE, save(tensors, metadata={"format": "pt", **provenance}))
+        save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt", **provenance})
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            with (staging / name).open("rb") as file:
+                os.fsync(file.fileno())
         folder.mkdir(exist_ok=True)
-        for name in (CONFIG_FILE, WEIGHTS_FILE):  # the same config as before, so any order is consistent
+        for name in (CONFIG_FILE, WEIGHTS_FILE):  # the config of a model is always the same, so any order will do
             os.replace(staging / name, folder / name)
-        sync_folder(folder)
+    except SafetensorError as error:  # of the file system
+        raise OSError(f"cannot write {folder}: {error}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return folder
 
 
 def write_config(model: torch.nn.Module, path: Path, model_args: dict[str, Any] | None = None) -> None:
-    """Write timm's `config.json` of a model, and the keywords that it was made with, if they are not its own."""
-    config_path: Any = path  # as old versions of timm need it; new ones say that it is a str
+    """Write timm's `config.json` of a model, with the arguments that it was made with."""
+    config_path: Any = path  # old versions of timm need a Path; new ones declare a str
     save_config_for_hf(model, config_path, model_args=model_args)
 
 
 def read_provenance(path: str | Path) -> dict[str, str]:
-    """The provenance of a safetensors file, or of the one in a model folder; empty where it carries none.
+    """Provenance in the metadata of a safetensors file, or of the one in a model folder.
 
     Raises:
         OSError: there is no such file.
-        ValueError: it is no safetensors file.
+        WeightsError: it is damaged or not a safetensors file.
     """
     path = Path(path)
     path = path / WEIGHTS_FILE if path.is_dir() else path
@@ -141,18 +135,108 @@ def read_provenance(path: str | Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file, or a damaged one: {error}") from error
+        raise WeightsError(f"{path} is damaged or not a safetensors file: {error}") from error
     return {key: metadata[key] for key in sorted(metadata) if key != "format"}
 
 
 def versions() -> dict[str, str]:
-    """The versions of what converts, and the date, for the provenance."""
+    """Versions of the packages that convert, and the date, for the provenance."""
     names = ("equivision-timm", "timm", "torch", "safetensors")
     return {**{name: version(name) for name in names}, "date": datetime.now(timezone.utc).date().isoformat()}
 
 
-def _check_fit(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], model_name: str) -> None:
-    names = [name for name in {**expected, **found} if name not in expected or name not in found]
-    names += [name for name in expected if name in found and expected[name].shape != found[name].shape]
-    if names:
-        raise ValueError(f"these weights do not fit {model_name}: {len(names)} entries differ, {', '.join(names[:3])}")
+@dataclass(frozen=True)
+class Loaded:
+    """A model and its file.
+
+    Attributes:
+        name: architecture, e.g. 'c8resnet50'.
+        model: the network, in eval mode.
+        weights: the file.
+        state_dict: the entries of the file.
+        provenance: origin of the weights, if the file has metadata.
+    """
+
+    name: str
+    model: EquivariantBackbone | EquivariantViT
+    weights: Path
+    state_dict: dict[str, torch.Tensor]
+    provenance: dict[str, str]
+
+
+def load_strictly(target: str) -> Loaded:
+    """Load a model folder, a safetensors file whose metadata name the model, or a pretrained model by its name.
+
+    Raises:
+        OSError: there is no such file or folder.
+        WeightsError: config, metadata and entries do not make up one model of this package.
+    """
+    path, arguments = Path(target), {}
+    if path.is_dir():
+        files = [path / name for name in (WEIGHTS_FILE, HF_WEIGHTS_NAME) if (path / name).is_file()]
+        if not files or not (path / CONFIG_FILE).is_file():
+            raise FileNotFoundError(f"{path} is not a model folder: it needs {CONFIG_FILE} and {WEIGHTS_FILE}")
+        weights, spec, config = files[0], f"local-dir:{path}", _read_config(path / CONFIG_FILE)
+        name = config["architecture"]
+    elif path.is_file():
+        weights, name = path, read_provenance(path).get("model", "")
+        spec = name
+    else:
+        spec, name = target, target.partition(".")[0]
+        if name not in model_names():
+            raise FileNotFoundError(f"{target!r} is not a file, a folder or a model of this package, e.g. c8resnet50")
+        cfg = resolve_pretrained_cfg(target)
+        weights = Path(cfg.file) if cfg.file else find_weights(name)
+    provenance = read_provenance(weights) if weights.suffix == ".safetensors" else {}
+    if name not in model_names() or provenance.get("model", name) != name:
+        raise WeightsError(f"{weights} should hold {name!r}, its metadata name {provenance.get('model')!r}")
+    is_safe = weights.suffix == ".safetensors"
+    state_dict = load_file(weights) if is_safe else torch.load(weights, map_location="cpu", weights_only=True)
+    if path.is_file() and "fc.weight" in state_dict:
+        arguments["num_classes"] = len(state_dict["fc.weight"])
+    with torch.device("meta"):
+        expected = create(spec, EquivariantBackbone, EquivariantViT, **arguments).state_dict()
+    shapes = [{key: tuple(value.shape) for key, value in state.items()} for state in (expected, state_dict)]
+    differ = [key for key in {**shapes[0], **shapes[1]} if shapes[0].get(key) != shapes[1].get(key)]
+    if differ:
+        key = differ[0]
+        raise WeightsError(
+            f"{weights} does not fit {name}: {len(differ)} entries differ, such as {key}, which has shape "
+            f"{shapes[1].get(key)} and should have {shapes[0].get(key)} (None: missing)"
+        )
+    model = create(spec, EquivariantBackbone, EquivariantViT, pretrained=not path.is_file(), **arguments).eval()
+    if path.is_file():
+        model.load_state_dict(state_dict)
+    if path.is_dir():
+        given = {"input_size": [model.in_chans], **config["pretrained_cfg"]}
+        classes = {value for part in (config, given) if (value := part.get("num_classes")) is not None}
+        if not classes <= {model.num_classes} or given["input_size"][0] != model.in_chans:
+            raise WeightsError(f"{path / CONFIG_FILE} gives num_classes or input_size of another model")
+    for key, value in model.state_dict().items():
+        if not _equal(value, state_dict[key]):
+            raise WeightsError(f"the model is not what {weights} holds: {key} ({state_dict[key].dtype}) differs")
+    return Loaded(name, model, weights, state_dict, provenance)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """A config of timm; raises WeightsError if its arguments make another network than its architecture."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    name, arguments = config["architecture"], config.get("model_args", {})
+    if name not in model_names():
+        raise WeightsError(f"{path} names {name!r}, which is not a model of this package")
+    with torch.device("meta"):
+        model = create(name, EquivariantBackbone, EquivariantViT)
+    own: dict[str, Any] = {"global_pool": "avg"}  # timm writes these in any case
+    if isinstance(model, EquivariantViT):
+        own = {"global_pool": model.global_pool, "img_size": list(model.patch_embed.img_size)}
+    other = {key: value for key, value in arguments.items() if key not in _HARMLESS and value != own.get(key, ...)}
+    if other:
+        raise WeightsError(f"{path} makes another network than {name}, by the model_args {other}")
+    return config
+
+
+def _equal(value: torch.Tensor, stored: torch.Tensor) -> bool:
+    """Equal in the dtype of the file, NaN included."""
+    return value.is_floating_point() == stored.is_floating_point() and torch.allclose(
+        value.to(stored.dtype), stored, rtol=0, atol=0, equal_nan=True
+    )

@@ -16,12 +16,12 @@ from timm.models import model_entrypoint
 from timm.utils import reparameterize_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from equivision_timm.arguments import one_line
+from equivision_timm.errors import one_line
 from equivision_timm.groups import Group
 from equivision_timm.models import EquivariantBackbone, EquivariantViT
 from equivision_timm.models.attributes import attribute
 from equivision_timm.models.variants import create
-from equivision_timm.weights.rooms import Released, released
+from equivision_timm.weights.released import Released, released
 
 __all__ = ["complexity", "model_card"]
 

@@ -1,8 +1,7 @@
-"""Publish weights: a folder with all that a Hub repository needs, and its upload.
+"""Publication of weights: a folder with config, weights and model card, and its upload to the Hub.
 
-A publication is `config.json`, `model.safetensors` and a model card. Converted weights and their config are those of
-the local weights folder, bit by bit; those that the package carries, of the tiny `test_*` models, the package's own
-file. All files are the same whenever they are written, so that publishing again uploads nothing.
+Converted weights and their config are copied from the local weights folder. Weights of the tiny `test_*` models are
+those of the package. All files are the same at each call, so that publishing again uploads nothing.
 """
 
 import filecmp
@@ -19,12 +18,11 @@ from timm.models import resolve_pretrained_cfg
 
 from equivision_timm.files import check_writable
 from equivision_timm.models import model_names
-from equivision_timm.models.pretrained import WEIGHTS_FILE, local_folder
+from equivision_timm.models.pretrained import WEIGHTS_FILE, WeightsError, local_folder
 from equivision_timm.models.tensor_hash import TENSORS_SHA256, hash_tensors
-from equivision_timm.weights.folder import CONFIG_FILE, write_config
+from equivision_timm.weights.folder import CONFIG_FILE, load_strictly, write_config
 from equivision_timm.weights.model_card import model_card
-from equivision_timm.weights.rooms import released
-from equivision_timm.weights.strict_load import load_strictly
+from equivision_timm.weights.released import released
 
 __all__ = ["FILES", "models_in_weights_folder", "upload", "write_publication"]
 
@@ -32,17 +30,15 @@ FILES = (CONFIG_FILE, WEIGHTS_FILE, "README.md")
 
 
 def upload(model_name: str, organisation: str, private: bool = False) -> str:
-    """Upload `model_name` to the Hub under the user's own login, download it again and compare every bit.
-
-    What the Hub has already is not sent again: a run that broke off goes on where it stopped.
+    """Upload a model to the Hub under the user's login, download it again and compare the files.
 
     Args:
-        model_name: a model in the local weights folder, or one whose weights the package carries.
-        organisation: user or organisation on the Hub that will hold the repository.
-        private: create the repository as a private one; one that exists stays what it is.
+        model_name: a model in the local weights folder, or one whose weights are in the package.
+        organisation: user or organisation on the Hub.
+        private: create a private repository; an existing one is not changed.
 
     Returns:
-        Address of the commit that holds the files.
+        Address of the commit.
 
     Raises:
         FileNotFoundError: the model is not in the local weights folder.
@@ -62,24 +58,27 @@ def upload(model_name: str, organisation: str, private: bool = False) -> str:
 
 
 def write_publication(model_name: str, parent: Path, organisation: str) -> Path:
-    """Write what would be uploaded to a sub-folder of `parent`, named as the repository.
+    """Write the files of an upload to a sub-folder of `parent`, named as the repository.
 
     Args:
-        model_name: a model in the local weights folder, or one whose weights the package carries.
-        parent: where to make the folder.
-        organisation: who will hold the repository; the card names it.
+        model_name: a model in the local weights folder, or one whose weights are in the package.
+        parent: folder for the sub-folder.
+        organisation: owner of the repository, for the card.
 
     Returns:
-        The folder.
+        The sub-folder.
 
     Raises:
         FileNotFoundError: the model is not in the local weights folder.
         InputError: nothing can be written to `parent`.
-        ValueError: config, metadata and tensors do not make up this model, or not with the tensors of its conversion.
+        WeightsError: config, metadata and tensors are not those of the conversion of this model.
     """
-    source = _folder(model_name)
+    packaged = {name: cfg.file for name in model_names() if (cfg := resolve_pretrained_cfg(name)).file}
+    if model_name not in (*released(), *packaged):
+        raise ValueError(f"{model_name} has no weights to publish; there are: {', '.join((*released(), *packaged))}")
+    source = local_folder(model_name)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if model_name not in _packaged() and not (source / name).is_file():
+        if model_name not in packaged and not (source / name).is_file():
             raise FileNotFoundError(
                 f"there is no {source / name} to publish: run `python -m equivision_timm fetch {model_name}`"
             )
@@ -87,64 +86,33 @@ def write_publication(model_name: str, parent: Path, organisation: str) -> Path:
     for name in FILES:
         check_writable(parent / source.name / name, make_folders=True)
     parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=parent, prefix=".writing-") as staging:
-        if model_name in _packaged():
-            provenance = _take_packaged(Path(staging), model_name)
+    with TemporaryDirectory(dir=parent, prefix=".writing-") as name:
+        staging = Path(name)
+        if model_name in packaged:
+            with torch.device("meta"):
+                write_config(timm.create_model(model_name), staging / CONFIG_FILE)
+            shutil.copyfile(packaged[model_name], staging / WEIGHTS_FILE)
         else:
-            provenance = _take_converted(Path(staging), model_name, source)
-        config = json.loads((Path(staging) / CONFIG_FILE).read_text(encoding="utf-8"))
-        has_classifier = config.get("model_args", {}).get("num_classes") != 0  # a detector's backbone has none
-        card = model_card(model_name, f"{organisation}/{source.name}", provenance, has_classifier)
-        (Path(staging) / "README.md").write_text(card, encoding="utf-8")
+            for name in (CONFIG_FILE, WEIGHTS_FILE):
+                shutil.copyfile(source / name, staging / name)
+        loaded = load_strictly(str(staging))
+        found = hash_tensors(loaded.state_dict)
+        expected = found if model_name in packaged else loaded.provenance.get(TENSORS_SHA256)
+        if loaded.name != model_name or found != expected:
+            raise WeightsError(
+                f"{source} holds {loaded.name} with tensors of the hash {found}, not {model_name} as it was converted, "
+                f"{expected}: run `python -m equivision_timm fetch {model_name}` again"
+            )
+        has_classifier = json.loads((staging / CONFIG_FILE).read_text())["num_classes"] != 0
+        card = model_card(model_name, f"{organisation}/{source.name}", loaded.provenance, has_classifier)
+        (staging / "README.md").write_text(card, encoding="utf-8")
         publication = parent / source.name
         publication.mkdir(exist_ok=True)
         for name in FILES:
-            (Path(staging) / name).replace(publication / name)
+            (staging / name).replace(publication / name)
     return publication
 
 
-def _take_packaged(folder: Path, model_name: str) -> dict[str, str]:
-    """Write config and weights of a model whose weights the package carries; returns where they come from."""
-    with torch.device("meta"):
-        write_config(timm.create_model(model_name), folder / CONFIG_FILE)
-    shutil.copyfile(_packaged()[model_name], folder / WEIGHTS_FILE)
-    return load_strictly(str(folder)).provenance
-
-
-def _take_converted(folder: Path, model_name: str, source: Path) -> dict[str, str]:
-    """Copy config and weights from `source`; returns where they come from.
-
-    Raises:
-        ValueError: they are not the model's, or not with the tensors of its conversion.
-    """
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        shutil.copyfile(source / name, folder / name)
-    remedy = f"run `python -m equivision_timm fetch {model_name}` again"
-    loaded = load_strictly(str(folder))  # the copies, which nobody else changes
-    if loaded.name != model_name:
-        raise ValueError(f"{source} holds {loaded.name}, not {model_name}: {remedy}")
-    expected, found = loaded.provenance.get(TENSORS_SHA256), hash_tensors(loaded.state_dict)
-    if found != expected:
-        raise ValueError(
-            f"{source / WEIGHTS_FILE} holds tensors with the hash {found}, its conversion wrote {expected}: {remedy}"
-        )
-    return loaded.provenance
-
-
 def models_in_weights_folder() -> list[str]:
-    """Names of the released models that the local weights folder holds."""
+    """Names of the released models in the local weights folder."""
     return [name for name in released() if (local_folder(name) / WEIGHTS_FILE).is_file()]
-
-
-def _packaged() -> dict[str, Path]:
-    """The files that the package carries, by model name."""
-    files = {name: resolve_pretrained_cfg(name).file for name in model_names()}
-    return {name: Path(file) for name, file in files.items() if file}
-
-
-def _folder(model_name: str) -> Path:
-    """The folder of the local weights folder; its name is that of the publication."""
-    names = (*released(), *_packaged())
-    if model_name not in names:
-        raise ValueError(f"{model_name} has no weights to publish; there are: {', '.join(names)}")
-    return local_folder(model_name)

@@ -1,59 +1,46 @@
-"""The checkpoints that others released: where they lie and what is reported about them, a table in each room."""
+"""Table of the checkpoints that other projects released."""
 
 import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
-__all__ = ["Released", "find_released", "released_in"]
+__all__ = ["Released", "released"]
 
 
 @dataclass(frozen=True)
 class Released:
-    """A checkpoint that somebody released.
+    """A released checkpoint.
 
     Attributes:
-        project: its name.
-        source: the project's address.
+        format: 'equivision', 'redet' or 'octic'.
+        project: name of the project.
+        source: address of the project.
+        citation: BibTeX.
         drive_id: of the file on Google Drive.
-        reported: accuracies on ImageNet-1k at 224 x 224, between 0 and 1, by what they are of: 'top1', 'top5', ...
-        citation: of the works behind it, BibTeX.
-        sha256: of the file, or its first digits; None where unknown. The file on Drive may be newer.
+        reported: accuracies on ImageNet-1k at 224 x 224, between 0 and 1, by kind: 'top1', 'top5', 'linear', 'knn'.
+        sha256: of the file, or its first digits; None if unknown.
+        signs: sign pattern that scripts/find_signs.py found for a D4 or D8 file; None if nobody ran it yet.
     """
 
+    format: str
     project: str
     source: str
+    citation: str
     drive_id: str
     reported: dict[str, float]
-    citation: str
     sha256: str | None = None
-
-
-def released_in(room: str) -> dict[str, Released]:
-    """The released checkpoints that a room reads, by the name of the model.
-
-    Args:
-        room: name of its folder, which holds `released.json` and `citation.bib`.
-    """
-    table = _table(room)
-    citation = Path(__file__).with_name(room).joinpath("citation.bib").read_text(encoding="utf-8")
-    shared = {"project": table["project"], "source": table["source"], "citation": citation}
-    return {name: Released(**shared, **entry) for name, entry in table["checkpoints"].items()}
-
-
-def find_released(room: str, model_name: str) -> Released:
-    """The one of `model_name`.
-
-    Raises:
-        ValueError: the project released none.
-    """
-    found = released_in(room)
-    if model_name not in found:
-        raise ValueError(f"{_table(room)['project']} has no weights of {model_name}; there are: {', '.join(found)}")
-    return found[model_name]
+    signs: str | None = None
 
 
 @cache
-def _table(room: str) -> dict[str, Any]:
-    return json.loads(Path(__file__).with_name(room).joinpath("released.json").read_text(encoding="utf-8"))
+def released() -> dict[str, Released]:
+    """The released checkpoints by model name."""
+    folder = Path(__file__).parent
+    formats = json.loads((folder / "released.json").read_text(encoding="utf-8"))["formats"]
+    table = {}
+    for name, entry in formats.items():
+        citation = (folder / f"{name}.bib").read_text(encoding="utf-8")
+        for model, row in entry["checkpoints"].items():
+            table[model] = Released(name, entry["project"], entry["source"], citation, **row)
+    return table

@@ -13,7 +13,7 @@ from timm.models import get_pretrained_cfg
 from equivision_timm.models.pretrained import HUB_ORG, PUBLISHED, hub_id, local_folder, weights_folder
 from equivision_timm.models.tensor_hash import TENSORS_SHA256, hash_tensors
 from equivision_timm.weights.folder import write_model_folder
-from equivision_timm.weights.rooms import released
+from equivision_timm.weights.released import released
 
 NAME = "c4resnet18"
 TAGGED = f"{NAME}.equivision_in1k"

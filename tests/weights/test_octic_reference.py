@@ -7,7 +7,7 @@ from support import octic_data
 from support.reference_data import image
 
 from equivision_timm.layers.invariants import Invariants
-from equivision_timm.weights.octic.translate import translate_to
+from equivision_timm.weights.octic import translate_to
 
 TOLERANCE = 2e-5
 LARGE = {

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from equivision_timm.images.photographs import draw_crops, load_crops, load_photographs
+from equivision_timm.data import draw_crops, load_crops, load_photographs
 
 
 def write_photographs(folder, number):

@@ -7,7 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from support.reference_data import checkpoint, figures, image, networks, training_runs
 
-from equivision_timm.weights.equivision.convert import convert_original
+from equivision_timm.weights.equivision import convert_original
 
 LEVELS = ("maxpool", "layer1", "layer2", "layer3", "layer4")
 
@@ -74,11 +74,6 @@ def test_four_training_steps(name):
         logits = model.eval()(x)[:, :10]
     expected = torch.tensor(run["logits_after_eval_mode_first_10"]).double()
     assert (logits - expected).norm() < 1e-3 * expected.norm()
-
-
-# One activation of magnitude 2e-7 in this layer took the other side of zero in the float32 run behind the figures than
-# in float64; without crossing over, eleven gradient norms are off by up to 6e-4.
-CROSSED_ZERO = {"c4resnet18": "layer2.0.conv1.act", "d4resnet18": None}
 
 
 def _cross_zero(x, below=5e-7):

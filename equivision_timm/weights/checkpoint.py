@@ -1,0 +1,114 @@
+"""Foreign checkpoint files: reading them without running code, and checks of their tensors."""
+
+import argparse
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from equivision_timm.models.pretrained import WeightsError
+
+__all__ = ["DamagedFile", "Entries", "Translation", "check_tensors", "read_checkpoint"]
+
+_WRAPPERS = ("state_dict", "model", "teacher")  # Lightning and mmcv; DeiT III; DINOv2
+_ADDED = ("module", "_orig_mod")  # parts of names, by data parallelism and torch.compile
+
+
+class DamagedFile(WeightsError):
+    """A file that cannot be read as a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Translation:
+    """A foreign state dict in the names and coordinates of this package.
+
+    Attributes:
+        state_dict: the entries of the model, float32.
+        keywords: arguments of `timm.create_model` that differ from the model's own.
+        notes: how it was translated, for the provenance.
+    """
+
+    state_dict: dict[str, torch.Tensor]
+    keywords: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+
+
+class Entries:
+    """Foreign entries, each taken once: `left` holds the others."""
+
+    def __init__(self, state_dict: Mapping[str, torch.Tensor]) -> None:
+        self.left: dict[str, torch.Tensor] = dict(state_dict)
+
+    def take(self, name: str) -> torch.Tensor:
+        """The entry `name`; raises WeightsError if it is missing."""
+        if name not in self.left:
+            raise WeightsError(f"the entry {name} is missing")
+        return self.left.pop(name)
+
+    def take_all(self, pattern: str, names: tuple[str, ...]) -> list[torch.Tensor]:
+        """The entries `pattern.format(name)`."""
+        return [self.take(pattern.format(name)) for name in names]
+
+    def check_empty(self) -> None:
+        """Raises WeightsError if entries are left."""
+        if self.left:
+            raise WeightsError(f"{len(self.left)} entries are left over, such as {next(iter(self.left))}")
+
+
+def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
+    """The state dict in a file of `torch.save` or safetensors, on the CPU, with the dtypes of the file.
+
+    It may be an entry `state_dict`, `model` or `teacher` of the file. `model.`, `module.` and `_orig_mod.` are removed
+    from the names. No code in the file is run.
+
+    Raises:
+        OSError: the file cannot be opened.
+        DamagedFile: it is not a checkpoint, is damaged, or holds objects other than tensors, numbers and texts.
+    """
+    path = Path(path)
+    with path.open("rb") as file:
+        start = file.read(9)
+    try:
+        content = load_file(path) if start[8:] == b"{" else _load_torch(path)
+    except Exception as error:  # damaged files raise many types, in zipfile, pickle, torch and safetensors
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = next((line for line in lines if "unsupported" in line.lower()), lines[0])  # of torch.load: classes
+        raise DamagedFile(f"{path} is damaged or not a checkpoint of tensors: {reason[:300]}") from error
+    wrapper = next((key for key in _WRAPPERS if isinstance(content, dict) and isinstance(content.get(key), dict)), None)
+    state_dict = content[wrapper] if wrapper else content
+    if not isinstance(state_dict, dict) or not state_dict:
+        raise DamagedFile(f"{path} holds {type(content).__name__} and no state dict: it is not a checkpoint")
+    named: dict[str, torch.Tensor] = {}
+    for name, value in state_dict.items():
+        if not isinstance(value, torch.Tensor):
+            raise DamagedFile(f"{path}: the entry {str(name)[:80]!r} is not a tensor but {type(value).__name__}")
+        bare = ".".join(part for part in name.split(".") if part not in _ADDED).removeprefix("model.")
+        if bare in named:
+            raise DamagedFile(f"{path} has two entries for {bare}: remove one of them")
+        named[bare] = value
+    return named
+
+
+def _load_torch(path: Path) -> Any:
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} has the wrong checksum")
+    with torch.serialization.safe_globals([argparse.Namespace]):  # the options in files of timm and DeiT III
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def check_tensors(state_dict: Mapping[str, torch.Tensor]) -> None:
+    """Raises WeightsError unless the values are finite in float32 and possible: counts integral, variances positive."""
+    for name, value in state_dict.items():
+        is_count = name.endswith("num_batches_tracked") or "indices_" in name
+        if not value.is_floating_point() and not is_count:
+            raise WeightsError(f"{name} is of type {value.dtype}, not floating point: the file is damaged")
+        if not torch.isfinite(value.float()).all():
+            raise WeightsError(f"{name} holds NaN, infinity or values beyond float32: the file is damaged")
+        if name.endswith("running_var") and (value < 0).any():
+            raise WeightsError(f"{name} holds negative variances: the file is damaged")

@@ -1,0 +1,119 @@
+"""Conversion of a foreign checkpoint file into a model folder: read, translate, load strictly, write."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from equivision_timm.data import find_photographs
+from equivision_timm.errors import InputError
+from equivision_timm.files import file_sha256
+from equivision_timm.models import model_names
+from equivision_timm.models.pretrained import WeightsError
+from equivision_timm.models.tensor_hash import TENSORS_SHA256, hash_tensors
+from equivision_timm.weights import equivision, octic, redet
+from equivision_timm.weights.checkpoint import Translation, read_checkpoint
+from equivision_timm.weights.folder import check_model_folder, versions, write_model_folder
+from equivision_timm.weights.released import released
+from equivision_timm.weights.signs import parse_signs
+
+__all__ = ["Report", "check_options", "convert_file"]
+
+_FORMATS = (equivision, redet, octic)
+
+
+@dataclass(frozen=True)
+class Report:
+    """A converted checkpoint; as text, a row for each entry.
+
+    Attributes:
+        folder: the model folder.
+        provenance: origin of the weights, as in the metadata of the safetensors file.
+    """
+
+    folder: Path
+    provenance: dict[str, str]
+
+    def __str__(self) -> str:
+        rows = {"written": str(self.folder), **self.provenance}
+        return "\n".join(f"{name:18} {value}" for name, value in rows.items())
+
+
+def convert_file(
+    checkpoint: str | Path,
+    model_name: str,
+    folder: str | Path,
+    images: str | Path | None = None,
+    signs: str | None = None,
+) -> Report:
+    """Convert a checkpoint of equivision, ReDet or octic-vits; nothing is written unless everything succeeds.
+
+    Args:
+        checkpoint: file of `torch.save` or safetensors.
+        model_name: e.g. 'c8resnet50'.
+        folder: the model folder to write.
+        images: photographs for checkpoints of equivision, by default those of scikit-image.
+        signs: sign pattern of D4 and D8 checkpoints of equivision; None chooses among the known ones.
+
+    Raises:
+        InputError: no checkpoints of this model can be converted, an option does not apply to them, there are no
+            photographs in `images`, or `folder` cannot be written.
+        WeightsError: the file is damaged or does not fit the model.
+        AmbiguousSigns: the signs are not clear.
+        OSError: the file cannot be read, or writing fails.
+    """
+    checkpoint = Path(checkpoint)
+    check_options(model_name, images, signs)
+    check_model_folder(folder, model_name)
+    tensors, module = read_checkpoint(checkpoint), _format_of(model_name)
+    options = {"images": images, "signs": signs} if module is equivision else {}
+    try:
+        found: Translation = module.translate(tensors, model_name, **options)
+    except WeightsError as error:
+        fitting = [name for name in module.models() if name != model_name and _fits(tensors, name, module)]
+        hint = f" (it fits {' or '.join(fitting)})" if fitting else ""
+        raise type(error)(f"{checkpoint} as a checkpoint of {model_name}: {error}{hint}") from error
+    dtypes = sorted({str(value.dtype) for value in tensors.values() if value.is_floating_point()} - {"torch.float32"})
+    provenance = {
+        "model": model_name,
+        **({"source": released()[model_name].source} if model_name in released() else {}),
+        "source_file": checkpoint.name,
+        "source_sha256": file_sha256(checkpoint),
+        TENSORS_SHA256: hash_tensors(found.state_dict),
+        **({"converted_dtypes": f"{', '.join(dtypes)} to float32".replace("torch.", "")} if dtypes else {}),
+        **found.notes,
+        **versions(),
+    }
+    return Report(write_model_folder(folder, model_name, found.state_dict, provenance, found.keywords), provenance)
+
+
+def check_options(model_name: str, images: str | Path | None, signs: str | None) -> None:
+    """Raises InputError unless checkpoints of a model can be converted with these options of `convert_file`."""
+    module = _format_of(model_name)
+    if module is not equivision and (images is not None or signs is not None):
+        option = "--images" if images is not None else "--signs"
+        raise InputError(f"{option} is for checkpoints of equivision, not of {model_name}: leave it out")
+    if signs is not None:
+        try:
+            parse_signs(model_name.removeprefix("test_").partition("resnet")[0], signs)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+    if images is not None:
+        find_photographs(images)
+
+
+def _format_of(model_name: str) -> ModuleType:
+    if model_name not in model_names():
+        raise InputError(f"{model_name!r} is not a model of this package, e.g. c8resnet50")
+    module = next((module for module in _FORMATS if model_name in module.models()), None)
+    if module is None:
+        raise InputError(f"there are no checkpoints of {model_name} to convert")
+    return module
+
+
+def _fits(tensors: dict, model_name: str, module: ModuleType) -> bool:
+    convert = equivision.convert_original if module is equivision else module.translate
+    try:
+        convert(tensors, model_name)
+    except (WeightsError, RuntimeError):
+        return False
+    return True

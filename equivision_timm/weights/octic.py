@@ -1,0 +1,126 @@
+"""Translator for checkpoints of octic-vits (https://github.com/davnords/octic-vits).
+
+Their layers hold one tensor for each irrep, those of this package one for all one-dimensional irreps and one for E. In
+attention, their heads divide the channels of both copies of E together, here those of each copy. Their position tiles
+have the channels last. DINOv2 files also hold the heads of the self-supervised training, which are dropped.
+"""
+
+import torch
+
+from equivision_timm.models.attributes import attribute
+from equivision_timm.models.equivariant_vit import VARIANTS, EquivariantViT
+from equivision_timm.models.pretrained import WeightsError
+from equivision_timm.models.variants import create
+from equivision_timm.weights.checkpoint import Entries, Translation, check_tensors
+from equivision_timm.weights.released import released
+
+__all__ = ["invariants_of", "models", "translate", "translate_to"]
+
+_ONES = ("A1", "A2", "B1", "B2")
+_HEADS = ("dino_head.", "ibot_head.")
+
+
+def models() -> list[str]:
+    """Models whose checkpoints this format holds."""
+    return [name for name, entry in released().items() if entry.format == "octic"]
+
+
+def translate(state_dict: dict[str, torch.Tensor], model_name: str) -> Translation:
+    """State dict of a model of this package from that of the same network of octic-vits.
+
+    Args:
+        state_dict: with or without the prefix `backbone.`.
+        model_name: e.g. 'd4vit_large_patch16_224'.
+
+    Raises:
+        WeightsError: the entries do not fit the model or are damaged, or the class token is not invariant.
+    """
+    check_tensors(state_dict)
+    network = {name.removeprefix("backbone."): v for name, v in state_dict.items() if not name.startswith(_HEADS)}
+    invariants, own = invariants_of(network), VARIANTS[model_name].arguments.get("invariants", "power")
+    keywords = {"invariants": invariants} if invariants and own and invariants != own else {}
+    with torch.device("meta"):
+        model = create(model_name, EquivariantViT, **keywords)
+    dropped = len(state_dict) - len(network)
+    notes = {
+        "invariants": invariants or "none: a hybrid, NOT invariant",
+        **({"dropped": f"{dropped} entries of heads of the training"} if dropped else {}),
+    }
+    return Translation(translate_to(model, network), keywords, notes)
+
+
+def invariants_of(state_dict: dict[str, torch.Tensor]) -> str:
+    """Kind of the invariants, 'power' or 'polynomial', by the shape of the layer that reads them; '' for a hybrid.
+
+    Raises:
+        WeightsError: any other shape.
+    """
+    if "invariant_proj.weight" not in state_dict:
+        return ""
+    width, count = state_dict["invariant_proj.weight"].shape
+    kinds = {width * 6: "power", width * 32: "polynomial"}  # d = 8 fields; 6 or 32 invariants of each
+    if 8 * count not in kinds:
+        raise WeightsError(f"invariant_proj.weight has shape {(width, count)}: neither power nor polynomial invariants")
+    return kinds[8 * count]
+
+
+def translate_to(model: EquivariantViT, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Entries of `model`, float32; raises WeightsError as `translate`. Mask tokens of DINOv2 are dropped."""
+    source = Entries(state_dict)
+    found: dict[str, torch.Tensor] = {}
+    names = (*_ONES, "E_left", "E_right")
+    found["patch_embed.proj.weight"] = torch.cat(source.take_all("patch_embed.lift8.conv_{}.weight", names))
+    found["patch_embed.proj.bias"] = source.take("patch_embed.lift8.conv_A1.bias")
+    positions = torch.stack(source.take_all("pos_embed.{}", tuple("012345")))  # [6, h, w, fields]
+    found["pos_embed"] = positions.permute(0, 3, 1, 2)
+    found["cls_token"] = source.take("cls_token.0")
+    for name in [name for name in source.left if name.startswith("cls_token.")]:  # 4 (DeiT III) or 7 (DINOv2)
+        if source.take(name).any():
+            raise WeightsError(f"{name} is not zero: this class token is not invariant")
+    source.left = {name: value for name, value in source.left.items() if not name.startswith("mask_token.")}
+    heads = attribute(model.blocks[0].get_submodule("attn"), "num_heads", int)
+    for index in range(len(model.blocks)):
+        if index < model.equivariant_depth:
+            _equivariant_block(source, found, f"blocks.{index}", heads)
+        else:
+            _ordinary_block(source, found, f"blocks.{index}")
+    transition = f"blocks.{model.equivariant_depth}.transition.proj"
+    foreign = {transition: "invariant_proj", "norm": "norm", "head": "head"}
+    for name in model.state_dict():
+        module, _, leaf = name.rpartition(".")
+        if module in foreign:
+            found[name] = source.take(f"{foreign[module]}.{leaf}")
+    source.check_empty()
+    for name, expected in model.state_dict().items():
+        if found[name].shape != expected.shape:
+            raise WeightsError(f"{name} would have shape {tuple(found[name].shape)}, not {tuple(expected.shape)}")
+    return {name: value.float().contiguous() for name, value in found.items()}
+
+
+def _equivariant_block(source: Entries, found: dict[str, torch.Tensor], block: str, heads: int) -> None:
+    scale = "gamma_{}" if f"{block}.gamma_1.alpha_A1" in source.left else "ls{}"
+    for i in (1, 2):
+        scaling = f"{block}.norm{i}.scaling"
+        found[f"{block}.norm{i}.weight"] = torch.cat(source.take_all(scaling + ".alpha_{}", (*_ONES, "E")))
+        found[f"{block}.norm{i}.bias"] = source.take(f"{scaling}.beta")
+        alpha = f"{block}.{scale.format(i)}.alpha_"
+        found[f"{block}.ls{i}.gamma"] = torch.cat(source.take_all(alpha + "{}", (*_ONES, "E")))
+    for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
+        name = f"{block}.{layer}"
+        found[f"{name}.weight"] = torch.stack(source.take_all(name + ".lin_{}.weight", _ONES))
+        found[f"{name}.bias"] = source.take(f"{name}.lin_A1.bias")
+        plane = source.take(f"{name}.lin_E.weight")
+        if layer == "attn.qkv":  # rows: (q k v, head, copy, channel) -> (copy, q k v, head, channel)
+            plane = plane.unflatten(0, (3, heads, 2, -1)).permute(2, 0, 1, 3, 4).flatten(0, 3)
+        elif layer == "attn.proj":  # columns: (head, copy, channel) -> (copy, head, channel)
+            plane = plane.unflatten(1, (heads, 2, -1)).transpose(1, 2).flatten(1)
+        found[f"{name}.weight_plane"] = plane
+
+
+def _ordinary_block(source: Entries, found: dict[str, torch.Tensor], block: str) -> None:
+    deit = f"{block}.gamma_1" in source.left
+    for i in (1, 2):
+        found[f"{block}.ls{i}.gamma"] = source.take(f"{block}.gamma_{i}" if deit else f"{block}.ls{i}.gamma")
+    for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"):
+        for name in (f"{block}.{layer}.weight", f"{block}.{layer}.bias"):
+            found[name] = source.take(name)

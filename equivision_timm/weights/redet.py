@@ -1,0 +1,57 @@
+"""Translator for checkpoints of ReDet (https://github.com/csuhan/ReDet) and mmrotate: ReResNets in e2cnn.
+
+Each convolution holds its kernel basis, so that the signs are known. The backbone of a detector has no classifier.
+"""
+
+import torch
+
+from equivision_timm.models import EquivariantResNet
+from equivision_timm.models.pretrained import WeightsError
+from equivision_timm.models.variants import create
+from equivision_timm.weights.checkpoint import Translation, check_tensors
+from equivision_timm.weights.escnn_format import translate_resnet
+from equivision_timm.weights.released import released
+
+__all__ = ["models", "translate"]
+
+
+def models() -> list[str]:
+    """Models whose checkpoints this format holds."""
+    return [name for name, entry in released().items() if entry.format == "redet"]
+
+
+def translate(state_dict: dict[str, torch.Tensor], model_name: str) -> Translation:
+    """State dict of a model of this package from that of a classifier or a detector.
+
+    Args:
+        state_dict: with or without the prefix `backbone.`.
+        model_name: 'c8reresnet50' or 'c8reresnet101'.
+
+    Raises:
+        WeightsError: the entries do not fit the model, or are damaged.
+    """
+    check_tensors(state_dict)
+    prefix = "backbone." if any(name.startswith("backbone.") for name in state_dict) else ""
+    network, dropped = {}, 0
+    for name, value in state_dict.items():
+        if name.startswith("head.fc."):
+            network[name.removeprefix("head.")] = value
+        elif name.endswith(".filter"):
+            continue  # follows from the coefficients
+        elif name.startswith(prefix) and not name.startswith("head."):
+            network[name.removeprefix(prefix)] = value
+        else:
+            dropped += 1
+    keywords = {} if "fc.weight" in network else {"num_classes": 0}
+    with torch.device("meta"):
+        model = create(model_name, EquivariantResNet, **keywords)
+    found = translate_resnet(network, model)
+    if found.sources != {"sampled_basis"}:
+        raise WeightsError("some convolutions have no sampled_basis: take the file as published")
+    notes = {
+        "basis_from": "sampled_basis",
+        "basis_residual": f"{found.residual:.1e}",
+        "classifier": "none: the backbone of a detector" if keywords else "of all channels: NOT invariant",
+        **({"dropped": f"{dropped} entries of the detector"} if dropped else {}),
+    }
+    return Translation(found.state_dict, keywords, notes)

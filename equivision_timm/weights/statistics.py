@@ -1,0 +1,255 @@
+"""Batch-norm statistics as evidence: does a network reproduce its running variances on photographs?
+
+A D_4 or D_8 checkpoint without its basis leaves the signs of `signs.py` open, and D_4 and C_8 networks have the same
+names and shapes. The network that was trained reproduces its own running variances, others do not. Of field f let
+
+    r_f = log(batch variance) - log(running variance) - median of this over the layer,
+
+the median since other photographs than those of the training change the overall contrast. With r_f normal and a
+variance for each layer, the log-likelihood up to a constant is
+
+    L = -1/2 sum_layers n log(mean_fields r_f^2)            n: fields of the layer.
+
+Two networks are compared by Vuong's test (Econometrica 57, 1989): with m_f the difference of their log-likelihoods at
+field f, z = sum m_f / (sqrt(N) std m_f). A decision needs `Z_LIMIT` standard errors, and D = sum r_f^2 must agree.
+Means of the activations are not used: they prefer wrong patterns.
+"""
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+
+from equivision_timm.layers import ConvNormAct
+from equivision_timm.models import EquivariantResNet
+from equivision_timm.models.pretrained import WeightsError
+from equivision_timm.weights.signs import combine, element_signs, half_turn, known_patterns, neighbours
+
+__all__ = [
+    "Z_LIMIT",
+    "AmbiguousSigns",
+    "Fit",
+    "PatternFits",
+    "SignChoice",
+    "apply_signs",
+    "best_fit",
+    "choose_signs",
+    "fit",
+]
+
+Z_LIMIT = 3.0  # standard errors
+
+
+class AmbiguousSigns(WeightsError):
+    """No known sign pattern is clearly the best."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """r [fields] of each layer, by name."""
+
+    residuals: dict[str, torch.Tensor]
+
+    @property
+    def misfit(self) -> float:
+        """D = sum_layers sum_fields r_f^2."""
+        return sum(r.square().sum().item() for r in self.residuals.values())
+
+    @property
+    def rms(self) -> float:
+        """sqrt(D / number of fields)."""
+        return (self.misfit / max(1, sum(len(r) for r in self.residuals.values()))) ** 0.5
+
+    @property
+    def log_likelihood(self) -> float:
+        """L = -1/2 sum_layers n log(mean_fields r_f^2)."""
+        return -0.5 * sum(len(r) * _variance(r).log().item() for r in self.residuals.values())
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the activations are finite."""
+        return all(r.isfinite().all() for r in self.residuals.values())
+
+    def lead(self, other: "Fit") -> float:
+        """Vuong's z: standard errors by which this fit is better; infinite if the other is not finite."""
+        if not other.is_finite:
+            return float("inf")
+        pairs = zip(self.residuals.values(), other.residuals.values(), strict=True)
+        m = torch.cat([_log_density(a) - _log_density(b) for a, b in pairs])  # [fields of all layers]
+        spread = m.std().item()
+        return m.sum().item() / (len(m) ** 0.5 * spread) if spread > 0 else 0.0
+
+
+def _variance(r: torch.Tensor) -> torch.Tensor:
+    return r.square().mean().clamp_min(1e-12)
+
+
+def _log_density(r: torch.Tensor) -> torch.Tensor:
+    return -0.5 * (_variance(r).log() + r.square() / _variance(r))
+
+
+def fit(model: EquivariantResNet, images: torch.Tensor) -> Fit:
+    """How well a model reproduces its running variances on normalised images [N, 3, n, n], n = 1 mod 32."""
+    return _fit([_ratios(copy.deepcopy(model), images, stages=4)])
+
+
+def best_fit(model: EquivariantResNet, images: torch.Tensor) -> Fit:
+    """`fit` under the best sign pattern that a climb from the known ones finds, if the group has signs."""
+    if not known_patterns(model.group):
+        return fit(model, images)
+    fits = PatternFits(model, images)
+    start = max(known_patterns(model.group).values(), key=lambda pattern: fits.fit(pattern).log_likelihood)
+    ends = start, fits.climb(start)
+    return max(map(fits.fit, ends), key=lambda found: found.log_likelihood)
+
+
+@dataclass(frozen=True)
+class SignChoice:
+    """The chosen sign pattern.
+
+    Attributes:
+        name: its name among the known patterns.
+        signs: the pattern.
+        runner_up: the closest other pattern.
+        separation: Vuong's z between the two.
+        crops: number of images.
+        misfits: D of each known pattern.
+    """
+
+    name: str
+    signs: str
+    runner_up: str
+    separation: float
+    crops: int
+    misfits: dict[str, float]
+
+
+def choose_signs(model: EquivariantResNet, batches: Iterable[torch.Tensor]) -> SignChoice:
+    """The known sign pattern in whose basis the coefficients of a D_4 or D_8 model are given.
+
+    It must lead the other known patterns and its own neighbours, which are unknown ones.
+
+    Args:
+        model: with running statistics, the coefficients as in the checkpoint.
+        batches: normalised images [N, 3, n, n], n = 1 mod 32; as many are used as it takes.
+
+    Raises:
+        AmbiguousSigns: no known pattern is clearly the best.
+    """
+    known, fits = known_patterns(model.group), PatternFits(model)
+    reason, misfits, best, rivals = "there are no images", {}, "", set()
+    for images in batches:
+        fits.batches.append(images)
+        found = {name: fits.fit(pattern) for name, pattern in known.items()}
+        misfits = {name: one.misfit for name, one in found.items()}
+        previous, best = best, max(found, key=lambda name: found[name].log_likelihood)
+        if best != previous:
+            rivals = {fits.canonical(combine(known[best], move)) for move in neighbours(model.group)}
+            rivals |= {fits.canonical(pattern) for pattern in known.values()}
+            rivals -= {fits.canonical(known[best])}
+        leads = fits.leads(known[best], rivals)
+        rivals, runner_up = set(leads), min(leads, key=leads.__getitem__)
+        lead = leads[runner_up]
+        if lead >= Z_LIMIT and all(found[best].misfit < fits.fit(rival).misfit for rival in rivals):
+            return SignChoice(best, known[best], runner_up, lead, sum(map(len, fits.batches)), misfits)
+        reason = f"{best} leads {runner_up} by {lead:.1f} standard errors, {Z_LIMIT:.0f} are needed"
+        if lead <= -Z_LIMIT:  # an unknown pattern is better
+            break
+    table = ", ".join(f"{name} {misfit:.4g}" for name, misfit in misfits.items())
+    raise AmbiguousSigns(
+        f"the signs of this {model.group} checkpoint are not clear on {sum(map(len, fits.batches))} crops: {reason} "
+        f"(misfits: {table}). Give more varied photographs (--images DIR), search all patterns with "
+        "scripts/find_signs.py, or give --signs PATTERN"
+    )
+
+
+class PatternFits:
+    """Fits of a model under sign patterns, each computed once for each batch of images."""
+
+    def __init__(self, model: EquivariantResNet, *batches: torch.Tensor) -> None:
+        self.model = copy.deepcopy(model)
+        self.batches: list[torch.Tensor] = list(batches)
+        self.half_turn = half_turn(model.group)
+        self._state = {name: value.clone() for name, value in model.state_dict().items()}
+        self._found: dict[tuple[str, int], list[dict[str, torch.Tensor]]] = {}
+
+    def canonical(self, pattern: str) -> str:
+        """A pattern, or its product with the half turn: the one that does not negate the first odd harmonic."""
+        return pattern if pattern[self.half_turn.index("-")] == "+" else combine(pattern, self.half_turn)
+
+    def fit(self, pattern: str, stages: int = 4) -> Fit:
+        """Fit of the stem and the first `stages` stages under a pattern."""
+        pattern = self.canonical(pattern)
+        found = self._found.setdefault((pattern, stages), [])
+        for images in self.batches[len(found) :]:
+            found.append(_ratios(self._with_signs(pattern), images, stages))
+        return _fit(found)
+
+    @torch.no_grad()
+    def logits(self, pattern: str) -> torch.Tensor:
+        """Logits of two of the images under a pattern."""
+        return self._with_signs(pattern).eval()(self.batches[0][:2])
+
+    def climb(self, pattern: str) -> str:
+        """A pattern without a better neighbour on the first stage, found from `pattern`."""
+        moves, end = neighbours(self.model.group), None
+        while pattern != end:
+            end = pattern
+            for move in moves:
+                candidates = pattern, self.canonical(combine(pattern, move))
+                pattern = max(candidates, key=lambda candidate: self.fit(candidate, 1).log_likelihood)
+        return pattern
+
+    def leads(self, pattern: str, rivals: Iterable[str]) -> dict[str, float]:
+        """Vuong's z of a pattern over its close rivals: those that are not far behind in the first stages already."""
+        leads = dict.fromkeys(rivals, 0.0)
+        for stages in (1, 2, 4):
+            own = self.fit(pattern, stages)
+            leads = {rival: own.lead(self.fit(rival, stages)) for rival in leads}
+            closest = min(leads.values())
+            leads = {rival: lead for rival, lead in leads.items() if lead < 2 * Z_LIMIT or lead == closest}
+        return leads
+
+    def _with_signs(self, pattern: str) -> EquivariantResNet:
+        self.model.load_state_dict(self._state)
+        apply_signs(self.model, pattern)
+        return self.model
+
+
+@torch.no_grad()
+def apply_signs(model: EquivariantResNet, pattern: str) -> None:
+    """Multiply every weight of `model` by the signs of its basis elements."""
+    for module in model.modules():
+        if isinstance(module, ConvNormAct):
+            weight = module.conv.weight  # [out_fields, in_fields, n_basis, 1]
+            weight.mul_(element_signs(module.conv.kernel, pattern).to(weight))
+
+
+def _fit(ratios: list[dict[str, torch.Tensor]]) -> Fit:
+    residuals = {}
+    for name in ratios[0]:
+        r = torch.stack([batch[name] for batch in ratios]).mean(0).clamp_min(1e-30).log()
+        residuals[name] = r - r.median()
+    return Fit(residuals)
+
+
+@torch.no_grad()
+def _ratios(model: EquivariantResNet, images: torch.Tensor, stages: int) -> dict[str, torch.Tensor]:
+    """Batch variance / running variance [fields] of each layer up to stage `stages`. Changes the running statistics."""
+    layers = [model.layer1, model.layer2, model.layer3, model.layer4][:stages]
+    trunk = nn.Sequential(model.conv1, model.maxpool, *layers).train()
+    inside = set(trunk.modules())
+    units = {name: unit.norm.per_field for name, unit in model.named_modules() if isinstance(unit, ConvNormAct)}
+    norms = {name: norm for name, norm in units.items() if isinstance(norm, nn.BatchNorm2d) and norm in inside}
+    before = {name: norm.get_buffer("running_var").clone() for name, norm in norms.items()}
+    for norm in norms.values():
+        norm.momentum = 1.0  # the running statistics become those of this batch
+    trunk(images)
+    ratios = {}
+    for name, norm in norms.items():
+        alive = before[name] > 0  # zero if all coefficients of a field are
+        if alive.any():
+            ratios[name] = norm.get_buffer("running_var")[alive] / before[name][alive]
+    return ratios

@@ -1,0 +1,69 @@
+"""The search over all sign patterns: networks whose statistics were computed under a pattern that is known here."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from support.equivision_data import to_equivision, trained_elsewhere
+
+import equivision_timm  # noqa: F401  registers the models
+from equivision_timm.data import draw_crops, load_crops, load_photographs
+from equivision_timm.weights.signs import combine, half_turn, known_patterns, sign_groups
+from equivision_timm.weights.statistics import Z_LIMIT, AmbiguousSigns
+
+sys.path.append(str(Path(__file__).parents[1] / "scripts"))
+from find_signs import MOST_BATCHES, find_signs, main
+
+pytest.importorskip("skimage", reason="photographs come with scikit-image, the extra `convert`")
+
+
+def random_pattern(group, seed):
+    bits = torch.randint(2, (len(sign_groups(group)),), generator=torch.Generator().manual_seed(seed))
+    return "".join("-" if bit else "+" for bit in bits.tolist())
+
+
+@pytest.mark.parametrize(("group", "width"), [("d4", 8), pytest.param("d8", 6, marks=pytest.mark.slow)])
+def test_random_signs_are_found(group, width):
+    pattern, crops = random_pattern(group, seed=1), load_crops(None, 10, 33)
+    model, _ = trained_elsewhere(f"{group}resnet18", pattern, crops, width=width)
+    found = find_signs(model, [crops[:9]], restarts=0)
+    assert found.signs in (pattern, combine(pattern, half_turn(group)))
+    assert found.name is None
+    assert found.separation >= Z_LIMIT
+    assert found.misfits[0] < found.misfits[1]
+    assert found.logits_differ > 0.01
+
+
+def test_statistics_that_fit_no_pattern_are_refused(monkeypatch):
+    """Half of the fields from one network, half from another."""
+    crops = load_crops(None, 8, 33)
+    first, second = list(known_patterns("d4").values())[:2]
+    model, _ = trained_elsewhere("d4resnet18", first, crops, width=8)
+    _, other = trained_elsewhere("d4resnet18", second, crops, width=8)
+    with torch.no_grad():
+        for name, value in model.named_buffers():
+            if name.endswith("running_var"):
+                value[::2] = other.get_buffer(name)[::2]
+    with pytest.raises(AmbiguousSigns, match="standard errors"):
+        find_signs(model, [crops], restarts=0)
+
+
+@pytest.mark.slow
+def test_the_script(tmp_path, monkeypatch, capsys):
+    """Other crops than those of the statistics: as many batches as it takes."""
+    photographs, pattern = load_photographs(None), random_pattern("d4", seed=2)
+    model, _ = trained_elsewhere("d4resnet18_fast", pattern, draw_crops(photographs, 200, 97, seed=99))
+    save_file(to_equivision(model.state_dict()), tmp_path / "x.safetensors")
+    monkeypatch.setattr("sys.argv", ["find_signs.py", str(tmp_path / "x.safetensors"), "--model", "d4resnet18_fast"])
+    main()
+    printed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert printed["signs"] in (pattern, combine(pattern, half_turn("d4")))
+    assert 40 <= int(printed["crops"]) <= 40 * MOST_BATCHES
+
+
+def test_groups_without_signs():
+    model, _ = trained_elsewhere("c4resnet18_fast", "", load_crops(None, 2, 33))
+    with pytest.raises(ValueError, match="c4"):
+        find_signs(model, [])

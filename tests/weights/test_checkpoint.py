@@ -1,0 +1,170 @@
+"""Reading checkpoint files: the forms that occur, code that must not run, and damaged files."""
+
+import argparse
+import io
+import os
+import random
+import zipfile
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save, save_file
+
+import equivision_timm  # noqa: F401  registers the models
+from equivision_timm.weights.checkpoint import DamagedFile, check_tensors, read_checkpoint
+
+STATE = {"conv1.weights": torch.arange(6.0), "bn1.batch_norm_[8].num_batches_tracked": torch.tensor(3)}
+OPTIONS = argparse.Namespace(model="hybrid", lr=3e-3, output_dir="")
+LIGHTNING = {"epoch": 3, "pytorch-lightning_version": "2.0.9", "optimizer_states": [{"state": {0: torch.ones(2)}}]}
+FORMS = {
+    "bare": STATE,
+    "state_dict": {"state_dict": STATE},
+    "lightning": {**LIGHTNING, "state_dict": {f"model.{key}": value for key, value in STATE.items()}},
+    "ddp": {f"module.{key}": value for key, value in STATE.items()},
+    "lightning and ddp": {"state_dict": {f"model.module.{key}": value for key, value in STATE.items()}},
+    "deit": {"model": {f"_orig_mod.{key}": value for key, value in STATE.items()}, "args": OPTIONS, "epoch": 399},
+    "dinov2": {"teacher": STATE, "student": {}},
+}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) and a[key].dtype == b[key].dtype for key in a)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_forms_that_occur(tmp_path, form, legacy):
+    torch.save(FORMS[form], tmp_path / "x.ckpt", _use_new_zipfile_serialization=not legacy)
+    assert same(read_checkpoint(tmp_path / "x.ckpt"), STATE)
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()
+
+
+def test_safetensors_with_any_name(tmp_path):
+    save_file(STATE, tmp_path / "x.bin")
+    assert same(read_checkpoint(tmp_path / "x.bin"), STATE)
+
+
+class Harmful:
+    """Unpickling this makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_code_is_refused_and_not_run(tmp_path, legacy):
+    path, proof = tmp_path / "x.ckpt", tmp_path / "proof"
+    torch.save({**STATE, "hyper_parameters": Harmful(proof)}, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(DamagedFile, match="mkdir"):
+        read_checkpoint(path)
+    assert not proof.exists()
+    torch.load(path, weights_only=False)  # control: it would have been run
+    assert proof.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"<!DOCTYPE html><title>Google Drive - Quota exceeded</title>",
+        b"PK\x03\x04" + bytes(50),
+        (40).to_bytes(8, "little") + b'{"a": 1}' + bytes(60),
+    ],
+)
+def test_files_that_are_not_checkpoints(tmp_path, content):
+    (tmp_path / "x.ckpt").write_bytes(content)
+    with pytest.raises(DamagedFile, match=r"x\.ckpt") as raised:
+        read_checkpoint(tmp_path / "x.ckpt")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [1, 2],
+        torch.ones(3),
+        {},
+        {"state_dict": {}},
+        {"a": "text"},
+        {"a": {"b": torch.ones(1)}},
+        {"a": torch.ones(1), "module.a": torch.ones(1)},
+    ],
+)
+def test_contents_that_are_not_state_dicts(tmp_path, content):
+    torch.save(content, tmp_path / "x.ckpt")
+    with pytest.raises(DamagedFile, match=r"x\.ckpt"):
+        read_checkpoint(tmp_path / "x.ckpt")
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="missing"):
+        read_checkpoint(tmp_path / "missing.ckpt")
+    with pytest.raises(IsADirectoryError):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("fc.bias", torch.tensor([1.0, float("nan")])),
+        ("fc.bias", torch.tensor([float("inf")])),
+        ("fc.bias", torch.tensor([1e300], dtype=torch.float64)),
+        ("fc.bias", torch.ones(3, dtype=torch.int64)),
+        ("fc.bias", torch.ones(3, dtype=torch.complex64)),
+        ("bn1.running_var", -torch.ones(3)),
+    ],
+)
+def test_impossible_values(name, value):
+    with pytest.raises(RuntimeError, match=name):
+        check_tensors({name: value})
+
+
+def mutations(content, count, seed):
+    """Damaged copies: bits flipped, bytes overwritten, cut off, cut out, repeated; half of them near structure."""
+    rng = random.Random(seed)
+    starts = [0]
+    if content[:2] == b"PK":
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            starts = [entry.header_offset for entry in archive.infolist()]
+    for _ in range(count):
+        copy = bytearray(content)
+        near = rng.choice([*starts, len(copy) - 1500]) + rng.randrange(1500)
+        position = near % len(copy) if rng.random() < 0.5 else rng.randrange(len(copy))
+        kind = rng.randrange(5)
+        if kind == 0:
+            copy[position] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            copy[position : position + 8] = rng.randbytes(8)
+        elif kind == 2:
+            del copy[position:]
+        elif kind == 3:
+            del copy[position : position + rng.randrange(1, 64)]
+        else:
+            copy[position:position] = copy[position : position + 64]
+        yield bytes(copy)
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
+def test_damaged_files(tmp_path, form):
+    """One error, or tensors; from a zip archive, which has checksums, the very same ones."""
+    model = timm.create_model("test_d4resnet")  # names do not matter to the reader
+    state = {key: value[:8].clone() if value.ndim else value for key, value in list(model.state_dict().items())[:40]}
+    buffer = io.BytesIO()
+    torch.save(state, buffer, _use_new_zipfile_serialization=form == "zip")
+    content = save(state) if form == "safetensors" else buffer.getvalue()
+    path, refused, read = tmp_path / "x.ckpt", 0, 0
+    for copy in mutations(content, 300, seed=0):
+        path.write_bytes(copy)
+        try:
+            found = read_checkpoint(path)
+        except DamagedFile:  # anything else is a failure
+            refused += 1
+        else:
+            read += 1
+            assert form != "zip" or same(found, state)
+    assert refused > 150
+    assert read > 0

@@ -1,0 +1,187 @@
+"""Checkpoints of equivision: every form in which they occur, and those that do not fit."""
+
+import random
+
+import pytest
+import torch
+from support.equivision_data import buffers, convolutions, with_buffers
+from support.reference_data import checkpoint, networks
+
+import equivision_timm  # noqa: F401  registers the models
+from equivision_timm.kernels import Kernel
+from equivision_timm.models.pretrained import WeightsError
+from equivision_timm.weights.equivision import convert_original, translate
+from equivision_timm.weights.signs import element_signs, known_patterns
+
+NAME, D4 = "c4resnet18_fast", "d4resnet18_fast"
+EVERY = ("filter", "sampled_basis", "indices")
+
+
+def close(found, expected, rtol=1e-4):
+    return found.keys() == expected.keys() and all(
+        torch.allclose(found[key], value, rtol=rtol, atol=1e-5) for key, value in expected.items()
+    )
+
+
+@pytest.mark.parametrize("name", ["c1resnet18", "d1resnet18_fast", NAME, "c8resnet50_fast"])
+@pytest.mark.parametrize("kinds", [("filter",), ("sampled_basis",), ("indices",), EVERY])
+def test_buffers_change_nothing_if_the_bases_agree(name, kinds):
+    state = checkpoint(name)
+    assert close(convert_original(with_buffers(name, state, kinds=kinds), name), convert_original(state, name))
+
+
+@pytest.mark.parametrize("name", networks())
+def test_buffers_of_every_network_are_known(name):
+    """Names that are neither needed nor ignored would be left over."""
+    parts = {key.split("block_expansion")[0].rsplit(".", 1)[-1] or "sampled_basis" for key in buffers(name)}
+    assert {part.rstrip("0123456789") for part in parts} <= {"filter", "sampled_basis", "in_indices_"} | {
+        "out_indices_",
+        "indices_",
+    }
+
+
+@pytest.mark.parametrize("name", [D4, "d8resnet18_fast"])
+@pytest.mark.parametrize("kind", ["filter", "sampled_basis"])
+def test_a_basis_with_other_signs_is_translated(name, kind):
+    """Whatever the signs of the machine of the training, the converted network has its filters."""
+    state = checkpoint(name)
+    group = convolutions(name)["conv1.weights"].group
+    for pattern in known_patterns(group).values():
+        found = convert_original(with_buffers(name, state, pattern, (kind,)), name)
+        expected = convert_original(state, name, pattern)
+        assert close(found, expected)
+        if kind == "sampled_basis":  # a translation by signs is exact
+            assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def test_a_basis_in_any_other_frame_is_translated():
+    state = with_buffers(D4, checkpoint(D4), kinds=("sampled_basis",))
+    generator = torch.Generator().manual_seed(0)
+    for key, value in list(state.items()):
+        if "sampled_basis" in key:
+            change = torch.linalg.qr(torch.randn(len(value), len(value), generator=generator))[0]
+            weights = key.split("_basisexpansion")[0] + "weights"
+            state[key] = torch.einsum("ab,b...->a...", change, value)
+            state[weights] = (state[weights].view(-1, len(value)) @ change.T).flatten()
+    assert close(convert_original(state, D4), convert_original(checkpoint(D4), D4), rtol=1e-3)
+
+
+def test_signs_negate_their_elements():
+    pattern = known_patterns("d4")["scipy1.11-avx512"]
+    plain, signed = convert_original(checkpoint(D4), D4), convert_original(checkpoint(D4), D4, pattern)
+    signs = element_signs(Kernel("d4", 3), pattern)[:, 0]
+    assert (signs < 0).nonzero().flatten().tolist() == [*range(4, 12), 36, 38, 40, 42]
+    key = "layer2.0.conv2.conv.weight"
+    assert torch.equal(signed[key], plain[key] * signs[:, None])
+    assert torch.equal(signed[key], convert_original(checkpoint(D4), D4, "scipy1.11-avx512")[key])
+    assert torch.equal(signed["conv1.conv.weight"], plain["conv1.conv.weight"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kinds", [(), ("filter",), ("sampled_basis",), EVERY])
+def test_other_dtypes_become_float32(dtype, kinds):
+    state = with_buffers(D4, checkpoint(D4), kinds=kinds)
+    cast = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
+    expected, found = convert_original(state, D4), convert_original(cast, D4)
+    assert {value.dtype for value in found.values()} == {torch.float32, torch.int64}
+    for key, value in expected.items():
+        assert (found[key] - value).abs().max() <= 0.05 * value.abs().max(), key
+
+
+def test_the_input_is_not_changed():
+    state = checkpoint(NAME)
+    convert_original(state, NAME)["fc.bias"].zero_()
+    assert state["fc.bias"].abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "noun"),
+    [
+        ({"bn1.batch_norm_[8].weight": torch.zeros(16)}, "left over"),
+        ({"fc.bias": torch.zeros(999)}, "shape"),
+        ({"conv1.filter": torch.randn(64, 3, 7, 7)}, "group"),
+        (
+            {"conv1._basisexpansion.block_expansion_('irrep_0', 'regular').sampled_basis": torch.ones(18, 4, 1, 49)},
+            "group",
+        ),
+        ({"fc.bias": torch.full((1000,), float("nan"))}, "NaN"),
+        ({"conv1.weights": torch.ones(864, dtype=torch.int64)}, "int64"),
+        ({"bn1.batch_norm_[4].running_var": -torch.ones(16)}, "variances"),
+    ],
+)
+def test_entries_that_do_not_fit(changes, noun):
+    with pytest.raises(WeightsError, match=noun):
+        convert_original({**checkpoint(NAME), **changes}, NAME)
+
+
+def test_damaged_state_dicts():
+    """Every change of names and shapes is refused; the order of the entries does not matter."""
+    rng, state = random.Random(0), checkpoint("d8resnet18_fast")
+    names = list(state)
+    for trial in range(100):
+        damaged, name = dict(state), rng.choice(names)
+        value = damaged.pop(name)
+        if trial % 5 == 1:
+            damaged[name + rng.choice(["x", ".weight", " "])] = value
+        elif trial % 5 == 2:
+            damaged[name] = torch.cat([value.flatten(), value.flatten()[:1]])
+        elif trial % 5 == 3:
+            damaged[name] = value[:-1] if value.ndim else value[None]
+        elif trial % 5 == 4:
+            damaged[name] = state[rng.choice([n for n in names if state[n].numel() != value.numel()])]
+        with pytest.raises(WeightsError, match=r"missing|shape|coefficients|left over|type"):
+            convert_original(damaged, "d8resnet18_fast")
+    shuffled = convert_original({name: state[name] for name in rng.sample(names, len(names))}, "d8resnet18_fast")
+    expected = convert_original(state, "d8resnet18_fast")
+    assert all(torch.equal(shuffled[key], value) for key, value in expected.items())
+
+
+@pytest.mark.parametrize("name", [NAME, D4])
+@pytest.mark.parametrize("kinds", [("filter",), ("filter", "sampled_basis")])
+def test_a_filter_that_contradicts_the_coefficients(name, kinds):
+    state = with_buffers(name, checkpoint(name), kinds=kinds)
+    key = "layer1.0.conv1.weights"
+    noise = torch.zeros_like(state[key])
+    noise[7] = 0.1 * state[key].abs().max()  # one of 1152 coefficients
+    for changes in (
+        {"layer1.0.conv1.filter": state["layer1.0.conv2.filter"]},
+        {key: state[key] + noise},
+        {key: 2 * state[key]},
+    ):
+        with pytest.raises(WeightsError, match="filter"):
+            convert_original({**state, **changes}, name)
+
+
+def test_a_basis_that_does_not_span_the_kernels():
+    state = with_buffers(NAME, checkpoint(NAME), kinds=("sampled_basis",))
+    key = next(key for key in state if key.startswith("layer2.0.conv1._basis"))
+    for damaged in (state[key][:1].expand_as(state[key]), torch.cat([state[key][:-1], state[key][:1]])):
+        with pytest.raises(WeightsError, match="independent"):
+            convert_original({**state, key: damaged}, NAME)
+    with pytest.raises(WeightsError, match="sampled_basis"):
+        convert_original({**state, key.replace("irrep", "x").replace("regular", "y"): state[key]}, NAME)
+
+
+def test_another_group_of_the_same_order_is_noticed_by_its_filters():
+    state = with_buffers("c8resnet18_fast", checkpoint("c8resnet18_fast"), kinds=("filter",))
+    with pytest.raises(WeightsError, match="group"):
+        convert_original(state, D4)
+
+
+def test_signs_that_do_not_apply():
+    with pytest.raises(ValueError, match="signs"):
+        convert_original(checkpoint(NAME), NAME, "+-")
+    with pytest.raises(WeightsError, match="signs"):
+        convert_original(with_buffers(D4, checkpoint(D4)), D4, "scipy1.11-avx2")
+    state = with_buffers(D4, checkpoint(D4), kinds=("sampled_basis",))
+    del state["conv1._basisexpansion.block_expansion_('irrep_0,0', 'regular').sampled_basis"]
+    with pytest.raises(WeightsError, match="only some"):
+        convert_original(state, D4)
+
+
+def test_bases_leave_nothing_to_choose():
+    """With its basis, a D4 checkpoint needs no photographs, and is not compared with C8."""
+    found = translate(with_buffers(D4, checkpoint(D4), "scipy1.9-avx2"), D4)
+    assert found.notes["basis_from"] == "sampled_basis"
+    assert "signs" not in found.notes
+    assert close(found.state_dict, convert_original(checkpoint(D4), D4, "scipy1.9-avx2"))

@@ -1,0 +1,57 @@
+"""A network of this package in escnn, and back: same output, same weights, whatever signs the installed escnn has."""
+
+import pytest
+import timm
+import torch
+
+import equivision_timm  # noqa: F401  registers the models
+from equivision_timm.weights.equivision import convert_original
+from equivision_timm.weights.escnn_format import to_escnn
+
+
+def test_layers_that_the_original_lacks_are_refused():
+    for options, noun in (
+        ({"act_layer": "silu"}, "ReLU"),
+        ({"output_stride": 16}, "dilated"),
+        ({"num_classes": 0}, "pools"),
+        ({"stem_type": "deep"}, "conv1"),
+        ({"stem_pool": "blur"}, "maxpool"),
+        ({"avg_down": True}, "downsample"),
+        ({"block_args": {"attn_layer": "se"}}, "attn"),
+    ):
+        with torch.device("meta"):
+            model = timm.create_model("test_c8resnet", **options)
+        with pytest.raises(ValueError, match=noun):
+            to_escnn(model)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:escnn")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning:escnn")
+@pytest.mark.parametrize("name", ["test_d4resnet", "test_c8resnet", "d1resnet18_fast", "test_c1resnet"])
+def test_same_output_and_back(name):
+    pytest.importorskip("escnn", reason="needs the extra `escnn`")
+    torch.manual_seed(0)
+    model = timm.create_model(name).train()
+    with torch.no_grad():
+        for _ in range(2):  # running statistics other than 0 and 1
+            model(torch.randn(4, 3, 33, 33))
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_(0, 0.1)
+    network, x = to_escnn(model.eval()), torch.randn(2, 3, 65, 65)
+    with torch.no_grad():
+        expected, found = model(x), network(x)
+    assert expected.std() > 0.01
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max().clamp_min(1)
+    assert not torch.allclose(found, network(x.flip(-1).roll(7, -1)))  # depends on the image
+
+    state = network.state_dict()
+    only_filters = {key: value for key, value in state.items() if "sampled_basis" not in key}
+    in_training = network.train().state_dict()
+    assert len(in_training) < len(state)  # without filters
+    for key, value in model.state_dict().items():
+        assert torch.equal(convert_original(state, name)[key], value), key  # exact: the translation is signs
+        assert torch.equal(convert_original(in_training, name)[key], value), key
+        assert torch.allclose(convert_original(only_filters, name)[key], value, rtol=1e-4, atol=1e-6), key

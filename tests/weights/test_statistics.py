@@ -1,0 +1,205 @@
+"""Decisions by batch-norm statistics: the signs of D4 and D8 checkpoints, and D4 against C8.
+
+The running statistics come from crops of photographs under known signs; the choice sees other crops, or 9 of 10: as
+little noise as a hundred crops would leave, in a fraction of the time.
+"""
+
+import copy
+
+import pytest
+import torch
+from support.equivision_data import to_equivision, trained_elsewhere
+from support.reference_data import checkpoint, networks
+
+import equivision_timm  # noqa: F401  registers the models
+from equivision_timm.data import draw_crops, load_crops, load_photographs
+from equivision_timm.models.pretrained import WeightsError
+from equivision_timm.weights import equivision
+from equivision_timm.weights.equivision import same_shapes, translate
+from equivision_timm.weights.signs import combine, half_turn, known_patterns, neighbours, sign_groups
+from equivision_timm.weights.statistics import Z_LIMIT, AmbiguousSigns, apply_signs, choose_signs, fit
+
+pytest.importorskip("skimage", reason="photographs come with scikit-image, the extra `convert`")
+SIZE = 33  # n = 1 mod 32
+NARROW = {"d4": 8, "d8": 6}
+C8, D4 = "c8resnet18_fast", "d4resnet18_fast"
+
+
+def random_pattern(group, seed):
+    bits = torch.randint(2, (len(sign_groups(group)),), generator=torch.Generator().manual_seed(seed))
+    return "".join("-" if bit else "+" for bit in bits.tolist())
+
+
+@torch.no_grad()
+def difference(model, truth, pattern):
+    """Largest difference of the logits to the true ones at an exact size, in standard deviations."""
+    found = copy.deepcopy(model)
+    apply_signs(found, pattern)
+    x = load_crops(None, 2, 97)
+    expected = truth(x)
+    return ((found(x) - expected).abs().max() / expected.std()).item()
+
+
+_D8 = list(known_patterns("d8"))
+KNOWN = [*(("d4", name) for name in known_patterns("d4")), ("d8", _D8[0])]
+KNOWN += [pytest.param("d8", name, marks=pytest.mark.slow) for name in _D8[1:]]
+
+
+@pytest.mark.parametrize(("group", "name"), KNOWN)
+def test_known_patterns_are_found(group, name):
+    pattern, crops = known_patterns(group)[name], load_crops(None, 10, SIZE)
+    model, truth = trained_elsewhere(f"{group}resnet18", pattern, crops, width=NARROW[group])
+    before = copy.deepcopy(model.state_dict())
+    choice = choose_signs(model, [crops[:9]])
+    assert (choice.name, choice.signs) == (name, pattern)
+    assert choice.separation >= Z_LIMIT
+    assert difference(model, truth, choice.signs) < 1e-3
+    assert difference(model, truth, known_patterns(group)[choice.runner_up]) > 0.01  # control: another network
+    assert min(misfit for other, misfit in choice.misfits.items() if other != name) > 2 * choice.misfits[name]
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("group", ["d4", "d8"])
+def test_unknown_patterns_are_refused(group):
+    """Random signs, and one sign group beside a known pattern, of little weight: never the nearest known one."""
+    crops, known = load_crops(None, 10, SIZE), list(known_patterns(group).values())
+    for pattern in (random_pattern(group, seed=1), combine(known[0], neighbours(group)[1])):
+        model, _ = trained_elsewhere(f"{group}resnet18", pattern, crops, width=NARROW[group])
+        with pytest.raises(AmbiguousSigns, match="signs"):
+            choose_signs(model, [crops[:9]])
+
+
+def test_the_half_turn_changes_nothing():
+    crops = load_crops(None, 8, SIZE)
+    for group, width in NARROW.items():
+        model, truth = trained_elsewhere(f"{group}resnet18", "+" * len(half_turn(group)), crops, width=width)
+        assert difference(model, truth, half_turn(group)) < 1e-4
+        others = [move for move in neighbours(group) if move != half_turn(group)]
+        assert min(difference(model, truth, move) for move in (others[0], others[-1])) > 0.01
+
+
+def test_mixed_statistics_are_refused():
+    """Half of the fields from one network, half from another; and no more batches are used than there are."""
+    crops = load_crops(None, 8, SIZE)
+    first, second = list(known_patterns("d4").values())[:2]
+    model, _ = trained_elsewhere("d4resnet18", first, crops, width=8)
+    _, other = trained_elsewhere("d4resnet18", second, crops, width=8)
+    with torch.no_grad():
+        for name, value in model.named_buffers():
+            if name.endswith("running_var"):
+                value[::2] = other.get_buffer(name)[::2]
+    with pytest.raises(AmbiguousSigns, match="--signs") as raised:
+        choose_signs(model, [crops])
+    assert all(name in str(raised.value) for name in known_patterns("d4"))
+
+
+def test_more_crops_settle_what_few_leave_open():
+    """Statistics from other crops than the choice sees: as many batches as it takes, and the right pattern."""
+    photographs, pattern = load_photographs(None), known_patterns("d4")["scipy1.11-avx2"]
+    model, truth = trained_elsewhere("d4resnet18", pattern, draw_crops(photographs, 200, SIZE, seed=99), width=8)
+    with pytest.raises(AmbiguousSigns, match="standard errors"):
+        choose_signs(model, [draw_crops(photographs, 10, SIZE)])
+    taken = []
+    batches = (taken.append(seed) or draw_crops(photographs, 20, SIZE, seed=seed) for seed in range(100))
+    choice = choose_signs(model, batches)
+    assert choice.signs == pattern
+    assert choice.crops == 20 * len(taken)
+    assert difference(model, truth, choice.signs) < 1e-3
+
+
+def state_of(name, pattern, crops):
+    """A checkpoint of equivision, as if trained elsewhere."""
+    return to_equivision(trained_elsewhere(name, pattern, crops)[0].state_dict())
+
+
+@pytest.fixture(scope="module")
+def originals():
+    """Checkpoints of equivision by model, as if trained elsewhere."""
+    crops = draw_crops(load_photographs(None), 30, SIZE, seed=9)
+    pattern = known_patterns("d4")["scipy1.9-avx2"]
+    return {C8: state_of(C8, "", crops), D4: state_of(D4, pattern, crops)}
+
+
+@pytest.fixture(autouse=True)
+def small_crops(monkeypatch):
+    """Crops of 33 pixels in place of 97: the same answers in a fraction of the time."""
+    monkeypatch.setattr(equivision, "draw_crops", lambda photographs, **kw: draw_crops(photographs, size=SIZE, **kw))
+
+
+def test_pairs_that_share_names_and_shapes():
+    pairs = {name: same_shapes(name) for name in networks() if same_shapes(name)}
+    assert len(pairs) >= 12
+    for name, (other,) in pairs.items():
+        assert {name[:2], other[:2]} == {"c8", "d4"}
+        assert networks()[name]["state_dict"] == networks()[other]["state_dict"]
+
+
+def test_the_right_model_is_accepted(originals):
+    notes = translate(originals[C8], C8).notes
+    assert float(notes[f"better_than_{D4}"].split()[0]) > 10
+    notes = translate(originals[D4], D4).notes
+    assert notes["signs_known_as"] == "scipy1.9-avx2"
+    assert float(notes[f"better_than_{C8}"].split()[0]) > 10
+
+
+@pytest.mark.parametrize(("truth", "name"), [(C8, D4), (D4, C8)])
+def test_the_wrong_model_is_refused_and_the_right_one_named(originals, truth, name):
+    with pytest.raises(WeightsError, match=f"convert it as {truth}"):
+        translate(originals[truth], name)
+    if name == D4:  # also with signs of the user
+        with pytest.raises(WeightsError, match=f"convert it as {truth}"):
+            translate(originals[truth], name, signs="scipy1.11-avx2")
+
+
+def test_unknown_signs_are_not_confused_with_the_other_group():
+    crops = draw_crops(load_photographs(None), 30, SIZE, seed=9)
+    state = state_of(D4, random_pattern("d4", 3), crops)
+    with pytest.raises(AmbiguousSigns, match="signs"):
+        translate(state, D4)
+    with pytest.raises(WeightsError, match=rf"do not decide|convert it as {D4}"):
+        translate(state, C8)
+
+
+@pytest.mark.parametrize("name", [C8, D4])
+def test_random_statistics_are_refused(name):
+    """C8 has a small lead over D4 whatever the truth is. Signs that the user gives are accepted."""
+    state = checkpoint(name, seed=3)  # of seeds 0 to 3 the one with the largest lead
+    with pytest.raises(WeightsError, match=r"do not decide|not clear"):
+        translate(state, name)
+    if name == D4:
+        assert "signs_given" in translate(state, name, signs="scipy1.11-avx2").notes
+
+
+def test_a_lead_without_a_ratio_is_not_enough(monkeypatch):
+    """Control: with lower limits, a small difference on many fields decides."""
+    state = checkpoint(C8, seed=3)
+    monkeypatch.setattr(equivision, "Z_LIMIT", 0.5)
+    with pytest.raises(WeightsError, match="do not decide"):
+        translate(state, C8)
+    monkeypatch.setattr(equivision, "CLEARLY", 1.0)
+    translate(state, C8)
+
+
+def test_activations_that_overflow():
+    state = checkpoint("c4resnet18_fast")
+    state["conv1.weights"] = torch.full_like(state["conv1.weights"], 3e38)
+    with pytest.raises(WeightsError, match="not finite"):
+        translate(state, "c4resnet18_fast")
+
+
+def test_without_photographs(originals, monkeypatch):
+    """Needed if two models share names and shapes; otherwise the notes say that nothing was compared."""
+    monkeypatch.setitem(__import__("sys").modules, "skimage", None)
+    with pytest.raises(ModuleNotFoundError, match="--images"):
+        translate(originals[C8], C8)
+    assert "not compared" in translate(checkpoint("c4resnet18_fast"), "c4resnet18_fast").notes["statistics"]
+
+
+def test_fit_does_not_change_the_model():
+    crops = load_crops(None, 8, SIZE)
+    _, truth = trained_elsewhere("d4resnet18", "+" * 24, crops, width=8)
+    before = copy.deepcopy(truth.state_dict())
+    found = fit(truth, crops)
+    assert found.rms < 1e-3  # the same crops
+    assert all(torch.equal(value, before[key]) for key, value in truth.state_dict().items())
+    assert not truth.training
