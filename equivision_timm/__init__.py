@@ -12,7 +12,7 @@ from equivision_timm.models import (
     EquivariantBackbone,
     EquivariantFPN,
     EquivariantResNet,
-    fuse_blocks,
+    fuse,
     model_names,
 )
 from equivision_timm.testing import assert_equivariant, equivariance_error
@@ -28,7 +28,7 @@ __all__ = [
     "SteerableConv2d",
     "assert_equivariant",
     "equivariance_error",
-    "fuse_blocks",
+    "fuse",
     "model_names",
     "to_geometric_tensor",
     "tune",

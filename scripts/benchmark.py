@@ -52,7 +52,7 @@ import torch.nn.functional as F
 from timm.utils.model import reparameterize_model
 from tqdm import tqdm
 
-from equivision_timm.layers import ConvNormAct, MaxPool2d, SteerableConv2d
+from equivision_timm.layers import ConvNormAct, SteerableConv2d
 from equivision_timm.layers.strategies import STRATEGIES
 from equivision_timm.layers.strategies.basis import block_counts
 from equivision_timm.models import model_names
@@ -112,8 +112,6 @@ def dense_twin(model: nn.Module) -> nn.Module:
         if isinstance(module, ConvNormAct):
             conv = module.conv.fuse()
             plain = PlainUnit(conv, nn.BatchNorm2d(conv.out_channels), module.act)
-        elif isinstance(module, MaxPool2d):
-            plain = nn.MaxPool2d(module.kernel_size, module.stride, module.padding)
         else:
             continue
         parent, _, child = name.rpartition(".")

@@ -5,7 +5,7 @@
     python scripts/deployment.py c8resnet18 --threads 1
 
 Forms of a network: `eager`, as `create_model` makes it; `dense`, what timm's `reparameterize_model` makes of it, a
-plain network; `blocks`, what `equivision_timm.fuse_blocks` makes of it. The latter two also as ONNX files, in
+plain network; `blocks`, what `equivision_timm.fuse` makes of it. The latter two also as ONNX files, in
 onnxruntime and OpenVINO. Each runs in a process of its own, and they take turns, as in `benchmark.py`, two steps each,
 of which the second counts; with several threads after a pause, since those of the one before go on looking for work.
 Ratios are to timm's ResNet-18 as an ONNX file in onnxruntime. Images have 225 pixels a side for ours, an exact size,
@@ -38,7 +38,7 @@ from benchmark import ALLOCATOR, Runner, Setting, markdown, processor
 from timm.utils.model import reparameterize_model
 from tqdm import tqdm
 
-from equivision_timm import fuse_blocks
+from equivision_timm import fuse
 from equivision_timm.models import model_names
 
 MODELS = ("c8resnet50", "c8resnet18", "d8resnet18", "c4resnet18", "c8resnet50_fast", "c8resnet18_fast")
@@ -74,7 +74,7 @@ def build(name: str, form: str) -> tuple[nn.Module, torch.Tensor]:
     if form.endswith("dense"):
         model = reparameterize_model(model)
     elif form.endswith("blocks"):
-        model = fuse_blocks(model)
+        model = fuse(model, "blocks")
     return model, image_of(name)
 
 

@@ -66,14 +66,14 @@ def test_checkpoint_and_size(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
 
 
 def test_wrong_file_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    def damaged(model: nn.Module) -> nn.Module:
-        fused = original(model)
+    def damaged(model: nn.Module, form: str) -> nn.Module:
+        fused = original(model, form)
         with torch.no_grad():
             fused.layer4.stage[0].conv2.conv.weight.mul_(1.01)
         return fused
 
-    original = module.fuse_blocks
-    monkeypatch.setattr(module, "fuse_blocks", damaged)
+    original = module.fuse
+    monkeypatch.setattr(module, "fuse", damaged)
     file = tmp_path / "model.onnx"
     file.write_bytes(b"older")
     assert main(["export", "test_c8resnet", str(file)]) == 1

@@ -17,7 +17,7 @@ from equivision_timm.cli.models import check_spec, load, read_class_map, short_n
 from equivision_timm.cli.options import Parsers, add_class_map, add_model_kwargs, add_size
 from equivision_timm.errors import InputError, one_line
 from equivision_timm.files import check_writable, write_file
-from equivision_timm.models import EquivariantBackbone, EquivariantViT, fuse_blocks
+from equivision_timm.models import EquivariantBackbone, EquivariantViT, fuse
 
 __all__ = ["Exported", "export", "register"]
 
@@ -109,7 +109,7 @@ def export(
         "classes": json.dumps(loaded.class_names(names)),
         **{key: json.dumps(loaded.config[key]) for key in ("input_size", "mean", "std", "interpolation", "crop_pct")},
     }
-    content = _as_onnx(fuse_blocks(network), shape, metadata)
+    content = _as_onnx(fuse(network, "blocks"), shape, metadata)
     images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = network(images)

@@ -1,13 +1,14 @@
 """Equivariant layers: plain tensors in and out, regular fields field-major (channel = field * |G| + element)."""
 
-from equivision_timm.layers.block_conv import BlockConv2d, ElementMajor
+from equivision_timm.layers.block_conv import BlockConv2d, ElementMajor, element_major_stage
 from equivision_timm.layers.blur import Blur2d, get_aa_layer
 from equivision_timm.layers.checks import CheckImage, check_pointwise, check_positionwise
-from equivision_timm.layers.conv import SteerableConv2d, steerable_conv2d
+from equivision_timm.layers.conv import SteerableConv2d, conv_input_shapes, steerable_conv2d
 from equivision_timm.layers.conv_norm_act import ConvNormAct
 from equivision_timm.layers.field_attention import FieldAttention
+from equivision_timm.layers.native_conv import NativeConv2d
 from equivision_timm.layers.norm import FieldNorm
-from equivision_timm.layers.pool import GroupPool, InvariantPool, MaxPool2d
+from equivision_timm.layers.pool import GroupPool, InvariantPool
 
 __all__ = [
     "BlockConv2d",
@@ -19,10 +20,12 @@ __all__ = [
     "FieldNorm",
     "GroupPool",
     "InvariantPool",
-    "MaxPool2d",
+    "NativeConv2d",
     "SteerableConv2d",
     "check_pointwise",
     "check_positionwise",
+    "conv_input_shapes",
+    "element_major_stage",
     "get_aa_layer",
     "steerable_conv2d",
 ]

@@ -1,10 +1,10 @@
-"""Steerable convolutions for deployment: block diagonal, constant weights, standard operators alone.
+"""Steerable convolutions for deployment: block diagonal, constant weights, only standard operators.
 
     T = P * x             to the irreps basis, through the functions of the plane
     y^ = W T + b^         a convolution in groups of two rows
     y = Q^T y^            back
 
-The algorithm of `strategies/block_diagonal.py`, whose words stand there. Runtimes such as onnxruntime know neither
+The algorithm of `strategies/block_diagonal.py`, with its symbols. Runtimes such as onnxruntime know neither
 blocks nor fields, so that both are laid out for them: maps are element-major, [B, |G| * fields, H, W] with channel =
 element * fields + field, where a change of basis is one product of matrices; and blocks of one row are joined in pairs,
 so that all are of one size, the groups of a grouped convolution.
@@ -16,16 +16,19 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from equivision_timm.layers.conv import SteerableConv2d
+from equivision_timm.layers.blur import Blur2d
+from equivision_timm.layers.conv import SteerableConv2d, is_watched
+from equivision_timm.layers.conv_norm_act import ConvNormAct
 from equivision_timm.layers.strategies.basis import basis_for, block_shapes
 from equivision_timm.layers.strategies.block_diagonal import block_weights
 
-__all__ = ["BlockConv2d", "ElementMajor", "element_major_conv", "swap_major"]
+__all__ = ["BlockConv2d", "ElementMajor", "element_major_conv", "element_major_stage", "swap_major"]
 
 
 def swap_major(x: torch.Tensor, first: int) -> torch.Tensor:
     """[B, first * second, H, W], channel = i * second + j -> the same with channel = j * first + i."""
-    return x.unflatten(1, (first, -1)).transpose(1, 2).flatten(1, 2)  # through [B, second, first, H, W]
+    B, C, H, W = x.shape
+    return x.reshape(B, first, C // first, H, W).transpose(1, 2).reshape(B, C, H, W)  # through [B, second, first, H, W]
 
 
 class ElementMajor(nn.Module):
@@ -65,17 +68,17 @@ class BlockConv2d(nn.Module):
         self.stride: int = conv.stride
         self.padding: int = conv.padding
         self.dilation: int = conv.dilation
-        weight, bias, name = weight.detach(), bias.detach(), conv.kernel.name
+        weight, bias, name, dtype = weight.detach(), bias.detach(), conv.kernel.name, conv.weight.dtype
         groups = _groups(block_weights(weight, name), name)
         self.groups: int = len(groups)
         rows = [row for group in groups for row in group.rows]
         back = _rows(basis_for(weight, name, "fourier"), rows)  # Q [rows, |G|], its rows in the order of the groups
         lifting = _rows(basis_for(weight, name, "lifting"), [row for group in groups for row in group.lifted])
-        self.lifting: nn.Parameter = _constant(lifting[:, :, 0, 0] if conv.kernel_size == 1 else lifting)
-        self.weight: nn.Parameter = _constant(torch.cat([group.matrix for group in groups])[..., None, None])
+        self.lifting: nn.Parameter = _constant(lifting[:, :, 0, 0] if conv.kernel_size == 1 else lifting, dtype)
+        self.weight: nn.Parameter = _constant(torch.cat([group.matrix for group in groups])[..., None, None], dtype)
         spread = back.sum(1)[:, None] * bias  # b^ = Q b, where b is equal for all elements: [rows, O]
-        self.bias: nn.Parameter = _constant(spread.flatten())
-        self.fourier: nn.Parameter = _constant(back.T)  # [|G|, rows]
+        self.bias: nn.Parameter = _constant(spread.flatten(), dtype)
+        self.fourier: nn.Parameter = _constant(back.T, dtype)  # [|G|, rows]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         t = self._lift_pixels(x) if self.kernel_size == 1 else self._lift(x)
@@ -90,14 +93,61 @@ class BlockConv2d(nn.Module):
 
     def _lift(self, x: torch.Tensor) -> torch.Tensor:
         """T = P * x: [B, |G| * I, H, W] -> [B, rows * I, H', W']."""
-        fields = x.unflatten(1, (self.order, -1)).transpose(1, 2).flatten(0, 1)  # [B * I, |G|, H, W]
+        B, _, H, W = x.shape
+        fields = x.reshape(B, self.order, self.in_fields, H, W).transpose(1, 2)
+        fields = fields.reshape(B * self.in_fields, self.order, H, W)
         t = F.conv2d(fields, self.lifting, None, self.stride, self.padding, self.dilation)  # [B * I, rows, H', W']
-        return t.unflatten(0, (-1, self.in_fields)).transpose(1, 2).flatten(1, 2)  # [B, rows * I, H', W']
+        _, rows, H, W = t.shape
+        return t.reshape(B, self.in_fields, rows, H, W).transpose(1, 2).reshape(B, rows * self.in_fields, H, W)
 
     def extra_repr(self) -> str:
         return f"{self.in_fields}, {self.out_fields}, order={self.order}, kernel_size={self.kernel_size}"
 
 
+def element_major_stage(stage: nn.Module, containers: tuple[type[nn.Module], ...]) -> nn.Module:
+    """`stage` in place on element-major maps inside `ElementMajor`, if any of its convolutions becomes block diagonal.
+
+    A stage with parts that depend on the order of the channels (attention, other norms, replaced modules, hooks) is
+    returned as it is, with its children converted that have none.
+
+    Args:
+        stage: of field-major maps, in eval mode.
+        containers: the classes that only combine their children.
+    """
+    units = _units(stage, containers)
+    if units is None:
+        for name, child in stage.named_children():
+            if type(child) in containers:
+                setattr(stage, name, element_major_stage(child, containers))
+        return stage
+    if not any(_pays(unit.conv) for unit in units):
+        return stage
+    order = units[0].conv.order
+    for unit in units:
+        unit.replace_conv(element_major_conv)
+    return ElementMajor(stage, order).train(stage.training)
+
+
+def _units(module: nn.Module, containers: tuple[type[nn.Module], ...]) -> list[ConvNormAct] | None:
+    """The units that `module` consists of; None if anything in it depends on the order of the channels."""
+    if is_watched(module):
+        return None
+    if type(module) in (Blur2d, nn.MaxPool2d, nn.Identity):  # act on each channel, on all alike
+        return []
+    if type(module) in containers:
+        units: list[ConvNormAct] = []
+        for child in module.children():
+            own = _units(child, containers)
+            if own is None:
+                return None
+            units += own
+        return units
+    if type(module) is not ConvNormAct or not module.is_fusible() or module.folded() is None:
+        return None
+    return [module] if module.conv.input_type == "regular" and type(module.attn) is nn.Identity else None
+
+
+@torch.no_grad()
 def element_major_conv(conv: SteerableConv2d, weight: torch.Tensor, bias: torch.Tensor) -> nn.Conv2d | BlockConv2d:
     """The convolution of a steerable layer on element-major maps, in the form that costs less: blocks, or one filter.
 
@@ -105,11 +155,11 @@ def element_major_conv(conv: SteerableConv2d, weight: torch.Tensor, bias: torch.
     """
     if _pays(conv):
         return BlockConv2d(conv, weight, bias)
-    dense, order = conv.plain_conv(weight, bias), conv.order
+    dense, order = conv.dense_conv(weight, bias), conv.order
     filters = dense.weight.unflatten(1, (-1, order)).unflatten(0, (-1, order))  # [O, |G|, I, |G|, k, k]
     filters = filters.permute(1, 0, 3, 2, 4, 5).flatten(2, 3).flatten(0, 1)  # [|G| * O, |G| * I, k, k]
-    dense.weight = _constant(filters.detach())
-    dense.bias = _constant(bias.detach().to(filters).repeat(order))  # [|G| * O]
+    dense.weight = _constant(filters, conv.weight.dtype)
+    dense.bias = _constant(bias.repeat(order), conv.weight.dtype)  # [|G| * O]
     return dense
 
 
@@ -185,5 +235,5 @@ def _rows(matrix: torch.Tensor, rows: list[int]) -> torch.Tensor:
     return torch.stack([torch.zeros_like(matrix[0]) if row < 0 else matrix[row] for row in rows])
 
 
-def _constant(tensor: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor.contiguous(), requires_grad=False)
+def _constant(tensor: torch.Tensor, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(tensor.to(dtype).contiguous(), requires_grad=False)

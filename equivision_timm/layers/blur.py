@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 
 from equivision_timm.constants import constant, constant_like
-from equivision_timm.layers.stock import remember
-from equivision_timm.layers.strategies.context import leaves_python, needs_plain_operations
+from equivision_timm.layers.strategies.context import is_channels_last, leaves_python, needs_plain_operations
 
 __all__ = ["Blur2d", "get_aa_layer"]
 
@@ -63,18 +62,15 @@ class Blur2d(nn.Module):
         return f"taps={self.taps}, stride={self.stride}, padding={self.padding!r}"
 
 
-remember(Blur2d)
 register_notrace_module(Blur2d)  # one node where timm traces a model for its features
 
 
 @torch.fx.wrap  # asks how the pixels lie in memory: one node in a graph of torch.fx
 def _reflect(x: torch.Tensor, border: int) -> torch.Tensor:
     """[B, C, H + 2 border, W + 2 border], what lies beyond the border reflected; in the memory format of x."""
-    if not torch.jit.is_scripting():
-        plain = leaves_python() or needs_plain_operations(x)
-        if not plain and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
-            pixels = x.permute(0, 2, 3, 1)  # [B, H, W, C], contiguous; to PyTorch B volumes of H x W x C
-            return F.pad(pixels, [0, 0, border, border, border, border], mode="reflect").permute(0, 3, 1, 2)
+    if not torch.jit.is_scripting() and is_channels_last(x):
+        pixels = x.permute(0, 2, 3, 1)  # [B, H, W, C], contiguous; to PyTorch B volumes of H x W x C
+        return F.pad(pixels, [0, 0, border, border, border, border], mode="reflect").permute(0, 3, 1, 2)
     return F.pad(x, [border, border, border, border], mode="reflect")
 
 

@@ -1,88 +1,67 @@
-"""Steerable convolution: learns the coefficients of a frozen kernel basis, not the pixels of a filter."""
+"""Steerable convolution: learns the coefficients of a fixed kernel basis instead of the pixels of a filter."""
 
+import copy
 import math
-from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import ClassVar
 
 import torch
 import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import register_notrace_module
 
 from equivision_timm.constants import constant_like
 from equivision_timm.groups import group_order
 from equivision_timm.kernel_basis import initial_std, sample_kernels
 from equivision_timm.kernels import Kernel
-from equivision_timm.layers.stock import is_stock, remember
 from equivision_timm.layers.strategies import STRATEGIES, Layer, auto, expand
 from equivision_timm.layers.strategies.basis import named_kernel
-from equivision_timm.layers.strategies.context import (
-    check_input,
-    inference_only,
-    leaves_python,
-    needs_plain_operations,
-)
-from equivision_timm.layers.strategies.contract import finish
-from equivision_timm.layers.weight_cache import WeightCache
+from equivision_timm.layers.strategies.context import has_sizes, leaves_python, needs_plain_operations
 
-__all__ = ["SteerableConv2d", "steerable_conv2d"]
+__all__ = ["SteerableConv2d", "conv_input_shapes", "is_watched", "steerable_conv2d"]
 
 
 @torch.fx.wrap  # the strategy follows from the input: one node in a graph of torch.fx
 def steerable_conv2d(
     x: torch.Tensor, weight: torch.Tensor, kernel: str, stride: int = 1, dilation: int = 1, strategy: str = "auto"
 ) -> torch.Tensor:
-    """What `SteerableConv2d` computes, as a function of the coefficients `weight` [out_fields, in_fields, n_basis, 1].
+    """`SteerableConv2d` as a function of the coefficients `weight` [out_fields, in_fields, n_basis, 1].
 
     `kernel` is the name of the kernels, `Kernel.name`; other arguments and shapes as there.
 
     Raises:
-        ValueError: x has another shape than the coefficients take; or the strategy cannot compute this layer.
+        ValueError: x has another shape than the coefficients need; or the strategy cannot compute this layer.
         RuntimeError: x and `weight` differ in type or device; or the strategy cannot be differentiated in this way.
     """
-    layer, strategy = _choose(x, weight, kernel, stride, dilation, strategy)
-    return STRATEGIES[strategy].conv2d(x.to(layer.dtype), weight, layer)
-
-
-def _dtype(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
-    """In which type to compute; as `nn.Conv2d`, also under autocast, and which takes tensors of one device."""
-    if x.device != weight.device:
-        raise RuntimeError(
-            f"the input is on {x.device} and the weight on {weight.device}: move one of them with .to(), or fill a "
-            "model from the meta device with .to_empty() and weights"
+    kernels, (out_fields, in_fields) = named_kernel(kernel), weight.shape[:2]
+    channels = in_fields * (group_order(kernels.group) if kernels.input_type == "regular" else 1)
+    if has_sizes(x) and (x.ndim != 4 or x.shape[1] != channels or x.shape[2] == 0 or x.shape[3] == 0):
+        raise ValueError(
+            f"a convolution of {in_fields} fields takes [B, {channels}, H, W], at least 1 x 1 pixels, but got "
+            f"{list(x.shape)}"
         )
     if not x.is_meta and torch.is_autocast_enabled(x.device.type) and weight.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    if x.dtype != weight.dtype:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    elif x.dtype != weight.dtype or x.device != weight.device:  # nothing below would notice
         raise RuntimeError(
-            f"input type {x.dtype} and weight type {weight.dtype} should be the same: convert one of them with .to()"
+            f"the input ({x.dtype}, {x.device}) and the weight ({weight.dtype}, {weight.device}) should be the same in "
+            "type and device: convert one of them with .to()"
         )
-    return weight.dtype
-
-
-def _choose(
-    x: torch.Tensor, weight: torch.Tensor, kernel: str, stride: int, dilation: int, strategy: str
-) -> tuple[Layer, str]:
-    """The layer for the input x and the coefficients, and what `strategy` comes to there: any but 'auto'."""
-    dtype, (out_fields, in_fields) = _dtype(x, weight), weight.shape[:2]
-    kernels = named_kernel(kernel)
-    check_input(x, in_fields, group_order(kernels.group) if kernels.input_type == "regular" else 1)
-    plain = needs_plain_operations(x, weight)
-    last = not plain and x.is_contiguous(memory_format=torch.channels_last)
-    memory_format = torch.channels_last if last else torch.contiguous_format
-    layer = Layer(kernels, in_fields, out_fields, stride, dilation, dtype, x.device, memory_format)
-    if leaves_python():
-        return layer, "expand"
-    if plain and (strategy == "auto" or not STRATEGIES[strategy].plain_operations):
-        if strategy != "auto":
-            raise RuntimeError(
-                f"conv_strategy {strategy!r} knows neither transforms of torch.func, nor forward-mode derivatives, nor "
-                "tensors with operations of their own: use 'auto', 'block_diagonal' or 'expand'"
-            )
-        return layer, "expand"
-    training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return layer, auto.choose(layer, x.shape, training) if strategy == "auto" else strategy
+    plain, exported = needs_plain_operations(x, weight), leaves_python()
+    dense_last = x.device.type == "cpu" or x.is_contiguous(memory_format=torch.channels_last) if not plain else False
+    memory_format = torch.channels_last if dense_last and not exported else torch.contiguous_format
+    layer = Layer(kernels, in_fields, out_fields, stride, dilation, x.dtype, x.device, memory_format)
+    if exported or (plain and strategy == "auto"):
+        strategy = "expand"
+    elif strategy == "auto":
+        training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        strategy = auto.choose(layer, x.shape, training)
+    elif plain and not STRATEGIES[strategy].plain_operations:
+        raise RuntimeError(
+            f"conv_strategy {strategy!r} supports neither transforms of torch.func, nor forward-mode derivatives, nor "
+            "tensors with operations of their own: use 'auto', 'block_diagonal' or 'expand'"
+        )
+    return STRATEGIES[strategy].conv2d(x, weight, layer)
 
 
 class SteerableConv2d(nn.Module):
@@ -153,8 +132,6 @@ class SteerableConv2d(nn.Module):
         self.weight: nn.Parameter = nn.Parameter(torch.empty(out_fields, in_fields, len(basis), 1, **dd))
         self.check_strategy(strategy)
         self.strategy = strategy
-        self.caches_by_version = False
-        self._cache = WeightCache()
         self.reset_parameters()
 
     __jit_unused_properties__: ClassVar[list[str]] = ["group", "input_type", "kernel_size"]
@@ -205,84 +182,24 @@ class SteerableConv2d(nn.Module):
         if torch.jit.is_scripting():
             filters = expand.expand_filter(self.weight, self._basis.to(self.weight))
             return F.conv2d(x, filters, None, self.stride, self.padding, self.dilation)
-        elif inference_only(x, self.weight):
-            return self.infer(x)
-        else:
-            return self._differentiable(x)
-
-    @torch.jit.unused
-    def _differentiable(self, x: torch.Tensor) -> torch.Tensor:
         return steerable_conv2d(x, self.weight, self.kernel.name, self.stride, self.dilation, self.strategy)
 
     @torch.jit.unused
-    def infer(
-        self,
-        x: torch.Tensor,
-        fuse: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None,
-        sources: Sequence[torch.Tensor] = (),
-        key: Hashable = None,
-        shortcut: torch.Tensor | None = None,
-        relu: bool = False,
-    ) -> torch.Tensor:
-        """Where `inference_only`: the convolution of x with the coefficients, or with those and a bias made by `fuse`.
-
-        What the strategy makes of the coefficients is kept from call to call on the CPU, as long as they and the
-        `sources` of `fuse` hold the same values: they are compared at every call, so that no change of theirs, however
-        made, meets an old filter. With `caches_by_version` it is kept on every device, and PyTorch's own count of
-        changes is compared.
-
-        Args:
-            x: as for `forward`.
-            fuse: weight -> (weight, bias), or None.
-            sources: the tensors that `fuse` depends on.
-            key: what else it depends on.
-            shortcut: is added to the output, or None.
-            relu: whether to end with ReLU.
-        """
-        layer, name = _choose(x, self.weight, self.kernel.name, self.stride, self.dilation, self.strategy)
-        strategy = STRATEGIES[name]
-
-        def pack():
-            weight, bias = (self.weight, None) if fuse is None else fuse(self.weight)
-            return strategy.pack(weight, bias, layer)
-
-        if self.caches_by_version:
-            packed = self._cache.get_by_version((self.weight, *sources), (strategy, layer, key), pack)
-        elif layer.device.type == "cpu":
-            packed = self._cache.get((self.weight, *sources), (strategy, layer, key), pack)
-        else:  # to compare values would wait for the device
-            packed = pack()
-        x = x.to(layer.dtype)
-        if shortcut is None or shortcut.dtype == layer.dtype:
-            return strategy.infer(x, packed, layer, shortcut, relu)
-        return finish(strategy.infer(x, packed, layer) + shortcut, None, relu)  # of the wider type of the two
-
     def fuse(self) -> nn.Module:
-        """The plain convolution that computes the same, for deployment; called by timm's `reparameterize_model`.
+        """The plain convolution that computes the same, or itself if watched; for timm's `reparameterize_model`."""
+        return self if is_watched(self) else self.dense_conv(self.weight, None)
 
-        A layer that is not just this class, or has hooks, stays as it is.
-        """
-        return self.plain_conv(self.weight, None) if is_stock(self, SteerableConv2d) else self
-
-    def plain_conv(self, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Conv2d:
-        """The plain convolution, of the type of this layer, with the coefficients `weight` and `bias` [out_fields]."""
-        with torch.no_grad():
-            dtype = self.weight.dtype
-            filters = expand.dense_filter(weight, self.kernel.name)
-            conv = nn.Conv2d(
-                filters.shape[1],
-                filters.shape[0],
-                self.kernel_size,
-                self.stride,
-                self.padding,
-                self.dilation,
-                bias=bias is not None,
-                device="meta",
-            )
-            conv.weight = nn.Parameter(filters.detach().to(dtype).contiguous())
-            if bias is not None:
-                conv.bias = nn.Parameter(bias.detach().to(dtype).repeat_interleave(self.order))
-        return conv
+    @torch.no_grad()
+    def dense_conv(self, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Conv2d:
+        """The plain convolution with constant coefficients `weight` [O, I, n_basis, 1] and `bias` [O] or None."""
+        filters = expand.dense_filter(weight, self.kernel.name).to(self.weight.dtype)
+        out_channels, in_channels = filters.shape[:2]
+        steps = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "bias": bias is not None}
+        conv = nn.Conv2d(in_channels, out_channels, self.kernel_size, **steps, device="meta")
+        conv.weight = nn.Parameter(filters, requires_grad=False)
+        if bias is not None:
+            conv.bias = nn.Parameter(bias.to(filters).repeat_interleave(self.order), requires_grad=False)
+        return conv.train(self.training)
 
     def extra_repr(self) -> str:
         return (
@@ -291,5 +208,27 @@ class SteerableConv2d(nn.Module):
         )
 
 
-remember(SteerableConv2d)
-register_notrace_module(SteerableConv2d)  # keeps its weights packed, where timm traces a model for its features
+def is_watched(module: nn.Module) -> bool:
+    """Whether `module` has hooks or a forward of its own, which replacing it would drop."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+@torch.no_grad()
+def conv_input_shapes(model: nn.Module, image: torch.Tensor) -> dict[str, torch.Size]:
+    """The shape of the input of each `SteerableConv2d` of `model` in eval mode, {name: shape}; `model` is not changed.
+
+    Args:
+        model: any module that contains such layers.
+        image: its input.
+    """
+    shapes: dict[str, torch.Size] = {}
+
+    def note(name: str, _: nn.Module, args: tuple[torch.Tensor]) -> None:
+        shapes[name] = args[0].shape
+
+    model = copy.deepcopy(model).eval()
+    for name, module in model.named_modules():
+        if isinstance(module, SteerableConv2d):
+            module.register_forward_pre_hook(partial(note, name))
+    model(image)
+    return shapes

@@ -7,6 +7,7 @@ import torch.nn as nn
 from timm.layers import get_attn
 
 from equivision_timm.layers.checks import check_positionwise
+from equivision_timm.layers.strategies.context import has_sizes
 
 __all__ = ["FieldAttention"]
 
@@ -50,9 +51,16 @@ class FieldAttention(nn.Module):
         self.per_field: nn.Module = make(fields, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting() and self._is_empty(x):
+            return x
         B, C, H, W = x.shape
         x = x.reshape(B, self.fields, self.order * H, W)  # [B, m * |G|, H, W] -> [B, m, |G| * H, W]
         return self.per_field(x).reshape(B, C, H, W)
+
+    @torch.jit.unused
+    def _is_empty(self, x: torch.Tensor) -> bool:
+        """Whether there are no images, which timm's 'eca' cannot take."""
+        return has_sizes(x) and not torch.compiler.is_compiling() and x.shape[0] == 0
 
 
 def _attention(attn_layer: str | Callable[..., nn.Module]) -> Callable[..., nn.Module]:

@@ -4,9 +4,9 @@ A field is |G| channels. Its mean and variance over batch, group and space follo
 
     mean_f = mean_g(mean_g)      var_f = mean_g(var_g) + mean_g((mean_g - mean_f)^2)
 
-as if each element of the group were a rank of a synchronised batch norm. So maps are read where they lie, in the
-channels-last format as well, where the reshape to [B, fields, |G| * H, W] would copy them; and a GPU works on |G| times
-more channels at once.
+as if each element of the group were a rank of a synchronised batch norm. So maps in the channels-last format are read
+where they are, whereas a reshape to [B, fields, |G| * H, W] would copy them; and a GPU works on |G| times more channels
+at once.
 """
 
 import torch
@@ -14,13 +14,13 @@ import torch.nn.functional as F
 
 __all__ = ["field_batch_norm", "field_batch_norm_by_definition", "normalize"]
 
-_SPACE = (0, 2, 3)  # all but the channel
+_SPACE = (0, 2)  # all but the channel
 
 
 def field_batch_norm(
     x: torch.Tensor, order: int, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What `field_batch_norm_by_definition` returns, by PyTorch's own kernels of batch norm, in fewer passes.
+    """`field_batch_norm_by_definition` by PyTorch's own kernels of batch norm, in fewer passes.
 
     Differentiable any number of times with respect to x, `weight` and `bias`, through y alone.
     """
@@ -33,7 +33,7 @@ def field_batch_norm_by_definition(
     """y = (x - mean_f) weight_f / sqrt(var_f + eps) + bias_f, of the type of x; mean_f and biased var_f, [fields].
 
     Args:
-        x: [B, fields * |G|, H, W], field-major, in any memory format, which y has, too.
+        x: [N, fields * |G|, L], field-major, contiguous.
         order: |G|.
         weight: [fields], of the type in which to compute: float64 for float64, else float32.
         bias: [fields], as `weight`.
@@ -44,15 +44,15 @@ def field_batch_norm_by_definition(
     mean_f, var_f = _join(mean, var, order)
     scale = weight * torch.rsqrt(var_f + eps)
     shift = bias - mean_f * scale
-    scale, shift = (t.repeat_interleave(order).view(-1, 1, 1) for t in (scale, shift))  # [fields * |G|, 1, 1]
+    scale, shift = (t.repeat_interleave(order).view(-1, 1) for t in (scale, shift))  # [fields * |G|, 1]
     return (values * scale + shift).to(x.dtype), mean_f, var_f
 
 
 def normalize(
     x: torch.Tensor,
     order: int,
-    mean: torch.Tensor,
-    var: torch.Tensor,
+    mean: torch.Tensor | None,
+    var: torch.Tensor | None,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     eps: float,
@@ -70,7 +70,7 @@ def _join(mean: torch.Tensor, var: torch.Tensor, order: int) -> tuple[torch.Tens
 
 
 def _statistics(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and biased variance of each channel, in `dtype`: what a batch norm of the channels keeps for its gradient.
+    """Mean and biased variance of each channel, in `dtype`: what a batch norm of the channels saves for its gradient.
 
     PyTorch's other functions that return them are many times slower in the channels-last format, or round them.
     """
@@ -116,7 +116,7 @@ class _FieldBatchNorm(torch.autograd.Function):
             found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
             dx, dweight, dbias = (next(found) if needed else None for needed in _needed(ctx))
             return dx, None, dweight, dbias, None
-        dy = dy.contiguous(memory_format=_memory_format(x))
+        dy = dy.contiguous()
         s1, s2 = (t.view(-1, order).sum(1) for t in _sums(dy, x, mean.repeat_interleave(order)))
         inv = torch.rsqrt(var + ctx.eps)
         dx = None
@@ -134,8 +134,3 @@ class _FieldBatchNorm(torch.autograd.Function):
 def _needed(ctx) -> tuple[bool, bool, bool]:
     """Whether x, weight and bias need gradients."""
     return ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3]
-
-
-def _memory_format(x: torch.Tensor) -> torch.memory_format:
-    last = x.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last else torch.contiguous_format

@@ -4,32 +4,103 @@ from collections.abc import Callable
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import register_notrace_module
 
 from equivision_timm.layers.field_batch_norm import field_batch_norm, field_batch_norm_by_definition, normalize
-from equivision_timm.layers.stock import is_stock, no_global_hooks, remember
-from equivision_timm.layers.strategies.context import leaves_python, needs_plain_operations
+from equivision_timm.layers.strategies.context import is_channels_last, leaves_python, needs_plain_operations
 
-__all__ = ["FieldNorm"]
+__all__ = ["FieldBatchNorm2d", "FieldNorm"]
 
 
-class FieldNorm(nn.Module):
-    """A stock 2-D normalisation applied to fields: [B, m * |G|, H, W] -> the same, statistics per field.
+class FieldBatchNorm2d(nn.BatchNorm2d):
+    """`nn.BatchNorm2d` on fields, faster in two formats: [B, m, |G| * H, W] -> the same.
 
-    The group axis counts as space, [B, m, |G| * H, W], so that a rotation, which permutes a field's channels, only
-    permutes positions. With `nn.BatchNorm2d` this is escnn's `InnerBatchNorm`. The wrapped layer stays a stock one
-    (`per_field`): tools that look for batch norms (sync, freeze, statistics) find it. The output has the memory format
-    of the input. A batch norm that nobody watches is computed by channel (`field_batch_norm.py`) where that is faster:
-    in the channels-last format, and on other devices than the CPU.
+    A field is |G| channels, and its statistics follow from theirs (`field_batch_norm.py`). That reads channels-last
+    maps where they are, and gives a GPU |G| times more channels at once. Contiguous maps on the CPU, graphs and
+    transforms take PyTorch's own batch norm. Parameters, buffers and results are those of `nn.BatchNorm2d`.
 
     Args:
         fields: m, the number of fields.
         order: |G|.
-        norm_layer: makes the wrapped layer from a number of channels; must not depend on the positions.
+        **kwargs: of `nn.BatchNorm2d`.
+    """
+
+    def __init__(self, fields: int, order: int, **kwargs) -> None:
+        super().__init__(fields, **kwargs)
+        self.order = order
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting() and self._by_channel(input):
+            return self._forward_by_channel(input)
+        momentum, count = 0.0 if self.momentum is None else self.momentum, self.num_batches_tracked
+        if self.training and count is not None:
+            count.add_(1)
+            momentum = 1.0 / float(count) if self.momentum is None else momentum
+        stats = self.running_mean, self.running_var  # PyTorch's forward, since TorchScript does not support super()
+        batch = self.training or self.running_mean is None
+        return F.batch_norm(input, stats[0], stats[1], self.weight, self.bias, batch, momentum, self.eps)
+
+    @torch.jit.unused
+    def _by_channel(self, x: torch.Tensor) -> bool:
+        """Whether x is on another device than the CPU, or channels-last, [pixels, m, |G|, 1]."""
+        if leaves_python() or needs_plain_operations(x) or not x.is_floating_point() or self.order == 1:
+            return False
+        pixels = x.shape[2:] == (self.order, 1) and not torch.compiler.is_compiling()
+        return x.device.type != "cpu" or pixels
+
+    @torch.jit.unused
+    def _forward_by_channel(self, x: torch.Tensor) -> torch.Tensor:
+        channels = x.reshape(x.shape[0], self.num_features * self.order, -1)  # of [B, m, |G| * L, 1]: [B, m * |G|, L]
+        if not self.training and self.running_mean is not None:
+            return self.normalize_channels(channels).view(x.shape)
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        weight, bias = (None if t is None else t.to(dtype) for t in (self.weight, self.bias))
+        values = x.numel() // self.num_features
+        if values == 1:
+            raise ValueError(f"a batch norm in training needs more than one value for each field, but got {x.shape}")
+        weight = x.new_ones(self.num_features, dtype=dtype) if weight is None else weight
+        bias = x.new_zeros(self.num_features, dtype=dtype) if bias is None else bias
+        by_channel = field_batch_norm_by_definition if torch.compiler.is_compiling() else field_batch_norm
+        y, mean, var = by_channel(channels, self.order, weight, bias, self.eps)
+        if self.running_mean is not None:
+            self._update(mean.detach(), var.detach() * (values / (values - 1)))  # the unbiased variance
+        return y.view(x.shape)
+
+    @torch.jit.unused
+    def normalize_channels(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, m * |G|, ...] with the running statistics, in evaluation mode."""
+        assert self.running_mean is not None
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        given = (self.running_mean, self.running_var, self.weight, self.bias)
+        return normalize(x, self.order, *(None if t is None else t.to(dtype) for t in given), self.eps)
+
+    @torch.no_grad()
+    def _update(self, mean: torch.Tensor, var: torch.Tensor) -> None:
+        """running <- (1 - momentum) running + momentum now; without momentum the mean of all batches so far."""
+        assert self.num_batches_tracked is not None  # as the running statistics are not
+        self.num_batches_tracked.add_(1)
+        momentum = 1.0 / self.num_batches_tracked.to(mean.dtype) if self.momentum is None else self.momentum
+        for running, now in ((self.running_mean, mean), (self.running_var, var)):
+            if running is not None:
+                running.copy_(running + momentum * (now - running))
+
+
+class FieldNorm(nn.Module):
+    """A 2-D normalisation applied to fields: [B, m * |G|, H, W] -> the same, statistics per field.
+
+    The group axis counts as space, [B, m, |G| * H, W], so that a rotation, which permutes a field's channels, only
+    permutes positions. With `nn.BatchNorm2d` this is escnn's `InnerBatchNorm`. The wrapped layer is a module of its own
+    (`per_field`): tools that look for batch norms (sync, freeze, statistics) find it, and hooks on it are called. The
+    output has the memory format of the input.
+
+    Args:
+        fields: m, the number of fields.
+        order: |G|.
+        norm_layer: makes the wrapped layer from a number of channels; must not depend on the positions. An
+            `nn.BatchNorm2d` becomes a `FieldBatchNorm2d`.
         device: where to create the parameters.
         dtype: their type.
-
-    Raises:
-        ValueError: in training, a batch norm meets fields of one value.
     """
 
     def __init__(
@@ -43,80 +114,37 @@ class FieldNorm(nn.Module):
         super().__init__()
         self.fields = fields
         self.order = order
-        self.per_field: nn.Module = norm_layer(fields, device=device, dtype=dtype)
+        norm = norm_layer(fields, device=device, dtype=dtype)
+        if type(norm) is nn.BatchNorm2d:
+            options = {"eps": norm.eps, "momentum": norm.momentum, "affine": norm.affine}
+            options["track_running_stats"] = norm.track_running_stats
+            norm = FieldBatchNorm2d(fields, order, **options, device=device, dtype=dtype)
+        self.per_field: nn.Module = norm
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting() and self._goes_by_channel(x):
-            return self._batch_norm(x)
+        if not torch.jit.is_scripting():
+            if is_channels_last(x):
+                return self._forward_channels_last(x)
+            if leaves_python() and self._is_fixed():
+                return self.per_field.normalize_channels(x)
         B, C, H, W = x.shape
         fields = x.reshape(B, self.fields, self.order * H, W)  # [B, m * |G|, H, W] -> [B, m, |G| * H, W]
-        y = self.per_field(fields).reshape(B, C, H, W)
-        return y if torch.jit.is_scripting() else _as_it_lies(y, x)
+        return self.per_field(fields).reshape(B, C, H, W)
 
     @torch.jit.unused
-    def _goes_by_channel(self, x: torch.Tensor) -> bool:
-        """Whether `per_field` is a batch norm as it was made, in a place where it is better by channel.
-
-        It is faster so in the channels-last format and on other devices. With given statistics, a graph that leaves
-        Python needs no reshape for it, and so stays open for images of every size.
-        """
+    def _is_fixed(self) -> bool:
+        """Whether it is a batch norm with given statistics: a graph of it needs no reshape, and so has open sizes."""
         norm = self.per_field
-        if leaves_python():
-            better = isinstance(norm, nn.BatchNorm2d) and not norm.training and norm.running_mean is not None
-        elif not _asks_for_numbers(x) or not x.is_floating_point():
-            better = False
-        else:
-            better = x.device.type != "cpu" or (_is_channels_last(x) and not torch.compiler.is_compiling())
-        return better and self.order > 1 and no_global_hooks() and is_stock(norm, nn.BatchNorm2d)
+        return isinstance(norm, FieldBatchNorm2d) and not norm.training and norm.running_mean is not None
 
     @torch.jit.unused
-    def _batch_norm(self, x: torch.Tensor) -> torch.Tensor:
-        """What the batch norm `per_field` makes of the fields, its running statistics included."""
-        norm, dtype = self.per_field, torch.float64 if x.dtype == torch.float64 else torch.float32
-        assert isinstance(norm, nn.BatchNorm2d)  # `_goes_by_channel`
-        weight, bias = (None if t is None else t.to(dtype) for t in (norm.weight, norm.bias))
-        if not norm.training and norm.running_mean is not None and norm.running_var is not None:
-            mean, var = norm.running_mean.to(dtype), norm.running_var.to(dtype)
-            return normalize(x, self.order, mean, var, weight, bias, norm.eps)
-        values = x.numel() // self.fields
-        if values == 1:
-            raise ValueError(f"a batch norm in training needs more than one value for each field, but got {x.shape}")
-        weight = x.new_ones(self.fields, dtype=dtype) if weight is None else weight
-        bias = x.new_zeros(self.fields, dtype=dtype) if bias is None else bias
-        by_channel = field_batch_norm_by_definition if torch.compiler.is_compiling() else field_batch_norm
-        y, mean, var = by_channel(x, self.order, weight, bias, norm.eps)
-        if norm.running_mean is not None:
-            with torch.no_grad():
-                _update(norm, mean.detach(), var.detach() * (values / (values - 1)))  # the unbiased variance
-        return y
+    def _forward_channels_last(self, x: torch.Tensor) -> torch.Tensor:
+        B, C, H, W = x.shape
+        if isinstance(self.per_field, nn.modules.batchnorm._BatchNorm):  # all positions of all images alike: no copy
+            pixels = x.permute(0, 2, 3, 1).reshape(B * H * W, self.fields, self.order, 1)  # [B, H, W, m * |G|]
+            return self.per_field(pixels).reshape(B, H, W, C).permute(0, 3, 1, 2)
+        fields = x.reshape(B, self.fields, self.order * H, W)
+        return self.per_field(fields).reshape(B, C, H, W).contiguous(memory_format=torch.channels_last)
 
 
-def _update(norm: nn.BatchNorm2d, mean: torch.Tensor, var: torch.Tensor) -> None:
-    """running <- (1 - momentum) running + momentum now; without momentum the mean of all batches so far."""
-    assert norm.num_batches_tracked is not None  # as the running statistics are not
-    norm.num_batches_tracked.add_(1)
-    momentum = 1.0 / norm.num_batches_tracked.to(mean.dtype) if norm.momentum is None else norm.momentum
-    for running, now in ((norm.running_mean, mean), (norm.running_var, var)):
-        if running is not None:
-            running.copy_(running + momentum * (now - running))
-
-
-def _asks_for_numbers(x: torch.Tensor) -> bool:
-    """Whether x is a tensor, and no proxy of torch.fx, in no graph that leaves Python, and under no transform."""
-    return isinstance(x, torch.Tensor) and not leaves_python() and not needs_plain_operations(x)
-
-
-def _is_channels_last(x: torch.Tensor) -> bool:
-    """Whether x lies in the channels-last format, and in no other."""
-    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-
-
-@torch.jit.unused
-def _as_it_lies(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """y in the memory format of x."""
-    if not _asks_for_numbers(x) or not _is_channels_last(x):
-        return y
-    return y.contiguous(memory_format=torch.channels_last)
-
-
-remember(FieldNorm)
+register_notrace_module(FieldNorm)  # one node where timm traces a model for its features: it depends on the format of x

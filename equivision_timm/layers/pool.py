@@ -1,45 +1,10 @@
-"""Pooling: over the group, one number per field, unchanged by the group; and over neighbouring pixels."""
+"""Pooling over the group: one invariant channel for each field."""
 
 import torch
-import torch.fx
 import torch.nn as nn
-import torch.nn.functional as F
-from timm.layers import SelectAdaptivePool2d, register_notrace_module
+from timm.layers import SelectAdaptivePool2d
 
-from equivision_timm.layers.stock import is_stock, remember
-from equivision_timm.layers.strategies.context import leaves_python, needs_plain_operations
-
-__all__ = ["GroupPool", "InvariantPool", "MaxPool2d"]
-
-
-class MaxPool2d(nn.MaxPool2d):
-    """`nn.MaxPool2d`, on the CPU always in the channels-last format, where PyTorch's kernel is several times faster."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        sizes = self.kernel_size, self.stride, self.padding  # integers: TorchScript knows no other type for both
-        return _max_pool2d(input, *sizes)  # pyright: ignore[reportArgumentType]
-
-    def fuse(self) -> nn.Module:
-        """The stock layer, for deployment; called by timm's `reparameterize_model`."""
-        if not is_stock(self, MaxPool2d):
-            return self
-        return nn.MaxPool2d(self.kernel_size, self.stride, self.padding).train(self.training)
-
-
-remember(MaxPool2d)
-register_notrace_module(MaxPool2d)  # one node where timm traces a model for its features
-
-
-@torch.fx.wrap  # asks how the pixels lie in memory: one node in a graph of torch.fx
-def _max_pool2d(x: torch.Tensor, kernel_size: int, stride: int, padding: int) -> torch.Tensor:
-    if torch.jit.is_scripting():
-        return F.max_pool2d(x, kernel_size, stride, padding)
-    else:
-        plain = leaves_python() or needs_plain_operations(x)
-        if x.device.type != "cpu" or plain or x.is_contiguous(memory_format=torch.channels_last):
-            return F.max_pool2d(x, kernel_size, stride, padding)
-        x = x.contiguous(memory_format=torch.channels_last)
-        return F.max_pool2d(x, kernel_size, stride, padding).contiguous()
+__all__ = ["GroupPool", "InvariantPool"]
 
 
 class GroupPool(nn.Module):

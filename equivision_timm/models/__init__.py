@@ -6,7 +6,7 @@ from equivision_timm.models.backbone import EquivariantBackbone
 from equivision_timm.models.equivariant_fpn import EquivariantFPN
 from equivision_timm.models.equivariant_resnet import EquivariantResNet
 from equivision_timm.models.equivariant_vit import EquivariantViT
-from equivision_timm.models.fuse_blocks import fuse_blocks
+from equivision_timm.models.fuse import fuse
 from equivision_timm.models.orientation import OrientationNet
 from equivision_timm.models.variants import family_of, is_ours, model_names
 
@@ -19,7 +19,7 @@ __all__ = [
     "OrientationNet",
     "Symmetrized",
     "family_of",
-    "fuse_blocks",
+    "fuse",
     "is_ours",
     "model_names",
 ]

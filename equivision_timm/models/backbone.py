@@ -3,7 +3,6 @@
 A family (`equivariant_resnet.py`) adds its blocks, its network and a table of variants.
 """
 
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +13,7 @@ from timm.models._features import feature_take_indices
 
 from equivision_timm.groups import Group
 from equivision_timm.kernels import Kernel
-from equivision_timm.layers import CheckImage, GroupPool, InvariantPool, SteerableConv2d
+from equivision_timm.layers import CheckImage, GroupPool, InvariantPool, SteerableConv2d, conv_input_shapes
 
 __all__ = ["EquivariantBackbone"]
 
@@ -323,17 +322,6 @@ class EquivariantBackbone(nn.Module):
             layers[name].strategy = value
 
     @torch.jit.unused
-    def cache_filters(self, enable: bool = True) -> None:
-        """For serving: keep the filters of inference on their device from call to call, without reading the weights.
-
-        They are made anew when the weights were changed by PyTorch's operations (an optimizer, `load_state_dict`,
-        `.to`), which it counts; not when they were changed behind its back, through `.data` or NumPy. Otherwise filters
-        are kept on the CPU alone, and all weights are read at each call to see whether they changed.
-        """
-        for layer in self._convolutions().values():
-            layer.caches_by_version = enable
-
-    @torch.jit.unused
     def conv_strategies(self, size: int = 224, batch_size: int = 8) -> dict[str, str]:
         """The strategy that each convolution takes for `batch_size` images of size x size pixels: {layer: strategy}."""
         device = next(self.parameters()).device
@@ -346,18 +334,5 @@ class EquivariantBackbone(nn.Module):
     @torch.jit.unused
     def conv_input_shapes(self, size: int = 224) -> dict[str, torch.Size]:
         """The input [1, C, H, W] of each convolution for an image of size x size pixels: {layer: shape}."""
-        shapes: dict[str, torch.Size] = {}
-
-        def note(name: str, _: nn.Module, args: tuple[torch.Tensor]) -> None:
-            shapes[name] = args[0].shape
-
-        hooks = [layer.register_forward_pre_hook(partial(note, name)) for name, layer in self._convolutions().items()]
-        was_training = self.training
-        try:
-            with torch.no_grad():
-                self.eval().forward_features(next(self.parameters()).new_zeros(1, self.in_chans, size, size))
-        finally:
-            self.train(was_training)
-            for hook in hooks:
-                hook.remove()
-        return shapes
+        image = next(self.parameters()).new_zeros(1, self.in_chans, size, size)
+        return conv_input_shapes(self, image)

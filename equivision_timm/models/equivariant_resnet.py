@@ -23,12 +23,11 @@ from equivision_timm.layers import (
     Blur2d,
     ConvNormAct,
     FieldAttention,
-    MaxPool2d,
     check_pointwise,
     check_positionwise,
+    element_major_stage,
     get_aa_layer,
 )
-from equivision_timm.layers.stock import remember
 from equivision_timm.models.backbone import EquivariantBackbone
 from equivision_timm.models.pretrained import WEIGHTS_FILE, build_pretrained, hub_id
 from equivision_timm.models.variants import Variant, digits_cfg, register_family
@@ -161,7 +160,13 @@ class Bottleneck(nn.Module):
         return self.conv3(x, shortcut)
 
 
-remember(BasicBlock, Bottleneck)
+class Stage(nn.Sequential):
+    """Residual blocks, one after the other."""
+
+    @torch.jit.unused
+    def fuse(self) -> nn.Module:
+        """The stage in the irreps basis where that costs less; called by timm's `reparameterize_model` on its copy."""
+        return element_major_stage(self, (BasicBlock, Bottleneck, nn.Sequential, Stage))
 
 
 def _in_place(act_layer: Layer) -> nn.Module:
@@ -334,7 +339,7 @@ class EquivariantResNet(EquivariantBackbone):
                     )
                 )
                 in_fields = width * 2**stage * block.expansion
-            self.add_level(f"layer{stage + 1}", nn.Sequential(*blocks), in_fields, reduction)
+            self.add_level(f"layer{stage + 1}", Stage(*blocks), in_fields, reduction)
 
         self.create_head(num_classes, global_pool, group_pool, conv_strategy, **dd)
         if zero_init_last:
@@ -431,8 +436,8 @@ def _stem_pool(
     if stem_pool == "blur":
         return blur(stride=2)
     if aa is None:
-        return MaxPool2d(kernel_size=3, stride=2, padding=1)
-    return nn.Sequential(MaxPool2d(kernel_size=3, stride=1, padding=1), aa(stride=2))
+        return nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+    return nn.Sequential(nn.MaxPool2d(kernel_size=3, stride=1, padding=1), aa(stride=2))
 
 
 def _attention(block_args: dict[str, Any], order: int, dd: dict[str, Any]) -> Layer | None:

@@ -8,9 +8,8 @@ import torch.nn as nn
 from timm.layers import BatchNormAct2d
 from timm.utils import ModelEmaV3
 
-from equivision_timm.layers import norm as norm_module
 from equivision_timm.layers.field_batch_norm import field_batch_norm, field_batch_norm_by_definition
-from equivision_timm.layers.norm import FieldNorm
+from equivision_timm.layers.norm import FieldBatchNorm2d, FieldNorm
 
 LAST = torch.channels_last
 FIELDS = 5
@@ -24,10 +23,20 @@ def field_norm(order: int, dtype: torch.dtype = torch.float64, **kwargs) -> Fiel
     return norm
 
 
-def stock(norm: FieldNorm, x: torch.Tensor) -> torch.Tensor:
-    """The wrapped batch norm on [B, m, |G| * H, W]: the definition."""
+def definition(norm: FieldNorm, x: torch.Tensor) -> torch.Tensor:
+    """`nn.BatchNorm2d` on [B, m, |G| * H, W]."""
     b, c, h, w = x.shape
     return norm.per_field(x.contiguous().view(b, norm.fields, norm.order * h, w)).view(b, c, h, w)
+
+
+def plain(norm: FieldNorm) -> FieldNorm:
+    """A copy with PyTorch's own batch norm."""
+    copied, old = copy.deepcopy(norm), norm.per_field
+    options = {"eps": old.eps, "momentum": old.momentum, "affine": old.affine}
+    batch_norm = nn.BatchNorm2d(FIELDS, **options, track_running_stats=old.track_running_stats, dtype=torch.float64)
+    batch_norm.load_state_dict(old.state_dict())
+    copied.per_field = batch_norm
+    return copied
 
 
 def maps(order: int, dtype: torch.dtype = torch.float64, batch: int = 3) -> torch.Tensor:
@@ -48,31 +57,19 @@ def results(norm: FieldNorm, apply, x: torch.Tensor, dy: torch.Tensor) -> dict[s
     ids=str,
 )
 @pytest.mark.parametrize("train", [True, False])
-def test_is_the_stock_batch_norm_of_fields(order, kwargs, train, monkeypatch):
-    calls = []
-    by_channel = norm_module.FieldNorm._batch_norm
-    monkeypatch.setattr(norm_module.FieldNorm, "_batch_norm", lambda self, x: calls.append(x) or by_channel(self, x))
+def test_is_the_batch_norm_of_fields(order, kwargs, train):
     ours = field_norm(order, **kwargs)
-    theirs = copy.deepcopy(ours)
+    assert type(ours.per_field) is FieldBatchNorm2d
+    theirs = plain(ours)
     for _ in range(3):  # running statistics add up
         x, dy = maps(order), maps(order) - 30
-        expected = results(theirs.train(train), stock, x, dy)
+        expected = results(theirs.train(train), definition, x, dy)
         found = results(ours.train(train), FieldNorm.__call__, x.contiguous(memory_format=LAST), dy)
-    assert len(calls) == 3
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-11, msg=name)
     assert found["y"].is_contiguous(memory_format=LAST)
     assert found["dx"].is_contiguous(memory_format=LAST)
-
-
-def test_the_maps_as_they_lie():
-    """Contiguous maps on the CPU take the stock layer, whose reshape copies nothing there."""
-    norm = field_norm(8)
-    x = maps(8)
-    assert not norm._goes_by_channel(x)
-    assert norm._goes_by_channel(x.contiguous(memory_format=LAST))
-    assert norm._goes_by_channel(x.to("meta"))
 
 
 def test_one_wrong_factor_is_seen():
@@ -81,13 +78,13 @@ def test_one_wrong_factor_is_seen():
     norm = field_norm(8)
     weight, bias = norm.per_field.weight.repeat_interleave(8), norm.per_field.bias.repeat_interleave(8)
     separate = nn.functional.batch_norm(x, None, None, weight, bias, training=True)
-    assert (separate - stock(norm, x)).abs().max() > 0.5
+    assert (separate - definition(plain(norm), x)).abs().max() > 0.5
 
 
 @pytest.mark.parametrize("by_channel", [field_batch_norm, field_batch_norm_by_definition])
 def test_first_and_second_derivatives(by_channel):
     norm = field_norm(2)
-    x = maps(2, batch=2)[:, :, :2, :2].contiguous(memory_format=LAST).requires_grad_()
+    x = maps(2, batch=2)[:, :, :2, :2].flatten(2).requires_grad_()  # [N, m * |G|, L]
     inputs = (x, norm.per_field.weight, norm.per_field.bias)
 
     def function(x, weight, bias):
@@ -99,10 +96,10 @@ def test_first_and_second_derivatives(by_channel):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision(dtype):
-    """Statistics of half types are sums in float32, as the stock layer's."""
+    """Statistics of half types are sums in float32, as those of `nn.BatchNorm2d`."""
     norm = field_norm(8, torch.float32)
     x = maps(8).to(dtype)
-    exact = stock(copy.deepcopy(norm).double(), x.double())
+    exact = definition(plain(norm).double(), x.double())
     y = norm(x.contiguous(memory_format=LAST))
     assert y.dtype == dtype
     torch.testing.assert_close(y.double(), exact, rtol=0, atol=8 * torch.finfo(dtype).eps * exact.abs().max().item())
@@ -130,40 +127,37 @@ def test_frozen_parameters_and_input():
     torch.testing.assert_close(norm.per_field.bias.grad, torch.full_like(norm.per_field.bias, 3 * 8 * 12))
 
 
-def test_one_value_for_each_field_is_refused():
-    x = torch.ones(1, FIELDS, 1, 1, dtype=torch.float64)
-    norm = field_norm(1)
-    with pytest.raises(ValueError, match="more than 1 value"):  # the stock layer
-        norm(x)
-    with pytest.raises(ValueError, match="more than one value"):
-        norm._batch_norm(x)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, LAST])
+def test_one_value_for_each_field_is_refused(memory_format):
+    x = torch.ones(1, FIELDS, 1, 1, dtype=torch.float64).contiguous(memory_format=memory_format)
+    with pytest.raises(ValueError, match="more than"):
+        field_norm(1)(x)
 
 
 def test_other_norms_keep_the_memory_format():
     x = maps(8, torch.float32).contiguous(memory_format=LAST)
     norm = FieldNorm(FIELDS, 8, lambda fields, **dd: nn.GroupNorm(1, fields, **dd))
-    assert not norm._goes_by_channel(x)
     y = norm(x)
     assert y.is_contiguous(memory_format=LAST)
     torch.testing.assert_close(y, norm(x.contiguous()))
     assert norm(x.contiguous()).is_contiguous()
 
 
-def test_watched_or_replaced_batch_norms_are_called():
-    x = maps(8, torch.float32).contiguous(memory_format=LAST)
-    norm = field_norm(8, torch.float32)
-    shapes = []
-    handle = norm.per_field.register_forward_hook(lambda module, args, y: shapes.append(y.shape))
-    hooked = norm(x)
+def test_hooks_and_replaced_batch_norms():
+    """`per_field` is called in every format, and other batch norms see the same fields."""
+    x = maps(8, torch.float32)
+    norm, calls = field_norm(8, torch.float32), []
+    handle = norm.per_field.register_forward_hook(lambda module, args, y: calls.append(y.numel()))
+    expected = norm(x)
+    torch.testing.assert_close(norm(x.contiguous(memory_format=LAST)), expected)
     handle.remove()
-    assert shapes == [(3, FIELDS, 32, 3)]
-    torch.testing.assert_close(norm.eval()(x) - norm(x), torch.zeros_like(x))
-    torch.testing.assert_close(hooked, field_norm(8, torch.float32)(x))
-    subclass = FieldNorm(FIELDS, 8, lambda fields, **dd: BatchNormAct2d(fields, **dd))
-    assert not subclass._goes_by_channel(x)
-    assert (subclass(x) >= 0).all()  # its activation
-    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(norm)
-    assert not synchronised._goes_by_channel(x)
+    assert calls == [x.numel()] * 2
+    activated = FieldNorm(FIELDS, 8, lambda fields, **dd: BatchNormAct2d(fields, **dd))
+    assert (activated(x.contiguous(memory_format=LAST)) >= 0).all()
+    torch.testing.assert_close(activated(x.contiguous(memory_format=LAST)), activated(x))
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(norm)).eval()
+    assert type(synchronised.per_field) is nn.SyncBatchNorm
+    torch.testing.assert_close(synchronised(x.contiguous(memory_format=LAST)), norm.eval()(x))
 
 
 def test_an_average_of_weights_sees_the_statistics():

@@ -1,21 +1,20 @@
 """The compiled strategy: its threads, what it refuses, and what it adds to inference."""
 
-import dataclasses
 import resource
 import threading
 from pathlib import Path
 
 import pytest
-import timm
 import torch
-import torch.nn as nn
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from equivision_timm.layers import SteerableConv2d
-from equivision_timm.layers.strategies import STRATEGIES, native, native_library
+from equivision_timm.layers import NativeConv2d, SteerableConv2d
+from equivision_timm.layers.strategies import native_call, native_library
 from equivision_timm.layers.strategies.block_diagonal import block_weights
 from equivision_timm.layers.strategies.expand import dense_filter
 
-NATIVE = STRATEGIES["native"]
 pytestmark = pytest.mark.skipif(bool(native_library.why_not()), reason=str(native_library.why_not()))
 
 
@@ -34,10 +33,6 @@ def test_few_images_are_shared_among_threads(kernel_size, size):
     layer, x = SteerableConv2d(2, 3, kernel_size, "d4", strategy="native"), torch.randn(1, 16, size, size)
     try:
         torch.set_num_threads(4)
-        chunked, _ = native._layer(x, 3, 2, layer.kernel.name, 1, 1)
-        assert chunked.images == 1
-        chunks = -(-chunked.out_height // chunked.rows)
-        assert chunks >= min(4, size * size)
         with torch.no_grad():
             y, layer.strategy = layer(x), "expand"
             torch.testing.assert_close(y, layer(x), rtol=1e-4, atol=1e-5)
@@ -69,160 +64,99 @@ def test_threads_that_end_leave_no_memory():
     assert resident_memory() - before < 60  # each of them works in several MB
 
 
-def test_only_on_the_cpu():
-    layer = SteerableConv2d(1, 1, 1, "c4", strategy="native", device="meta")
-    described = layer.describe(torch.device("meta"), torch.float32)
-    with torch.no_grad(), pytest.raises(ValueError, match="'native' runs on the CPU, but a tensor is on meta"):
-        STRATEGIES["native"].pack(layer.weight, None, described)
-
-
 @pytest.mark.parametrize("shape", [(2, 7, 5, 5), (2, 12, 5, 5), (8, 5, 5)])
 def test_another_number_of_channels_is_refused(shape):
     layer = SteerableConv2d(2, 1, 3, "c4", strategy="native")
     for grad in (True, False):
-        with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=r"2 fields takes \[B, 8, H, W\], but got"):
+        with torch.set_grad_enabled(grad), pytest.raises(ValueError, match="2 fields"):
             layer(torch.zeros(shape))
 
 
-def test_memory_is_checked_in_front_of_c():
+def test_memory_is_checked_before_c():
     x, layer = torch.rand(1, 8, 5, 5), SteerableConv2d(1, 1, 3, "c8", strategy="native")
-    name, described = layer.kernel.name, layer.describe(torch.device("cpu"), torch.float32)
+    name, operators = layer.kernel.name, torch.ops.equivision_timm
+    operator, backward, fused = operators.native_conv2d, operators.native_conv2d_backward, operators.native_fused_conv2d
     with torch.no_grad():
-        weights = block_weights(layer.weight, name)
-        operator = torch.ops.equivision_timm.native_conv2d
-        backward = torch.ops.equivision_timm.native_conv2d_backward
-        expected = layer(x)
-        assert torch.allclose(operator(x, weights, name, 1, 1), expected, atol=1e-5)
-        for call, error in (
-            (lambda: operator(x.double(), weights, name, 1, 1), "should be the same"),
-            (lambda: operator(x, weights[:-1], name, 1, 1), r"are \[84, O, I\], but got"),
-            (lambda: operator(x, weights, "c8-1-regular", 1, 1), "block weights of 'c8-1-regular'"),
-            (lambda: operator(x, weights, "c8-7-regular", 1, 1), "block weights of 'c8-7-regular'"),
-            (lambda: operator(x[:, :4], weights, name, 1, 1), r"takes \[B, 8, H, W\]"),
-            (lambda: operator(x[:, :, :0], weights, name, 1, 1), "at least 1 x 1 pixels"),
-            (lambda: operator(x, weights, name, 0, 1), "stride 0"),
-            (lambda: backward(x[..., :4], x, weights, name, 1, 1, True, True), "expects 200 contiguous values"),
-            (lambda: backward(x.double(), x, weights, name, 1, 1, True, True), "should be the same"),
-        ):
-            with pytest.raises((ValueError, RuntimeError), match=error):
-                call()
-        packed = NATIVE.pack(layer.weight, torch.zeros(1), described)
-        for short, which in (
-            (dataclasses.replace(packed, weights=packed.weights[:-1]), "packed"),
-            (dataclasses.replace(packed, bias=torch.zeros(7)), "bias"),
-        ):
-            with pytest.raises(ValueError, match=f"contiguous values of .* as {which}"):
-                NATIVE.infer(x, short, described)
-        freed = x.clone()
+        weight, expected = layer.weight.detach(), layer(x)
+        packed, bias = native_call.pack_coefficients(weight, name), torch.zeros(1)
+        assert torch.allclose(operator(x, weight, name, 1, 1), expected, atol=1e-5)
+        assert torch.allclose(fused(x, packed, bias, None, False, name, 1, 1, 1), expected, atol=1e-5)
+        freed, other_tile = x.clone(), packed.reshape(-1, 2)
         freed.untyped_storage().resize_(0)
-        with pytest.raises(ValueError, match="its memory was freed"):
-            NATIVE.infer(freed, packed, described)
+        for call, error in (
+            (lambda: operator(x.double(), weight, name, 1, 1), "should be the same"),
+            (lambda: operator(x, weight[:, :, :-1], name, 1, 1), "coefficients"),
+            (lambda: operator(x, weight, "c8-1-regular", 1, 1), "coefficients"),
+            (lambda: operator(x[:, :4], weight, name, 1, 1), "takes fields"),
+            (lambda: operator(torch.cat([x, x], 1), weight, name, 1, 1), "packed"),
+            (lambda: operator(x[:, :, :0], weight, name, 1, 1), "at least 1 x 1 pixels"),
+            (lambda: operator(x, weight, name, 0, 1), "stride"),
+            (lambda: operator(freed, weight, name, 1, 1), "freed"),
+            (lambda: backward(x[..., :4], x, weight, name, 1, 1, True, True), "200 contiguous values"),
+            (lambda: backward(x.double(), x, weight, name, 1, 1, True, True), "should be the same"),
+            (lambda: fused(x, packed[:-1], bias, None, False, name, 1, 1, 1), "packed"),
+            (lambda: fused(x, other_tile, bias, None, False, name, 1, 1, 1), "processor"),
+            (lambda: fused(x, packed, torch.zeros(7), None, False, name, 1, 1, 1), "bias"),
+            (lambda: fused(x, packed, bias, x[:, :7], False, name, 1, 1, 1), "expand"),
+            (lambda: fused(x.to("meta"), packed, bias, None, False, name, 1, 1, 1).cpu(), "meta"),
+        ):
+            with pytest.raises((ValueError, RuntimeError, NotImplementedError), match=error):
+                call()
         negative = torch.complex(x, x).conj().imag  # the negative view of x
         assert negative.is_neg()
         assert torch.allclose(layer(negative), -expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [0, 2, 7])
-def test_c_refuses_kernels_that_it_does_not_know(size):
-    """Whatever stands before it."""
-    x = torch.rand(1, 8, 5, 5)
-    layer, shape = native._layer(x, 1, 1, "c8-3-regular", 1, 1)
-    layer.kernel_size = size
-    y = torch.zeros(shape)
-    arguments = {"x": x, "packed": x, "bias": None, "shortcut": None, "relu": 0, "y": y}
-    with pytest.raises(ValueError, match=f"does not know kernels of {size} x {size}"):
-        native._run("forward", layer, arguments, {})
-    with pytest.raises(ValueError, match="does not know kernels"):
-        native._run("backward", layer, {"dy": y, "x": x, "packed": x, "dx": x, "sums": None, "dw": None}, {})
-    assert not y.any()
+@settings(max_examples=60)
+@given(
+    group=st.sampled_from(("c1", "d1", "c3", "c4", "d4", "c8", "d8", "c16")),
+    kernel=st.sampled_from(((1, False), (3, False), (5, False), (5, True))),
+    fields=st.tuples(st.integers(1, 70), st.integers(1, 20)),
+    dtype=st.sampled_from((torch.float32, torch.float64)),
+)
+def test_weights_packed_and_unpacked(group, kernel, fields, dtype):
+    """Packing the coefficients is packing the block weights that they make, and `unpack` undoes it."""
+    layer = SteerableConv2d(*fields, kernel[0], group, low_pass=kernel[1], dtype=dtype)
+    name, weights = layer.kernel.name, block_weights(layer.weight, layer.kernel.name).detach()
+    packed = native_call.pack(weights, name)
+    directly = native_call.pack_coefficients(layer.weight.detach(), name)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(directly, packed, rtol=0, atol=tolerance)
+    torch.testing.assert_close(native_call.unpack(packed, name, fields[1]), weights, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("strategy", list(STRATEGIES))
 @pytest.mark.parametrize("kernel_size", [1, 3, 5])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_inference_with_shortcut_and_relu(strategy, kernel_size, dtype):
-    layer = SteerableConv2d(3, 5, kernel_size, "c8")
-    code, described = STRATEGIES[strategy], layer.describe(torch.device("cpu"), dtype)
-    x, shortcut, bias = torch.randn(3, 24, 17, 19), torch.randn(3, 40, 17, 19), torch.randn(5)
-    with torch.no_grad():
-        filters = dense_filter(layer.weight, layer.kernel.name)
-        plain = torch.nn.functional.conv2d(x, filters, bias.repeat_interleave(8), padding=kernel_size // 2)
-        packed = code.pack(layer.weight, bias, described)
-        arguments = (x.to(dtype), packed, described)
-        other = shortcut.to(dtype)
-        found = {
-            "alone": (code.infer(*arguments), plain),
-            "relu": (code.infer(*arguments, relu=True), plain.relu()),
-            "shortcut": (code.infer(*arguments, shortcut=other), plain + shortcut),
-            "both": (code.infer(*arguments, shortcut=other, relu=True), (plain + shortcut).relu()),
-        }
-    assert torch.equal(other, shortcut.to(dtype))  # only read
-    for y, expected in found.values():
-        assert y.dtype == dtype
-        assert (y.float() - expected).abs().max() < (1e-5 if dtype == torch.float32 else 8e-2) * expected.abs().max()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_fused_convolution(kernel_size, dtype):
+    """act(conv + bias + shortcut), and its gradients for x and the shortcut, against the definition in float64."""
+    layer = SteerableConv2d(3, 5, kernel_size, "c8", stride=2)
+    bias, x = torch.randn(5), torch.randn(3, 24, 17, 19)
+    shortcut, grad = torch.randn(3, 40, 9, 10), torch.randn(3, 40, 9, 10)
+    filters = dense_filter(layer.weight.detach().double(), layer.kernel.name)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for relu, added in ((False, None), (True, None), (False, shortcut), (True, shortcut)):
+        fused = NativeConv2d(layer.to(wide), layer.weight, bias, relu)
+        found_in = [None if t is None else t.to(dtype).requires_grad_() for t in (x, added)]
+        exact_in = [None if t is None else t.detach().double().requires_grad_() for t in found_in]
+        exact = F.conv2d(exact_in[0], filters, bias.double().repeat_interleave(8), 2, kernel_size // 2)
+        exact = exact if added is None else exact + exact_in[1]
+        exact = exact.relu() if relu else exact
+        found = fused(*found_in)
+        wanted = [i for i, t in enumerate(found_in) if t is not None]
+        gradients = torch.autograd.grad(found, [found_in[i] for i in wanted], grad.to(dtype))
+        expected = torch.autograd.grad(exact, [exact_in[i] for i in wanted], grad.to(dtype).double())
+        tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 8e-2}[dtype]
+        for a, b in zip((found, *gradients), (exact, *expected), strict=True):
+            assert a.dtype == dtype
+            assert (a.double() - b).abs().max() < tolerance * b.abs().max()
+    fused.packed.view(-1)[0] += 1  # the control
+    assert (fused(*found_in).double() - exact).abs().max() > 0.1
 
 
 def test_not_a_number_stays():
-    layer = SteerableConv2d(1, 1, 1, "c4", strategy="native")
+    layer = NativeConv2d(SteerableConv2d(1, 1, 1, "c4"), torch.ones(1, 1, 4, 1), None, relu=True)
     x = torch.zeros(1, 4, 3, 3)
     x[0, :, 1, 1] = float("nan")
-    with torch.no_grad():
-        y = layer.infer(x, relu=True)
+    y = layer(x)
     assert y.isnan().sum() == 4
     assert y[0, :, 1, 1].isnan().all()
-
-
-# Whole blocks
-
-
-def trained(name, **kwargs):
-    torch.manual_seed(0)
-    model = timm.create_model(name, **kwargs).train()
-    with torch.no_grad():
-        model(torch.randn(4, 3, 65, 65))
-    return model.eval()
-
-
-def in_steps(model, x):
-    """The output with a hook on every activation, which keeps the steps apart; and what the hooks saw."""
-    seen = []
-    acts = [module for module in model.modules() if isinstance(module, (nn.ReLU, nn.SiLU))]
-    hooks = [act.register_forward_hook(lambda module, args, y: seen.append(y.shape)) for act in acts]
-    with torch.no_grad():
-        y = model(x)
-    for hook in hooks:
-        hook.remove()
-    return y, len(seen), len(acts)
-
-
-@pytest.mark.parametrize("name", ["test_d4resnet", "c8resnet50_fast"])
-@pytest.mark.parametrize("strategy", ["expand", "block_diagonal", "native"])
-def test_a_block_in_one_go_computes_the_same(name, strategy):
-    model = trained(name, conv_strategy=strategy)
-    x = torch.randn(2, 3, 65, 65)
-    expected, seen, acts = in_steps(model, x)
-    assert seen == acts  # the hooks saw every activation
-    image = x.clone()
-    with torch.no_grad():
-        features, found = model.forward_intermediates(x)[1], model(x)
-        again = model.forward_intermediates(x)[1]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert torch.equal(x, image)
-    for a, b in zip(features, again, strict=True):  # no map is written into after it was returned
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-
-
-def test_other_activations_stay():
-    model = trained("test_c8resnet", act_layer="silu")
-    x = torch.randn(2, 3, 65, 65)
-    expected, seen, acts = in_steps(model, x)
-    assert seen == acts > 0
-    with torch.no_grad():
-        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_gradients_do_not_go_in_one_go():
-    model = trained("test_c8resnet")
-    x = torch.randn(2, 3, 65, 65, requires_grad=True)
-    model(x).sum().backward()
-    assert x.grad.abs().sum() > 0

@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 from torch.fx.experimental.symbolic_shapes import has_static_value
 
-from equivision_timm import fuse_blocks
+from equivision_timm import fuse
 from equivision_timm.layers import FieldNorm
 from equivision_timm.layers.strategies import STRATEGIES
 
@@ -110,11 +110,11 @@ def test_exported(name):
 @pytest.mark.usefixtures("control_exports")
 def test_exported_blocks():
     torch.manual_seed(0)
-    check_export(fuse_blocks(timm.create_model("test_c8resnet").eval()))
+    check_export(fuse(timm.create_model("test_c8resnet").eval(), "blocks"))
 
 
 def test_export_control(monkeypatch):
     """A norm that joins the group with the height leaves no height open."""
-    monkeypatch.setattr(FieldNorm, "_goes_by_channel", lambda self, x: False)
+    monkeypatch.setattr(FieldNorm, "_is_fixed", lambda self: False)
     with pytest.raises(Exception, match="Constraints violated"):
         check_export(timm.create_model("test_c8resnet"))

@@ -5,21 +5,21 @@ import timm
 import torch
 from timm.utils.model import reparameterize_model
 
-from equivision_timm import fuse_blocks
+from equivision_timm import fuse
 
 
 def model(fold):
     plain = timm.create_model("test_c8resnet", pretrained=True).eval()
-    return reparameterize_model(plain) if fold else plain
+    return fuse(plain, "dense") if fold else plain
 
 
-@pytest.mark.parametrize("fuse", [lambda model: model, reparameterize_model, fuse_blocks])
-def test_openvino(images, fuse):
+@pytest.mark.parametrize("convert", [lambda model: model, reparameterize_model, lambda model: fuse(model, "dense")])
+def test_openvino(images, convert):
     """In float32, which has to be asked for where the processor knows bfloat16, and for a size that is known."""
     openvino = pytest.importorskip("openvino", reason="extra `libraries`: openvino")
     with torch.no_grad():
         expected = model(False)(images)
-    converted = openvino.convert_model(fuse(model(False)), example_input=images, input=list(images.shape))
+    converted = openvino.convert_model(convert(model(False)), example_input=images, input=list(images.shape))
     compiled = openvino.compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     found = torch.from_numpy(compiled(images.numpy())[0])
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)

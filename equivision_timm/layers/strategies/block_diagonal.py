@@ -9,13 +9,12 @@ The filters W are |G| times smaller than the dense one. `native.c` is this algor
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from equivision_timm.layers.strategies.basis import basis_for, block_counts, block_shapes
-from equivision_timm.layers.strategies.contract import Layer, Strategy, finish, register
+from equivision_timm.layers.strategies.contract import Layer, Strategy, register
 
 __all__ = ["BlockDiagonal", "block_weights"]
 
@@ -31,16 +30,6 @@ def block_weights(weight: torch.Tensor, kernel: str) -> torch.Tensor:
     w = weight.flatten(0, 1).squeeze(-1)  # [O * I, n_basis]
     entries = coefficients.T @ w.T  # W = sum_b w_b coefficients_b: [entries, O * I]
     return entries.reshape(-1, weight.shape[0], weight.shape[1])  # [entries, O, I]
-
-
-@dataclass(frozen=True)
-class _Packed:
-    """What `infer` takes: of each block W [size (row), n, size (column), O, I]; the bias [O] or None; P and Q."""
-
-    blocks: list[torch.Tensor]
-    bias: torch.Tensor | None
-    lifting: torch.Tensor
-    fourier: torch.Tensor
 
 
 @register
@@ -64,32 +53,21 @@ class BlockDiagonal(Strategy):
         values = batch * channels * height * width + pixels * layer.out_fields * layer.order
         return products / 37e9 + 3.4e-9 * lifted + 1.8e-9 * values + 2.5e-9 * weights
 
-    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None, layer: Layer) -> _Packed:
-        shapes = [(size, n, size) for _, n, size in block_shapes(layer.kernel.name)]
-        w = block_weights(weight, layer.kernel.name).to(layer.dtype)
-        parts = w.split([math.prod(shape) for shape in shapes])
-        blocks = [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
-        constants = [basis_for(w, layer.kernel.name, form) for form in ("lifting", "fourier")]
-        return _Packed(blocks, None if bias is None else bias.to(layer.dtype), *constants)
-
-    def infer(
-        self,
-        x: torch.Tensor,
-        packed: _Packed,
-        layer: Layer,
-        shortcut: torch.Tensor | None = None,
-        relu: bool = False,
-    ) -> torch.Tensor:
+    def conv2d(self, x: torch.Tensor, weight: torch.Tensor, layer: Layer) -> torch.Tensor:
         batch, _, height, width = x.shape
+        name, blocks = layer.kernel.name, block_shapes(layer.kernel.name)
+        shapes = [(size, n, size) for _, n, size in blocks]
+        weights = block_weights(weight, name).to(layer.dtype).split([math.prod(shape) for shape in shapes])
+        lifting = basis_for(weight, name, "lifting").to(layer.dtype)
+        fourier = basis_for(weight, name, "fourier").to(layer.dtype)
         fields = x.reshape(batch * layer.in_fields, layer.order, height, width)  # from [B, I * |G|, H, W]
-        t = F.conv2d(fields, packed.lifting, None, layer.stride, layer.padding, layer.dilation)  # T = P * f
+        t = F.conv2d(fields, lifting, None, layer.stride, layer.padding, layer.dilation)  # T = P * f
         t = t.unflatten(0, (batch, layer.in_fields))  # [B, I, rows, H', W']
-        shapes = block_shapes(layer.kernel.name)
-        parts, y = t.split([math.prod(shape) for shape in shapes], 2), []
-        for w, shape, part in zip(packed.blocks, shapes, parts, strict=True):
-            own = part.unflatten(2, shape)  # T[k]: [B, I, copies, n, size, H', W']
-            y.append(torch.einsum("rnsoi,bicnshw->crobhw", w, own).flatten(0, 1))  # y^[k] = W[k] T[k]
-        y = torch.einsum("rg,robhw->boghw", packed.fourier, torch.cat(y))  # y = Q^T y^: [B, O, |G|, H', W']
-        if packed.bias is not None:
-            y = y + packed.bias[:, None, None, None]
-        return finish(y.flatten(1, 2), shortcut, relu)  # [B, O * |G|, H', W']
+        parts = t.split([math.prod(shape) for shape in blocks], 2)
+        rows = []
+        for w, shape, part, copies in zip(weights, shapes, parts, blocks, strict=True):
+            w = w.unflatten(0, shape)  # W[k]: [size (row), n, size (column), O, I]
+            own = part.unflatten(2, copies)  # T[k]: [B, I, copies, n, size, H', W']
+            rows.append(torch.einsum("rnsoi,bicnshw->crobhw", w, own).flatten(0, 1))  # y^[k] = W[k] T[k]
+        y = torch.einsum("rg,robhw->boghw", fourier, torch.cat(rows))  # y = Q^T y^: [B, O, |G|, H', W']
+        return y.flatten(1, 2)  # [B, O * |G|, H', W']

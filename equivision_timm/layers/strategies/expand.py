@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from equivision_timm.layers.strategies.basis import basis_for
-from equivision_timm.layers.strategies.context import leaves_python, needs_plain_operations
-from equivision_timm.layers.strategies.contract import Layer, Strategy, finish, register
+from equivision_timm.layers.strategies.contract import Layer, Strategy, register
 
 __all__ = ["Expand", "dense_filter", "expand_filter"]
 
@@ -22,7 +21,7 @@ def expand_filter(weight: torch.Tensor, basis: torch.Tensor, channels_last: bool
     Args:
         weight: w [O, I, n_basis, 1], O output fields, I input fields.
         basis: [n_basis, |G|, H, k, k], H = |G| for regular input, 1 for trivial input.
-        channels_last: how the filter lies in memory: in the channels-last format, or contiguous.
+        channels_last: whether the filter is in the channels-last format, else contiguous.
     """
     _, order, h, k, _ = basis.shape
     out_fields, in_fields = weight.shape[:2]
@@ -56,27 +55,8 @@ class Expand(Strategy):
         values = batch * channels * height * width + layer.out_fields * layer.order * pixels
         return pixels * filters / 40e9 + 0.45e-9 * values + 3e-9 * filters
 
-    def pack(
-        self, weight: torch.Tensor, bias: torch.Tensor | None, layer: Layer
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The filter; the bias [O * |G|] or None."""
-        last = _is_cpu_fast_path(weight, layer) or layer.memory_format == torch.channels_last
+    def conv2d(self, x: torch.Tensor, weight: torch.Tensor, layer: Layer) -> torch.Tensor:
+        last = layer.memory_format == torch.channels_last
         filters = dense_filter(weight, layer.kernel.name, last).to(layer.dtype)
-        return filters, None if bias is None else bias.to(layer.dtype).repeat_interleave(layer.order)
-
-    def infer(
-        self,
-        x: torch.Tensor,
-        packed: tuple[torch.Tensor, torch.Tensor | None],
-        layer: Layer,
-        shortcut: torch.Tensor | None = None,
-        relu: bool = False,
-    ) -> torch.Tensor:
-        if _is_cpu_fast_path(x, layer):
-            x = x.contiguous(memory_format=torch.channels_last)
-        return finish(F.conv2d(x, *packed, layer.stride, layer.padding, layer.dilation), shortcut, relu)
-
-
-def _is_cpu_fast_path(tensor: torch.Tensor, layer: Layer) -> bool:
-    """Whether to convolve in the channels-last format whatever that of the input: on the CPU PyTorch is faster then."""
-    return layer.device.type == "cpu" and not (leaves_python() or needs_plain_operations(tensor))
+        x = x.contiguous(memory_format=torch.channels_last) if last else x
+        return F.conv2d(x, filters, None, layer.stride, layer.padding, layer.dilation)

@@ -76,6 +76,8 @@ typedef struct {
     const long *sizes, *copies;               /* of each block */
     const REAL *fourier, *fourier_transposed; /* Q, Q^T [order, order] */
     Sparse terms, terms_transposed;           /* c [functions * order, n * n * order], c^T; n sums along each axis */
+    long n_basis, n_entries;
+    Sparse entries;                           /* [n_entries, n_basis]: the block weights of the coefficients */
 } Layer;
 
 typedef struct { /* the current chunk */
@@ -579,6 +581,43 @@ static void pack_part(void *argument) {
     free(offsets);
 }
 
+/* As `pack_part`, W from the coefficients [out_fields, in_fields, n_basis]: COLUMNS input fields at a time */
+enum { COLUMNS = 64 };
+static void pack_coefficients_part(void *argument) {
+    Job *job = argument;
+    const Layer *l = job->layer;
+    long thread = omp_get_thread_num(), threads = omp_get_num_threads(), n_in = l->in_fields;
+    REAL *w = scratch((l->n_basis + l->n_entries) * COLUMNS), *entries = w + l->n_basis * COLUMNS;
+    if (!w) {
+        job->failed = 1;
+        return;
+    }
+    for (long first = thread * COLUMNS; first < n_in; first += threads * COLUMNS)
+        for (long o = 0; o < l->out_fields; o++) {
+            long count = least(COLUMNS, n_in - first);
+            for (long i = 0; i < count; i++)
+                for (long b = 0; b < l->n_basis; b++)
+                    w[b * COLUMNS + i] = job->weights[(o * n_in + first + i) * l->n_basis + b];
+            combine(&l->entries, l->n_entries, w, entries, COLUMNS, COLUMNS);
+            const REAL *entry = entries;
+            REAL *packed = job->out;
+            for (long b = 0; b < l->n_blocks; b++) {
+                long size = l->sizes[b], q = l->functions * size, m = size * l->out_fields;
+                for (long r = 0; r < size; r++) {
+                    long row = r * l->out_fields + o;
+                    REAL *to = packed + row / MR * MR * q * n_in + row % MR + first * MR;
+                    for (long k = 0; k < q; k++, entry += COLUMNS, to += n_in * MR)
+                        for (long i = 0; i < count; i++) to[i * MR] = entry[i];
+                }
+                for (long row = m; o == 0 && row < round_up(m, MR); row++) /* rows that only fill up the last tile */
+                    for (long k = 0; k < q; k++)
+                        for (long i = 0; i < count; i++)
+                            packed[row / MR * MR * q * n_in + row % MR + (k * n_in + first + i) * MR] = 0;
+                packed += round_up(m, MR) * q * n_in;
+            }
+        }
+}
+
 static void forward_part(void *argument) {
     Job *job = argument;
     const Layer *l = job->layer;
@@ -703,6 +742,12 @@ long sums_size(const Layer *l) {
 int pack(const Layer *l, const REAL *weights, long transposed, REAL *packed, long threads) {
     Job job = {.layer = l, .weights = weights, .transposed = transposed, .out = packed};
     GOMP_parallel(pack_part, &job, threads, 0);
+    return job.failed;
+}
+
+int pack_coefficients(const Layer *l, const REAL *weights, REAL *packed, long threads) {
+    Job job = {.layer = l, .weights = weights, .out = packed};
+    GOMP_parallel(pack_coefficients_part, &job, threads, 0);
     return job.failed;
 }
 

@@ -33,6 +33,8 @@ class CLayer(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("sizes", "copies", "fourier", "fourier_transposed")),
         ("terms", CSparse),
         ("terms_transposed", CSparse),
+        *((name, ctypes.c_long) for name in ("n_basis", "n_entries")),
+        ("entries", CSparse),
     ]
 
 
