@@ -18,7 +18,7 @@ import torch.nn as nn
 from equivision_timm.escnn_interop import field_type, gspace, import_escnn
 from equivision_timm.groups import Group
 from equivision_timm.kernel_basis import load_kernel_basis
-from equivision_timm.layers import Blur2d, ConvNormAct, FieldAttention, MaxPool2d, SteerableConv2d
+from equivision_timm.layers import Blur2d, ConvNormAct, FieldAttention, SteerableConv2d
 from equivision_timm.models import EquivariantResNet
 from equivision_timm.models.pretrained import WeightsError
 from equivision_timm.weights.checkpoint import Entries
@@ -174,7 +174,7 @@ def to_escnn(model: EquivariantResNet) -> "EscnnResNet":
             network lacks.
         ImportError: the extra is not installed.
     """
-    stem = {"conv1": ConvNormAct, "maxpool": MaxPool2d}
+    stem = {"conv1": ConvNormAct, "maxpool": nn.MaxPool2d}
     for name, module in model.named_modules():
         if isinstance(module, (Blur2d, FieldAttention)) or not isinstance(module, stem.get(name, nn.Module)):
             raise ValueError(f"{name} is a {type(module).__name__}: the original network has none there")
