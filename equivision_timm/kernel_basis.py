@@ -78,52 +78,33 @@ class KernelBasis:
 
         `sample_kernels` computes it once for all callers.
         """
-        quotients = self.group.left_quotients()[:, : self.coefficients.shape[2]]  # [|G|, H]
-        if self.coefficients.shape[2] == 1:  # trivial input
-            quotients = torch.zeros_like(quotients)
-        rows = [
-            torch.einsum("bjh,jyx->bhyx", self.coefficients[:, :, own], psi)
-            for own, psi in zip(quotients, self.functions, strict=True)
-        ]
-        return torch.stack(rows, 1)
+        trivial = torch.zeros(self.group.order, 1, dtype=torch.int64)  # no h
+        quotients = self.group.left_quotients() if self.coefficients.shape[2] > 1 else trivial
+        return torch.einsum("bjgh,gjyx->bghyx", self.coefficients[:, :, quotients], self.functions)
 
 
 @dataclass(frozen=True)
 class Element:
-    """A basis element: cos or sin of (m phi + s theta), times (-1)^p if `sign` is 1.
+    """A basis element: cos or sin of (m phi + s theta), or the product of cos or sin of each; (-1)^p times it."""
 
-    Attributes:
-        harmonic: the ring, and m.
-        rotation: s.
-        sign: 0 or 1.
-        sine: 0 for cos, 1 for sin.
-        theta: None; or 0 for cos(m phi) cos(s theta), 1 for cos(m phi) sin(s theta) (if `sine`, sin(m phi) ...).
-        in_irrep: irrep of the input.
-        out_irrep: irrep of the output.
-    """
-
-    harmonic: Harmonic
-    rotation: int
-    sign: int
-    sine: int
-    theta: int | None
+    harmonic: Harmonic  # the ring, and m
+    rotation: int  # s
+    sign: int  # 1 for the factor (-1)^p, else 0
+    sine: int  # 0 for cos, 1 for sin
+    theta: int | None  # of a product with cos(s theta) 0, with sin(s theta) 1; `sine` is then that of m phi
     in_irrep: Irrep
     out_irrep: Irrep
 
     @property
     def component(self) -> int:
-        """Which component of the output irrep of D_N it is (of dimension 2)."""
+        """The component of the output irrep of D_N, if of dimension 2; that of the input irrep is `sign`."""
         return (self.sine + self.sign + (self.theta or 0)) % 2
 
 
 def elements(kernel: Kernel) -> list[Element]:
     """The basis elements, in the order of the weights."""
-    group, regular, escnn = (
-        Group.from_name(kernel.group),
-        kernel.input_type == "regular",
-        _has_escnn_coordinates(kernel),
-    )
-    n, found = group.rotations, []
+    group, escnn, found = Group.from_name(kernel.group), _has_escnn_coordinates(kernel), []
+    n, regular = group.rotations, kernel.input_type == "regular"
     for harmonic in harmonics(kernel):
         m = harmonic.frequency
         for s in range(1) if not regular else range(n) if m else range(n // 2 + 1):
@@ -152,10 +133,6 @@ def _irrep(group: Group, frequency: int, negated: int) -> Irrep:
     return (negated % 2 if 2 * k % group.rotations == 0 else 1), k
 
 
-def _dimension(group: Group, irrep: Irrep) -> int:
-    return 1 if 2 * irrep[1] % group.rotations == 0 else 2
-
-
 def _escnn_order(group: Group, element: Element) -> tuple[float, ...]:
     """Sort key: m, input irrep and component, output irrep, component, ring."""
     irreps = [(k, -j if 2 * k == group.rotations else j) for j, k in (element.in_irrep, element.out_irrep)]
@@ -166,21 +143,21 @@ def _escnn_order(group: Group, element: Element) -> tuple[float, ...]:
 def _escnn_sign(group: Group, element: Element) -> int:
     """The sign of an element as escnn computes it.
 
-    With a, b the components of the input and output irrep (`sign`, `component`), an element of D_N is the entry [b, a]
-    of a rotation matrix of the angle e_out * (m phi + s theta), in which f is the reflection diag(1, e_in * e_out).
+    C_N: of a pair of intertwiners K and iK. D_N: the elements are the entries [b, a] of the matrices below, of the
+    angle m phi + s theta; e_in and e_out are the signs of the frequencies s and m + s, taken from -N / 2 to N / 2.
     """
     n, m, s = group.rotations, element.harmonic.frequency, element.rotation
     out, a, b = (m + s) % n, element.sign, element.component
-    if not group.reflections:  # i times the intertwiner; conjugate if the harmonic of C_N is
+    if not group.reflections:
         return -1 if element.sine and (m == 0 or 2 * (m % n) > n) else 1
     if element.theta is not None:
         return -1 if a == b == element.sine else 1
-    if 2 * m % n == 0 == 2 * s % n:
+    if 2 * m % n == 0 == 2 * s % n:  # of dimension 1
         return 1
     e_in, e_out = (-1 if 2 * s >= n else 1), (-1 if 2 * out > n else 1)
     e_in, e_out = e_out if s == 0 else e_in, e_in if out == 0 else e_out
-    entry = e_out**b * e_in**a * (-1) ** (a * element.sine)
-    return -entry if m == 0 or e_in != e_out or n in (2 * s, 2 * out) else entry  # the numerical sign
+    entry = ((1, -e_in), (e_out, e_in * e_out))[b][a]  # [[cos, -e_in sin], [e_out sin, e_in e_out cos]]
+    return -entry if m == 0 or e_in != e_out or n in (2 * s, 2 * out) else entry  # found numerically
 
 
 def _closed_form(kernel: Kernel) -> tuple[torch.Tensor, torch.Tensor]:
@@ -193,24 +170,27 @@ def _closed_form(kernel: Kernel) -> tuple[torch.Tensor, torch.Tensor]:
     u = torch.arange(group.order if kernel.input_type == "regular" else 1)
     p, t = u // group.rotations, u % group.rotations
     waves = torch.tensor(circle(group.rotations), dtype=torch.float64)  # [N, 2]
-    rows = torch.zeros(len(found), len(_gram(kernel)), len(u), dtype=torch.float64)  # in terms of cos and sin of m phi
+    gram = _gram(kernel)
+    rows = torch.zeros(len(found), len(gram), len(u), dtype=torch.float64)  # in terms of cos and sin of m phi
     for row, element in zip(rows, found, strict=True):
-        theta = waves[element.rotation * t % group.rotations].T * (1 - 2 * p * element.sign)  # [2, H]
-        if escnn:
-            theta = theta * _escnn_sign(group, element)
-        cos, sin = theta
-        js = [element.harmonic.cos, element.harmonic.sin]
+        sign = (1 - 2 * p * element.sign) * (_escnn_sign(group, element) if escnn else 1)
+        cos, sin = waves[element.rotation * t % group.rotations].T * sign  # of s theta: [H]
+        of_cos, of_sin = (sin, cos) if element.sine else (cos, -sin)
         if element.theta is not None:
-            row[js[element.sine]] = theta[element.theta]
-        else:
-            row[js[0]] = sin if element.sine else cos
-            if js[1] is not None:
-                row[js[1]] = cos if element.sine else -sin
-    coefficients = torch.einsum("biu,ij->bju", rows, _from_y_axis(kernel) if escnn else _orthonormal(kernel))
+            factor = sin if element.theta else cos
+            of_cos, of_sin = (0 * factor, factor) if element.sine else (factor, 0 * factor)
+        row[element.harmonic.cos] = of_cos
+        if element.harmonic.sin is not None:
+            row[element.harmonic.sin] = of_sin
+    # cos and sin of m (phi - 90 degrees) are psi(r^-1 x), r a quarter turn
+    functions = mixing(replace(kernel, group="c4"))[1] if escnn else _orthonormal(kernel)
+    coefficients = torch.einsum("biu,ij->bju", rows, functions)
 
-    dimensions = torch.tensor([_dimension(group, e.out_irrep) for e in found], dtype=torch.float64)
+    dimensions = torch.tensor(
+        [1 if 2 * e.out_irrep[1] % group.rotations == 0 else 2 for e in found], dtype=torch.float64
+    )
     squared = dimensions if escnn else torch.ones_like(dimensions)  # norm of K
-    scales = squared / torch.einsum("biu,ij,bju->b", coefficients, _gram(kernel), coefficients)
+    scales = squared / torch.einsum("biu,ij,bju->b", coefficients, gram, coefficients)
 
     pairs = Counter((e.in_irrep, e.out_irrep) for e in found)
     inputs = Counter(out_irrep for _, out_irrep in pairs)  # the number of irreps that reach it
@@ -218,11 +198,6 @@ def _closed_form(kernel: Kernel) -> tuple[torch.Tensor, torch.Tensor]:
     channels = dimensions ** (2 if group.reflections else 1)  # of an irrep in a regular field
     he_std = (channels / (torch.tensor(shares, dtype=torch.float64) * squared)).sqrt()
     return coefficients * scales.sqrt()[:, None, None], he_std
-
-
-def _from_y_axis(kernel: Kernel) -> torch.Tensor:
-    """A [J, J]: cos and sin of m (phi - 90 degrees) are A psi."""
-    return mixing(replace(kernel, group="c4"))[1]  # psi(r^-1 x), r a quarter turn
 
 
 def _gram(kernel: Kernel) -> torch.Tensor:
