@@ -112,45 +112,35 @@ def _change_to_few_terms(kernel: Kernel) -> torch.Tensor:
     Functions that the group transforms alike may be added. Their terms, one row for each, are brought to reduced row
     echelon form, the largest entry of a row its pivot.
     """
-    psi, rows = pixels(kernel), []
+    psi, changes = pixels(kernel), []
     e = sums_and_differences(psi.shape[-1])
     inverse = e / e.abs().sum(1, keepdim=True)  # the rows of e are orthogonal
     terms = (inverse @ psi @ inverse.T).flatten(1)  # psi = e^T terms e
-    for members in _families(kernel):  # each member: (j, sign) of one function, or of cos and sin
-        unit = torch.eye(len(psi), dtype=torch.float64)
-        own = torch.stack([torch.stack([sign * unit[j] for j, sign in member]) for member in members])
-        for m in range(len(own)):
-            found = (own @ terms).flatten(1)  # [members, 1 or 2, J] -> [members, terms]
-            factors = found[:, found[m].abs().argmax()] / found[m, found[m].abs().argmax()]
-            pivot = own[m] / found[m, found[m].abs().argmax()]
-            own = own - factors[:, None, None] * own[m]
-            own[m] = pivot
-        rows.append(own.flatten(0, 1))
-    return torch.cat(rows)
+    for change in _alike(kernel):  # [members, 1 or 2, J]
+        for m in range(len(change)):
+            rows = (change @ terms).flatten(1)
+            pivot = rows[m].abs().argmax()
+            member = change[m] / rows[m, pivot]
+            change = change - rows[:, pivot, None, None] * member
+            change[m] = member
+        changes.append(change.flatten(0, 1))
+    return torch.cat(changes)
 
 
-def _families(kernel: Kernel) -> list[list[tuple[tuple[int, float], ...]]]:
-    """The functions psi, sorted by how the group transforms them; first those that it does not change.
+def _alike(kernel: Kernel) -> list[torch.Tensor]:
+    """[members, 1 or 2, J] of members psi that the group transforms alike: single functions, or (cos, +-sin).
 
-    A rotation by 360/N degrees changes the angle m phi by 2 pi m / N. If this is a multiple of pi, cos and sin are not
-    mixed, and each is multiplied by the same sign. Otherwise they belong together; frequencies m and N - m behave alike
-    but for the sign of sin.
+    First those that no element changes.
     """
-    group = Group.from_name(kernel.group)
-    n = group.rotations
-    found: dict[tuple[int, int, int], list[tuple[tuple[int, float], ...]]] = {}
+    d, found = mixing(kernel), {}
+    unit = torch.eye(d.shape[1], dtype=torch.float64)
     for harmonic in harmonics(kernel):
-        m, parity, j = harmonic.frequency % n, harmonic.frequency % 2, harmonic.sin
-        if j is not None and 2 * m % n:  # 0 < m < N / 2, or N / 2 < m < N
-            members = ((harmonic.cos, 1.0), (j, 1.0 if 2 * m < n else -1.0))
-            found.setdefault((min(m, n - m), parity, 2), []).append(members)
-            continue
-        found.setdefault((m, parity, 0), []).append(((harmonic.cos, 1.0),))
-        if j is not None:
-            found.setdefault((m, parity, 1), []).append(((j, 1.0),))
-
-    def changes(key: tuple[int, int, int]) -> bool:
-        m, parity, sine = key
-        return m != 0 or (group.reflections and parity != sine)
-
-    return [found[key] for key in sorted(found, key=changes)]
+        js = [harmonic.cos] if harmonic.sin is None else [harmonic.cos, harmonic.sin]
+        mixed = len(js) == 2 and bool(d[:, js[0], js[1]].any())
+        for member in [js] if mixed else [[j] for j in js]:
+            psi = unit[member]
+            if mixed:
+                psi[1] *= d[1, js[0], js[1]].sign()  # frequencies m and N - m differ by the sign of sin
+            action = psi @ d @ psi.T
+            found.setdefault(tuple(action.flatten().tolist()), []).append(psi)
+    return [torch.stack(found[action]) for action in sorted(found, key=lambda action: set(action) != {1.0})]

@@ -183,7 +183,7 @@ def _closed_form(kernel: Kernel) -> tuple[torch.Tensor, torch.Tensor]:
         if element.harmonic.sin is not None:
             row[element.harmonic.sin] = of_sin
     # cos and sin of m (phi - 90 degrees) are psi(r^-1 x), r a quarter turn
-    functions = mixing(replace(kernel, group="c4"))[1] if escnn else _orthonormal(kernel)
+    functions = mixing(replace(kernel, group="c4"))[1] if escnn else _gram_schmidt(kernel, gram)
     coefficients = torch.einsum("biu,ij->bju", rows, functions)
 
     dimensions = torch.tensor(
@@ -206,27 +206,16 @@ def _gram(kernel: Kernel) -> torch.Tensor:
     return torch.einsum("gix,gjx->ij", moved, moved)
 
 
-def _gram_schmidt(kernel: Kernel) -> torch.Tensor | None:
-    """R [J, J], lower triangular, phi = R psi orthonormal with respect to `_gram`; None if psi is linearly dependent.
-
-    phi is transformed as psi is, since the functions that the group transforms differently are orthogonal.
-    """
-    gram = _gram(kernel)
+def _gram_schmidt(kernel: Kernel, gram: torch.Tensor) -> torch.Tensor:
+    """R [J, J], lower triangular: phi = R psi is orthonormal. R only joins functions that the group transforms alike,
+    since all others are orthogonal."""
     factor, failed = torch.linalg.cholesky_ex(gram)
     if failed or (factor.diagonal() ** 2 <= _DEPENDENT * gram.diagonal()).any():
-        return None
-    return torch.linalg.inv(factor)
-
-
-def _orthonormal(kernel: Kernel) -> torch.Tensor:
-    r = _gram_schmidt(kernel)
-    if r is None:
-        smaller = range((kernel.cutoff or 1) - 1, 0, -1)  # the default always fits, and so does 1
-        fitting = next(c for c in smaller if _gram_schmidt(replace(kernel, cutoff=c)) is not None)
         raise ValueError(
-            f"cutoff {kernel.cutoff} does not fit {kernel.size}x{kernel.size} kernels of {kernel.group}: functions of "
-            f"high frequency depend on the others on so few pixels; use cutoff {fitting}, or less"
+            f"cutoff {kernel.cutoff} is too high for {kernel.size}x{kernel.size} kernels of {kernel.group}: functions "
+            "of high frequency depend on the others on so few pixels; use a smaller one"
         )
+    r = torch.linalg.inv(factor)
     return torch.where(r.abs() < 1e-12, 0.0, r)
 
 
@@ -253,33 +242,3 @@ def sample_kernels(kernel: Kernel, dtype: torch.dtype, device: torch.device) -> 
 def initial_std(kernel: Kernel, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """The `he_std` [n_basis] of `load_kernel_basis`; not to be changed in place."""
     return load_kernel_basis(kernel).he_std.to(device, dtype)
-
-
-# Until `weights` does without them
-def table_key(kernel: Kernel) -> str:
-    return f"{kernel.group}/{kernel.size}x{kernel.size}/{kernel.input_type}"
-
-
-def bases_sha256(kernels) -> str:
-    return "1" * 64
-
-
-def are_bases(found: str, kernels) -> bool:
-    return found != "0" * 64
-
-
-def manifest() -> dict:
-    found = {}
-    for group in ("c1", "d1", "c4", "d4", "c8", "d8"):
-        for size, input_type in ((1, "regular"), (3, "regular"), (7, "trivial")):
-            kernel = Kernel(group, size, input_type)
-            found[table_key(kernel)] = [
-                {
-                    "J": str((int(e.harmonic.frequency > 0), e.harmonic.frequency)),
-                    "frequency": e.harmonic.frequency,
-                    "in_irrep": str(e.in_irrep),
-                    "out_irrep": str(e.out_irrep),
-                }
-                for e in elements(kernel)
-            ]
-    return {"elements": found, "sha256": "1" * 64}

@@ -150,7 +150,7 @@ def test_kernels_of_reresnet(name):
 
 @by_name([Kernel("c8", 3, cutoff=4), Kernel("c4", 5, cutoff=9), Kernel("d8", 7, "trivial", 6)])
 def test_too_high_a_cutoff(kernel):
-    with pytest.raises(ValueError, match=f"cutoff {kernel.cutoff} .*; use cutoff 3"):
+    with pytest.raises(ValueError, match=f"cutoff {kernel.cutoff}"):
         load_kernel_basis(kernel)
 
 
