@@ -1,38 +1,40 @@
 """The coordinate system of the weights: closed-form bases of the equivariant kernels.
 
+**Where it comes from.** A layer learns one weight for each pair of fields and each element of a kernel basis. The
+published networks were trained with escnn 1.0.11: the order, signs and scales of the elements of its basis define what
+their weights mean, and the same numbers in another basis of the same kernels are another network. Hence, for the
+kernels of published weights, this file reproduces escnn's basis by formulas, and an orthonormal basis for all others.
+No file is read; `tests/test_kernel_basis.py` compares with what escnn computed.
+
 **The space.** A filter from fields of type `input` to regular fields commutes with the group exactly when
 
     K(x)[g, h] = k(g^-1 x, g^-1 h)                                  x: pixel; g: output, h: input element
 
-(without h for trivial input). Every base kernel k(x, u) is allowed. In x it is a sum of the functions psi_j of
-`kernels.py`, so that a basis element b is a matrix C[b] with k_b(x, u) = sum_j C[b, j, u] psi_j(x), and there are
-J * H of them. A layer learns one weight for each pair of fields and each b: the order, signs and scales of the elements
-are the coordinates of all weights, and other ones would make every checkpoint another network. They are those of the
-formulas below; no file is read.
+(without h for trivial input), with any base kernel k(x, u). In x it is a sum of the functions psi_j of `kernels.py`. So
+a basis element b is a matrix C[b] with k_b(x, u) = sum_j C[b, j, u] psi_j(x), and there are J * H elements.
 
 **The elements.** With u = r^t f^p, theta = 2 pi t / N, s = 0 ... N - 1, and both signs for D_N, on one ring:
 
     cos(m phi + s theta) (+-1)^p,    sin(m phi + s theta) (+-1)^p
 
-Under rotations of the input, an element has frequency s; of the output, m + s. It maps one irrep to one irrep: those of
-D_N with frequency 0 and N / 2 are told apart by the sign of f.
+Such an element maps the irrep of frequency s of the input to that of frequency m + s of the output (modulo N, up to
+sign). D_N has two irreps of frequency 0 and N / 2, which f multiplies by 1 and -1.
 
-**Two systems.** Kernels of published weights (c1, d1, c4, d4, c8, d8 with 1x1, 3x3 and, from images, 7x7 pixels) have
-the coordinates of *escnn 1.0.11*:
+**The coordinates of escnn**, for c1, d1, c4, d4, c8, d8 with 1x1, 3x3 and, from images, 7x7 pixels:
 - phi is measured from the y axis, so that f negates it;
-- if cos(m phi) and sin(m phi) are not mixed by rotations (m = 2 in c4 and d4), elements between irreps of dimension 2
-  are the products of cos(m phi) or sin(m phi) with cos(s theta) or sin(s theta);
-- the order is m, input irrep, output irrep, index in the irreps, ring (`_escnn_order`);
+- if rotations do not mix cos(m phi) and sin(m phi) (m = 2 in c4 and d4), elements between irreps of dimension 2 are the
+  products of cos(m phi) or sin(m phi) with cos(s theta) or sin(s theta);
+- they are sorted by m, input irrep, output irrep, component in the irreps, ring (`_escnn_order`);
 - the squared norm of K over g, h and the pixels is the dimension of the output irrep;
-- signs (`_escnn_sign`) are those of escnn's intertwiners. C_N: from its formulas. D_N: escnn solves for them
-  numerically, with a sign that depends on the machine for each (m, input irrep, output irrep); ours are those of SciPy
-  1.11 or newer on a CPU without AVX-512.
+- the signs (`_escnn_sign`) are those of the intertwiners of escnn. For C_N they follow from its formulas. For D_N escnn
+  solves linear systems numerically, and the sign for each (m, input irrep, output irrep) depends on the machine; here
+  they are those of SciPy 1.11 or newer without AVX-512 (`weights/signs.py` translates other ones).
 
-All other kernels have *orthonormal* coordinates: phi from the x axis, the rings combined by Gram-Schmidt from the
-centre outwards, the order of the loops in `elements`, norm 1. A low pass changes psi only.
+**Orthonormal coordinates**, for all other kernels: phi is measured from the x axis, the rings are combined by
+Gram-Schmidt from the centre outwards, the order is that of the loops in `elements`, and the norm of K is 1.
 
-**Initialisation** is generalised He in both: all irreps that reach an irrep of the output contribute the same variance,
-by equal shares of their elements.
+A low pass changes psi only. Initialisation is generalised He in both: all irreps that reach an irrep of the output
+contribute the same variance to it, by equal shares of their elements.
 
 Sources of the maths: Weiler and Cesa, General E(2)-Equivariant Steerable CNNs (2019); Weiler, Hamprecht and Storath,
 Learning Steerable Filters for Rotation Equivariant CNNs (2018), for the initialisation.

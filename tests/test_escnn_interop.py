@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.cases import FROZEN, GROUPS
+from support.kernels import irrep_energy
 from support.reference_data import FOLDER, sign_patterns
 
 from equivision_timm.escnn_interop import field_type, gspace, to_geometric_tensor
@@ -114,7 +115,7 @@ def test_sampled_kernels_are_ours_but_for_known_signs(group, size, input_type):
 @pytest.mark.parametrize("group", ["c3", "c4", "c6", "c16", "d1", "d2", "d3"])
 def test_orthonormal_coordinates_span_the_kernels_of_escnn(group, size):
     kernel = Kernel.from_name(f"{group}-{size}")
-    found, group, basis = SCRIPT["sample_kernels"](kernel), Group.from_name(kernel.group), load_kernel_basis(kernel)
+    found, basis = SCRIPT["sample_kernels"](kernel), load_kernel_basis(kernel)
     assert found["rings"] == [(ring.radius, ring.sigma) for ring in kernel.rings]
     expected, flat = found["kernels"].double().flatten(1), basis.sample().flatten(1)
     assert expected.shape == flat.shape
@@ -122,14 +123,8 @@ def test_orthonormal_coordinates_span_the_kernels_of_escnn(group, size):
     assert torch.linalg.matrix_rank(expected, rtol=1e-4) == len(flat)
     assert (expected - expected @ flat[:-1].T @ flat[:-1]).abs().max() > 1e-3
     # and at initialisation each pair of irreps gets the same variance
-    q, sizes = group.fourier_matrix(), [size * copies for size, copies in group.irreps()]
-    variances = []
-    for kernels, std in ((found["kernels"].double(), found["he_std"].double()), (basis.sample(), basis.he_std)):
-        in_irreps, inputs = torch.einsum("rg,bghyx->brhyx", q, kernels), [1]
-        if kernel.input_type == "regular":
-            in_irreps, inputs = torch.einsum("sh,brhyx->brsyx", q, in_irreps), sizes
-        variance = torch.einsum("b,brs->rs", std**2, in_irreps.square().sum((3, 4)))
-        variances.append(torch.stack([part.sum() for row in variance.split(sizes) for part in row.split(inputs, 1)]))
+    variances = [irrep_energy(kernel, found["kernels"].double())[0] @ found["he_std"].double() ** 2]
+    variances.append(irrep_energy(kernel, basis.sample())[0] @ basis.he_std**2)
     torch.testing.assert_close(*variances, rtol=1e-4, atol=1e-6)
 
 

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from support.cases import FROZEN
+from support.kernels import irrep_energy
 from support.reference_data import FOLDER, load_bases
 
 from equivision_timm.groups import Group
-from equivision_timm.kernel_basis import KernelBasis, elements, load_kernel_basis, sample_kernels
+from equivision_timm.kernel_basis import KernelBasis, elements, load_kernel_basis
 from equivision_timm.kernels import Kernel, harmonics
 
 ESCNN = FOLDER.parent / "escnn"
@@ -48,17 +49,6 @@ def equivariance_error(kernel, kernels):
             moved = moved[:, :, quotients[g]]
         error = max(error, (moved - kernels).abs().max().item())
     return error
-
-
-def irrep_energy(kernel, kernels):
-    """Squared norms of kernels [b, |G|, H, k, k] between the isotypic parts of output and input: [out, in, b]."""
-    group = Group.from_name(kernel.group)
-    q, sizes = group.fourier_matrix(), [size * copies for size, copies in group.irreps()]
-    kernels, inputs = torch.einsum("rg,bghyx->brhyx", q, kernels), [1]
-    if kernel.input_type == "regular":
-        kernels, inputs = torch.einsum("sh,brhyx->brsyx", q, kernels), sizes
-    rows = [part.split(inputs, 2) for part in kernels.split(sizes, 1)]
-    return torch.stack([torch.stack([part.square().sum((1, 2, 3, 4)) for part in row]) for row in rows]), sizes
 
 
 @by_name(PUBLISHED)
@@ -163,10 +153,3 @@ def test_the_default_and_small_cutoffs_always_fit():
     for size in (1, 3, 5, 7, 9, 11):
         for cutoff in (None, 1, 2, 3):
             load_kernel_basis(Kernel("c4", size, "trivial", cutoff))
-
-
-def test_sampled_once_in_each_type():
-    kernel = Kernel("c4", 3)
-    found = sample_kernels(kernel, torch.float32, torch.device("cpu"))
-    assert found is sample_kernels(kernel, torch.float32, torch.device("cpu"))
-    assert torch.equal(found, load_kernel_basis(kernel).sample().float())
