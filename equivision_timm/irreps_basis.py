@@ -135,7 +135,7 @@ def _alike(kernel: Kernel) -> list[torch.Tensor]:
     d, found = mixing(kernel), {}
     unit = torch.eye(d.shape[1], dtype=torch.float64)
     for harmonic in harmonics(kernel):
-        js = [harmonic.cos] if harmonic.sin is None else [harmonic.cos, harmonic.sin]
+        js = harmonic.js
         mixed = len(js) == 2 and bool(d[:, js[0], js[1]].any())
         for member in [js] if mixed else [[j] for j in js]:
             psi = unit[member]

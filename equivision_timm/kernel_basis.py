@@ -177,13 +177,11 @@ def _closed_form(kernel: Kernel) -> tuple[torch.Tensor, torch.Tensor]:
     for row, element in zip(rows, found, strict=True):
         sign = (1 - 2 * p * element.sign) * (_escnn_sign(group, element) if escnn else 1)
         cos, sin = waves[element.rotation * t % group.rotations].T * sign  # of s theta: [H]
-        of_cos, of_sin = (sin, cos) if element.sine else (cos, -sin)
+        js = element.harmonic.js
         if element.theta is not None:
-            factor = sin if element.theta else cos
-            of_cos, of_sin = (0 * factor, factor) if element.sine else (factor, 0 * factor)
-        row[element.harmonic.cos] = of_cos
-        if element.harmonic.sin is not None:
-            row[element.harmonic.sin] = of_sin
+            row[js[element.sine]] = sin if element.theta else cos
+        else:
+            row[js] = torch.stack((sin, cos) if element.sine else (cos, -sin))[: len(js)]
     # cos and sin of m (phi - 90 degrees) are psi(r^-1 x), r a quarter turn
     functions = mixing(replace(kernel, group="c4"))[1] if escnn else _gram_schmidt(kernel, gram)
     coefficients = torch.einsum("biu,ij->bju", rows, functions)

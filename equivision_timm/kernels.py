@@ -111,8 +111,7 @@ class Harmonic:
 
     ring: Ring
     frequency: int
-    cos: int  # index j of the function
-    sin: int | None  # None if m = 0
+    js: list[int]  # the indices of cos and sin
 
 
 def harmonics(kernel: Kernel) -> list[Harmonic]:
@@ -120,8 +119,8 @@ def harmonics(kernel: Kernel) -> list[Harmonic]:
     found, j = [], 0
     for ring in kernel.rings:
         for m in range(ring.max_frequency + 1):
-            found.append(Harmonic(ring, m, j, j + 1 if m else None))
-            j += 2 if m else 1
+            found.append(Harmonic(ring, m, [j, j + 1] if m else [j]))
+            j += len(found[-1].js)
     return found
 
 
@@ -137,7 +136,7 @@ def pixels(kernel: Kernel) -> torch.Tensor:
         for _ in range(m):
             power = power * z
         wave = power * torch.exp(-(((distance - ring.radius) / ring.sigma) ** 2) / 2) / distance.clamp(min=1) ** m
-        rows += [wave.real, wave.imag] if m else [wave.real]
+        rows += [wave.real, wave.imag][: len(harmonic.js)]
     psi = torch.stack(rows)
     if kernel.low_pass:
         binomial = torch.tensor([1.0, 2.0, 1.0], dtype=torch.float64) / 4
@@ -147,16 +146,15 @@ def pixels(kernel: Kernel) -> torch.Tensor:
 
 def mixing(kernel: Kernel) -> torch.Tensor:
     """D [|G|, J, J], psi_j(g^-1 x) = sum_j' D(g)[j, j'] psi_j'(x); float64."""
-    group, found = Group.from_name(kernel.group), harmonics(kernel)
-    count = sum(1 if harmonic.sin is None else 2 for harmonic in found)
-    d = torch.zeros(group.order, count, count, dtype=torch.float64)
+    group, d = Group.from_name(kernel.group), []
     for g in range(group.order):
         p, t = divmod(g, group.rotations)
-        for harmonic in found:
-            m, a, b = harmonic.frequency, harmonic.cos, harmonic.sin
+        blocks = []
+        for harmonic in harmonics(kernel):
+            m, n = harmonic.frequency, len(harmonic.js)
             cos, sin = circle(group.rotations)[m * t % group.rotations]
-            even, odd = (-1.0) ** (p * m), (-1.0) ** (p * m + p)  # the signs of cos and sin under f^p
-            d[g, a, a] = even * cos
-            if b is not None:
-                d[g, a, b], d[g, b, a], d[g, b, b] = even * sin, -odd * sin, odd * cos
-    return d
+            even, odd = (-1.0) ** (m * p), (-1.0) ** (m * p + p)  # the signs of cos and sin under f^p
+            block = torch.tensor([[even * cos, even * sin], [-odd * sin, odd * cos]], dtype=torch.float64)
+            blocks.append(block[:n, :n])
+        d.append(torch.block_diag(*blocks))
+    return torch.stack(d)

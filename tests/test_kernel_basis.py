@@ -68,7 +68,7 @@ def test_coordinates_of_escnn(kernel):
 def test_equivariant_and_complete(kernel):
     basis, group = load_kernel_basis(kernel), Group.from_name(kernel.group)
     kernels = basis.sample()
-    functions = sum(1 if harmonic.sin is None else 2 for harmonic in harmonics(kernel))
+    functions = sum(len(harmonic.js) for harmonic in harmonics(kernel))
     count = functions * (group.order if kernel.input_type == "regular" else 1)
     assert len(kernels) == len(basis.he_std) == count
     flat = kernels.flatten(1)
