@@ -40,7 +40,6 @@ __all__ = [
 ]
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".avif", ".bmp")  # of picture files in folders
-MOST_PIXELS = 178_956_970  # Pillow's own limit; decoded, such a picture takes 0.7 GB
 _MOST_ASPECT = 300  # resized to 224 pixels along the short side, such a picture takes 45 MB
 _FORMATS = ("PNG", "JPEG", "MPO", "TIFF", "WEBP", "AVIF", "JPEG2000", "GIF", "BMP", "PPM")  # none runs other programs
 _WHITE_IS_ZERO = 262, 0  # tag and value in a TIFF file; Pillow inverts 8 bits, but not 16
@@ -60,8 +59,8 @@ def open_rgb(path: str | Path) -> Image.Image:
         path: a PNG, JPEG, TIFF, WebP, AVIF, JPEG 2000, GIF, BMP or PPM file, whatever its name ends in.
 
     Raises:
-        PictureError: missing, damaged, of another format, too large, longer than 300 times its width, or of an unknown
-            range of values.
+        PictureError: missing, damaged, of another format, of more than 179 megapixels, more than 300 times as long as
+            wide, or of an unknown range of values.
     """
     name = repr(str(path))
     try:
@@ -69,8 +68,10 @@ def open_rgb(path: str | Path) -> Image.Image:
             raise PictureError(f"there is no picture file {name}: give the name of one")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata; sizes that Pillow still reads
-            with _open(path, name) as file:
-                _check_size(file, name)
+            Image.init()
+            with Image.open(path, formats=[format for format in _FORMATS if format in Image.OPEN]) as file:
+                if max(file.size) > _MOST_ASPECT * min(file.size):
+                    raise PictureError(f"the picture {name} is too thin, {file.width} x {file.height} pixels: cut it")
                 if file.mode.startswith("I") or file.mode == "F":
                     return Image.fromarray(_scale(file, name)).convert("RGB")
                 return (file.convert("RGBA") if "transparency" in file.info else file).convert("RGB")
@@ -78,30 +79,7 @@ def open_rgb(path: str | Path) -> Image.Image:
         raise
     except Exception as error:  # damaged files raise a dozen types in Pillow
         reason = next((line.strip()[:200] for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise PictureError(f"cannot read the picture {name} ({reason}): save it anew or leave it out") from error
-
-
-def _open(path: str | Path, name: str) -> Image.Image:
-    Image.init()
-    try:
-        return Image.open(path, formats=[format for format in _FORMATS if format in Image.OPEN])
-    except Image.UnidentifiedImageError as error:
-        raise PictureError(
-            f"{name} is damaged, or not in one of the formats {', '.join(_FORMATS)}: convert it or leave it out"
-        ) from error
-    except Image.DecompressionBombError as error:
-        raise PictureError(_too_large(name)) from error
-
-
-def _check_size(file: Image.Image, name: str) -> None:
-    if file.width * file.height > MOST_PIXELS:
-        raise PictureError(_too_large(name))
-    if max(file.size) > _MOST_ASPECT * min(file.size):
-        raise PictureError(f"the picture {name} has {file.width} x {file.height} pixels, too thin to resize: cut it")
-
-
-def _too_large(name: str) -> str:
-    return f"the picture {name} has more than {round(MOST_PIXELS / 1e6)} megapixels: make it smaller or cut it"
+        raise PictureError(f"cannot read the picture {name} ({reason}): convert it or leave it out") from error
 
 
 def _scale(file: Image.Image, name: str) -> np.ndarray:

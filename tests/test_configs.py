@@ -76,6 +76,12 @@ def test_timm_parser_knows_every_key_and_value(
         assert getattr(from_config, key) == value
 
 
+def test_mixed_precision_is_left_to_the_command_line(config: Path) -> None:
+    """timm has no options that switch them off; bfloat16 without its instructions takes 15 times as long."""
+    assert not yaml.safe_load(config.read_text()).keys() & {"amp", "pin_mem", "model_dtype"}
+    assert "--amp" in config.read_text()
+
+
 def test_scratch_is_the_twin_of_finetune() -> None:
     """The same recipe without what takes weights for granted, longer and at a higher rate."""
     finetune, scratch = (

@@ -10,7 +10,6 @@ __all__ = ["register"]
 
 
 def register(commands: Parsers) -> None:
-    """Add the command to the parser."""
     parser = commands.add_parser(
         "convert",
         help="convert a foreign checkpoint",

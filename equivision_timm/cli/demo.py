@@ -35,7 +35,6 @@ __all__ = ["load_digits", "measure", "predict", "register", "turn"]
 
 
 def register(commands: Parsers) -> None:
-    """Add the command to the parser."""
     parser = commands.add_parser("demo", help="classify rotated digits with equivariant and plain networks")
     add = parser.add_argument
     add("--out", type=Path, default=Path("equivision_demo.png"), help="picture to write (default: %(default)s)")
@@ -50,23 +49,14 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Network:
-    """A network of the comparison.
+    """A network of the comparison."""
 
-    Attributes:
-        title: of its column.
-        kind: description in words.
-        model: its name.
-        file: its weights in the package.
-        colour: of its curve; '' if it is not in the picture.
-        turns: its logits are averaged over so many rotations of an image.
-    """
-
-    title: str
-    kind: str
-    model: str
-    file: str
-    colour: str = ""
-    turns: int = 1
+    title: str  # of its column
+    kind: str  # description in words
+    model: str  # its name
+    file: str  # its weights in the package
+    colour: str = ""  # of its curve; '' if it is not in the picture
+    turns: int = 1  # its logits are averaged over so many rotations of an image
 
 
 ALIAS_FREE = Network("test_c8resnetaf", "equivariant, alias-free", "test_c8resnetaf", "test_c8resnetaf", "#0072b2")
@@ -172,38 +162,32 @@ def _row(title: str, values: Sequence[torch.Tensor], columns: Iterable[str]) -> 
 def _meaning(predictions: dict[Network, torch.Tensor], labels: torch.Tensor, angles: Sequence[int]) -> str:
     """The figures in words."""
     quarter = [angle % 90 == 0 for angle in angles]
-    same = [
-        (predictions[network][quarter] == predictions[network][quarter][:1]).all(0).sum()
-        for network in (EQUIVARIANT, ALIAS_FREE, TRANSFORMER)
-    ]
     accuracy = {network: _accuracy(predicted, labels) for network, predicted in predictions.items()}
     swapped = {network: _swapped(predicted, labels) for network, predicted in predictions.items()}
-    lowest = {
-        network: f"{values.min():.1f} % at {angles[int(values.argmin())]}°" for network, values in accuracy.items()
-    }
+
+    def same(network: Network) -> int:
+        upright, *others = predictions[network][quarter]
+        return int(torch.stack([upright == other for other in others]).all(0).sum())
+
+    def figures(network: Network) -> str:
+        values = accuracy[network]
+        return f"{values.mean():.1f} % on average, {values.min():.1f} % at worst ({angles[int(values.argmin())]}°)"
+
     worst = int(swapped[PLAIN].argmax())
-    c8, plain = EQUIVARIANT.title, PLAIN.title
+    c8, plain, af, vit = EQUIVARIANT.title, PLAIN.title, ALIAS_FREE.title, TRANSFORMER.title
     paragraphs = (
-        f"Quarter turns are exact: {c8} gives {same[0]} of {len(labels)} digits the same answer at each of them, "
-        f"{ALIAS_FREE.title} {same[1]}, {TRANSFORMER.title} {same[2]}. In between, 45° included, strides alias, which "
-        f"costs {c8} most at its minimum, {lowest[EQUIVARIANT]}. {ALIAS_FREE.title} is made for these angles, too, "
-        f"with smooth kernels and a low pass before each stride: {accuracy[ALIAS_FREE].mean():.1f} % on average, "
-        f"at least {lowest[ALIAS_FREE]}.",
-        f"{TRANSFORMER.title} is a vision transformer that is equivariant under rotations by 90° and reflections. Its "
-        f"accuracy is {accuracy[TRANSFORMER][quarter].min():.1f} % at the quarter turns, and at the angles in between, "
-        f"which are not in its group, at least {lowest[TRANSFORMER]}.",
-        f"Alternatives to equivariance. 'rotated': {plain} trained with all rotations, which it has to learn. Its "
-        f"accuracy is {accuracy[ROTATED][0]:.1f} % on upright digits (trained upright: {accuracy[PLAIN][0]:.1f} %, "
-        f"{ALIAS_FREE.title} {accuracy[ALIAS_FREE][0]:.1f} %), {accuracy[ROTATED].mean():.1f} % on average, and at "
-        f"least {lowest[ROTATED]}. 'averaged': {plain} trained upright, its logits averaged over the four quarter "
-        f"turns of each image, in four times the time: {accuracy[AVERAGED].mean():.1f} % on average, at least "
-        f"{lowest[AVERAGED]}.",
-        f"6 and 9: {c8} and {plain} were trained on upright digits only. To {c8} a digit and the same digit upside "
-        "down are one image: it distinguishes 6 and 9 by the way people write them, never by orientation. It confuses "
-        f"{swapped[EQUIVARIANT].mean():.1f} % of them on average over the angles; a 6 drawn exactly like a 9 upside "
-        f"down it could not distinguish at all. {plain} does use the orientation, as readers do, and confuses "
-        f"{swapped[PLAIN][worst]:.1f} % of them at {angles[worst]}°, but {swapped[PLAIN][0]:.1f} % upright "
-        f"({c8} {swapped[EQUIVARIANT][0]:.1f} %).",
+        f"Quarter turns are exact: {c8} gives {same(EQUIVARIANT)} of {len(labels)} digits the same class at each of "
+        f"them, {af} {same(ALIAS_FREE)}, {vit} {same(TRANSFORMER)}. In between, 45° included, strides alias: {c8} has "
+        f"{figures(EQUIVARIANT)}. {af}, with smooth kernels and a low pass before each stride, has "
+        f"{figures(ALIAS_FREE)}. {vit}, a transformer for quarter turns and reflections, has {figures(TRANSFORMER)}.",
+        f"Alternatives to equivariance. 'rotated', {plain} trained with all rotations, which it has to learn: "
+        f"{figures(ROTATED)}, and {accuracy[ROTATED][0]:.1f} % of the upright digits, where {plain} has "
+        f"{accuracy[PLAIN][0]:.1f} % and {af} {accuracy[ALIAS_FREE][0]:.1f} %. 'averaged', the logits of {plain} over "
+        f"the four quarter turns of each image, in four times the time: {figures(AVERAGED)}.",
+        f"6 and 9: to {c8} a digit and the same digit upside down are one image, so it distinguishes them by the way "
+        f"people write them only: {swapped[EQUIVARIANT].mean():.1f} % are confused on average over the angles. {plain} "
+        f"uses the orientation, as readers do: {swapped[PLAIN][0]:.1f} % upright, {swapped[PLAIN][worst]:.1f} % at "
+        f"{angles[worst]}°.",
     )
     return "\n".join("\n" + fill(paragraph, 110) for paragraph in paragraphs)
 

@@ -25,7 +25,6 @@ _TOLERANCE = 1e-3  # of the largest logit; rounding errors are a hundred times s
 
 
 def register(commands: Parsers) -> None:
-    """Add the command to the parser."""
     parser = commands.add_parser(
         "export",
         help="a model as an ONNX file, checked against the model",
@@ -55,22 +54,14 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Exported:
-    """Result of `export`.
+    """Result of `export`."""
 
-    Attributes:
-        megabytes: size of the file.
-        error: largest difference to the logits of the model, relative to the largest logit.
-        rotated: the same between the file's logits of images and of the rotated ones.
-        degrees: by 90 degrees; by 180 if the images are not square.
-        size: (height, width) of the images.
-        exact_sizes: the nearest at which rotations are exact; empty if `size` is exact or the model has none.
-    """
-
-    megabytes: float
-    error: float
-    rotated: float
-    degrees: int
-    size: tuple[int, int]
+    megabytes: float  # size of the file
+    error: float  # largest difference to the logits of the model, relative to the largest logit
+    rotated: float  # the same between the file's logits of images and of the rotated ones
+    degrees: int  # by 90 degrees; by 180 if the images are not square
+    size: tuple[int, int]  # (height, width) of the images
+    # the nearest at which rotations are exact; empty if `size` is exact or the model has none
     exact_sizes: tuple[int, ...]
 
 

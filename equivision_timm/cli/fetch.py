@@ -11,7 +11,6 @@ __all__ = ["register"]
 
 
 def register(commands: Parsers) -> None:
-    """Add the command to the parser."""
     parser = commands.add_parser(
         "fetch",
         help="download released weights into the local weights folder",

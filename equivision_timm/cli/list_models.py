@@ -31,32 +31,21 @@ __all__ = ["Row", "list_models", "register"]
 
 @dataclass(frozen=True)
 class Row:
-    """A model.
+    """A model."""
 
-    Attributes:
-        name: what `timm.create_model` takes.
-        group: for example 'c8'.
-        fields: number of regular fields of the stem.
-        parameters: their number.
-        gmacs: 10^9 multiply-accumulates of one image, by PyTorch's flop counter, see `complexity`.
-        size: side of that image in pixels, the model's own.
-        exact_sizes: the largest exact size up to `--near`, and the smallest from there on.
-        weights: where `pretrained=True` finds them: 'package', 'local folder' or 'Hub'; else 'fetch' if that command
-            gets them, or 'none'.
-    """
-
-    name: str
-    group: str
-    fields: int
-    parameters: int
-    gmacs: float
-    size: int
-    exact_sizes: tuple[int, int]
+    name: str  # what `timm.create_model` takes
+    group: str  # for example 'c8'
+    fields: int  # number of regular fields of the stem
+    parameters: int  # their number
+    gmacs: float  # 10^9 multiply-accumulates of one image, by PyTorch's flop counter, see `complexity`
+    size: int  # side of that image in pixels, the model's own
+    exact_sizes: tuple[int, int]  # the largest exact size up to `--near`, and the smallest from there on
+    # where `pretrained=True` finds them: 'package', 'local folder' or 'Hub'; else 'fetch' if that command gets them,
+    # or 'none'
     weights: str
 
 
 def register(commands: Parsers) -> None:
-    """Add the command to the parser."""
     parser = commands.add_parser(
         "list",
         help="the models: size, cost, exact image sizes, where their weights are",

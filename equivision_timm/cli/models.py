@@ -23,23 +23,17 @@ from equivision_timm.data import ImageFolder
 from equivision_timm.errors import InputError
 from equivision_timm.models.pretrained import WeightsError
 
-__all__ = ["Loaded", "check_memory", "check_spec", "find_device", "load", "read_class_map", "short_name", "split_spec"]
+__all__ = ["Loaded", "check_spec", "find_device", "load", "read_class_map", "short_name", "split_spec"]
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model that a command uses.
+    """A model that a command uses."""
 
-    Attributes:
-        spec: as the user typed it.
-        model: in eval mode, with `num_classes`.
-        config: timm's data config, how images are prepared.
-        options: keywords of `create_model` that shaped the model, from its checkpoint and the command line.
-    """
-
-    spec: str
-    model: nn.Module
-    config: dict[str, Any]
+    spec: str  # as the user typed it
+    model: nn.Module  # in eval mode, with `num_classes`
+    config: dict[str, Any]  # timm's data config, how images are prepared
+    # keywords of `create_model` that shaped the model, from its checkpoint and the command line
     options: dict[str, Any]
 
     @property
@@ -72,22 +66,17 @@ class Loaded:
 
     @torch.inference_mode()
     def try_image(self, image: torch.Tensor) -> None:
-        """Compute the logits of one image [C, H, W], to find before the work what the model refuses.
-
-        Raises:
-            InputError: the model does not take it, or returns no logits [1, classes], or NaN.
-        """
+        """Raise InputError, before the work, unless the model computes finite logits of an image [C, H, W]."""
         height, width = image.shape[1:]
         try:
             logits = self.model(image[None])
         except (ValueError, AssertionError, IndexError, TypeError, RuntimeError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
+            if "memory" in str(error):
                 raise
             reason = " ".join(str(error).split()) or type(error).__name__
             raise InputError(f"{self.spec!r} does not take images of {height} x {width} pixels: {reason}") from error
         if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
-            shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-            raise InputError(f"{self.spec!r} returns {shape} for an image, not logits (1, classes): use a classifier")
+            raise InputError(f"{self.spec!r} returns no logits (1, classes) for an image: use a classifier")
         if not logits.isfinite().all():
             raise InputError(f"{self.spec!r} returns NaN or infinity: its weights are damaged, use others")
 
@@ -220,9 +209,10 @@ def _remedy(name: str, checkpoint: str) -> str:
     tags = timm.list_pretrained(f"{architecture}.*")
     if tag and tags and name not in tags:
         return f"Its pretrained tags are {', '.join(tags)}."
-    if tags:
-        return f"Pretrained weights are downloaded once: connect, set HF_ENDPOINT, or give a file, {name}=CHECKPOINT."
-    return f"It has no pretrained weights: give a file, {name}=CHECKPOINT."
+    known = (
+        "Pretrained weights are downloaded once: connect, set HF_ENDPOINT" if tags else "It has no pretrained weights"
+    )
+    return f"{known}; or give a file, {name}=CHECKPOINT."
 
 
 def read_class_map(path: Path) -> list[str]:
@@ -259,14 +249,3 @@ def find_device(name: str | None) -> torch.device:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"--device {name} cannot be used: {reason}; use cpu, or leave it out") from error
     return device
-
-
-def check_memory(images: int, shape: tuple[int, int, int]) -> None:
-    """Raise InputError if a batch of images [C, H, W] exceeds the memory of this machine."""
-    channels, height, width = shape
-    needed = images * channels * height * width * 4
-    if hasattr(os, "sysconf") and needed > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
-        raise InputError(
-            f"{images} images of {height} x {width} pixels are {needed / 1e9:.0f} GB, this machine has "
-            f"{memory / 1e9:.0f} GB of memory: lower --batch-size or --size"
-        )

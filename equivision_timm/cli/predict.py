@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from equivision_timm.cli.models import check_memory, check_spec, find_device, load, read_class_map
+from equivision_timm.cli.models import check_spec, find_device, load, read_class_map
 from equivision_timm.cli.options import Parsers, add_batches, add_class_map, add_model_kwargs, add_size, integer
 from equivision_timm.data import ENDINGS, PictureError, find_pictures, open_rgb, preparation
 from equivision_timm.errors import InputError, check_number, one_line
@@ -24,25 +24,16 @@ __all__ = ["Prediction", "register"]
 
 @dataclass(frozen=True)
 class Prediction:
-    """A row of the result: one class of one image.
+    """A row of the result: one class of one image."""
 
-    Attributes:
-        file: the image.
-        rank: 1 for the most probable class.
-        index: number of the class.
-        name: name of the class; its number if no name is known.
-        probability: between 0 and 1.
-    """
-
-    file: str
-    rank: int
-    index: int
-    name: str
-    probability: float
+    file: str  # the image
+    rank: int  # 1 for the most probable class
+    index: int  # number of the class
+    name: str  # name of the class; its number if no name is known
+    probability: float  # between 0 and 1
 
 
 def register(commands: Parsers) -> None:
-    """Add the command to the parser."""
     parser = commands.add_parser(
         "predict",
         help="the most probable classes of image files",
@@ -73,7 +64,6 @@ def run(args: argparse.Namespace) -> int:
     device = find_device(args.device)
     loaded = load(args.model, args.size, model_kwargs=args.model_kwargs)
     batch_size = min(args.batch_size, len(files))
-    check_memory(batch_size, loaded.input_size)
     loaded.try_image(torch.zeros(loaded.input_size))
     names = loaded.class_names(names)
     check_number("--topk", args.topk, 1, loaded.num_classes)

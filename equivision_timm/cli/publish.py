@@ -12,7 +12,6 @@ __all__ = ["register"]
 
 
 def register(commands: Parsers) -> None:
-    """Add the command to the parser."""
     parser = commands.add_parser(
         "publish",
         help="upload weights to the Hub, or write what would be uploaded",

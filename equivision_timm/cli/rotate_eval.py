@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 import equivision_timm
-from equivision_timm.cli.models import Loaded, check_memory, check_spec, find_device, load
+from equivision_timm.cli.models import Loaded, check_spec, find_device, load
 from equivision_timm.cli.options import Parsers, add_batches, add_model_kwargs, integer, parse_angles
 from equivision_timm.cli.rotate_results import Result, Results, Settings
 from equivision_timm.data import ImageFolder, PictureError, preparation
@@ -46,7 +46,6 @@ __all__ = ["averaged", "in_circle", "measure", "register"]
 
 
 def register(commands: Parsers) -> None:
-    """Add the command to the parser."""
     parser = commands.add_parser(
         "rotate-eval",
         help="measure accuracy against the rotation angle, for any timm models",
@@ -201,7 +200,6 @@ def _try(loaded: Loaded, folder: _Folder, args: argparse.Namespace) -> None:
         _check_classes(loaded, folder, args.class_map)
     if args.by_stage and not (hasattr(loaded.model, "forward_intermediates") and hasattr(loaded.model, "feature_info")):
         raise InputError(f"{loaded.spec!r} has no maps of its stages: leave --by-stage out, or this model")
-    check_memory(min(args.batch_size, len(folder)), loaded.input_size)
     loaded.try_image(torch.zeros(loaded.input_size))
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -74,8 +73,8 @@ def _csv(results: list[Result]) -> bytes:
     for result in results:
         settings, means = result.settings, [result.mean(metric) for metric in metrics]
         for angle, *values in zip(settings.angles, *means, strict=True):
-            key = [_no_formula(settings.model), settings.size, settings.turns, f"{angle:g}", result.images]
-            rows.append([*key, *(f"{value:.6g}" for value in values)])
+            figures = [settings.size, settings.turns, f"{angle:g}", result.images, *(f"{v:.6g}" for v in values)]
+            rows.append([_no_formula(settings.model), *figures])
     return _csv_bytes(rows)
 
 
@@ -83,10 +82,10 @@ def _stages_csv(results: list[Result]) -> bytes:
     """A row per model, size, stage and angle."""
     rows: list[list[Any]] = [["model", "size", "stage", "angle", "images", "error"]]
     for result in results:
+        model, size = _no_formula(result.settings.model), result.settings.size
         for stage in result.stages:
             for angle, error in zip(result.settings.angles, result.stage_errors(stage), strict=True):
-                key = [_no_formula(result.settings.model), result.settings.size, _no_formula(stage)]
-                rows.append([*key, f"{angle:g}", result.images, f"{error:.6g}"])
+                rows.append([model, size, _no_formula(stage), f"{angle:g}", result.images, f"{error:.6g}"])
     return _csv_bytes(rows)
 
 
@@ -170,19 +169,14 @@ def draw_samples(folder: ImageFolder, angles: list[float], corners: str) -> Figu
     figure = Figure(figsize=(1.2 * len(shown), 1.2 * len(pictures) + 0.3), layout="constrained")
     panels = figure.subplots(len(pictures), len(shown), squeeze=False)
     for row, picture in zip(panels, pictures, strict=True):
-        pixels = pil_to_tensor(ImageOps.fit(picture, (_SAMPLE, _SAMPLE)))[None] / 127.5 - 1  # [1, C, H, W]
+        pixels = pil_to_tensor(ImageOps.fit(picture, (_SAMPLE, _SAMPLE)))[None] / 127.5 - 1  # [1, 3, H, W]
         for axes, angle in zip(row, shown, strict=True):
-            axes.imshow(_pixels(rotate(pixels, angle), corners), cmap="gray", vmin=0)
+            image = in_circle(rotate(pixels, angle)) if corners == "circle" else rotate(pixels, angle)
+            axes.imshow((image[0].permute(1, 2, 0).clamp(-1, 1) / 2 + 0.5).numpy())
             axes.set_axis_off()
     for axes, angle in zip(panels[0], shown, strict=True):
         axes.set_title(f"{angle:g}°", fontsize=11)
     return figure
-
-
-def _pixels(image: torch.Tensor, corners: str) -> np.ndarray:
-    """An image [1, C, H, W] in -1 ... 1 as matplotlib draws it, [H, W, C] or [H, W] in 0 ... 1."""
-    image = in_circle(image) if corners == "circle" else image
-    return (image[0].permute(1, 2, 0).squeeze(-1).clamp(-1, 1) / 2 + 0.5).numpy()
 
 
 def _style(index: int, count: int) -> dict[str, Any]:
@@ -240,13 +234,6 @@ td { white-space: nowrap; } thead th { border-bottom: 2px solid #888; }
 .left td { text-align: left; white-space: normal; } .wide { overflow-x: auto; } .note { color: #555; font-size: .9rem; }
 .side { display: flex; flex-wrap: wrap; gap: 1rem 2rem; } .side > section { flex: 1 1 20rem; max-width: 36rem; }
 .names td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 9rem; } summary { cursor: pointer; }
-@media (max-width: 40rem) { /* rows become blocks, with the name of the column before each value */
-  .names thead { display: none; } .names tr { display: block; padding: .5rem 0; border-bottom: 1px solid #ddd; }
-  .names table, .names tbody { display: block; }
-  .names td { display: flex; justify-content: space-between; padding: 0; border: 0; }
-  .names td::before { content: attr(data-column); } .names td:first-child { font-weight: bold; }
-  .names td:first-child::before { content: none; }
-}
 """
 
 
@@ -294,17 +281,16 @@ def _notes(results: list[Result]) -> str:
 
 def _summary(results: list[Result]) -> str:
     main = results[0].metrics()[0]
+    name, both = ("top-1", ["agreement, mean (%)"]) if main == "top1" else ("agreement", [])
     rows = []
     for result in results:
-        values, agreement, drift = result.mean(main), result.mean("agreement"), result.mean("drift")
-        angle = result.settings.angles[int(np.argmin(values))]
-        numbers = [f"{np.mean(values):.2f}", f"{min(values):.2f} (at {angle:g}°)"]
-        numbers += [f"{np.mean(agreement):.2f}"] if main == "top1" else []
-        rows.append([_label(result), str(result.images), *numbers, f"{np.mean(drift):.3g}", f"{max(drift):.3g}"])
-    name = "top-1" if main == "top1" else "agreement"
-    head = ["model", "images", f"{name}, mean (%)", f"{name}, worst (%)"]
-    head += ["agreement, mean (%)"] if main == "top1" else []
-    return _table([*head, "drift, mean", "drift, worst"], rows)
+        values, drift = result.mean(main), result.mean("drift")
+        worst = f"{min(values):.2f} (at {result.settings.angles[int(np.argmin(values))]:g}°)"
+        agreement = [f"{np.mean(result.mean('agreement')):.2f}"] if both else []
+        figures = [f"{np.mean(values):.2f}", worst, *agreement, f"{np.mean(drift):.3g}", f"{max(drift):.3g}"]
+        rows.append([_label(result), str(result.images), *figures])
+    head = ["model", "images", f"{name}, mean (%)", f"{name}, worst (%)", *both, "drift, mean", "drift, worst"]
+    return _table(head, rows)
 
 
 def _by_angle(results: list[Result], metric: str) -> str:
@@ -345,23 +331,16 @@ nothing in common with the rotated map.</p>
 
 def _origins(results: list[Result]) -> str:
     """The commands, days, versions and weights of the figures."""
-    origins: dict[tuple[str, str, str], list[list[str]]] = {}
-    for result in results:
-        weights = [f"weights (SHA-256) of {_label(result)}", result.settings.weights]
-        origins.setdefault((result.command, result.date, result.versions), []).append(weights)
     tables = []
-    for origin, weights in origins.items():
-        rows = [*zip(("command", "date", "versions"), map(one_line, origin), strict=True), *weights]
-        tables.append(f'<div class="left">{_table([], list(map(list, rows)))}</div>')
+    for origin in dict.fromkeys((result.command, result.date, result.versions) for result in results):
+        rows = [list(row) for row in zip(("command", "date", "versions"), map(one_line, origin), strict=True)]
+        measured = [result for result in results if (result.command, result.date, result.versions) == origin]
+        rows += [[f"weights (SHA-256) of {_label(result)}", result.settings.weights] for result in measured]
+        tables.append(f'<div class="left">{_table([], rows)}</div>')
     return "<br>".join(tables)
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
-    def row(cells: list[str]) -> str:
-        """Cells with the names of their columns, which a narrow page writes before them."""
-        names = [f' data-column="{html.escape(name)}"' for name in head] or [""] * len(cells)
-        pairs = zip(names, cells, strict=True)
-        return "<tr>" + "".join(f"<td{name}>{html.escape(cell)}</td>" for name, cell in pairs) + "</tr>"
-
     top = f"<thead><tr>{''.join(f'<th>{html.escape(name)}</th>' for name in head)}</tr></thead>" if head else ""
-    return f"<table>{top}<tbody>{''.join(map(row, rows))}</tbody></table>"
+    body = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
+    return f"<table>{top}<tbody>{''.join(f'<tr>{cells}</tr>' for cells in body)}</tbody></table>"

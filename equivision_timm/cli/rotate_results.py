@@ -23,39 +23,24 @@ class Settings:
 
     Results in one folder, hence in one report, agree in the fields up to `by_stage`; of one model at one size with so
     many turns there is one result.
-
-    Attributes:
-        data: name of the folder of images.
-        images: SHA-256 of the names and contents of its files.
-        targets: SHA-256 of their classes; '' without labels.
-        files: their number.
-        angles: in degrees, counter-clockwise.
-        corners: 'reflect': the image is reflected at its border; 'circle': at every angle, zero included, only the
-            inscribed circle is shown, on the mean colour.
-        precision: 'float32', or the type of mixed precision.
-        by_stage: whether the feature maps of each stage are measured.
-        model: its spec.
-        size: side of the images in pixels.
-        turns: the logits are averaged over so many rotations of each image, 360 / turns degrees apart.
-        weights: SHA-256 of the model's tensors.
-        options: keywords with which the model was created.
-        preparation: timm's data config: mean, std, crop, interpolation.
     """
 
-    data: str
-    images: str
-    targets: str
-    files: int
-    angles: list[float]
+    data: str  # name of the folder of images
+    images: str  # SHA-256 of the names and contents of its files
+    targets: str  # SHA-256 of their classes; '' without labels
+    files: int  # their number
+    angles: list[float]  # in degrees, counter-clockwise
+    # 'reflect': the image is reflected at its border; 'circle': at every angle, zero included, only the inscribed
+    # circle is shown, on the mean colour
     corners: str
-    precision: str
-    by_stage: bool
-    model: str = ""
-    size: int = 0
-    turns: int = 1
-    weights: str = ""
-    options: dict[str, Any] = field(default_factory=dict)
-    preparation: dict[str, Any] = field(default_factory=dict)
+    precision: str  # 'float32', or the type of mixed precision
+    by_stage: bool  # whether the feature maps of each stage are measured
+    model: str = ""  # its spec
+    size: int = 0  # side of the images in pixels
+    turns: int = 1  # the logits are averaged over so many rotations of each image, 360 / turns degrees apart
+    weights: str = ""  # SHA-256 of the model's tensors
+    options: dict[str, Any] = field(default_factory=dict)  # keywords with which the model was created
+    preparation: dict[str, Any] = field(default_factory=dict)  # timm's data config: mean, std, crop, interpolation
 
     def plain(self) -> dict[str, Any]:
         """As JSON has it: lists for tuples."""
@@ -79,29 +64,19 @@ class Settings:
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured so far under some settings: sums over the images, an entry per angle.
+    """What was measured so far under some settings: sums over the images, an entry per angle."""
 
-    Attributes:
-        settings: the key.
-        position: number of files taken.
-        images: number of images measured.
-        unreadable: names of the other files.
-        sums: for each of `METRICS` the sum over the images, by angle; without labels no top1 and top5.
-        stages: for each stage the sum of its errors, by angle; empty unless measured.
-        command: what the user typed.
-        versions: of the libraries, and the device.
-        date: of the last batch.
-    """
-
-    settings: Settings
-    position: int = 0
-    images: int = 0
-    unreadable: list[str] = field(default_factory=list)
+    settings: Settings  # the key
+    position: int = 0  # number of files taken
+    images: int = 0  # number of images measured
+    unreadable: list[str] = field(default_factory=list)  # names of the other files
+    # for each of `METRICS` the sum over the images, by angle; without labels no top1 and top5
     sums: dict[str, list[float]] = field(default_factory=dict)
+    # for each stage the sum of its errors, by angle; empty unless measured
     stages: dict[str, list[float]] = field(default_factory=dict)
-    command: str = ""
-    versions: str = ""
-    date: str = ""
+    command: str = ""  # what the user typed
+    versions: str = ""  # of the libraries, and the device
+    date: str = ""  # of the last batch
 
     def add(self, images: int, unreadable: list[str], sums: dict, stages: dict) -> "Result":
         """The result after one more batch."""

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from equivision_timm.cli.models import Loaded, check_memory, check_spec, load, short_name
+from equivision_timm.cli.models import Loaded, check_spec, load, short_name
 from equivision_timm.cli.options import Parsers, add_model_kwargs, add_size, integer, parse_angles
 from equivision_timm.data import PictureError, open_rgb, preparation
 from equivision_timm.errors import InputError, one_line, shortened
@@ -43,7 +43,6 @@ _WIDEST = 160  # inches; WebP holds 16383 pixels
 
 
 def register(commands: Parsers) -> None:
-    """Add the command to the parser."""
     parser = commands.add_parser(
         "show", help="one picture: an image at several angles, the predictions, and the feature maps"
     )
@@ -84,7 +83,6 @@ def run(args: argparse.Namespace) -> int:
     blocks: list[list[_Column]] = []
     for spec in models:
         loaded = load(spec, args.size, args.num_classes, args.model_kwargs)
-        check_memory(len(angles), loaded.input_size)
         blocks.append(_measure(loaded, preparation(loaded.config)(picture), angles, args.level))
     most = max(_LEAST, *(column.difference.max() for columns in blocks for column in columns))
     with plain_text():
@@ -121,25 +119,15 @@ def map_error(rotated_back: torch.Tensor, upright: torch.Tensor) -> float:
 
 @dataclass(frozen=True)
 class _Column:
-    """One model at one angle.
+    """One model at one angle."""
 
-    Attributes:
-        title: the angle and the prediction.
-        image: the rotated image, [H, W, C] or [H, W].
-        map: its feature map, [h, w].
-        returned: the map rotated back, masked outside the circle.
-        difference: from the upright map, relative to its range, masked outside the circle.
-        error: see `map_error`.
-        limits: smallest and largest value of the upright map.
-    """
-
-    title: str
-    image: np.ndarray
-    map: np.ndarray
-    returned: np.ma.MaskedArray
-    difference: np.ma.MaskedArray
-    error: float
-    limits: tuple[float, float]
+    title: str  # the angle and the prediction
+    image: np.ndarray  # the rotated image, [H, W, C] or [H, W]
+    map: np.ndarray  # its feature map, [h, w]
+    returned: np.ma.MaskedArray  # the map rotated back, masked outside the circle
+    difference: np.ma.MaskedArray  # from the upright map, relative to its range, masked outside the circle
+    error: float  # see `map_error`
+    limits: tuple[float, float]  # smallest and largest value of the upright map
 
 
 @torch.inference_mode()

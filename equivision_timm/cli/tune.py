@@ -380,7 +380,6 @@ def run(name: str, size: int | None, device: str | None, **options: Any) -> None
 
 
 def register(commands: Parsers) -> None:
-    """Add the command to the parser."""
     parser = commands.add_parser(
         "tune",
         help="measure which strategy of convolution is fastest here, layer by layer",

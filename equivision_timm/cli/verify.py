@@ -12,7 +12,6 @@ __all__ = ["register"]
 
 
 def register(commands: Parsers) -> None:
-    """Add the command to the parser."""
     parser = commands.add_parser(
         "verify",
         help="check weights: hash, origin, values, equivariance, statistics, accuracy",
