@@ -10,7 +10,7 @@ from pathlib import Path
 
 from equivision_timm.errors import InputError
 
-__all__ = ["cache_folder", "check_writable", "file_sha256", "sync_folder", "write_file"]
+__all__ = ["cache_folder", "check_writable", "file_sha256", "write_file"]
 
 
 def cache_folder() -> Path:
@@ -77,13 +77,3 @@ def write_file(path: Path, content: bytes) -> None:
         raise OSError(f"cannot write {path}: {error.strerror}; the old file, if any, is unchanged") from error
     finally:
         partial.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make new names in a folder survive a power cut; only POSIX can open folders."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -14,7 +14,6 @@ PACKAGE = Path(equivision_timm.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     "errors",
-    "arguments",
     "files",
     "groups",
     "constants",
@@ -26,7 +25,6 @@ ORDER = (
     "models",
     "data",
     "rotation",
-    "images",
     "weights",
     "cli",
 )

@@ -10,10 +10,10 @@ import torch.multiprocessing as mp
 from support.ranks import tune_in_group
 
 import equivision_timm  # noqa: F401  registers the models
-from equivision_timm.arguments import InputError
 from equivision_timm.cli import tune as tune_module
 from equivision_timm.cli.main import main
 from equivision_timm.cli.tune import Setting, measure
+from equivision_timm.errors import InputError
 from equivision_timm.kernels import Kernel
 from equivision_timm.layers import SteerableConv2d
 from equivision_timm.layers.strategies import STRATEGIES, Layer, auto, measured

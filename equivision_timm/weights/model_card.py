@@ -19,7 +19,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from equivision_timm.errors import one_line
 from equivision_timm.groups import Group
 from equivision_timm.models import EquivariantBackbone, EquivariantViT
-from equivision_timm.models.attributes import attribute
 from equivision_timm.models.variants import create
 from equivision_timm.weights.released import Released, released
 
@@ -38,7 +37,7 @@ def model_card(model_name: str, repository: str, provenance: dict[str, str], has
     entry = released().get(model_name)  # None: the package's own weights
     arguments: dict[str, Any] = {} if has_classifier else {"num_classes": 0}
     model = create(model_name, EquivariantBackbone, EquivariantViT, device="meta", **arguments).eval()
-    cfg = attribute(model, "pretrained_cfg", dict)
+    cfg: Any = model.pretrained_cfg
     cost_size = cfg["input_size"][-1]
     parameters, gmacs = complexity(model_name, cost_size, **arguments)
     size = model.exact_sizes(cost_size)[1]

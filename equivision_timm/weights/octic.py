@@ -7,7 +7,6 @@ have the channels last. DINOv2 files also hold the heads of the self-supervised 
 
 import torch
 
-from equivision_timm.models.attributes import attribute
 from equivision_timm.models.equivariant_vit import VARIANTS, EquivariantViT
 from equivision_timm.models.pretrained import WeightsError
 from equivision_timm.models.variants import create
@@ -78,7 +77,7 @@ def translate_to(model: EquivariantViT, state_dict: dict[str, torch.Tensor]) -> 
         if source.take(name).any():
             raise WeightsError(f"{name} is not zero: this class token is not invariant")
     source.left = {name: value for name, value in source.left.items() if not name.startswith("mask_token.")}
-    heads = attribute(model.blocks[0].get_submodule("attn"), "num_heads", int)
+    heads: Any = model.blocks[0].get_submodule("attn").num_heads
     for index in range(len(model.blocks)):
         if index < model.equivariant_depth:
             _equivariant_block(source, found, f"blocks.{index}", heads)

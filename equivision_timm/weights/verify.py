@@ -18,7 +18,6 @@ from equivision_timm.errors import one_line
 from equivision_timm.files import file_sha256
 from equivision_timm.groups import Group
 from equivision_timm.models import EquivariantBackbone, EquivariantResNet, EquivariantViT
-from equivision_timm.models.attributes import attribute
 from equivision_timm.models.tensor_hash import TENSORS_SHA256, hash_tensors
 from equivision_timm.models.variants import create
 from equivision_timm.testing import equivariance_error
@@ -101,7 +100,7 @@ def _origin(loaded: Loaded) -> Iterator[Check]:
 
 def _preprocessing(loaded: Loaded) -> Iterator[Check]:
     """Preprocessing in the config; that of converted weights is known."""
-    found = resolve_data_config({}, pretrained_cfg=attribute(loaded.model, "pretrained_cfg", dict))
+    found = resolve_data_config({}, pretrained_cfg=loaded.model.pretrained_cfg)  # type: ignore[arg-type]
     known = resolve_data_config({}, pretrained_cfg=resolve_pretrained_cfg(loaded.name).to_dict())
     differ = [f"{key} {found[key]}" for key in known if _listed(found[key]) != _listed(known[key])]
     is_converted = "source_sha256" in loaded.provenance
@@ -219,7 +218,7 @@ def _accuracy(model: EquivariantBackbone | EquivariantViT, data: str | Path) -> 
         for batch, labels in tqdm(loader, desc="accuracy"):
             for meter, value in zip(meters, accuracy(model(batch), labels, topk=(1, 5)), strict=True):
                 meter.update(value.item(), len(labels))
-    reported = released().get(attribute(model, "pretrained_cfg", dict)["architecture"])
+    reported = released().get(model.pretrained_cfg["architecture"])
     for name, meter in zip(("top-1", "top-5"), meters, strict=True):
         expected = reported.reported.get(name.replace("-", "")) if reported else None
         finding, ok = f"{meter.avg:.2f} % of {meter.count} images", None
