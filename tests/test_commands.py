@@ -109,7 +109,7 @@ BAD = [
     (["list", "c8resnet18", "--near", "0"], "--near"),
     (["list", "c8resnet18", "--near", "5"], "--near 5 is not possible for c8resnet18"),
     (["verify", "best.pth.tar"], "validate.py --model NAME --checkpoint best.pth.tar.*convert best.pth.tar"),
-    (["convert", "other.pth", "--model", "resnet18", "--out", "out"], "no model of this package"),
+    (["convert", "other.pth", "--model", "resnet18", "--out", "out"], "model of this package"),
 ]
 
 
