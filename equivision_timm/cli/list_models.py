@@ -5,25 +5,19 @@ import difflib
 import fnmatch
 import json
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import timm
 import torch
+import torch.nn as nn
 from timm.models import resolve_pretrained_cfg
+from timm.utils import reparameterize_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from equivision_timm.cli.options import Parsers, integer
 from equivision_timm.errors import InputError
-from equivision_timm.models import (
-    Canonicalized,
-    EquivariantBackbone,
-    EquivariantViT,
-    OrientationNet,
-    Symmetrized,
-    model_names,
-)
+from equivision_timm.models import Canonicalized, Symmetrized, model_names
 from equivision_timm.models.pretrained import PUBLISHED, WEIGHTS_FILE, local_folder
-from equivision_timm.models.variants import create, family_of
-from equivision_timm.weights.model_card import complexity
 from equivision_timm.weights.released import released
 
 __all__ = ["Row", "list_models", "register"]
@@ -37,7 +31,7 @@ class Row:
     group: str  # for example 'c8'
     fields: int  # number of regular fields of the stem
     parameters: int  # their number
-    gmacs: float  # 10^9 multiply-accumulates of one image, by PyTorch's flop counter, see `complexity`
+    gmacs: float  # 10^9 multiply-accumulates of one image, by PyTorch's flop counter, with expanded filters
     size: int  # side of that image in pixels, the model's own
     exact_sizes: tuple[int, int]  # the largest exact size up to `--near`, and the smallest from there on
     # where `pretrained=True` finds them: 'package', 'local folder' or 'Hub'; else 'fetch' if that command gets them,
@@ -81,49 +75,43 @@ def list_models(pattern: str = "*", near: int = 224) -> list[Row]:
 
 
 def _row(name: str, near: int) -> Row:
-    if issubclass(family_of(name), (Symmetrized, Canonicalized, OrientationNet)):
-        return _adapted_row(name, near)
-    model = create(name, EquivariantBackbone, EquivariantViT, device="meta")
-    size = model.pretrained_cfg["input_size"][-1]  # type: ignore[index]
+    with torch.device("meta"):
+        model: Any = timm.create_model(name).eval().requires_grad_(False)
+    size = model.pretrained_cfg["input_size"][-1]
     try:
-        exact = model.exact_sizes(near)
+        exact = model.exact_sizes(near) if hasattr(model, "exact_sizes") else (near, near)  # adapted models: all sizes
     except ValueError as error:
         raise InputError(f"--near {near} is not possible for {name}: {error}") from error
-    parameters, gmacs = complexity(name, size)
-    fields = model.feature_info[0]["num_fields"]
+    fields = model.feature_info[0]["num_fields"] if hasattr(model, "feature_info") else 1
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    networks = [(model, 1)]
+    if isinstance(model, Symmetrized):  # the backbone runs once for each element of the group
+        networks = [(model.backbone, model.order)]
+    elif isinstance(model, Canonicalized):
+        networks = [(model.backbone, 1), (model.orientation, 1)]
+    gmacs = sum(times * _gmacs(network, model.in_chans, size) for network, times in networks)
     return Row(name, model.group, fields, parameters, gmacs, size, exact, _place(name))
 
 
-def _adapted_row(name: str, near: int) -> Row:
-    """Every size is exact; the cost of a model of timm counts once for each view."""
-    with torch.device("meta"), torch.no_grad():
-        model = timm.create_model(name).eval()
-        size = model.pretrained_cfg["input_size"][-1]
-        networks = [(model, 1)]
-        if isinstance(model, Symmetrized):
-            networks = [(model.backbone, model.order)]
-        elif isinstance(model, Canonicalized):
-            networks = [(model.backbone, 1), (model.orientation, 1)]
-        operations = 0
-        for network, times in networks:
-            with FlopCounterMode(display=False) as counter:
-                network.requires_grad_(False)(torch.empty(1, model.in_chans, size, size))
-            operations += times * counter.get_total_flops()
-    fields = model.feature_info[0]["num_fields"] if hasattr(model, "feature_info") else 1
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    cfg = resolve_pretrained_cfg(name)
-    weights = f"timm's Hub, {cfg.license}" if cfg.hf_hub_id else _place(name)
-    return Row(name, model.group, fields, parameters, operations / 2e9, size, (near, near), weights)
+def _gmacs(network: nn.Module, channels: int, size: int) -> float:
+    """10^9 multiply-accumulates of one image, with expanded filters; the network, on the meta device, is used up."""
+    plain = reparameterize_model(network, inplace=True)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        plain(torch.empty(1, channels, size, size, device="meta"))
+    return counter.get_total_flops() / 2e9
 
 
 def _place(name: str) -> str:
     """Where `create_model(name, pretrained=True)` looks, in its order."""
-    if resolve_pretrained_cfg(name).file:
+    cfg = resolve_pretrained_cfg(name)
+    if cfg.file:
         return "package"
     if (local_folder(name) / WEIGHTS_FILE).is_file():
         return "local folder"
     if name in PUBLISHED:
         return "Hub"
+    if cfg.hf_hub_id:  # of a model of timm, whose weights are adapted
+        return f"timm's Hub, {cfg.license}"
     return "fetch" if name in released() else "none"
 
 
