@@ -121,20 +121,25 @@ class OrientedFolder(RotatedFolder):
 
     Args:
         rotations: N.
+        spread: the largest distance from a rotation of the group, in degrees; None for 180 / N, so any angle.
     """
 
-    def __init__(self, root: str | Path, split: str, training: bool, rotations: int, **options: Any) -> None:
+    def __init__(
+        self, root: str | Path, split: str, training: bool, rotations: int, spread: float | None = None, **options: Any
+    ) -> None:
         super().__init__(root, split, training, **options)
         self.rotations = rotations
+        self.spread = 180 / rotations if spread is None else spread
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image = self.picture(index)
-        angle = 360 * (torch.rand(()).item() if self.training else np.random.default_rng(index).random())
-        if self.training and torch.rand(()) < 0.5:
+        draw = torch.rand(3).numpy() if self.training else np.random.default_rng(index).random(3)
+        target = int(draw[0] * self.rotations)
+        angle = 360 * target / self.rotations + self.spread * float(2 * draw[1] - 1)
+        if self.training and draw[2] < 0.5:
             image = ImageOps.mirror(image)
         image = rotate_image(image, angle)
-        image = image if self.transform is None else self.transform(image)
-        return image, round(angle * self.rotations / 360) % self.rotations
+        return image if self.transform is None else self.transform(image), target
 
 
 def _create(root: str, train: bool, download: bool = False, kind: Any = RotatedFolder, **options: Any) -> ImageFolder:
@@ -153,5 +158,8 @@ def _create(root: str, train: bool, download: bool = False, kind: Any = RotatedF
 _NAMES: dict[str, Any] = _TORCH_BASIC_DS
 _NAMES["rotated_folder"] = _create
 _NAMES.update({f"rotated_folder_{limit}": partial(_create, limit=limit) for limit in LIMITS})
-_NAMES.update({f"oriented_folder_c{n}": partial(_create, kind=OrientedFolder, rotations=n) for n in (4, 8)})
+for _n in (4, 8):
+    _oriented = partial(_create, kind=OrientedFolder, rotations=_n)
+    _NAMES[f"oriented_folder_c{_n}"] = _oriented
+    _NAMES[f"oriented_folder_c{_n}_15"] = partial(_oriented, spread=15)
 _NAMES["oriented_folder"] = _NAMES["oriented_folder_c4"]

