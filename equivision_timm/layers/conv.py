@@ -2,7 +2,7 @@
 
 import copy
 import math
-from functools import partial
+from functools import lru_cache, partial
 from typing import ClassVar
 
 import torch
@@ -33,13 +33,6 @@ def steerable_conv2d(
         ValueError: x has another shape than the coefficients need; or the strategy cannot compute this layer.
         RuntimeError: x and `weight` differ in type or device; or the strategy cannot be differentiated in this way.
     """
-    kernels, (out_fields, in_fields) = named_kernel(kernel), weight.shape[:2]
-    channels = in_fields * (group_order(kernels.group) if kernels.input_type == "regular" else 1)
-    if has_sizes(x) and (x.ndim != 4 or x.shape[1] != channels or x.shape[2] == 0 or x.shape[3] == 0):
-        raise ValueError(
-            f"a convolution of {in_fields} fields takes [B, {channels}, H, W], at least 1 x 1 pixels, but got "
-            f"{list(x.shape)}"
-        )
     if not x.is_meta and torch.is_autocast_enabled(x.device.type) and weight.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     elif x.dtype != weight.dtype or x.device != weight.device:  # nothing below would notice
@@ -48,9 +41,16 @@ def steerable_conv2d(
             "type and device: convert one of them with .to()"
         )
     plain, exported = needs_plain_operations(x, weight), leaves_python()
-    dense_last = x.device.type == "cpu" or x.is_contiguous(memory_format=torch.channels_last) if not plain else False
-    memory_format = torch.channels_last if dense_last and not exported else torch.contiguous_format
-    layer = Layer(kernels, in_fields, out_fields, stride, dilation, x.dtype, x.device, memory_format)
+    last = not plain and not exported and (x.device.type == "cpu" or x.is_contiguous(memory_format=torch.channels_last))
+    memory_format = torch.channels_last if last else torch.contiguous_format
+    describe = Layer if torch.compiler.is_compiling() else _cached_layer
+    fields = weight.shape[1], weight.shape[0]
+    layer = describe(named_kernel(kernel), *fields, stride, dilation, x.dtype, x.device, memory_format)
+    if has_sizes(x) and (x.ndim != 4 or x.shape[1] != layer.in_channels or x.shape[2] == 0 or x.shape[3] == 0):
+        raise ValueError(
+            f"a convolution of {layer.in_fields} fields takes [B, {layer.in_channels}, H, W], at least 1 x 1 pixels, "
+            f"but got {list(x.shape)}"
+        )
     if exported or (plain and strategy == "auto"):
         strategy = "expand"
     elif strategy == "auto":
@@ -62,6 +62,9 @@ def steerable_conv2d(
             "tensors with operations of their own: use 'auto', 'block_diagonal' or 'expand'"
         )
     return STRATEGIES[strategy].conv2d(x, weight, layer)
+
+
+_cached_layer = lru_cache(maxsize=4096)(Layer)
 
 
 class SteerableConv2d(nn.Module):
@@ -122,6 +125,7 @@ class SteerableConv2d(nn.Module):
         self.in_fields = in_fields
         self.out_fields = out_fields
         self.kernel: Kernel = Kernel(group, kernel_size, input_type, cutoff, low_pass)
+        self.kernel_name: str = self.kernel.name
         self.stride = stride
         self.dilation = dilation
         self.padding: int = dilation * (kernel_size // 2)
@@ -182,7 +186,7 @@ class SteerableConv2d(nn.Module):
         if torch.jit.is_scripting():
             filters = expand.expand_filter(self.weight, self._basis.to(self.weight))
             return F.conv2d(x, filters, None, self.stride, self.padding, self.dilation)
-        return steerable_conv2d(x, self.weight, self.kernel.name, self.stride, self.dilation, self.strategy)
+        return steerable_conv2d(x, self.weight, self.kernel_name, self.stride, self.dilation, self.strategy)
 
     @torch.jit.unused
     def fuse(self) -> nn.Module:

@@ -8,8 +8,7 @@ import torch.nn as nn
 from timm.layers import BatchNormAct2d
 from timm.utils import ModelEmaV3
 
-from equivision_timm.layers.field_batch_norm import field_batch_norm, field_batch_norm_by_definition
-from equivision_timm.layers.norm import FieldBatchNorm2d, FieldNorm
+from equivision_timm.layers.norm import FieldBatchNorm2d, FieldNorm, field_batch_norm, field_batch_norm_by_definition
 
 LAST = torch.channels_last
 FIELDS = 5

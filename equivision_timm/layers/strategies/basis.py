@@ -1,12 +1,14 @@
 """The constants that a strategy multiplies coefficients or maps with, of the type and on the device it needs."""
 
+from functools import cache
+
 import torch
 
 from equivision_timm.constants import constant, constant_like
 from equivision_timm.irreps_basis import block_coefficients, load_irreps_basis
 from equivision_timm.kernel_basis import sample_kernels
 from equivision_timm.kernels import Kernel
-from equivision_timm.layers.strategies.context import leaves_python
+from equivision_timm.layers.strategies.context import FakeTensor, leaves_python
 
 __all__ = ["basis_for", "block_counts", "block_shapes", "lifting_filter", "named_kernel"]
 
@@ -29,7 +31,9 @@ def basis_for(like: torch.Tensor, kernel: str, form: str) -> torch.Tensor:
     """
     if torch.compiler.is_dynamo_compiling() and not leaves_python():  # as a node of the graph, on every device
         return torch.ops.equivision_timm.kernel_basis(like.detach(), kernel, form)
-    return constant_like(like, _basis, kernel, form)
+    if isinstance(like, FakeTensor) or torch.compiler.is_compiling():
+        return constant_like(like, _basis, kernel, form)
+    return _cached_basis(kernel, form, like.dtype, like.device)
 
 
 def lifting_filter(kernel: Kernel) -> torch.Tensor:
@@ -62,6 +66,9 @@ def _basis(kernel: str, form: str, dtype: torch.dtype, device: torch.device) -> 
         return block_coefficients(kernels, dtype, device)
     exact = lifting_filter(kernels) if form == "lifting" else load_irreps_basis(kernels).fourier
     return exact.to(device, dtype)
+
+
+_cached_basis = cache(_basis)
 
 
 @constant

@@ -11,7 +11,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-__all__ = ["has_sizes", "is_channels_last", "leaves_python", "needs_plain_operations"]
+__all__ = ["FakeTensor", "has_sizes", "is_channels_last", "leaves_python", "needs_plain_operations"]
 
 
 def has_sizes(x: torch.Tensor) -> bool:
@@ -51,6 +51,6 @@ def needs_plain_operations(*tensors: torch.Tensor) -> bool:
 @torch.jit.unused
 def is_channels_last(x: torch.Tensor) -> bool:
     """Whether x [B, C, H, W] is in the channels-last format and not contiguous; False where that cannot be asked."""
-    if not isinstance(x, torch.Tensor) or leaves_python() or needs_plain_operations(x):
+    if not isinstance(x, torch.Tensor) or leaves_python() or x.is_contiguous() or needs_plain_operations(x):
         return False
-    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return x.is_contiguous(memory_format=torch.channels_last)

@@ -37,16 +37,15 @@ def pack(weights: torch.Tensor, kernel: str, transposed: bool = False) -> torch.
     """
     weights = _readable(weights)
     entries, out_fields, in_fields = weights.shape
-    plan = _plan(kernel, weights.dtype)
-    if entries != plan.entries:
+    call = _call(kernel, weights.dtype, out_fields, in_fields)
+    if entries != call.layer.n_entries:
         raise ValueError(
-            f"the block weights of {kernel!r} are [{plan.entries}, O, I], but got {list(weights.shape)}: "
+            f"the block weights of {kernel!r} are [{call.layer.n_entries}, O, I], but got {list(weights.shape)}: "
             "make them with `block_weights`"
         )
-    layer = CLayer(order=plan.order, in_fields=in_fields, out_fields=out_fields, **plan.blocks)
-    packed = weights.new_empty(_packed_size(layer, weights.dtype, transposed))
-    _run("pack", layer, {"weights": weights, "transposed": int(transposed), "packed": packed}, {})
-    return packed.view(-1, library(weights.dtype).tile_rows())
+    packed = weights.new_empty(call.packed_transposed if transposed else call.packed)
+    _run("pack", call.layer, {"weights": weights, "transposed": int(transposed), "packed": packed}, {})
+    return packed.view(-1, call.tile_rows)
 
 
 def pack_coefficients(weight: torch.Tensor, kernel: str) -> torch.Tensor:
@@ -57,13 +56,12 @@ def pack_coefficients(weight: torch.Tensor, kernel: str) -> torch.Tensor:
     """
     weight = _readable(weight)
     out_fields, in_fields, n_basis = weight.shape[:3]
-    plan = _plan(kernel, weight.dtype)
-    if n_basis != plan.maps["n_basis"]:
-        raise ValueError(f"{kernel!r} has {plan.maps['n_basis']} coefficients, but got {list(weight.shape)}")
-    layer = CLayer(order=plan.order, in_fields=in_fields, out_fields=out_fields, **plan.blocks, **plan.maps)
-    packed = weight.new_empty(_packed_size(layer, weight.dtype, False))
-    _run("pack_coefficients", layer, {"weights": weight, "packed": packed}, {})
-    return packed.view(-1, library(weight.dtype).tile_rows())
+    call = _call(kernel, weight.dtype, out_fields, in_fields)
+    if n_basis != call.layer.n_basis:
+        raise ValueError(f"{kernel!r} has {call.layer.n_basis} coefficients, but got {list(weight.shape)}")
+    packed = weight.new_empty(call.packed)
+    _run("pack_coefficients", call.layer, {"weights": weight, "packed": packed}, {})
+    return packed.view(-1, call.tile_rows)
 
 
 def unpack(packed: torch.Tensor, kernel: str, out_fields: int) -> torch.Tensor:
@@ -109,19 +107,18 @@ def forward(
         ValueError: a shape that does not fit, or weights packed for another processor.
     """
     dtype, x = x.dtype, _readable(x)
-    tile = library(x.dtype).tile_rows()
-    if packed.shape[1] != tile:
+    call = _call_for(kernel, x.dtype, out_fields, stride, dilation, *x.shape, torch.get_num_threads())
+    if packed.shape[1] != call.tile_rows:
         raise ValueError(
-            f"weights packed in tiles of {packed.shape[1]} rows cannot be used on this processor, which has {tile}: "
-            "call `fuse` on the machine that runs the model"
+            f"weights packed in tiles of {packed.shape[1]} rows cannot be used on this processor, which has "
+            f"{call.tile_rows}: call `fuse` on the machine that runs the model"
         )
-    layer, shape = _geometry(kernel, x.dtype, out_fields, stride, dilation, *x.shape, torch.get_num_threads())
-    y = x.new_empty(shape)
+    y = x.new_empty(call.shape)
     if shortcut is not None:
-        shortcut = shortcut.to(x.dtype).expand(shape).resolve_neg().contiguous()
-    sizes = {"packed": _packed_size(layer, x.dtype, False), "bias": out_fields, "shortcut": y.numel()}
+        shortcut = shortcut.to(x.dtype).expand(call.shape).resolve_neg().contiguous()
+    sizes = {"packed": call.packed, "bias": out_fields, "shortcut": y.numel()}
     tensors = {"x": x, "packed": packed, "bias": bias, "shortcut": shortcut, "relu": int(relu), "y": y}
-    _run("forward", layer, tensors, sizes)
+    _run("forward", call.layer, tensors, sizes)
     return y.to(dtype)
 
 
@@ -139,16 +136,16 @@ def backward(
     dtype = x.dtype
     grad, x, weights = _readable(grad), _readable(x), _readable(weights)
     threads = torch.get_num_threads()
-    layer, shape = _geometry(kernel, x.dtype, weights.shape[1], stride, dilation, *x.shape, threads)
+    call = _call_for(kernel, x.dtype, weights.shape[1], stride, dilation, *x.shape, threads)
     packed = dx = sums = dw = None
     if for_x:
         packed, dx = pack(weights, kernel, transposed=True), x.new_empty(x.shape)
     if for_weights:
-        sums = x.new_empty(threads, library(x.dtype).sums_size(ctypes.byref(layer)))
+        sums = x.new_empty(threads, call.sums)
         dw = weights.new_empty(weights.shape)
-    sizes = {"dy": math.prod(shape), "packed": _packed_size(layer, x.dtype, True)}
+    sizes = {"dy": math.prod(call.shape), "packed": call.packed_transposed}
     tensors = {"dy": grad, "x": x, "packed": packed, "dx": dx, "sums": sums, "dw": dw}
-    _run("backward", layer, tensors, sizes)
+    _run("backward", call.layer, tensors, sizes)
     empty = x.new_empty(0, dtype=dtype)
     return empty if dx is None else dx.to(dtype), empty.clone() if dw is None else dw.to(dtype)
 
@@ -162,20 +159,14 @@ def _tiles(rows: int, tile: int) -> int:
     return -(-rows // tile)
 
 
-def _packed_size(layer: CLayer, dtype: torch.dtype, transposed: bool) -> int:
-    return library(dtype).packed_size(ctypes.byref(layer), ctypes.c_long(transposed))
-
-
 @dataclass(frozen=True)
 class _Plan:
     """The fields of `CLayer` that the kernels determine, and the tensors whose addresses are among them."""
 
     order: int
-    entries: int
     functions: int
     sizes: tuple[int, ...]
-    blocks: dict[str, int]
-    maps: dict[str, int | CSparse]
+    fields: dict[str, int | CSparse]
     tensors: list[torch.Tensor]
 
 
@@ -195,19 +186,16 @@ def _plan(name: str, dtype: torch.dtype) -> _Plan:
         return CSparse(address(starts), address(columns), address(matrix[rows, columns].to(dtype)))
 
     sizes, copies = zip(*basis.blocks, strict=True)
-    blocks = {"n_blocks": len(sizes), "functions": len(basis.functions)}
-    blocks |= {
-        "sizes": address(torch.tensor(sizes, device="cpu")),
-        "copies": address(torch.tensor(copies, device="cpu")),
-    }
     fourier, terms = basis.fourier.to(dtype), _terms(basis, _sums_of_neighbours(kernel))
-    maps = {"kernel_size": kernel.size, "low_pass": int(_is_blurred(kernel))}
-    maps |= {"fourier": address(fourier), "fourier_transposed": address(fourier.T)}
-    maps |= {"terms": sparse(terms), "terms_transposed": sparse(terms.T.contiguous())}
-    n_basis, entries = basis.coefficients.shape
-    coefficients = torch.where(basis.coefficients.abs() < 1e-12, 0.0, basis.coefficients)
-    maps |= {"n_basis": n_basis, "n_entries": entries, "entries": sparse(coefficients.T.contiguous())}
-    return _Plan(len(fourier), entries, len(basis.functions), sizes, blocks, maps, tensors)
+    n_basis, n_entries = basis.coefficients.shape
+    entries = torch.where(basis.coefficients.abs() < 1e-12, 0.0, basis.coefficients).T.contiguous()
+    fields: dict[str, int | CSparse] = {"order": len(fourier), "kernel_size": kernel.size}
+    fields |= {"n_blocks": len(sizes), "functions": len(basis.functions), "n_basis": n_basis, "n_entries": n_entries}
+    fields |= {name: address(torch.tensor(t, device="cpu")) for name, t in (("sizes", sizes), ("copies", copies))}
+    fields |= {"fourier": address(fourier), "fourier_transposed": address(fourier.T), "entries": sparse(entries)}
+    fields |= {"terms": sparse(terms), "terms_transposed": sparse(terms.T.contiguous())}
+    fields["low_pass"] = int(_is_blurred(kernel))
+    return _Plan(len(fourier), len(basis.functions), sizes, fields, tensors)
 
 
 def _is_blurred(kernel: Kernel) -> bool:
@@ -231,8 +219,30 @@ def _terms(basis: IrrepsBasis, e: torch.Tensor) -> torch.Tensor:
     return torch.where(terms.abs() < 1e-12, 0.0, terms)
 
 
+@dataclass(frozen=True)
+class _Call:
+    """A layer as native.c sees it, and the sizes of the arrays that it needs."""
+
+    layer: CLayer
+    shape: tuple[int, ...]  # of the output
+    packed: int
+    packed_transposed: int
+    sums: int  # for each thread
+    tile_rows: int
+
+
 @lru_cache(maxsize=1024)
-def _geometry(
+def _call(
+    kernel: str, dtype: torch.dtype, out_fields: int, in_fields: int, shape: tuple[int, ...] = (), **geometry: int
+) -> _Call:
+    code = library(dtype)
+    layer = CLayer(out_fields=out_fields, in_fields=in_fields, **_plan(kernel, dtype).fields, **geometry)
+    packed, transposed = (code.packed_size(ctypes.byref(layer), ctypes.c_long(t)) for t in (0, 1))
+    return _Call(layer, shape, packed, transposed, code.sums_size(ctypes.byref(layer)), code.tile_rows())
+
+
+@lru_cache(maxsize=1024)
+def _call_for(
     kernel: str,
     dtype: torch.dtype,
     out_fields: int,
@@ -243,8 +253,8 @@ def _geometry(
     height: int,
     width: int,
     threads: int,
-) -> tuple[CLayer, tuple[int, int, int, int]]:
-    """The layer as native.c sees it, with the size of its chunks; and the shape of the output."""
+) -> _Call:
+    """The call for maps of this size, cut into chunks for the threads."""
     plan = _plan(kernel, dtype)
     in_fields = channels // plan.order
     if channels % plan.order or min(in_fields, out_fields, stride, dilation, height, width) < 1:
@@ -255,7 +265,7 @@ def _geometry(
     out_height, out_width = ((size - 1) // stride + 1 for size in (height, width))
     shape = (batch, out_fields * plan.order, out_height, out_width)
     at_once = min(_PIXELS, -(-out_height * out_width * batch // threads))  # so that all threads have some
-    if plan.maps["kernel_size"] == stride == 1:  # no neighbours: the pixels may be cut into rows of any length
+    if plan.fields["kernel_size"] == stride == 1:  # no neighbours: the pixels may be cut into rows of any length
         pixels = height * width
         width = out_width = next(n for n in range(max(1, min(pixels, at_once)), 0, -1) if pixels % n == 0)
         height = out_height = pixels // width
@@ -266,10 +276,9 @@ def _geometry(
         images = 1
         chunks = -(-out_height // max(1, at_once // out_width))
         rows = -(-out_height // chunks)
-    numbers = {"order": plan.order, "in_fields": in_fields, "out_fields": out_fields}
-    numbers |= {"stride": stride, "dilation": dilation, "batch": batch, "images": images, "rows": rows}
-    numbers |= {"in_height": height, "in_width": width, "out_height": out_height, "out_width": out_width}
-    return CLayer(**numbers, **plan.blocks, **plan.maps), shape
+    geometry = {"stride": stride, "dilation": dilation, "batch": batch, "images": images, "rows": rows}
+    geometry |= {"in_height": height, "in_width": width, "out_height": out_height, "out_width": out_width}
+    return _call(kernel, dtype, out_fields, in_fields, shape, **geometry)
 
 
 def _run(name: str, layer: CLayer, arguments: dict[str, torch.Tensor | int | None], sizes: dict[str, int]) -> None:

@@ -49,6 +49,7 @@ def describe() -> str:
     return why_not() or f"compiled for {_find('float').stem.split('-')[2]}"
 
 
+@cache
 def library(dtype: torch.dtype) -> ctypes.CDLL:
     """The functions of `native.c` for arrays of `dtype`, float32 or float64.
 
