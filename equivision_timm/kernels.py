@@ -15,7 +15,7 @@ Source of the maths: Weiler and Cesa, General E(2)-Equivariant Steerable CNNs (2
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +48,9 @@ class Kernel:
         low_pass: convolve the functions, on (k - 2) x (k - 2) pixels, with the binomial filter
             [1, 2, 1] x [1, 2, 1] / 16, which removes most of the frequencies that a square grid cannot rotate.
 
+    Attributes:
+        name: the arguments as a string, for functions whose arguments cannot be objects: 'c8-5-trivial-3-low'.
+
     Raises:
         ValueError: unknown group or input type, or invalid size or cutoff.
     """
@@ -57,6 +60,7 @@ class Kernel:
     input_type: str = "regular"
     cutoff: int | None = None
     low_pass: bool = False
+    name: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         Group.from_name(self.group)
@@ -67,12 +71,9 @@ class Kernel:
             raise ValueError(f"unknown input_type {self.input_type!r}: use 'regular' or 'trivial'")
         if self.cutoff is not None and (not isinstance(self.cutoff, int) or self.cutoff < 1):
             raise ValueError(f"cutoff {self.cutoff!r} is not supported: use a positive integer, or None")
-
-    @property
-    def name(self) -> str:
-        """The arguments as a string, for functions whose arguments cannot be objects: 'c8-5-trivial-3-low'."""
         cutoff = "" if self.cutoff is None else f"-{self.cutoff}"
-        return f"{self.group}-{self.size}-{self.input_type}{cutoff}" + ("-low" if self.low_pass else "")
+        name = f"{self.group}-{self.size}-{self.input_type}{cutoff}" + ("-low" if self.low_pass else "")
+        object.__setattr__(self, "name", name)
 
     @classmethod
     def from_name(cls, name: str) -> "Kernel":

@@ -43,13 +43,12 @@ def steerable_conv2d(
     plain, exported = needs_plain_operations(x, weight), leaves_python()
     last = not plain and not exported and (x.device.type == "cpu" or x.is_contiguous(memory_format=torch.channels_last))
     memory_format = torch.channels_last if last else torch.contiguous_format
-    describe = Layer if torch.compiler.is_compiling() else _cached_layer
-    fields = weight.shape[1], weight.shape[0]
-    layer = describe(named_kernel(kernel), *fields, stride, dilation, x.dtype, x.device, memory_format)
-    if has_sizes(x) and (x.ndim != 4 or x.shape[1] != layer.in_channels or x.shape[2] == 0 or x.shape[3] == 0):
+    description = kernel, weight.shape[1], weight.shape[0], stride, dilation, x.dtype, x.device, memory_format
+    layer, channels = (_describe if torch.compiler.is_compiling() else _cached_description)(*description)
+    if has_sizes(x) and (x.ndim != 4 or x.shape[1] != channels or x.shape[2] == 0 or x.shape[3] == 0):
         raise ValueError(
-            f"a convolution of {layer.in_fields} fields takes [B, {layer.in_channels}, H, W], at least 1 x 1 pixels, "
-            f"but got {list(x.shape)}"
+            f"a convolution of {layer.in_fields} fields takes [B, {channels}, H, W], at least 1 x 1 pixels, but got "
+            f"{list(x.shape)}"
         )
     if exported or (plain and strategy == "auto"):
         strategy = "expand"
@@ -64,7 +63,23 @@ def steerable_conv2d(
     return STRATEGIES[strategy].conv2d(x, weight, layer)
 
 
-_cached_layer = lru_cache(maxsize=4096)(Layer)
+def _describe(
+    kernel: str,
+    in_fields: int,
+    out_fields: int,
+    stride: int,
+    dilation: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    memory_format: torch.memory_format,
+) -> tuple[Layer, int]:
+    """The layer, and the channels of its input."""
+    kernels = named_kernel(kernel)
+    channels = in_fields * (group_order(kernels.group) if kernels.input_type == "regular" else 1)
+    return Layer(kernels, in_fields, out_fields, stride, dilation, dtype, device, memory_format), channels
+
+
+_cached_description = lru_cache(maxsize=4096)(_describe)
 
 
 class SteerableConv2d(nn.Module):
@@ -125,7 +140,6 @@ class SteerableConv2d(nn.Module):
         self.in_fields = in_fields
         self.out_fields = out_fields
         self.kernel: Kernel = Kernel(group, kernel_size, input_type, cutoff, low_pass)
-        self.kernel_name: str = self.kernel.name
         self.stride = stride
         self.dilation = dilation
         self.padding: int = dilation * (kernel_size // 2)
@@ -186,7 +200,7 @@ class SteerableConv2d(nn.Module):
         if torch.jit.is_scripting():
             filters = expand.expand_filter(self.weight, self._basis.to(self.weight))
             return F.conv2d(x, filters, None, self.stride, self.padding, self.dilation)
-        return steerable_conv2d(x, self.weight, self.kernel_name, self.stride, self.dilation, self.strategy)
+        return steerable_conv2d(x, self.weight, self.kernel.name, self.stride, self.dilation, self.strategy)
 
     @torch.jit.unused
     def fuse(self) -> nn.Module:

@@ -9,7 +9,7 @@ candidates of `tune`, the tests and the columns of the benchmark follow from `ST
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -34,9 +34,6 @@ class Layer:
         device: of x and the coefficients.
         memory_format: in which to convolve densely: on the CPU always `torch.channels_last`, which is faster there;
             elsewhere the format of x.
-        order: |G|.
-        padding: pixels on each side, so that stride 1 keeps the size.
-        in_channels: I * |G|, or I for trivial input.
     """
 
     kernel: Kernel
@@ -48,15 +45,15 @@ class Layer:
     device: torch.device = torch.device("cpu")  # noqa: RUF009  immutable
     memory_format: torch.memory_format = torch.contiguous_format
 
-    order: int = field(init=False)
-    padding: int = field(init=False)
-    in_channels: int = field(init=False)
+    @property
+    def order(self) -> int:
+        """|G|."""
+        return group_order(self.kernel.group)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "order", group_order(self.kernel.group))
-        object.__setattr__(self, "padding", self.dilation * (self.kernel.size // 2))
-        channels = self.order if self.kernel.input_type == "regular" else 1
-        object.__setattr__(self, "in_channels", self.in_fields * channels)
+    @property
+    def padding(self) -> int:
+        """Pixels on each side, so that stride 1 keeps the size."""
+        return self.dilation * (self.kernel.size // 2)
 
     def out_size(self, height: int, width: int) -> tuple[int, int]:
         """Size of the output for an input of height x width pixels."""
