@@ -53,6 +53,8 @@ class FieldBatchNorm2d(nn.BatchNorm2d):
     @torch.jit.unused
     def _by_channel(self, x: torch.Tensor) -> bool:
         """Whether x is on another device than the CPU, or channels-last, [pixels, m, |G|, 1]."""
+        if not isinstance(x, torch.Tensor):  # a proxy of torch.fx
+            return False
         pixels = x.shape[2:] == (self.order, 1) and not torch.compiler.is_compiling()
         if x.device.type == "cpu" and not pixels:
             return False
