@@ -4,7 +4,6 @@ It also registers the data sets `torch/rotated_folder` and `torch/oriented_folde
 """
 
 from equivision_timm import rotation as _rotation  # noqa: F401
-from equivision_timm.cli.tune import tune
 from equivision_timm.escnn_interop import to_geometric_tensor
 from equivision_timm.groups import Group
 from equivision_timm.layers import ConvNormAct, FieldNorm, GroupPool, SteerableConv2d
@@ -15,6 +14,7 @@ from equivision_timm.models import (
     fuse,
     model_names,
 )
+from equivision_timm.models.tune import tune
 from equivision_timm.testing import assert_equivariant, equivariance_error
 
 __all__ = [

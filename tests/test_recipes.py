@@ -1,6 +1,5 @@
 """The four recipes of the README's development part, each done outside the package."""
 
-import math
 import sys
 from functools import partial
 
@@ -144,13 +143,9 @@ def test_another_strategy():
     class Doubtful(Expand):
         name = "in two halves"
 
-        def estimate(self, layer, shape):
-            return math.inf
-
-        def infer(self, x, packed, layer, shortcut=None, relu=False):
-            run = partial(super().infer, packed=packed, layer=layer, relu=relu)
-            halves = [run(part, shortcut=None if shortcut is None else shortcut[own]) for part, own in _halves(x)]
-            return torch.cat(halves)
+        def conv2d(self, x, weight, layer):
+            run = partial(super().conv2d, weight=weight, layer=layer)
+            return torch.cat([run(half) for half in x.split((len(x) + 1) // 2)])
 
     try:
         model = timm.create_model("test_c8resnet", pretrained=True).eval()
@@ -164,11 +159,6 @@ def test_another_strategy():
         del STRATEGIES["in two halves"]
     with pytest.raises(ValueError, match="unknown conv_strategy 'in two halves'"):
         model.set_conv_strategy("in two halves")
-
-
-def _halves(x):
-    middle = (len(x) + 1) // 2
-    return [(x[own], own) for own in (slice(middle), slice(middle, None))]
 
 
 def test_another_family_is_a_model_of_timm(family):

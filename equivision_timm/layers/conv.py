@@ -108,7 +108,7 @@ class SteerableConv2d(nn.Module):
         stride: as in `nn.Conv2d`.
         dilation: as in `nn.Conv2d`.
         strategy: a name from `STRATEGIES`: 'expand', 'block_diagonal' or 'native' (these for regular input); or 'auto',
-            the fastest by estimate.
+            the fastest as measured by `tune`, or by a rule (`strategies/auto.py`).
         cutoff: up to which angular frequencies, on rings around the centre, the kernels go; see `Kernel`.
         low_pass: whether they are convolved with a binomial filter of 3 x 3 pixels, see `Kernel`.
         device: where to create the parameters.

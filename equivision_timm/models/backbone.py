@@ -301,7 +301,7 @@ class EquivariantBackbone(nn.Module):
         """How to compute the convolutions: faster or slower, with the same output but for float noise.
 
         Args:
-            strategy: 'auto' (by estimate, for each layer and input size), 'expand', 'block_diagonal' or 'native', for
+            strategy: 'auto' (chosen for each layer and input size), 'expand', 'block_diagonal' or 'native', for
                 all convolutions of regular fields (the stem, whose input is an image, always expands); or a mapping
                 from names of layers to these, as `conv_strategies` returns it, which leaves other layers as they are.
 

@@ -14,7 +14,7 @@ import timm
 import torch
 
 from equivision_timm.layers import SteerableConv2d
-from equivision_timm.layers.strategies import build_native, native_library
+from equivision_timm.layers.strategies import auto, build_native, native_library
 
 REPOSITORY = Path(__file__).parents[2]
 LEVELS = list(build_native.LEVELS)
@@ -26,9 +26,10 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="PyTorch uses ot
 def folder(tmp_path, monkeypatch):
     """An empty folder from which the libraries are loaded in this test."""
     monkeypatch.setattr(native_library, "FOLDER", tmp_path)
-    native_library._load.cache_clear()
+    forget = (native_library._load.cache_clear, auto.decide.cache_clear)
+    [clear() for clear in forget]
     yield tmp_path
-    native_library._load.cache_clear()
+    [clear() for clear in forget]
 
 
 def fill(folder, *levels):

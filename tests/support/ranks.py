@@ -6,7 +6,7 @@ import timm
 import torch
 
 import equivision_timm
-from equivision_timm.cli import tune as tune_module
+from equivision_timm.models import tune as tune_module
 
 
 def tune_in_group(rank: int, folder: str) -> None:

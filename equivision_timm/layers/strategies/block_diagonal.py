@@ -13,7 +13,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from equivision_timm.layers.strategies.basis import basis_for, block_counts, block_shapes
+from equivision_timm.layers.strategies.basis import basis_for, block_shapes
 from equivision_timm.layers.strategies.contract import Layer, Strategy, register
 
 __all__ = ["BlockDiagonal", "block_weights"]
@@ -40,18 +40,6 @@ class BlockDiagonal(Strategy):
         if layer.kernel.input_type != "regular":
             return f"it needs regular fields, but the input of this layer is {layer.kernel.input_type}"
         return None
-
-    def estimate(self, layer: Layer, shape: tuple[int, ...]) -> float:
-        """For the trivial group, without blocks, it is no choice."""
-        if layer.device.type != "cpu" or layer.order == 1:
-            return math.inf
-        batch, channels, height, width = shape
-        out_height, out_width = layer.out_size(height, width)
-        pixels, per_pair, rows = batch * out_height * out_width, *block_counts(layer.kernel.name)
-        weights, lifted = layer.in_fields * layer.out_fields * per_pair, pixels * layer.in_fields * rows
-        products = pixels * weights + lifted * layer.order * layer.kernel.size**2
-        values = batch * channels * height * width + pixels * layer.out_fields * layer.order
-        return products / 37e9 + 3.4e-9 * lifted + 1.8e-9 * values + 2.5e-9 * weights
 
     def conv2d(self, x: torch.Tensor, weight: torch.Tensor, layer: Layer) -> torch.Tensor:
         batch, _, height, width = x.shape

@@ -55,10 +55,6 @@ class Layer:
         """Pixels on each side, so that stride 1 keeps the size."""
         return self.dilation * (self.kernel.size // 2)
 
-    def out_size(self, height: int, width: int) -> tuple[int, int]:
-        """Size of the output for an input of height x width pixels."""
-        return (height - 1) // self.stride + 1, (width - 1) // self.stride + 1
-
 
 class Strategy(ABC):
     """One exact algorithm. An instance has no state: it serves all layers.
@@ -75,10 +71,6 @@ class Strategy(ABC):
     @abstractmethod
     def supports(self, layer: Layer) -> str | None:
         """None, or the reason why it cannot compute `layer` on this machine, with the remedy."""
-
-    @abstractmethod
-    def estimate(self, layer: Layer, shape: tuple[int, ...]) -> float:
-        """Seconds of one thread for an input of `shape`, by which 'auto' compares; infinite where nothing is known."""
 
     @abstractmethod
     def conv2d(self, x: torch.Tensor, weight: torch.Tensor, layer: Layer) -> torch.Tensor:

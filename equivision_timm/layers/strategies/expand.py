@@ -47,14 +47,6 @@ class Expand(Strategy):
     def supports(self, layer: Layer) -> None:
         return None
 
-    def estimate(self, layer: Layer, shape: tuple[int, ...]) -> float:
-        batch, channels, height, width = shape
-        out_height, out_width = layer.out_size(height, width)
-        filters = layer.out_fields * layer.order * channels * layer.kernel.size**2
-        pixels = batch * out_height * out_width
-        values = batch * channels * height * width + layer.out_fields * layer.order * pixels
-        return pixels * filters / 40e9 + 0.45e-9 * values + 3e-9 * filters
-
     def conv2d(self, x: torch.Tensor, weight: torch.Tensor, layer: Layer) -> torch.Tensor:
         last = layer.memory_format == torch.channels_last
         filters = dense_filter(weight, layer.kernel.name, last).to(layer.dtype)

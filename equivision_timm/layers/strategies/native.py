@@ -18,12 +18,10 @@ from torch.utils.flop_counter import register_flop_formula
 from equivision_timm.groups import group_order
 from equivision_timm.irreps_basis import block_coefficients
 from equivision_timm.layers.strategies import native_call, native_library
-from equivision_timm.layers.strategies.basis import block_counts, named_kernel
+from equivision_timm.layers.strategies.basis import named_kernel
 from equivision_timm.layers.strategies.contract import Layer, Strategy, register
 
 __all__ = ["Native"]
-
-_REALS = (torch.float32, torch.float64)
 
 
 @register
@@ -40,16 +38,6 @@ class Native(Strategy):
         if layer.device.type not in ("cpu", "meta"):
             return f"it runs on the CPU, but this layer is on {layer.device}"
         return native_library.why_not()
-
-    def estimate(self, layer: Layer, shape: tuple[int, ...]) -> float:
-        saves = layer.order > 1 or layer.kernel.size > 1
-        if layer.dtype not in _REALS or not saves or native_library.why_not():
-            return math.inf
-        batch, _, height, width = shape
-        out_height, out_width = layer.out_size(height, width)
-        pixels, per_pair, rows = batch * out_height * out_width, *block_counts(layer.kernel.name)
-        weights = layer.in_fields * layer.out_fields * per_pair
-        return pixels * weights / 35e9 + 0.7e-9 * pixels * layer.in_fields * rows + 1.3e-9 * weights
 
     def conv2d(self, x: torch.Tensor, weight: torch.Tensor, layer: Layer) -> torch.Tensor:
         return conv2d(x, weight.to(layer.dtype), layer.kernel.name, layer.stride, layer.dilation)
