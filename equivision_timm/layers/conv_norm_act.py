@@ -105,7 +105,7 @@ class ConvNormAct(nn.Module):
 
         w' = w gamma / sqrt(var + eps),  bias = beta - mean gamma / sqrt(var + eps), field by field
         """
-        norm = self.norm.per_field if type(self.norm) is FieldNorm else None
+        norm: Any = self.norm.per_field if type(self.norm) is FieldNorm else None
         if type(norm) not in _FOLDABLE or norm.running_mean is None:
             return None
         mean, var = norm.running_mean, norm.running_var

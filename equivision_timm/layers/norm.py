@@ -64,7 +64,7 @@ class FieldBatchNorm2d(nn.BatchNorm2d):
     @torch.jit.unused
     def _forward_by_channel(self, x: torch.Tensor) -> torch.Tensor:
         channels = x.reshape(x.shape[0], self.num_features * self.order, -1)  # of [B, m, |G| * L, 1]: [B, m * |G|, L]
-        if not self.training and self.running_mean is not None:
+        if self.has_given_statistics():
             return self.normalize_channels(channels).view(x.shape)
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         weight, bias = (None if t is None else t.to(dtype) for t in (self.weight, self.bias))
@@ -80,12 +80,18 @@ class FieldBatchNorm2d(nn.BatchNorm2d):
         return y.view(x.shape)
 
     @torch.jit.unused
+    def has_given_statistics(self) -> bool:
+        """Whether it normalizes by its running statistics."""
+        return not self.training and self.running_mean is not None
+
+    @torch.jit.unused
     def normalize_channels(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, m * |G|, ...] with the running statistics, in evaluation mode."""
         assert self.running_mean is not None
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         given = (self.running_mean, self.running_var, self.weight, self.bias)
-        return normalize(x, self.order, *(None if t is None else t.to(dtype) for t in given), self.eps)
+        each = (None if t is None else t.to(dtype).repeat_interleave(self.order) for t in given)  # [m * |G|]
+        return F.batch_norm(x, *each, training=False, eps=self.eps)
 
     @torch.no_grad()
     def _update(self, mean: torch.Tensor, var: torch.Tensor) -> None:
@@ -137,17 +143,12 @@ class FieldNorm(nn.Module):
         if not torch.jit.is_scripting():
             if is_channels_last(x):
                 return self._forward_channels_last(x)
-            if leaves_python() and self._is_fixed():
-                return self.per_field.normalize_channels(x)
+            norm = self.per_field
+            if leaves_python() and isinstance(norm, FieldBatchNorm2d) and norm.has_given_statistics():
+                return norm.normalize_channels(x)  # without a reshape: the graph is open for images of every size
         B, C, H, W = x.shape
         fields = x.reshape(B, self.fields, self.order * H, W)  # [B, m * |G|, H, W] -> [B, m, |G| * H, W]
         return self.per_field(fields).reshape(B, C, H, W)
-
-    @torch.jit.unused
-    def _is_fixed(self) -> bool:
-        """Whether it is a batch norm with given statistics: a graph of it needs no reshape, and so has open sizes."""
-        norm = self.per_field
-        return isinstance(norm, FieldBatchNorm2d) and not norm.training and norm.running_mean is not None
 
     @torch.jit.unused
     def _forward_channels_last(self, x: torch.Tensor) -> torch.Tensor:
@@ -201,14 +202,14 @@ def field_batch_norm_by_definition(
 def normalize(
     x: torch.Tensor,
     order: int,
-    mean: torch.Tensor | None,
-    var: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
     eps: float,
 ) -> torch.Tensor:
-    """(x - mean) weight / sqrt(var + eps) + bias, with given statistics, all [fields]; as in evaluation mode."""
-    each = (None if t is None else t.repeat_interleave(order) for t in (mean, var, weight, bias))
+    """(x - mean) weight / sqrt(var + eps) + bias, with given statistics, all [fields]."""
+    each = (t.repeat_interleave(order) for t in (mean, var, weight, bias))
     return F.batch_norm(x, *each, training=False, eps=eps)
 
 

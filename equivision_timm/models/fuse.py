@@ -61,7 +61,7 @@ def fuse(model: nn.Module, form: str | None = None, input_size: int | tuple[int,
         _replace(root, lambda name, layer: _native(name.removeprefix("0."), layer, shapes))
     if form == "dense":
         _replace(root, lambda name, layer: layer.fuse())
-    return reparameterize_model(root, inplace=True)[0].requires_grad_(False)
+    return next(reparameterize_model(root, inplace=True).children()).requires_grad_(False)
 
 
 def _replace(

@@ -7,7 +7,7 @@ import torch.nn as nn
 from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from equivision_timm import fuse
-from equivision_timm.layers import FieldNorm
+from equivision_timm.layers.norm import FieldBatchNorm2d
 from equivision_timm.layers.strategies import STRATEGIES
 
 SHAPES = [(2, 3, 33, 33), (3, 3, 65, 65)]
@@ -115,6 +115,6 @@ def test_exported_blocks():
 
 def test_export_control(monkeypatch):
     """A norm that joins the group with the height leaves no height open."""
-    monkeypatch.setattr(FieldNorm, "_is_fixed", lambda self: False)
+    monkeypatch.setattr(FieldBatchNorm2d, "has_given_statistics", lambda self: False)
     with pytest.raises(Exception, match="Constraints violated"):
         check_export(timm.create_model("test_c8resnet"))

@@ -10,7 +10,9 @@ and `torch.compile`; no dense filter exists anywhere.
 """
 
 import math
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
@@ -80,7 +82,7 @@ def _fused_gradient(grad, x, packed, kernel, out_fields, stride, dilation):
     return native_call.backward(grad, x, weights, kernel, stride, dilation, True, False)[0]
 
 
-def _operator(name, function, schema):
+def _operator(name: str, function: Callable[..., Any], schema: str) -> Any:
     return torch.library.custom_op(f"equivision_timm::{name}", function, mutates_args=(), schema=schema)
 
 
