@@ -10,7 +10,8 @@ from functools import cache, wraps
 from typing import ParamSpec, TypeVar
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
+
+from equivision_timm.torch_internals import FakeTensor
 
 __all__ = ["constant", "constant_like"]
 

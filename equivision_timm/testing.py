@@ -22,6 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from equivision_timm.groups import Group
+from equivision_timm.torch_internals import BatchNorm
 
 __all__ = ["angle_error", "assert_equivariant", "calibrate_norms", "equivariance_error"]
 
@@ -170,7 +171,7 @@ def calibrate_norms(model: nn.Module, images: torch.Tensor) -> None:
         ValueError: images that are not square; the model has no batch norm with running statistics.
     """
     images = _behind_mask(images)
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    norms = [m for m in model.modules() if isinstance(m, BatchNorm) and m.track_running_stats]
     if not norms:
         raise ValueError(f"{type(model).__name__} has no batch norms to calibrate: leave it out")
     momenta = [norm.momentum for norm in norms]

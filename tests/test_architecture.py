@@ -13,6 +13,7 @@ import equivision_timm
 PACKAGE = Path(equivision_timm.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
+    "torch_internals",
     "errors",
     "files",
     "groups",
@@ -28,7 +29,7 @@ ORDER = (
     "weights",
     "cli",
 )
-ANYWHERE = {"testing"}  # uses groups alone
+ANYWHERE = {"testing"}  # uses only groups
 
 
 def imports(path):
@@ -58,7 +59,7 @@ def test_imports_go_one_way(path):
     own = path.relative_to(PACKAGE).with_suffix("").parts[0]
     imported = {room(module) for module in imports(path)} - {None, own}
     if own == "testing":
-        assert imported <= {"groups"}
+        assert imported <= {"groups", "torch_internals"}
     if own in ORDER:
         later = ORDER[ORDER.index(own) + 1 :]
         assert not imported & set(later), f"{own} comes before {imported & set(later)}"
@@ -80,6 +81,16 @@ def test_translators_of_foreign_formats_do_not_know_each_other():
         imported = {module.split(".")[2] for module in imports(path) if module.startswith("equivision_timm.weights.")}
         allowed = {"convert.py": formats, "verify.py": {"equivision"}}.get(path.name, {path.stem})
         assert imported & formats <= allowed, path
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_internals_of_pytorch_are_used_in_one_file(path):
+    tree = ast.parse(path.read_text())
+    found = [module for module in imports(path) if module.split(".")[0] == "torch" and "._" in module]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+            found += [node.attr] if ast.unparse(node.value).split(".")[0] in ("torch", "nn", "forward_ad") else []
+    assert bool(found) == (path.name == "torch_internals.py"), found
 
 
 def test_importing_the_package_is_light():

@@ -1,4 +1,4 @@
-"""The walk of an image: how many files and calls of this package one pass takes, as somebody who reads it would count."""
+"""The walk of an image: how many files and calls of this package one pass takes."""
 
 import sys
 from collections import Counter

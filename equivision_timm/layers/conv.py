@@ -17,6 +17,7 @@ from equivision_timm.kernels import Kernel
 from equivision_timm.layers.strategies import STRATEGIES, Layer, auto, expand
 from equivision_timm.layers.strategies.basis import named_kernel
 from equivision_timm.layers.strategies.context import has_sizes, leaves_python, needs_plain_operations
+from equivision_timm.torch_internals import has_hooks
 
 __all__ = ["SteerableConv2d", "conv_input_shapes", "is_watched", "steerable_conv2d"]
 
@@ -228,7 +229,7 @@ class SteerableConv2d(nn.Module):
 
 def is_watched(module: nn.Module) -> bool:
     """Whether `module` has hooks or a forward of its own, which replacing it would drop."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    return has_hooks(module) or "forward" in vars(module)
 
 
 @torch.no_grad()

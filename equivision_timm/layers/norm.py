@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 
 from equivision_timm.layers.strategies.context import is_channels_last, leaves_python, needs_plain_operations
+from equivision_timm.torch_internals import BatchNorm
 
 __all__ = ["FieldBatchNorm2d", "FieldNorm", "field_batch_norm", "field_batch_norm_by_definition"]
 
@@ -153,7 +154,7 @@ class FieldNorm(nn.Module):
     @torch.jit.unused
     def _forward_channels_last(self, x: torch.Tensor) -> torch.Tensor:
         B, C, H, W = x.shape
-        if isinstance(self.per_field, nn.modules.batchnorm._BatchNorm):  # all positions of all images alike: no copy
+        if isinstance(self.per_field, BatchNorm):  # all positions of all images alike: no copy
             pixels = x.permute(0, 2, 3, 1).reshape(B * H * W, self.fields, self.order, 1)  # [B, H, W, m * |G|]
             return self.per_field(pixels).reshape(B, H, W, C).permute(0, 3, 1, 2)
         fields = x.reshape(B, self.fields, self.order * H, W)

@@ -31,6 +31,7 @@ from equivision_timm.layers import (
 from equivision_timm.models.backbone import EquivariantBackbone
 from equivision_timm.models.pretrained import WEIGHTS_FILE, build_pretrained, hub_id
 from equivision_timm.models.variants import Variant, digits_cfg, register_family
+from equivision_timm.torch_internals import BatchNorm
 
 Layer = Callable[..., nn.Module]
 
@@ -471,7 +472,7 @@ def _norm_layer(norm_layer: str | Callable[..., nn.Module]) -> Callable[..., nn.
 def _batch_norm_options(norm_layer: Callable[..., nn.Module], **options: float | None) -> Callable[..., nn.Module]:
     """`norm_layer` with the batch norm options that are set; any other norm has none of them."""
     given = {name: value for name, value in options.items() if value is not None}
-    if given and not (isinstance(norm_layer, type) and issubclass(norm_layer, nn.modules.batchnorm._BatchNorm)):
+    if given and not (isinstance(norm_layer, type) and issubclass(norm_layer, BatchNorm)):
         raise ValueError(f"bn_{next(iter(given))} needs a batch norm, but norm_layer is {norm_layer!r}: leave it out")
     return partial(norm_layer, **given) if given else norm_layer
 

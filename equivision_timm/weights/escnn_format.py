@@ -21,6 +21,7 @@ from equivision_timm.kernel_basis import load_kernel_basis
 from equivision_timm.layers import Blur2d, ConvNormAct, FieldAttention, SteerableConv2d
 from equivision_timm.models import EquivariantResNet
 from equivision_timm.models.pretrained import WeightsError
+from equivision_timm.torch_internals import BatchNorm
 from equivision_timm.weights.checkpoint import Entries
 
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ def to_escnn(model: EquivariantResNet) -> "EscnnResNet":
         if isinstance(module, (Blur2d, FieldAttention)) or not isinstance(module, stem.get(name, nn.Module)):
             raise ValueError(f"{name} is a {type(module).__name__}: the original network has none there")
         if isinstance(module, ConvNormAct) and not (
-            type(module.norm.per_field) is nn.BatchNorm2d and module.conv.dilation == 1
+            isinstance(module.norm.per_field, nn.BatchNorm2d) and module.conv.dilation == 1
         ):
             raise ValueError(f"{name} is no BatchNorm2d or is dilated: the original network has neither")
         if isinstance(module, ConvNormAct) and type(module.act) not in (nn.ReLU, nn.Identity):
@@ -272,6 +273,6 @@ def _conv_norm(module: nn.Module, in_type: "FieldType") -> tuple["R2Conv", nn.Mo
     weight = ours.weight.detach().squeeze(-1).double() @ translation  # [out_fields, in_fields, n_basis]
     conv.weights = nn.Parameter(weight.float().flatten())  # (o, i, b), flat
     batch_norm = enn.InnerBatchNorm(conv.out_type, eps=norm.eps, momentum=norm.momentum)
-    (inner,) = (m for m in batch_norm.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    (inner,) = (m for m in batch_norm.modules() if isinstance(m, BatchNorm))
     inner.load_state_dict(norm.state_dict())
     return conv, batch_norm

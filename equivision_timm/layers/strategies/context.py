@@ -1,17 +1,10 @@
-"""The state of PyTorch that decides how a layer is computed. The only file of the layers that uses PyTorch's internals.
-
-There is no public way to ask for
-- transforms of `torch.func` in progress: `torch._C._functorch.peek_interpreter_stack`;
-- forward-mode differentiation in progress: `torch.autograd.forward_ad._current_level`;
-- fake tensors, which go through our operators although they dispatch in Python: `torch._subclasses`.
-"""
+"""The state of PyTorch that decides how a layer is computed: tracing, transforms, special tensors, memory formats."""
 
 import torch
-from torch._C._functorch import peek_interpreter_stack
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad
 
-__all__ = ["FakeTensor", "has_sizes", "is_channels_last", "leaves_python", "needs_plain_operations"]
+from equivision_timm.torch_internals import FakeTensor, in_transform
+
+__all__ = ["has_sizes", "is_channels_last", "leaves_python", "needs_plain_operations"]
 
 
 def has_sizes(x: torch.Tensor) -> bool:
@@ -25,18 +18,12 @@ def leaves_python() -> bool:
     return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
-@torch.compiler.assume_constant_result  # torch.compile has entered the transforms that it traces
-def _transforms() -> bool:
-    """Whether `torch.func` transforms (grad, vmap, jvp, ...) or forward-mode derivatives are in progress."""
-    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-
-
 def needs_plain_operations(*tensors: torch.Tensor) -> bool:
     """Whether only PyTorch's own operations give correct derivatives here.
 
     True in `torch.func` transforms, in forward mode, and for tensors with operations of their own (DTensor, ...).
     """
-    if _transforms():
+    if in_transform():
         return True
     if torch.compiler.is_compiling():
         return False
