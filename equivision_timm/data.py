@@ -46,7 +46,7 @@ _WHITE_IS_ZERO = 262, 0  # tag and value in a TIFF file; Pillow inverts 8 bits, 
 _MOST_FAULTS = 50  # consecutive unreadable pictures of a data set
 
 
-class PictureError(ValueError):
+class PictureError(InputError):
     """A picture file that cannot be read; the message names the file and a remedy."""
 
 
@@ -138,12 +138,12 @@ class ImageFolder(torch.utils.data.Dataset[tuple[Any, int]]):
         split: name of a sub-folder of `root`; timm's synonyms ('val' for 'validation', ...) count as the same, and
             without such a sub-folder `root` itself is read.
         class_map: file with the classes, as `--class-map` of timm's scripts; sub-folders that it lacks are left out.
-        input_img_mode: 'RGB' or 'L', grey.
+        input_img_mode: of the pictures, 'RGB' or 'L' (grey).
         search_split: False reads `root` itself.
         input_key: endings of the files, separated by ';', instead of `ENDINGS`.
 
     Raises:
-        ValueError: `root` does not exist, or holds no pictures.
+        InputError: `root` does not exist or has no pictures, or the class map cannot be read.
     """
 
     def __init__(
@@ -155,15 +155,9 @@ class ImageFolder(torch.utils.data.Dataset[tuple[Any, int]]):
         search_split: bool = True,
         input_key: str | None = None,
     ) -> None:
-        if not os.path.isdir(root):
-            raise InputError(f"there is no folder {str(root)!r} of images: name another")
-        if input_img_mode not in ("RGB", "L"):
-            raise InputError(f"input_img_mode {input_img_mode!r} is not supported: use 'RGB' or 'L'")
         folder = _search_split(str(root), split) if search_split else str(root)
         self.root: str = folder.rstrip(os.sep) or folder
         files = find_pictures(self.root, input_key.split(";") if input_key else ENDINGS)
-        if not files:
-            raise InputError(f"there are no pictures ({' '.join(ENDINGS)}) in the folder {self.root!r}")
         folders = [os.path.dirname(file) for file in files]
         labels = ["" if folder == self.root else os.path.basename(folder) for folder in folders]
         numbered = {label: index for index, label in enumerate(sorted(set(labels), key=natural_key))}
@@ -176,7 +170,10 @@ class ImageFolder(torch.utils.data.Dataset[tuple[Any, int]]):
         known = zip(files, labels, strict=True)
         self.samples = [(file, self.class_to_idx[label]) for file, label in known if label in self.class_to_idx]
         if not self.samples:
-            raise InputError(f"the class map {str(class_map)!r} has none of the sub-folders of {self.root!r}")
+            named = f" whose sub-folders are in {str(class_map)!r}" if class_map else ""
+            raise InputError(
+                f"there is no folder {self.root!r} with pictures ({' '.join(ENDINGS)}){named}: name another"
+            )
         self.input_img_mode = input_img_mode
         self.transform: Callable[[Any], Any] | None = None  # set by timm's loader
         self.target_transform: Callable[[Any], Any] | None = None

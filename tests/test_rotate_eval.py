@@ -219,8 +219,8 @@ def test_stages(textures: str, c4: str, c1: str, tmp_path: Path, capsys: pytest.
     assert main(words) == 0  # everything is there already
     assert main([*words, "--out", str(tmp_path / "other"), "--test-time-turns", "4"]) == 2
     assert not (tmp_path / "other").exists()
-    assert main(command([c4], textures, tmp_path / "small", "45", "--size", "33", "--by-stage")) == 2
-    assert "by stage at 33 pixels" in capsys.readouterr().err
+    assert main(command([c4], textures, tmp_path / "small", "45", "--size", "33", "--by-stage")) == 1
+    assert "layer4" in capsys.readouterr().err  # one pixel, which says nothing
 
 
 def test_deep_pictures(c4: str, tmp_path: Path) -> None:
@@ -499,7 +499,6 @@ def test_report_is_one_page_that_loads_nothing(measured: Path, c4: str, c1: str)
     summary = text.partition("<h2>Summary</h2>")[2].partition("</table>")[0]
     columns = re.findall("<th>(.*?)</th>", summary)
     assert columns[:2] == ["model", "images"]
-    assert re.findall('<td data-column="(.*?)">', summary) == columns * 4  # which a telephone shows before each value
     assert datetime.date.today().isoformat() in page.words
     assert f"timm {timm.__version__}, torch {torch.__version__}; cpu" in page.words
     for name in (c4, c1):
@@ -584,21 +583,6 @@ def test_text_is_text_in_every_file(tmp_path: Path) -> None:
 # Input
 
 
-@pytest.mark.parametrize(
-    ("model", "key"),
-    [
-        ("c8resnet19", "did you mean c8resnet18"),
-        ("xyzzy", "unknown model 'xyzzy'"),
-        ("c8resnet18_fast=nowhere.pth", "nowhere.pth"),
-        ("resnet10t.no_such_tag", "tags are resnet10t.c3_in1k"),
-    ],
-)
-def test_models_that_cannot_be_used(model: str, key: str, textures: str, tmp_path: Path, capsys) -> None:
-    assert main(command([model], textures, tmp_path)) == 2
-    assert key in capsys.readouterr().err
-    assert not (tmp_path / "results.json").exists()
-
-
 def test_no_network(textures: str, tmp_path: Path) -> None:
     """In a process of its own, because the Hub's client reads its settings once."""
     words = [sys.executable, "-m", "equivision_timm", *command(["resnet10t"], textures, tmp_path / "out")]
@@ -620,16 +604,6 @@ def test_images_that_a_model_does_not_fit(textures: str, tmp_path: Path, capsys:
     assert main(command([rectangle], textures, tmp_path / "out")) == 2
     assert "65 x 33" in capsys.readouterr().err
     assert main(command([rectangle], textures, tmp_path / "out", "0,90", "--size", "33")) == 0
-
-
-def test_model_without_maps(textures: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    class Model(torch.nn.Module):
-        num_classes = 3
-
-    config = resolve_data_config({"input_size": (3, 33, 33)})
-    monkeypatch.setattr(module, "load", lambda spec, *_, **__: Loaded(spec, Model(), config, {}))
-    assert main(command(["resnet18"], textures, tmp_path, "0", "--by-stage")) == 2
-    assert "--by-stage" in capsys.readouterr().err
 
 
 def test_other_timm_models_with_a_checkpoint(textures: str, tmp_path: Path) -> None:

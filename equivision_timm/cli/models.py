@@ -21,7 +21,6 @@ from timm.models import clean_state_dict, get_pretrained_cfg
 
 from equivision_timm.data import ImageFolder
 from equivision_timm.errors import InputError
-from equivision_timm.models.pretrained import WeightsError
 
 __all__ = ["Loaded", "check_spec", "find_device", "load", "read_class_map", "short_name", "split_spec"]
 
@@ -75,10 +74,8 @@ class Loaded:
                 raise
             reason = " ".join(str(error).split()) or type(error).__name__
             raise InputError(f"{self.spec!r} does not take images of {height} x {width} pixels: {reason}") from error
-        if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
-            raise InputError(f"{self.spec!r} returns no logits (1, classes) for an image: use a classifier")
-        if not logits.isfinite().all():
-            raise InputError(f"{self.spec!r} returns NaN or infinity: its weights are damaged, use others")
+        if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or not logits.isfinite().all():
+            raise InputError(f"{self.spec!r} returns no finite logits (1, classes): use a classifier, or other weights")
 
 
 def load(
@@ -115,8 +112,6 @@ def load(
         model = timm.create_model(
             name, pretrained=not checkpoint, num_classes=classes, checkpoint_path=checkpoint or None, **options
         )
-    except WeightsError as error:
-        raise InputError(f"cannot load the weights of {spec!r}: {error}; or give a file, {name}=CHECKPOINT") from error
     except Exception as error:  # of timm, PyTorch, the Hub's client, pickle, zip and JSON
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise InputError(
@@ -168,15 +163,13 @@ def check_spec(spec: str) -> None:
         InputError: timm does not know the name (similar ones are named); the checkpoint or folder does not exist.
     """
     name, checkpoint = split_spec(spec)
-    if name != spec and not checkpoint:
-        raise InputError(f"{spec!r} names no checkpoint after the '=': give a file, {name}=CHECKPOINT, or leave it out")
     if name.startswith("local-dir:") and not os.path.isdir(name.removeprefix("local-dir:")):
         raise InputError(f"there is no folder {name.removeprefix('local-dir:')!r} to load {name!r} from")
     if ":" not in name and not timm.is_model(name):  # 'hf-hub:...' is looked up when it is loaded
         near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=4, cutoff=0.5)
         suggestion = f": did you mean {', '.join(near)}?" if near else ""
         raise InputError(f"unknown model {name!r}{suggestion}; python -c 'import timm; print(timm.list_models())'")
-    if checkpoint and not os.path.isfile(checkpoint):
+    if name != spec and not os.path.isfile(checkpoint):
         raise InputError(f"cannot load the weights of {spec!r}: there is no file {checkpoint!r}")
 
 
@@ -218,21 +211,14 @@ def _remedy(name: str, checkpoint: str) -> str:
 def read_class_map(path: Path) -> list[str]:
     """The names of the classes in the order of their numbers: lines of a file, or sub-folders as timm numbers them."""
     if path.is_dir():
-        classes = ImageFolder(path, "", search_split=False).class_to_idx
-        names = [name for name in classes if name]
-        if not names:
-            raise InputError(f"--class-map {path}: it has no sub-folders of images; name a file, or another folder")
-        return names
+        return [name for name in ImageFolder(path, "", search_split=False).class_to_idx if name]
     try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is not text in UTF-8"
         raise InputError(
             f"--class-map {path} cannot be read: {reason}; give a text file, one class per line"
         ) from error
-    if "" in names:
-        raise InputError(f"--class-map {path}: line {names.index('') + 1} is empty; give one class per line")
-    return names
 
 
 def find_device(name: str | None) -> torch.device:

@@ -92,12 +92,11 @@ def parse_angles(text: str) -> list[float]:
         numbers = [float(part) for part in text.split(separator)]
     except ValueError:
         numbers = []
-    if not numbers or not all(map(math.isfinite, numbers)) or (separator == ":" and len(numbers) != 3):
+    is_range = separator == ":" and len(numbers) == 3 and numbers[0] <= numbers[1] and numbers[2] > 0
+    if not numbers or not all(map(math.isfinite, numbers)) or (separator == ":" and not is_range):
         raise InputError(f"{text!r} is not a list of angles: use START:STOP:STEP or A,B,C in degrees, as 0:360:15")
-    if separator == ":":
+    if is_range:
         start, stop, step = numbers
-        if step <= 0 or stop < start:
-            raise InputError(f"{text!r} has no angles: STEP must be positive and STOP not below START, as in 0:360:15")
         steps = min((stop - start) / step + 1e-9, 2 * _MOST_ANGLES)
         numbers = [start + step * i for i in range(math.floor(steps) + 1)]
     if len(numbers) > _MOST_ANGLES:

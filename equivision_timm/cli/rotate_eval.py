@@ -198,8 +198,6 @@ def _try(loaded: Loaded, folder: _Folder, args: argparse.Namespace) -> None:
     """Find the errors of this model before the work."""
     if not args.unlabelled:
         _check_classes(loaded, folder, args.class_map)
-    if args.by_stage and not (hasattr(loaded.model, "forward_intermediates") and hasattr(loaded.model, "feature_info")):
-        raise InputError(f"{loaded.spec!r} has no maps of its stages: leave --by-stage out, or this model")
     loaded.try_image(torch.zeros(loaded.input_size))
 
 
@@ -279,12 +277,7 @@ def in_circle(images: torch.Tensor) -> torch.Tensor:
 
 def _stages(model: nn.Module, images: torch.Tensor, settings: Settings) -> dict[str, list[float]]:
     """The sums of the errors of every stage over one batch, by angle."""
-    try:
-        errors = angle_error(model, images, settings.angles)
-    except ValueError as error:
-        raise InputError(
-            f"{settings.model!r} cannot be measured by stage at {settings.size} pixels: {error}"
-        ) from error
+    errors = angle_error(model, images, settings.angles)
     return {stage: [len(images) * value for value in by_angle.values()] for stage, by_angle in errors.items()}
 
 

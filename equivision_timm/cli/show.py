@@ -24,7 +24,7 @@ import torch.nn as nn
 
 from equivision_timm.cli.models import Loaded, check_spec, load, short_name
 from equivision_timm.cli.options import Parsers, add_model_kwargs, add_size, integer, parse_angles
-from equivision_timm.data import PictureError, open_rgb, preparation
+from equivision_timm.data import open_rgb, preparation
 from equivision_timm.errors import InputError, one_line, shortened
 from equivision_timm.groups import Group
 from equivision_timm.rotation import inscribed_circle, rotate
@@ -76,10 +76,7 @@ def run(args: argparse.Namespace) -> int:
     for spec in models:
         check_spec(spec)
     check_figure_file(args.out, make_folders=True)
-    try:
-        picture = open_rgb(args.image)
-    except PictureError as error:
-        raise InputError(f"cannot read the image: {error}") from error
+    picture = open_rgb(args.image)
     blocks: list[list[_Column]] = []
     for spec in models:
         loaded = load(spec, args.size, args.num_classes, args.model_kwargs)
@@ -100,11 +97,8 @@ def run(args: argparse.Namespace) -> int:
 
 def scalar_maps(model: nn.Module, images: torch.Tensor, level: int) -> torch.Tensor:
     """Feature maps [B, maps, h, w] that should only rotate with the image: means over regular fields, or channels."""
-    forward = getattr(model, "forward_intermediates", None)
-    if forward is None:
-        raise InputError(f"{type(model).__name__} has no feature maps (timm's forward_intermediates): use another")
     try:
-        (maps,) = forward(images, indices=[level], intermediates_only=True)
+        (maps,) = model.forward_intermediates(images, indices=[level], intermediates_only=True)
     except (AssertionError, IndexError) as error:
         raise InputError(f"{type(model).__name__} has no feature map --level {level}: {error}") from error
     group = getattr(model, "group", None)
