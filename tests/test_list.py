@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 
 from equivision_timm.cli.list_models import Row, list_models
 from equivision_timm.cli.main import main
+from equivision_timm.layers import SteerableConv2d
 from equivision_timm.models import model_names, pretrained
 from equivision_timm.models.pretrained import WEIGHTS_FILE, local_folder
 
@@ -23,23 +25,23 @@ def row(name: str, near: int = 224) -> Row:
     return found
 
 
-def test_operations_of_a_network_counted_by_hand() -> None:
-    """c1resnet18 has the shapes of timm's resnet18 with other widths: 3 x 3 products at each output of each layer."""
-    model = timm.create_model("c1resnet18")
-    count, size = 0, {}
-    for name, layer in model.named_modules():
-        if hasattr(layer, "kernel_size") and hasattr(layer, "in_fields"):
-            layer.register_forward_hook(lambda m, inputs, y, name=name: size.update({name: y.shape[2] * y.shape[3]}))
-    import torch
+@pytest.mark.parametrize("name", ["test_c1resnet", "test_c8resnet", "d8resnet18_fast"])
+def test_operations_of_dense_convolutions_counted_by_hand(name: str) -> None:
+    """Each output of a layer is a sum over its input channels and the pixels of its kernel."""
+    model = timm.create_model(name).eval()
+    channels, size, _ = model.pretrained_cfg["input_size"]
+    counts = [model.fc.in_features * model.fc.out_features]
 
+    def count(layer, inputs, y) -> None:
+        counts.append(y.numel() * inputs[0].shape[1] * layer.kernel_size**2)
+
+    for layer in model.modules():
+        if isinstance(layer, SteerableConv2d):
+            layer.register_forward_hook(count)
     with torch.no_grad():
-        model.eval()(torch.rand(1, 3, 224, 224))
-    for name, layer in model.named_modules():
-        if name in size:
-            count += size[name] * layer.in_fields * layer.out_fields * layer.kernel_size**2
-    count += model.fc.in_features * model.fc.out_features
-    assert row("c1resnet18").gmacs == pytest.approx(count / 1e9, rel=1e-6)
-    assert row("c1resnet18").parameters == sum(parameter.numel() for parameter in model.parameters())
+        model(torch.rand(1, channels, size, size))
+    assert row(name).gmacs == pytest.approx(sum(counts) / 1e9, rel=1e-6)
+    assert row(name).parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_exact_sizes() -> None:

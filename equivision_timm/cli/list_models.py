@@ -11,12 +11,11 @@ import timm
 import torch
 import torch.nn as nn
 from timm.models import resolve_pretrained_cfg
-from timm.utils import reparameterize_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from equivision_timm.cli.options import Parsers, integer
 from equivision_timm.errors import InputError
-from equivision_timm.models import Canonicalized, Symmetrized, model_names
+from equivision_timm.models import Canonicalized, Symmetrized, fuse, model_names
 from equivision_timm.models.pretrained import PUBLISHED, WEIGHTS_FILE, local_folder
 from equivision_timm.weights.released import released
 
@@ -31,7 +30,7 @@ class Row:
     group: str  # for example 'c8'
     fields: int  # number of regular fields of the stem
     parameters: int  # their number
-    gmacs: float  # 10^9 multiply-accumulates of one image, by PyTorch's flop counter, with expanded filters
+    gmacs: float  # 10^9 multiply-accumulates of one image, by PyTorch's flop counter, with dense filters
     size: int  # side of that image in pixels, the model's own
     exact_sizes: tuple[int, int]  # the largest exact size up to `--near`, and the smallest from there on
     # where `pretrained=True` finds them: 'package', 'local folder' or 'Hub'; else 'fetch' if that command gets them,
@@ -94,8 +93,8 @@ def _row(name: str, near: int) -> Row:
 
 
 def _gmacs(network: nn.Module, channels: int, size: int) -> float:
-    """10^9 multiply-accumulates of one image, with expanded filters; the network, on the meta device, is used up."""
-    plain = reparameterize_model(network, inplace=True)
+    """10^9 multiply-accumulates of one image, with dense filters; the network is on the meta device."""
+    plain = fuse(network, "dense")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         plain(torch.empty(1, channels, size, size, device="meta"))
     return counter.get_total_flops() / 2e9

@@ -13,12 +13,11 @@ import timm
 import torch
 from huggingface_hub import EvalResult, ModelCardData
 from timm.models import model_entrypoint
-from timm.utils import reparameterize_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from equivision_timm.errors import one_line
 from equivision_timm.groups import Group
-from equivision_timm.models import EquivariantBackbone, EquivariantViT
+from equivision_timm.models import EquivariantBackbone, EquivariantViT, fuse
 from equivision_timm.models.variants import create
 from equivision_timm.weights.released import Released, released
 
@@ -41,7 +40,7 @@ def model_card(model_name: str, repository: str, provenance: dict[str, str], has
     cost_size = cfg["input_size"][-1]
     parameters, gmacs = complexity(model_name, cost_size, **arguments)
     size = model.exact_sizes(cost_size)[1]
-    fused: Any = reparameterize_model(model)  # plain convolutions, which know the meta device
+    fused: Any = fuse(model, "dense")  # plain convolutions, which know the meta device
     with torch.no_grad():
         features = fused.forward_features(torch.empty(1, model.in_chans, size, size, device="meta"))
     classifies = model.num_classes > 0
@@ -72,13 +71,13 @@ def model_card(model_name: str, repository: str, provenance: dict[str, str], has
 def complexity(model_name: str, size: int = 224, **arguments: Any) -> tuple[int, float]:
     """Number of parameters, and 10^9 multiply-accumulates of one image of size x size pixels; `arguments` of the model.
 
-    Counted with PyTorch's flop counter on the fused network, whose convolutions have expanded filters: convolutions and
+    Counted with PyTorch's flop counter on the network of dense convolutions: convolutions and
     matrix products, attention included. Nothing is computed: the tensors are on the meta device.
     """
     with torch.device("meta"), torch.no_grad():
         model = timm.create_model(model_name, **arguments).eval()
         parameters = sum(p.numel() for p in model.parameters())
-        fused = reparameterize_model(model.requires_grad_(False))  # the counter follows what asks for gradients
+        fused = fuse(model.requires_grad_(False), "dense")  # the counter follows what asks for gradients
         with FlopCounterMode(display=False) as counter:
             fused(torch.empty(1, 3, size, size))
     return parameters, counter.get_total_flops() / 2 / 1e9
