@@ -109,25 +109,18 @@ def tune(
         InputError: no memory for the batch; the model does not take such images; no layer has the strategy 'auto'.
     """
     setting = Setting(batch_size, (size, size) if isinstance(size, int) else size, amp, channels_last, train, compiled)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        choice = _measure_on_first_rank(model, setting)
-    else:
-        choice = measure(model, setting).choice
-    model.set_conv_strategy(choice)
-    return choice
-
-
-def _measure_on_first_rank(model: EquivariantBackbone, setting: Setting) -> dict[str, str]:
-    """The choice of the first rank, or its error, on all ranks."""
+    group = torch.distributed.is_available() and torch.distributed.is_initialized()
     result: list[Any] = [None]
-    if torch.distributed.get_rank() == 0:
+    if not group or torch.distributed.get_rank() == 0:
         try:
             result = [measure(model, setting).choice]
-        except Exception as error:
+        except Exception as error:  # raised on all ranks
             result = [error]
-    torch.distributed.broadcast_object_list(result)
+    if group:
+        torch.distributed.broadcast_object_list(result)
     if isinstance(result[0], Exception):
         raise result[0]
+    model.set_conv_strategy(result[0])
     return result[0]
 
 
@@ -167,6 +160,7 @@ def _inputs(model: EquivariantBackbone, setting: Setting) -> dict[str, tuple[Lay
     found: dict[str, tuple[Layer, tuple]] = {}
 
     def note(name: str, conv: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        assert isinstance(conv, SteerableConv2d)
         (x,) = args
         dtype = getattr(torch, setting.amp) if setting.amp else x.dtype
         last = x.device.type == "cpu" or x.is_contiguous(memory_format=torch.channels_last)
@@ -195,19 +189,19 @@ def _measure_layers(
 ) -> dict[str, dict[str, float | None]]:
     """Seconds of each strategy, by layer; those in the table are not measured again."""
     known = read_table(next(model.parameters()).device)["layers"]
-    rows = {}
     for name, (layer, shape) in tqdm(found.items(), desc="layers", unit="layer"):
         key = layer_key(layer, shape, setting.train)
         candidates = [s for s, strategy in STRATEGIES.items() if strategy.supports(layer) is None]
         if key not in known or known[key].keys() != set(candidates):
-            known[key] = _measure_layer(model.get_submodule(name), layer, shape, candidates, setting)
+            conv = model.get_submodule(name)
+            assert isinstance(conv, SteerableConv2d)
+            known[key] = _measure_layer(conv, layer, shape, candidates, setting)
             update_table(layer.device, "layers", key, known[key])
-        rows[name] = known[key]
-    return rows
+    return {name: known[layer_key(layer, shape, setting.train)] for name, (layer, shape) in found.items()}
 
 
 def _measure_layer(
-    conv: nn.Module, layer: Layer, shape: tuple, candidates: list[str], setting: Setting
+    conv: SteerableConv2d, layer: Layer, shape: tuple, candidates: list[str], setting: Setting
 ) -> dict[str, float | None]:
     x = torch.randn(shape, device=layer.device, dtype=conv.weight.dtype)
     x = x.contiguous(memory_format=layer.memory_format).requires_grad_(setting.train)
@@ -232,7 +226,7 @@ def _agree(found: list[torch.Tensor], expected: list[torch.Tensor], tolerance: f
 
 def _fastest(row: dict[str, float | None], rule: str) -> str:
     """The strategy with the least time, if it wins by the margin against that of the rule."""
-    times = {name: seconds for name, seconds in row.items() if seconds is not None}
+    times = {name: seconds for name, seconds in row.items() if seconds}
     best = min(times, key=times.__getitem__)
     return best if rule not in times or times[best] <= LAYER_MARGIN * times[rule] else rule
 

@@ -7,6 +7,7 @@ There is a file for each set of conditions:
     models        for each tuned model its strategies by layer, and whether they won; 'auto' takes those that won
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -62,18 +63,13 @@ def conditions(device: torch.device) -> dict[str, Any]:
     """What the time of every layer on `device` depends on."""
     import equivision_timm
 
+    versions = {"torch": torch.__version__, "equivision_timm": equivision_timm.__version__}
     if device.type == "cuda":
-        place = {"device": torch.cuda.get_device_name(device)}
-    else:
-        place = {"device": device.type, "processor": _processor(), "native": native_library.describe()}
-        place["threads"] = torch.get_num_threads()
-    return {**place, "torch": torch.__version__, "equivision_timm": equivision_timm.__version__}
-
-
-def _processor() -> list[str]:
-    """Its name: a home folder may serve several machines."""
-    info = Path("/proc/cpuinfo")
-    return re.findall(r"^(?:model name|CPU part)\s*: (.*)", info.read_text(), re.M)[:1] if info.exists() else []
+        return {"device": torch.cuda.get_device_name(device), **versions}
+    info = Path("/proc/cpuinfo")  # a home folder may serve several machines
+    names = re.findall(r"^(?:model name|CPU part)\s*: (.*)", info.read_text(), re.M) if info.exists() else []
+    place = {"device": device.type, "processor": names[:1], "threads": torch.get_num_threads()}
+    return {**place, "native": native_library.describe(), **versions}
 
 
 def table_file(device: torch.device) -> Path:
@@ -85,15 +81,11 @@ def table_file(device: torch.device) -> Path:
 def read_table(device: torch.device) -> dict[str, Any]:
     """The table for the present conditions; an empty one if there is none, or, with a warning, if it is damaged."""
     path, expected = table_file(device), conditions(device)
-    try:
-        table = json.loads(path.read_text())
-        _won(table), [row.keys() for row in table["layers"].values()]  # raises an error if damaged
-        if table["conditions"] == expected:
-            return table
-        raise ValueError(table["conditions"])
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    if path.exists():
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            table = json.loads(path.read_text())
+            if table["conditions"] == expected and all(map(dict, table["layers"].values())) and _won(table) is not None:
+                return table
         warnings.warn(f"{path} is damaged and ignored: run `tune` again, or remove it", RuntimeWarning, stacklevel=2)
     return {"conditions": expected, "layers": {}, "models": {}}
 
