@@ -152,14 +152,14 @@ def _escnn_sign(group: Group, element: Element) -> int:
     out, a, b = (m + s) % n, element.sign, element.component
     if not group.reflections:
         return -1 if element.sine and (m == 0 or 2 * (m % n) > n) else 1
-    if element.theta is not None:
+    if element.theta is not None:  # cos(m phi) [[-cos, sin], [sin, cos]], sin(m phi) [[sin, cos], [cos, -sin]]
         return -1 if a == b == element.sine else 1
-    if 2 * m % n == 0 == 2 * s % n:  # of dimension 1
+    if 2 * m % n == 0 == 2 * s % n:  # irreps of dimension 1
         return 1
     e_in, e_out = (-1 if 2 * s >= n else 1), (-1 if 2 * out > n else 1)
     e_in, e_out = e_out if s == 0 else e_in, e_in if out == 0 else e_out
     entry = ((1, -e_in), (e_out, e_in * e_out))[b][a]  # [[cos, -e_in sin], [e_out sin, e_in e_out cos]]
-    return -entry if m == 0 or e_in != e_out or n in (2 * s, 2 * out) else entry  # found numerically
+    return -entry if m == 0 or e_in != e_out or n in (2 * s, 2 * out) else entry  # as escnn's solver
 
 
 def _closed_form(kernel: Kernel) -> tuple[torch.Tensor, torch.Tensor]:
@@ -207,8 +207,10 @@ def _gram(kernel: Kernel) -> torch.Tensor:
 
 
 def _gram_schmidt(kernel: Kernel, gram: torch.Tensor) -> torch.Tensor:
-    """R [J, J], lower triangular: phi = R psi is orthonormal. R only joins functions that the group transforms alike,
-    since all others are orthogonal."""
+    """R [J, J], lower triangular, with orthonormal phi = R psi.
+
+    It only joins functions that the group transforms alike, since all others are orthogonal.
+    """
     factor, failed = torch.linalg.cholesky_ex(gram)
     if failed or (factor.diagonal() ** 2 <= _DEPENDENT * gram.diagonal()).any():
         raise ValueError(
