@@ -170,9 +170,7 @@ def build(form: str, name: str, mode: str, setting: Setting) -> nn.Module:
         elif form.startswith("dense"):
             model = dense_twin(model)
         elif form == "escnn":
-            from equivision_timm.weights.escnn_format import (
-                to_escnn,  # the extra is needed for --escnn alone
-            )
+            from escnn_network import to_escnn  # needs the extra `escnn`
 
             model = to_escnn(model)
     model.train(mode == "train").to(setting.device)

@@ -171,57 +171,43 @@ def load_strictly(target: str) -> Loaded:
         OSError: there is no such file or folder.
         WeightsError: config, metadata and entries do not make up one model of this package.
     """
-    path, arguments = Path(target), {}
+    path, name = Path(target), target.partition(".")[0]
     if path.is_dir():
         files = [path / name for name in (WEIGHTS_FILE, HF_WEIGHTS_NAME) if (path / name).is_file()]
         if not files or not (path / CONFIG_FILE).is_file():
             raise FileNotFoundError(f"{path} is not a model folder: it needs {CONFIG_FILE} and {WEIGHTS_FILE}")
-        weights, spec, config = files[0], f"local-dir:{path}", _read_config(path / CONFIG_FILE)
-        name = config["architecture"]
+        weights, name = files[0], _read_architecture(path / CONFIG_FILE)
     elif path.is_file():
         weights, name = path, read_provenance(path).get("model", "")
-        spec = name
+    elif name in model_names():
+        file = resolve_pretrained_cfg(target).file
+        weights = Path(file) if file else find_weights(name)
     else:
-        spec, name = target, target.partition(".")[0]
-        if name not in model_names():
-            raise FileNotFoundError(f"{target!r} is not a file, a folder or a model of this package, e.g. c8resnet50")
-        cfg = resolve_pretrained_cfg(target)
-        weights = Path(cfg.file) if cfg.file else find_weights(name)
-    provenance = read_provenance(weights) if weights.suffix == ".safetensors" else {}
+        raise FileNotFoundError(f"{target!r} is not a file, a folder or a model of this package, e.g. c8resnet50")
+    is_safe = weights.suffix == ".safetensors"
+    provenance = read_provenance(weights) if is_safe else {}
     if name not in model_names() or provenance.get("model", name) != name:
         raise WeightsError(f"{weights} should hold {name!r}, its metadata name {provenance.get('model')!r}")
-    is_safe = weights.suffix == ".safetensors"
     state_dict = load_file(weights) if is_safe else torch.load(weights, map_location="cpu", weights_only=True)
-    if path.is_file() and "fc.weight" in state_dict:
-        arguments["num_classes"] = len(state_dict["fc.weight"])
-    with torch.device("meta"):
-        expected = create(spec, EquivariantBackbone, EquivariantViT, **arguments).state_dict()
-    shapes = [{key: tuple(value.shape) for key, value in state.items()} for state in (expected, state_dict)]
-    differ = [key for key in {**shapes[0], **shapes[1]} if shapes[0].get(key) != shapes[1].get(key)]
-    if differ:
-        key = differ[0]
-        raise WeightsError(
-            f"{weights} does not fit {name}: {len(differ)} entries differ, such as {key}, which has shape "
-            f"{shapes[1].get(key)} and should have {shapes[0].get(key)} (None: missing)"
-        )
-    model = create(spec, EquivariantBackbone, EquivariantViT, pretrained=not path.is_file(), **arguments).eval()
-    if path.is_file():
-        model.load_state_dict(state_dict)
     if path.is_dir():
-        given = {"input_size": [model.in_chans], **config["pretrained_cfg"]}
-        classes = {value for part in (config, given) if (value := part.get("num_classes")) is not None}
-        if not classes <= {model.num_classes} or given["input_size"][0] != model.in_chans:
-            raise WeightsError(f"{path / CONFIG_FILE} gives num_classes or input_size of another model")
-    for key, value in model.state_dict().items():
-        if not _equal(value, state_dict[key]):
-            raise WeightsError(f"the model is not what {weights} holds: {key} ({state_dict[key].dtype}) differs")
-    return Loaded(name, model, weights, state_dict, provenance)
+        model = create(f"local-dir:{path}", EquivariantBackbone, EquivariantViT, pretrained=True)
+    else:
+        model = create(name, EquivariantBackbone, EquivariantViT)
+        model.load_state_dict(state_dict)
+    entries = model.state_dict()
+    for key in {**entries, **state_dict}:  # timm leaves a classifier of another size out
+        a, b = entries.get(key), state_dict.get(key)
+        if a is None or b is None or a.shape != b.shape or a.is_floating_point() != b.is_floating_point():
+            raise WeightsError(f"{weights} does not fit {name}: {key} is missing, or of another shape or dtype")
+        if not torch.allclose(a.to(b.dtype), b, rtol=0, atol=0, equal_nan=True):
+            raise WeightsError(f"the model is not what {weights} holds: {key} differs")
+    return Loaded(name, model.eval(), weights, state_dict, provenance)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """A config of timm; raises WeightsError if its arguments make another network than its architecture."""
+def _read_architecture(path: Path) -> str:
+    """The architecture in a config; raises WeightsError if the other fields make another network."""
     config = json.loads(path.read_text(encoding="utf-8"))
-    name, arguments = config["architecture"], config.get("model_args", {})
+    name, cfg = config["architecture"], config["pretrained_cfg"]
     if name not in model_names():
         raise WeightsError(f"{path} names {name!r}, which is not a model of this package")
     with torch.device("meta"):
@@ -229,14 +215,12 @@ def _read_config(path: Path) -> dict[str, Any]:
     own: dict[str, Any] = {"global_pool": "avg"}  # timm writes these in any case
     if isinstance(model, EquivariantViT):
         own = {"global_pool": model.global_pool, "img_size": list(model.patch_embed.img_size)}
+    arguments = config.get("model_args", {})
     other = {key: value for key, value in arguments.items() if key not in _HARMLESS and value != own.get(key, ...)}
     if other:
         raise WeightsError(f"{path} makes another network than {name}, by the model_args {other}")
-    return config
-
-
-def _equal(value: torch.Tensor, stored: torch.Tensor) -> bool:
-    """Equal in the dtype of the file, NaN included."""
-    return value.is_floating_point() == stored.is_floating_point() and torch.allclose(
-        value.to(stored.dtype), stored, rtol=0, atol=0, equal_nan=True
-    )
+    classes = {part["num_classes"] for part in (config, cfg, arguments) if part.get("num_classes") is not None}
+    channels = {cfg.get("input_size", [3])[0], arguments.get("in_chans", 3)}
+    if len(classes) > 1 or len(channels) > 1:
+        raise WeightsError(f"{path} gives {classes} as num_classes, {channels} as channels: one number is needed")
+    return name

@@ -1,6 +1,7 @@
 """Checks of weights that are about to be used or published, one row each."""
 
 import copy
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -87,29 +88,22 @@ def _origin(loaded: Loaded) -> Iterator[Check]:
     provenance, found = dict(loaded.provenance), hash_tensors(loaded.state_dict)
     expected = provenance.pop(TENSORS_SHA256, None)
     if expected is None:
-        finding = f"{found}; the file holds none to compare with, changed values would not be noticed"
-        yield Check(TENSORS_SHA256, None, finding)
+        yield Check(TENSORS_SHA256, None, f"{found}; the file holds none to compare with")
     else:
         finding = found if found == expected else f"{found}, but it was {expected}: the tensors have been changed"
         yield Check(TENSORS_SHA256, found == expected, finding)
-    if not provenance:
-        yield Check("provenance", None, "none in the file")
-    for key, value in provenance.items():
+    for key, value in (provenance or {"provenance": "none in the file"}).items():
         yield Check(key, None, value)
 
 
 def _preprocessing(loaded: Loaded) -> Iterator[Check]:
     """Preprocessing in the config; that of converted weights is known."""
-    found = resolve_data_config({}, pretrained_cfg=loaded.model.pretrained_cfg)  # type: ignore[arg-type]
+    found = resolve_data_config({}, model=loaded.model)
     known = resolve_data_config({}, pretrained_cfg=resolve_pretrained_cfg(loaded.name).to_dict())
-    differ = [f"{key} {found[key]}" for key in known if _listed(found[key]) != _listed(known[key])]
+    differ = [f"{key} {found[key]}" for key in known if json.dumps(found[key]) != json.dumps(known[key])]
     is_converted = "source_sha256" in loaded.provenance
     finding = f"{', '.join(differ)}, unlike that of the architecture" if differ else "that of the architecture"
     yield Check("preprocessing", not differ if is_converted else None, finding)
-
-
-def _listed(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _finite(state: dict[str, torch.Tensor]) -> Iterator[Check]:
@@ -138,11 +132,10 @@ def _equivariance(model: EquivariantBackbone | EquivariantViT) -> Iterator[Check
         yield Check("equivariance", None, "not checked: neither logits nor last maps of a hybrid are invariant")
         return
     try:
-        errors = (
-            equivariance_error(model, size)
-            if invariant
-            else equivariance_error(_Maps(model), size, output_type="regular")
-        )
+        if invariant:
+            errors = equivariance_error(model, size)
+        else:
+            errors = equivariance_error(_Maps(model), size, output_type="regular")
     except ValueError as error:
         yield Check("equivariance", False, str(error))
         return
@@ -176,9 +169,12 @@ def _statistics(loaded: Loaded, images: str | Path | None) -> Iterator[Check]:
         f"{own.residuals[layer].square().mean().sqrt():.2g}"
     )
     yield Check("statistics", None if own.is_finite else False, finding)
+    before = copy.deepcopy(model)  # with the coefficients of the checkpoint
+    if "signs" in loaded.provenance:
+        apply_signs(before, loaded.provenance["signs"])
     for name in same_shapes(loaded.name) if own.is_finite else ():
         rival = create(name, EquivariantResNet, num_classes=model.num_classes)
-        rival.load_state_dict(_before_signs(loaded).state_dict())
+        rival.load_state_dict(before.state_dict())
         patterns, fits = known_patterns(rival.group).values(), PatternFits(rival, crops)
         others = [fits.fit(pattern) for pattern in patterns] or [fit(rival, crops)]
         other = max(others, key=lambda one: one.log_likelihood)
@@ -188,20 +184,8 @@ def _statistics(loaded: Loaded, images: str | Path | None) -> Iterator[Check]:
         yield Check("other model", False if wrong else None, finding)
 
 
-def _before_signs(loaded: Loaded) -> nn.Module:
-    """The model with the coefficients of the checkpoint, before signs were applied."""
-    model = copy.deepcopy(loaded.model)
-    if isinstance(model, EquivariantResNet) and "signs" in loaded.provenance:
-        apply_signs(model, loaded.provenance["signs"])
-    return model
-
-
 def _accuracy(model: EquivariantBackbone | EquivariantViT, data: str | Path) -> Iterator[Check]:
     """Top-1 and top-5, at least the reported figures less a margin."""
-    config = resolve_data_config({}, model=model)
-    if not Path(data).is_dir():
-        yield Check("accuracy", False, f"{data} is not a folder of labelled images")
-        return
     try:
         dataset = ImageFolder(str(data), "validation")
     except (OSError, RuntimeError, ValueError) as error:
@@ -211,7 +195,7 @@ def _accuracy(model: EquivariantBackbone | EquivariantViT, data: str | Path) -> 
     if classes != model.num_classes:
         yield Check("accuracy", False, f"{data} has {classes} classes, the model {model.num_classes}")
         return
-    dataset.transform = preparation(config)
+    dataset.transform = preparation(resolve_data_config({}, model=model))
     loader = torch.utils.data.DataLoader(dataset, batch_size=32)
     meters = AverageMeter(), AverageMeter()
     with torch.no_grad():

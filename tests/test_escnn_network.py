@@ -1,12 +1,17 @@
 """A network of this package in escnn, and back: same output, same weights, whatever signs the installed escnn has."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import timm
 import torch
 
 import equivision_timm  # noqa: F401  registers the models
 from equivision_timm.weights.equivision import convert_original
-from equivision_timm.weights.escnn_format import to_escnn
+
+sys.path.append(str(Path(__file__).parents[1] / "scripts"))
+from escnn_network import to_escnn
 
 
 def test_layers_that_the_original_lacks_are_refused():
