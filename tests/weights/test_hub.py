@@ -1,7 +1,4 @@
-"""Weights on (a loopback) Hub, as `create_model(name, pretrained=True)` sees them.
-
-They are published: the package names their commit and the hash of their tensors. The processes are told so.
-"""
+"""Published weights on a Hub on loopback, as `create_model(name, pretrained=True)` loads them."""
 
 import json
 
@@ -49,13 +46,13 @@ def hub(first):
 
 @pytest.fixture
 def published(hub, first):
-    """What the package says: {name: (commit, hash of the tensors)}."""
+    """`PUBLISHED`: {name: (commit, hash of the tensors)}."""
     return {NAME: (hub.repositories[REPOSITORY].head, hash_tensors(load(first)))}
 
 
 @pytest.fixture
 def start(hub, published, tmp_path):
-    """Starts a process that creates pretrained models and knows nothing of the user's but the loopback Hub."""
+    """Starts a process that creates pretrained models, with an empty home folder."""
     environment = {"HOME": tmp_path / "home", "HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_PROGRESS_BARS": 1}
 
     def start(*models, **variables):
@@ -83,11 +80,6 @@ def test_first_download_then_cached_though_the_hub_goes_on(hub, start, run, firs
     assert sum(NAME in path for _, path in hub.requests) == before
 
 
-def test_the_named_commit_is_downloaded_not_the_newest(hub, run, first, second):
-    hub.add(REPOSITORY, {FILE: second})
-    assert run() == [bias(first)]
-
-
 def test_other_tensors_than_the_package_names(hub, run, published, second, tmp_path):
     """A Hub that gives another file under the commit; once the copy is deleted and the Hub mended, all is well."""
     commit, sha256 = published[NAME]
@@ -95,24 +87,15 @@ def test_other_tensors_than_the_package_names(hub, run, published, second, tmp_p
     hub.repositories[REPOSITORY].commits[commit] = {**right, FILE: second}
     (result,) = run(HF_HUB_CACHE=tmp_path / "cache")
     (copy,) = (tmp_path / "cache").rglob(FILE)
-    assert result.startswith(f"WeightsError: {copy} is damaged")
-    assert f"is {hash_tensors(load(second))}, not '{sha256}'): delete it and try again" in result
+    for part in ("WeightsError", str(copy), sha256, hash_tensors(load(second)), "delete it"):
+        assert part in result
     hub.repositories[REPOSITORY].commits[commit] = right
     copy.unlink()
     assert run(HF_HUB_CACHE=tmp_path / "cache") == [bias(right[FILE])]
 
 
-def test_no_host_is_asked_for_what_is_not_published(hub, start):
-    listed, results = start(("d1resnet18", {}), ("c8resnet50", {}), (NAME, {})).result()
-    for name, result in zip(("d1resnet18", "c8resnet50"), results, strict=False):
-        assert result.startswith(f"WeightsError: no weights for {name}: there is no")
-        assert f"`python -m equivision_timm fetch {name}`" in result
-        assert not any(name in path for _, path in hub.requests)
-    assert {name.partition(".")[0] for name in listed} == {NAME}
-
-
-def test_what_the_hub_may_refuse(hub, run, first, published):
-    """404 for a file, 401 for a private repository and for one that does not exist: clear errors."""
+def test_errors_of_the_hub(hub, run, first, published):
+    """404 for a file, 401 for a private repository and for one that does not exist."""
     private = f"{HUB_ORG}/d4resnet18.equivision_in1k"
     commits = {
         "d1resnet18": hub.add(f"{HUB_ORG}/d1resnet18.equivision_in1k", {"README.md": b"# no weights yet"}),
@@ -122,10 +105,14 @@ def test_what_the_hub_may_refuse(hub, run, first, published):
     published |= {name: (commit, "0" * 64) for name, commit in commits.items()}
     results = run(*((name, {}) for name in commits))
     for (name, commit), answer, result in zip(commits.items(), ("404", "401", "401"), results, strict=True):
-        assert result.startswith(f"WeightsError: no weights for {name}")
-        assert answer in result
-        assert f"{hub.endpoint}/{HUB_ORG}/{name}.equivision_in1k, commit {commit}" in result
-        assert f"`python -m equivision_timm fetch {name}`" in result
+        for part in (
+            "WeightsError",
+            answer,
+            f"{hub.endpoint}/{HUB_ORG}/{name}.equivision_in1k",
+            commit,
+            f"fetch {name}",
+        ):
+            assert part in result
 
 
 def test_where_the_cache_lies_and_who_may_read(hub, run, first, tmp_path):
@@ -155,16 +142,6 @@ def test_a_connection_that_breaks_midway_is_continued(hub, run, first):
     assert starts[0] == 0
     assert len(starts) > 1
     assert all(start > 0 for start in starts[1:])
-
-
-def test_a_connection_that_stays_broken(hub, run, first, tmp_path):
-    hub.break_downloads_after = 0
-    cache = tmp_path / "cache"
-    (result,) = run(HF_HUB_CACHE=cache)
-    assert result.startswith(f"WeightsError: no weights for {NAME}")
-    assert list(cache.rglob(FILE)) == []
-    hub.break_downloads_after = None
-    assert run(HF_HUB_CACHE=cache) == [bias(first)]
 
 
 def test_two_processes_at_once(hub, start, first):
