@@ -38,7 +38,7 @@ def to_escnn(model: EquivariantResNet) -> "EscnnResNet":
         if isinstance(module, (Blur2d, FieldAttention)) or not isinstance(module, stem.get(name, nn.Module)):
             raise ValueError(f"{name} is a {type(module).__name__}: the original network has none there")
         if isinstance(module, ConvNormAct) and not (
-            type(module.norm.per_field) is nn.BatchNorm2d and module.conv.dilation == 1
+            isinstance(module.norm.per_field, nn.BatchNorm2d) and module.conv.dilation == 1
         ):
             raise ValueError(f"{name} is no BatchNorm2d or is dilated: the original network has neither")
         if isinstance(module, ConvNormAct) and type(module.act) not in (nn.ReLU, nn.Identity):
