@@ -13,12 +13,12 @@ import timm
 import torch
 from huggingface_hub import EvalResult, ModelCardData
 from timm.models import model_entrypoint
-from timm.utils import reparameterize_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from equivision_timm.errors import one_line
 from equivision_timm.groups import Group
 from equivision_timm.models import EquivariantBackbone, EquivariantViT
+from equivision_timm.models.fuse import fuse
 from equivision_timm.models.variants import create
 from equivision_timm.weights.released import Released, released
 
@@ -49,9 +49,8 @@ def model_card(model_name: str, repository: str, provenance: dict[str, str], has
     classifies, cost_size = model.num_classes > 0, cfg["input_size"][-1]
     parameters, gmacs = complexity(model_name, cost_size, **arguments)
     size = model.exact_sizes(cost_size)[1]
-    fused: Any = reparameterize_model(model)  # plain convolutions
     with torch.no_grad():
-        features = fused.forward_features(torch.empty(1, model.in_chans, size, size, device="meta"))
+        features = model.forward_features(torch.empty(1, model.in_chans, size, size, device="meta"))
     reported = entry.reported if entry and has_classifier else {}
     task = "image-classification" if classifies else "image-feature-extraction"
     metadata = ModelCardData(
@@ -99,7 +98,7 @@ def complexity(model_name: str, size: int = 224, **arguments: Any) -> tuple[int,
     with torch.device("meta"), torch.no_grad():
         model = timm.create_model(model_name, **arguments).eval()
         parameters = sum(p.numel() for p in model.parameters())
-        fused = reparameterize_model(model.requires_grad_(False))  # the counter fails on tensors with gradients
+        fused = fuse(model.requires_grad_(False), "dense")  # the counter fails on tensors with gradients
         with FlopCounterMode(display=False) as counter:
             fused(torch.empty(1, 3, size, size))
     return parameters, counter.get_total_flops() / 2 / 1e9
