@@ -13,6 +13,7 @@ from equivision_timm.escnn_interop import field_type, gspace, import_escnn
 from equivision_timm.kernel_basis import load_kernel_basis
 from equivision_timm.layers import Blur2d, ConvNormAct, FieldAttention, SteerableConv2d
 from equivision_timm.models import EquivariantResNet
+from equivision_timm.torch_internals import BatchNorm
 from equivision_timm.weights.escnn_format import translate_basis
 
 if TYPE_CHECKING:
@@ -131,6 +132,6 @@ def _conv_norm(module: nn.Module, in_type: "FieldType") -> tuple["R2Conv", nn.Mo
     weight = ours.weight.detach().squeeze(-1).double() @ translation  # [out_fields, in_fields, n_basis]
     conv.weights = nn.Parameter(weight.float().flatten())  # (o, i, b), flat
     batch_norm = enn.InnerBatchNorm(conv.out_type, eps=norm.eps, momentum=norm.momentum)
-    (inner,) = (m for m in batch_norm.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    (inner,) = (m for m in batch_norm.modules() if isinstance(m, BatchNorm))
     inner.load_state_dict(norm.state_dict())
     return conv, batch_norm

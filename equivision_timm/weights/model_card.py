@@ -17,8 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from equivision_timm.errors import one_line
 from equivision_timm.groups import Group
-from equivision_timm.models import EquivariantBackbone, EquivariantViT
-from equivision_timm.models.fuse import fuse
+from equivision_timm.models import EquivariantBackbone, EquivariantViT, fuse
 from equivision_timm.models.variants import create
 from equivision_timm.weights.released import Released, released
 
