@@ -42,10 +42,6 @@ def train_script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def test_all_recipes_are_there() -> None:
-    assert {path.stem for path in CONFIGS} >= {"equivision_in1k", "rotated_in1k", "modern_in1k", "finetune", "scratch"}
-
-
 def test_header_says_command_hardware_and_result(config: Path) -> None:
     header = re.split(r"^[^#]", config.read_text(), maxsplit=1, flags=re.MULTILINE)[0]
     assert f"--config configs/{config.name}" in header
@@ -196,14 +192,6 @@ def test_builds_and_trains_from_the_values(config: Path) -> None:
     built = _build(args)
     assert built.epochs == args.epochs
     _train_one_step(built, args)
-
-
-def test_builds_and_trains_through_timms_parser(
-    config: Path, train_script: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["train.py", "--data-dir", "DIR", "--config", str(config)])
-    args, _ = train_script._parse_args()
-    _train_one_step(_build(args), args)
 
 
 @pytest.mark.parametrize("name", ["equivision_in1k", "rotated_in1k"])
