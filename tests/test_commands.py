@@ -253,7 +253,7 @@ def test_torchrun(script: str) -> None:
 
 
 def test_console_script(tmp_path: Path) -> None:
-    """What an installer makes of `[project.scripts]`: passes the exit status on, and calls itself by its name."""
+    """As an installer makes it of `[project.scripts]`: it returns the exit status and calls itself by its name."""
     pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text()
     name, module, function = re.search(r'\[project\.scripts\]\n(\S+) = "(\S+):(\S+)"', pyproject).groups()
     path = tmp_path / name

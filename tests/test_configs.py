@@ -74,8 +74,9 @@ def test_timm_parser_knows_every_key_and_value(
 
 def test_mixed_precision_is_left_to_the_command_line(config: Path) -> None:
     """timm has no options that switch them off; bfloat16 without its instructions takes 15 times as long."""
-    assert not yaml.safe_load(config.read_text()).keys() & {"amp", "pin_mem", "model_dtype"}
-    assert "--amp" in config.read_text()
+    values = yaml.safe_load(config.read_text())
+    assert not values.keys() & {"amp", "pin_mem", "model_dtype"}
+    assert ("--amp" in config.read_text()) is ("amp_dtype" in values)
 
 
 def test_scratch_is_the_twin_of_finetune() -> None:
@@ -150,7 +151,7 @@ def test_commands_in_the_head_run(name: str, tmp_path: Path) -> None:
 
 
 def _build(args: SimpleNamespace | argparse.Namespace) -> SimpleNamespace:
-    """What train.py makes from its arguments, by timm's own factories."""
+    """Model, optimizer, ... that train.py makes from its arguments, by timm's own factories."""
     model = timm.create_model(
         "c4resnet18_fast", num_classes=10, drop_path_rate=getattr(args, "drop_path", None), width=2
     )

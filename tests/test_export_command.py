@@ -43,8 +43,8 @@ def test_any_batch_and_metadata(name: str, tmp_path: Path, capsys: pytest.Captur
     size = model.pretrained_cfg["input_size"][-1]
     for batch in (1, 5):
         torch.testing.assert_close(_run(file, _images(batch, size)), model(_images(batch, size)), rtol=1e-4, atol=1e-4)
-    turned = _run(file, _images(5, size).rot90(dims=(2, 3)))
-    torch.testing.assert_close(turned, _run(file, _images(5, size)), rtol=1e-4, atol=1e-4)
+    rotated = _run(file, _images(5, size).rot90(dims=(2, 3)))
+    torch.testing.assert_close(rotated, _run(file, _images(5, size)), rtol=1e-4, atol=1e-4)
     metadata = {entry.key: entry.value for entry in onnx.load(file).metadata_props}
     assert metadata["model"] == name
     assert json.loads(metadata["classes"])[3] == "digit 3"

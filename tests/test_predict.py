@@ -40,7 +40,7 @@ def _rows(text: str) -> list[dict[str, str]]:
 
 
 def _expected(model: torch.nn.Module, file: str, **options) -> torch.Tensor:
-    """Probabilities [classes], by timm alone."""
+    """Probabilities [classes], by timm only."""
     transform = create_transform(**resolve_data_config(options, model=model), is_training=False)
     with torch.no_grad():
         return model.eval()(transform(Image.open(file).convert("RGB"))[None]).softmax(1)[0]
@@ -131,7 +131,7 @@ def test_classes_of_the_training_folder(digits: Path, tmp_path: Path, capsys: py
 
 
 def test_names_of_pretrained_weights_are_not_those_of_a_checkpoint() -> None:
-    """Ten classes of digits, or ten of the user's own: the number alone does not tell."""
+    """Ten classes of digits, or ten of the user's own: the number of classes does not decide."""
     digits, imagenet = timm.create_model(MODEL), timm.create_model("c4resnet18_fast", width=1)
 
     def names(spec: str, model: torch.nn.Module) -> list[str]:
@@ -190,7 +190,7 @@ def test_ctrl_c_leaves_the_old_file(digits: Path, tmp_path: Path, monkeypatch: p
 
 
 def test_rectangles_of_the_training(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """`train.py --input-size 1 33 49` says the channels, too; --size replaces height and width."""
+    """`train.py --input-size 1 33 49` determines the channels, too; --size replaces height and width."""
     spec = save_training(tmp_path, channels=1, input_size=[1, 33, 49])
     assert load(spec).model.in_chans == 1
     assert load(spec).input_size == (1, 33, 49)

@@ -220,7 +220,7 @@ def test_stages(textures: str, c4: str, c1: str, tmp_path: Path, capsys: pytest.
     assert main([*words, "--out", str(tmp_path / "other"), "--test-time-turns", "4"]) == 2
     assert not (tmp_path / "other").exists()
     assert main(command([c4], textures, tmp_path / "small", "45", "--size", "33", "--by-stage")) == 1
-    assert "layer4" in capsys.readouterr().err  # one pixel, which says nothing
+    assert "layer4" in capsys.readouterr().err  # a map of one pixel
 
 
 def test_deep_pictures(c4: str, tmp_path: Path) -> None:

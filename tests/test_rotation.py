@@ -33,14 +33,14 @@ def test_quarter_turns_move_whole_pixels(quarters: int) -> None:
 @pytest.mark.parametrize("degrees", [10, 45, 73, 135, 200, -30])
 def test_same_as_pillow_inside_the_circle(degrees: float) -> None:
     size = 101
-    ours = rotate(_smooth(size, size), degrees)[0, 0]
-    theirs = Image.fromarray(_smooth(size, size)[0, 0].numpy()).rotate(degrees, Image.Resampling.BILINEAR)
+    found = rotate(_smooth(size, size), degrees)[0, 0]
+    pillow = Image.fromarray(_smooth(size, size)[0, 0].numpy()).rotate(degrees, Image.Resampling.BILINEAR)
     y, x = np.mgrid[:size, :size] - (size - 1) / 2
     inside = np.hypot(x, y) < size / 2 - 2
-    difference = np.abs(ours.numpy() - np.asarray(theirs))[inside]
+    difference = np.abs(found.numpy() - np.asarray(pillow))[inside]
     assert difference.max() < 0.02
-    unturned = np.abs(_smooth(size, size)[0, 0].numpy() - np.asarray(theirs))[inside]
-    assert unturned.max() > 0.5  # the comparison would notice a wrong angle
+    unrotated = np.abs(_smooth(size, size)[0, 0].numpy() - np.asarray(pillow))[inside]
+    assert unrotated.max() > 0.5  # the comparison would notice a wrong angle
 
 
 def test_turns_add_up() -> None:
@@ -54,9 +54,9 @@ def test_turns_add_up() -> None:
 @pytest.mark.parametrize("degrees", [0, 17, 45, 60, 90])
 def test_corners_are_reflected_not_black(degrees: float) -> None:
     grey = Image.new("RGB", (40, 30), (100, 150, 200))
-    turned = rotate_image(grey, degrees)
-    assert np.unique(np.asarray(turned).reshape(-1, 3), axis=0).tolist() == [[100, 150, 200]]
-    assert turned.size == ((30, 40) if degrees in (60, 90) else (40, 30))
+    rotated = rotate_image(grey, degrees)
+    assert np.unique(np.asarray(rotated).reshape(-1, 3), axis=0).tolist() == [[100, 150, 200]]
+    assert rotated.size == ((30, 40) if degrees in (60, 90) else (40, 30))
     assert rotate_image(grey.convert("L"), degrees).mode == "L"
 
 

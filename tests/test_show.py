@@ -33,8 +33,8 @@ def _errors(model: torch.nn.Module, degrees: float, size: int = 97) -> list[floa
     coarse = torch.randn(1, 3, 9, 9)
     image = torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic", align_corners=True)
     with torch.inference_mode():
-        upright, turned = (scalar_maps(model.eval(), x, 1)[0] for x in (image, rotate(image, degrees)))
-    return [map_error(rotate(t[None, None], -degrees)[0, 0], u) for t, u in zip(turned, upright, strict=True)]
+        upright, rotated = (scalar_maps(model.eval(), x, 1)[0] for x in (image, rotate(image, degrees)))
+    return [map_error(rotate(t[None, None], -degrees)[0, 0], u) for t, u in zip(rotated, upright, strict=True)]
 
 
 @pytest.mark.parametrize(("name", "maps"), [("c4resnet18_fast", 16), ("d4resnet18_fast", 8), ("c8resnet18_fast", 8)])

@@ -1,7 +1,7 @@
 """Models by the name that a user types, prepared as in the training of their checkpoint: loaded here for all commands.
 
 A spec is `NAME` (a model of timm with its pretrained weights, maybe 'hf-hub:...' or 'local-dir:...') or
-`NAME=CHECKPOINT`. A checkpoint of timm's `train.py` says how the model was made and how its images were prepared.
+`NAME=CHECKPOINT`. A checkpoint of timm's `train.py` contains how the model was made and its images prepared.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What commands share: options, a loop over models, the text of an error."""
+"""Options that several commands have, a loop over models, the text of an error."""
 
 import argparse
 import math

@@ -64,7 +64,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured so far under some settings: sums over the images, an entry per angle."""
+    """Sums over the images measured so far under some settings, an entry per angle."""
 
     settings: Settings  # the key
     position: int = 0  # number of files taken

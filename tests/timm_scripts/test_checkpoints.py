@@ -1,4 +1,4 @@
-"""timm's other scripts on a trained checkpoint of ours: validate, average, clean, infer, benchmark, export."""
+"""timm's other scripts on a trained checkpoint: validate, average, clean, infer, benchmark, export."""
 
 import csv
 import math
@@ -53,7 +53,7 @@ def test_wrong_number_of_classes_is_refused(run, trained: Path, textures: Path) 
 
 
 def test_average_and_clean(run, trained: Path, reported: float, textures: Path, tmp_path: Path) -> None:
-    """The mean of two checkpoints; then a checkpoint of weights alone, which a model loads and which validates."""
+    """The mean of two checkpoints; then a checkpoint of weights only, which a model loads and which validates."""
     averaged = ["--output", tmp_path / "mean.safetensors", "--safetensors"]
     run("avg_checkpoints.py", "--input", trained, "--filter", "checkpoint-*", "-n", "2", *averaged)
     mean = timm.models.load_state_dict(str(tmp_path / "mean.safetensors"))
@@ -118,8 +118,8 @@ def test_onnx_export_and_validate(exporter: list[str], run, textures: Path, tmp_
     flat = tmp_path / "images"
     shutil.copytree(textures / "validation", flat)
     done = run("onnx_validate.py", flat, "--onnx-input", graph, "--img-size", "33", "--crop-pct", "1.0", "-b", "16")
-    theirs = float((done.stdout + done.stderr).split("Prec@1 ")[-1].split()[0])
+    exported = float((done.stdout + done.stderr).split("Prec@1 ")[-1].split()[0])
     options = ["--img-size", "33", "--crop-pct", "1.0", "--interpolation", "bicubic", "-b", "16", "--device", "cpu"]
-    ours = result(run("validate.py", "--data-dir", flat, *weights, *options, "-j", "0"))["top1"]
-    assert not math.isnan(theirs)
-    assert theirs == pytest.approx(ours, abs=0.1)
+    expected = result(run("validate.py", "--data-dir", flat, *weights, *options, "-j", "0"))["top1"]
+    assert not math.isnan(exported)
+    assert exported == pytest.approx(expected, abs=0.1)
