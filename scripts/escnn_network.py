@@ -37,11 +37,11 @@ def to_escnn(model: EquivariantResNet) -> "EscnnResNet":
     stem = {"conv1": ConvNormAct, "maxpool": nn.MaxPool2d}
     for name, module in model.named_modules():
         if isinstance(module, (Blur2d, FieldAttention)) or not isinstance(module, stem.get(name, nn.Module)):
-            raise ValueError(f"{name} is a {type(module).__name__}: the original network has none there")
+            raise ValueError(f"{name} is a {type(module).__name__}: the original network does not have it")
         if isinstance(module, ConvNormAct) and not (
             isinstance(module.norm.per_field, nn.BatchNorm2d) and module.conv.dilation == 1
         ):
-            raise ValueError(f"{name} is no BatchNorm2d or is dilated: the original network has neither")
+            raise ValueError(f"{name} is dilated or its norm is not a batch norm, unlike the original network")
         if isinstance(module, ConvNormAct) and type(module.act) not in (nn.ReLU, nn.Identity):
             raise ValueError(f"{name}.act is a {type(module.act).__name__}: the original network has ReLU")
     pools = model.global_pool.pool_type, model.group_pool.pool_type
@@ -114,22 +114,22 @@ class EscnnBlock(nn.Module):
 
 def _conv_norm(module: nn.Module, in_type: "FieldType") -> tuple["R2Conv", nn.Module]:
     """The convolution and the norm of `module` in escnn, with its weights."""
-    enn, ours, norm = import_escnn().nn, module.get_submodule("conv"), module.get_submodule("norm.per_field")
-    assert isinstance(ours, SteerableConv2d)  # checked by `to_escnn`
+    enn, source, norm = import_escnn().nn, module.get_submodule("conv"), module.get_submodule("norm.per_field")
+    assert isinstance(source, SteerableConv2d)  # checked by `to_escnn`
     assert isinstance(norm, nn.BatchNorm2d)
     conv = enn.R2Conv(
         in_type,
-        field_type(ours.group, ours.out_fields),
-        ours.kernel_size,
-        stride=ours.stride,
-        padding=ours.padding,
+        field_type(source.group, source.out_fields),
+        source.kernel_size,
+        stride=source.stride,
+        padding=source.padding,
         bias=False,
         initialize=False,
     )
-    theirs = next(value for name, value in conv.named_buffers() if name.endswith("sampled_basis"))
-    basis = load_kernel_basis(ours.kernel).sample().flatten(3)
-    translation, _ = translate_basis(basis, theirs, type(module).__name__)
-    weight = ours.weight.detach().squeeze(-1).double() @ translation  # [out_fields, in_fields, n_basis]
+    target = next(value for name, value in conv.named_buffers() if name.endswith("sampled_basis"))
+    basis = load_kernel_basis(source.kernel).sample().flatten(3)
+    translation, _ = translate_basis(basis, target, type(module).__name__)
+    weight = source.weight.detach().squeeze(-1).double() @ translation  # [out_fields, in_fields, n_basis]
     conv.weights = nn.Parameter(weight.float().flatten())  # (o, i, b), flat
     batch_norm = enn.InnerBatchNorm(conv.out_type, eps=norm.eps, momentum=norm.momentum)
     (inner,) = (m for m in batch_norm.modules() if isinstance(m, BatchNorm))

@@ -203,7 +203,7 @@ class PatternFits:
         return pattern
 
     def leads(self, pattern: str, rivals: Iterable[str]) -> dict[str, float]:
-        """Vuong's z of a pattern over its close rivals: those that are not far behind in the first stages already."""
+        """Vuong's z of a pattern over its close rivals: those that are not clearly worse on the first stages."""
         leads = dict.fromkeys(rivals, 0.0)
         for stages in (1, 2, 4):
             own = self.fit(pattern, stages)

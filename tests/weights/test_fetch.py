@@ -127,7 +127,7 @@ def test_continues_a_broken_download(drive, weights, capsys):
 
     drive.break_after = None
     assert main(["fetch", NAME]) == 0
-    assert drive.offsets[4:] == [0, 8 * MIB]  # gdown asks anew, drops that answer and continues
+    assert drive.offsets[4:] == [0, 8 * MIB]  # gdown requests it again, drops that answer and continues
     assert files(weights) == MODEL_FILES
 
 
@@ -255,12 +255,12 @@ def test_one_failure_does_not_stop_the_others(drive, weights, capsys):
     assert files(weights) == MODEL_FILES
 
 
-def test_all_asks_for_every_released_model(monkeypatch):
-    asked = []
-    monkeypatch.setattr(fetch_command, "fetch", lambda name, images, signs: asked.append(name))
+def test_all_fetches_every_released_model(monkeypatch):
+    fetched = []
+    monkeypatch.setattr(fetch_command, "fetch", lambda name, images, signs: fetched.append(name))
     assert main(["fetch", "--all"]) == 0
-    assert asked == list(released())
-    assert len(asked) == 22
+    assert fetched == list(released())
+    assert len(fetched) == 22
 
 
 def test_without_gdown(drive, monkeypatch):

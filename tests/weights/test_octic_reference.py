@@ -1,4 +1,4 @@
-"""Our D4 ViTs with weights in the naming of octic-vits give the figures of its modules, stage by stage."""
+"""D4 ViTs with weights of octic-vits reproduce the figures of its modules, stage by stage."""
 
 import pytest
 import timm
@@ -35,11 +35,11 @@ def compare(model, case, size):
     expected = octic_data.figures(case)
     found = run(model, image((len(expected["output"]), 3, size, size)))
     assert found.keys() == expected.keys()
-    for name, ours in found.items():
+    for name, own in found.items():
         value = expected[name]
-        if ours.ndim == 3 and ours.shape[1] != value.shape[1]:
-            ours = ours[:, [0, 1, -1]]
-        torch.testing.assert_close(ours, value, rtol=0, atol=TOLERANCE, msg=lambda text, name=name: f"{name}: {text}")
+        if own.ndim == 3 and own.shape[1] != value.shape[1]:
+            own = own[:, [0, 1, -1]]
+        torch.testing.assert_close(own, value, rtol=0, atol=TOLERANCE, msg=lambda text, name=name: f"{name}: {text}")
         assert value.std() > 0.01
 
 
@@ -62,11 +62,13 @@ def test_every_stage_of_large_models(case):
 def test_large_models_have_their_parameters(case):
     with torch.device("meta"):
         model = timm.create_model(LARGE[case])
-        zeros = sum(7 * p.numel() for name, p in model.named_parameters() if name == "cls_token")  # theirs store zeros
-    ours = sum(p.numel() for p in model.parameters()) + zeros
+        zeros = sum(
+            7 * p.numel() for name, p in model.named_parameters() if name == "cls_token"
+        )  # octic-vits stores zeros
+    own = sum(p.numel() for p in model.parameters()) + zeros
     mask_token = 8 * model.cls_token.numel() if case.startswith("dinov2") else 0
     total = sum(torch.Size(shape).numel() for shape in octic_data.cases()[case]["shapes"].values())
-    assert ours + mask_token == total
+    assert own + mask_token == total
 
 
 @pytest.mark.parametrize("entry", ["norm1.weight", "attn.qkv.weight_plane", "attn.proj.weight_plane", "mlp.fc1.weight"])

@@ -56,7 +56,7 @@ def hub():
 
 @pytest.fixture
 def logged_in(hub, weights, tmp_path):
-    """Environment of a process that may write to the Hub; LFS uploads, for this Hub does not speak Xet."""
+    """Environment of a process that may write to the Hub; with LFS uploads, since this Hub does not implement Xet."""
     return {
         "HOME": tmp_path / "home",
         "PATH": os.environ["PATH"],  # of the compiler's linker

@@ -1,4 +1,4 @@
-"""Our networks against figures of the original: all 29 of them, evaluated and trained."""
+"""All 29 networks against figures of the original, evaluated and trained."""
 
 import pytest
 import timm
