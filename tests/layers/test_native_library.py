@@ -26,10 +26,10 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="PyTorch uses ot
 def folder(tmp_path, monkeypatch):
     """An empty folder from which the libraries are loaded in this test."""
     monkeypatch.setattr(native_library, "FOLDER", tmp_path)
-    forget = (native_library._load.cache_clear, auto.decide.cache_clear)
-    [clear() for clear in forget]
+    native_library._load.cache_clear()
     yield tmp_path
-    [clear() for clear in forget]
+    native_library._load.cache_clear()
+    auto.decide.cache_clear()
 
 
 def fill(folder, *levels):

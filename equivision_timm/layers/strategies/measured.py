@@ -40,14 +40,14 @@ def _look_up(values: tuple, compiled: bool) -> str | None:
     return read_choices(values[0], torch.get_num_threads()).get(_key(values, compiled))
 
 
-def layer_key(layer: Layer, shape: tuple[int, ...], training: bool, compiled: bool = False) -> str:
-    """The name of a layer in the table: what its time depends on besides the conditions."""
-    return _key(_values(layer, shape, training), compiled)
-
-
 def _values(layer: Layer, shape: tuple[int, ...], training: bool) -> tuple:
     fields = (layer.kernel.name, layer.in_fields, layer.out_fields, layer.stride, layer.dilation)
     return layer.device, layer.dtype, layer.memory_format, *fields, tuple(shape), training
+
+
+def layer_key(layer: Layer, shape: tuple[int, ...], training: bool, compiled: bool = False) -> str:
+    """The name of a layer in the table: what its time depends on besides the conditions."""
+    return _key(_values(layer, shape, training), compiled)
 
 
 def _key(values: tuple, compiled: bool) -> str:
