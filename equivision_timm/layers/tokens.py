@@ -12,7 +12,7 @@ import torch
 import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import register_notrace_module, trunc_normal_, use_fused_attn
+from timm.layers import LayerScale, register_notrace_module, trunc_normal_, use_fused_attn
 
 from equivision_timm.layers.irreps import ChangeBasis, Device, DType, irreps_of
 
@@ -177,28 +177,14 @@ def _each_channel(scales: torch.Tensor, plane: int) -> torch.Tensor:
     return torch.cat([scales, scales[scales.shape[0] - plane :]])
 
 
-class IrrepScale(nn.Module):
-    """LayerScale of tokens in the irreps basis: a learned factor for each channel, the same for both rows of E.
-
-    Parameter: `gamma` [scales * fields].
-
-    Args:
-        init_values: initial value of the factors.
-    """
+class IrrepScale(LayerScale):
+    """LayerScale of tokens in the irreps basis, the same for both rows of E. Parameter: `gamma` [scales * fields]."""
 
     def __init__(
         self, fields: int, group: str, init_values: float = 1e-4, device: Device = None, dtype: DType = None
     ) -> None:
-        super().__init__()
-        irreps = irreps_of(group)
-        self.init_values = init_values
-        self.plane: int = irreps.multiplicity * fields
-        self.gamma: nn.Parameter = nn.Parameter(torch.empty(irreps.scales * fields, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Set all factors to `init_values`."""
-        nn.init.constant_(self.gamma, self.init_values)
+        super().__init__(irreps_of(group).scales * fields, init_values, device=device, dtype=dtype)
+        self.plane: int = irreps_of(group).multiplicity * fields
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * _each_channel(self.gamma, self.plane)

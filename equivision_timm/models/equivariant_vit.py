@@ -82,8 +82,8 @@ class EquivariantBlock(nn.Module):
 class TransitionBlock(Block):
     """timm's block after the `transition` from tokens in the irreps basis to ordinary ones."""
 
-    def __init__(self, transition: nn.Module, dim: int, **kwargs: Any) -> None:
-        super().__init__(dim, **kwargs)
+    def __init__(self, transition: nn.Module, dim: int, num_heads: int, **kwargs: Any) -> None:
+        super().__init__(dim, num_heads, **kwargs)
         self.transition = transition
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -99,33 +99,22 @@ class EquivariantViT(nn.Module):
     under the group; without (the hybrids) they do. `forward_features` returns tokens [B, prefix + N, d]: ordinary ones,
     invariant except for their place, if ordinary blocks come last; else regular fields, field-major.
 
-    Args:
+    Args: as of timm's VisionTransformer, but for
         group: name of the group: 'd4', 'd1', 'c4', or another one that maps a square grid onto itself.
         img_size: height and width in pixels, or both; the position map is made for this grid, which must be square and
             even for groups with rotations by 90 degrees, and even in width for the others.
         patch_size: side of the patches in pixels, even.
-        in_chans: number of image channels.
-        num_classes: number of classes; 0 removes the classifier.
         global_pool: input of the head: 'token' (the class token); of the patches 'avg', 'max', 'avgmax'; '' all.
         embed_dim: d, channels of a token.
-        depth: number of blocks.
         num_heads: attention heads; |G| divides their width.
-        mlp_ratio: hidden features of the MLPs, in units of d.
         equivariant_depth: number of equivariant blocks; the first half if None.
         invariants: 'power', 'polynomial' or 'trivial' (only the trivial irrep; all blocks must be equivariant), or ''
             for a hybrid, which is NOT invariant.
         init_values: initial scales of the residual branches.
         equivariant_eps: of the norms of equivariant blocks.
-        class_token: whether there is one.
-        reg_tokens: number of registers, further tokens without a place.
         distilled: a distillation token with a classifier of its own, as in timm's VisionTransformerDistilled.
         dynamic_img_size: accept images of every size that the patch divides; the position map is resized.
         act_layer: activation, a timm name or a class; must be pointwise.
-        drop_rate: dropout before the classifier.
-        pos_drop_rate: dropout of channels after the position map.
-        patch_drop_rate: fraction of the patches left out in training.
-        proj_drop_rate: dropout after linear layers of the blocks.
-        attn_drop_rate: dropout of attention weights.
         drop_path_rate: stochastic depth, the same in every block.
 
     Raises:
@@ -217,38 +206,26 @@ class EquivariantViT(nn.Module):
 
         # Blocks: equivariant ones, then ordinary ones, the first of them with the transition
         norm_layer: Any = partial(nn.LayerNorm, eps=1e-6)  # timm's Block declares a class
-        shared: dict[str, Any] = {
-            "num_heads": num_heads,
-            "mlp_ratio": mlp_ratio,
-            "init_values": init_values,
-            "act_layer": act_layer,
-            "proj_drop": proj_drop_rate,
-            "attn_drop": attn_drop_rate,
-            "drop_path": drop_path_rate,
-            **dd,
-        }
-        ordinary: dict[str, Any] = {"qkv_bias": True, "norm_layer": norm_layer, **shared}
+        shared: dict[str, Any] = dict(mlp_ratio=mlp_ratio, init_values=init_values, act_layer=act_layer, **dd)
+        shared.update(proj_drop=proj_drop_rate, attn_drop=attn_drop_rate, drop_path=drop_path_rate)
+        equivariant: dict[str, Any] = dict(group=group, eps=equivariant_eps, **shared)
+        ordinary: dict[str, Any] = dict(qkv_bias=True, norm_layer=norm_layer, **shared)
         transition = Invariants(invariants, fields, group, embed_dim, **dd)
         self.blocks: nn.Sequential = nn.Sequential(
-            *[EquivariantBlock(fields, group=group, eps=equivariant_eps, **shared) for _ in range(equivariant_depth)]
+            *[EquivariantBlock(fields, num_heads, **equivariant) for _ in range(equivariant_depth)]
         )
         if not self.ends_equivariant:
-            self.blocks.append(TransitionBlock(transition, embed_dim, **ordinary))
-            self.blocks.extend(Block(embed_dim, **ordinary) for _ in range(depth - equivariant_depth - 1))
+            self.blocks.append(TransitionBlock(transition, embed_dim, num_heads, **ordinary))
+            self.blocks.extend(Block(embed_dim, num_heads, **ordinary) for _ in range(depth - equivariant_depth - 1))
         self.feature_info: Sequence[dict[str, Any]] = [  # a list, but torch.jit warns if the annotation says so
-            dict(
-                module=f"blocks.{index}",
-                num_chs=embed_dim,
-                reduction=patch_size,
-                num_fields=embed_dim // irreps_of(of).order,
-                group=of,
+            dict(module=f"blocks.{i}", num_chs=embed_dim, reduction=patch_size, num_fields=count, group=of)
+            for i, (of, count) in enumerate(
+                [(group, fields)] * equivariant_depth + [("c1", embed_dim)] * (depth - equivariant_depth)
             )
-            for index, of in enumerate([group] * equivariant_depth + ["c1"] * (depth - equivariant_depth))
         ]
         self.to_regular: ChangeBasis = ChangeBasis(group, "regular")
-        self.norm: nn.Module = norm_layer(embed_dim, **dd)
-        if self.ends_equivariant:
-            self.norm = IrrepNorm(fields, group, equivariant_eps, **dd)
+        last = IrrepNorm(fields, group, equivariant_eps, **dd) if self.ends_equivariant else norm_layer(embed_dim, **dd)
+        self.norm: nn.Module = last
 
         # Head; with regular fields as its input, back to the irreps basis for the transition
         self.to_irreps: ChangeBasis = ChangeBasis(group, "irreps")
@@ -340,15 +317,11 @@ class EquivariantViT(nn.Module):
             self._check_pool(global_pool)
             self.global_pool = global_pool
         self.num_classes = num_classes
-        self.head = self._classifier()
-        self.head_dist = self._classifier() if self.distilled else None
-
-    def _classifier(self) -> nn.Module:
-        if self.num_classes == 0:
-            return nn.Identity()
-        like = self.pos_embed
-        head = nn.Linear(self.head_hidden_size, self.num_classes, device=like.device, dtype=like.dtype)
-        return head.train(self.training)
+        like, new = self.pos_embed, nn.Identity
+        if num_classes:
+            new = partial(nn.Linear, self.head_hidden_size, num_classes, device=like.device, dtype=like.dtype)
+        self.head = new().train(self.training)
+        self.head_dist = new().train(self.training) if self.distilled else None
 
     @torch.jit.unused
     def is_exact(self, size: int | tuple[int, int]) -> bool:
