@@ -110,31 +110,35 @@ class ChangeBasis(nn.Module):
     Args:
         group: name of the group.
         to: 'regular' or 'irreps'.
+        field_major: the regular side is [..., fields * |G|], channel = field * |G| + element, and the other
+            [|G|, ..., fields]; the change of layout is part of the product, not a copy.
     """
 
-    def __init__(self, group: str, to: str) -> None:
+    def __init__(self, group: str, to: str, field_major: bool = False) -> None:
         super().__init__()
         self.group = group
         self.to_basis = to
+        self.field_major = field_major
         self._matrix = irreps_matrix(group, torch.float64, torch.device("cpu"))  # not state; for TorchScript
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.jit.is_scripting():
-            matrix = self._matrix.to(x)
-            matrix = matrix.t() if self.to_basis == "regular" else matrix
-            return torch.mm(matrix, x.flatten(1)).unflatten(1, x.shape[1:])
-        else:
-            return _change_basis(x, self.group, self.to_basis)
+        q = self._matrix.to(x) if torch.jit.is_scripting() else _matrix_like(x, self.group)
+        order = self._matrix.shape[0]
+        if not self.field_major:
+            q = q.t() if self.to_basis == "regular" else q
+            return torch.mm(q, x.flatten(1)).unflatten(1, x.shape[1:])
+        if self.to_basis == "regular":
+            return torch.mm(x.flatten(1).t(), q).unflatten(0, x.shape[1:]).flatten(-2)  # [values, |G|]
+        shape = [*x.shape[:-1], x.shape[-1] // order]
+        return torch.mm(q, x.reshape(-1, order).t()).unflatten(1, shape)  # [|G|, values]
 
     def extra_repr(self) -> str:
-        return f"{self.group!r}, to={self.to_basis!r}"
+        return f"{self.group!r}, to={self.to_basis!r}, field_major={self.field_major}"
 
 
 register_notrace_module(ChangeBasis)  # one node if timm traces a model for its features
 
 
 @torch.fx.wrap  # reads dtype and device of x: one node in a graph of torch.fx
-def _change_basis(x: torch.Tensor, group: str, to: str) -> torch.Tensor:
-    matrix = constant_like(x, irreps_matrix, group)
-    matrix = matrix.t() if to == "regular" else matrix
-    return torch.mm(matrix, x.flatten(1)).unflatten(1, x.shape[1:])  # [|G|, values]
+def _matrix_like(x: torch.Tensor, group: str) -> torch.Tensor:
+    return constant_like(x, irreps_matrix, group)

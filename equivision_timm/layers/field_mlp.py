@@ -1,0 +1,132 @@
+"""Pointwise layers of regular fields, channels last and field-major: layer norm, MLP, global response norm."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+
+from equivision_timm.layers.irreps import ChangeBasis, Device, DType, irreps_of
+from equivision_timm.layers.tokens import IrrepLinear
+
+__all__ = ["FieldGRN", "FieldLayerNorm", "FieldMlp"]
+
+NARROW = 16  # fields; below, the backward pass in the irreps basis takes longer than dense products
+
+
+class FieldLayerNorm(nn.Module):
+    """Layer norm over all channels, with one scale and shift a field: [..., fields * |G|] -> the same shape."""
+
+    def __init__(self, fields: int, order: int, eps: float = 1e-6, device: Device = None, dtype: DType = None) -> None:
+        super().__init__()
+        self.order = order
+        self.eps = eps
+        self.weight: nn.Parameter = nn.Parameter(torch.empty(fields, device=device, dtype=dtype))
+        self.bias: nn.Parameter = nn.Parameter(torch.empty(fields, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Scale 1, shift 0."""
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.weight.repeat_interleave(self.order), self.bias.repeat_interleave(self.order)
+        return F.layer_norm(x, [x.shape[-1]], weight, bias, self.eps)
+
+
+class FieldGRN(nn.Module):
+    """Global response normalisation of ConvNeXt V2, per field: the norm is over space and group.
+
+    Fields [|G|, B, H, W, fields] or, if `field_major`, [B, H, W, fields * |G|] -> the same shape.
+    """
+
+    def __init__(self, fields: int, order: int, eps: float = 1e-6, device: Device = None, dtype: DType = None) -> None:
+        super().__init__()
+        self.order = order
+        self.eps = eps
+        self.weight: nn.Parameter = nn.Parameter(torch.empty(fields, device=device, dtype=dtype))
+        self.bias: nn.Parameter = nn.Parameter(torch.empty(fields, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The identity."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: torch.Tensor, field_major: bool = False) -> torch.Tensor:
+        if field_major:
+            x = x.unflatten(-1, (-1, self.order))  # [B, H, W, fields, |G|]
+            norm = torch.linalg.vector_norm(x, dim=[1, 2, 4], keepdim=True)
+            norm = norm / (norm.mean(-2, keepdim=True) + self.eps)
+            return (x + torch.addcmul(self.bias[:, None], self.weight[:, None], x * norm)).flatten(-2)
+        norm = torch.linalg.vector_norm(x, dim=[0, 2, 3], keepdim=True)  # [1, B, 1, 1, fields]
+        norm = norm / (norm.mean(-1, keepdim=True) + self.eps)
+        return x + torch.addcmul(self.bias, self.weight, x * norm)
+
+
+class FieldMlp(nn.Module):
+    """Linear, activation, linear on regular fields: [B, H, W, fields * |G|] -> the same shape.
+
+    The linear layers commute with the group. They are computed block diagonal in the irreps basis, or, if narrow and
+    with gradients, as dense matrices: the same function.
+
+    Args:
+        fields: number of fields.
+        hidden_fields: number of fields between the two linear layers.
+        group: name of the group.
+        act_layer: pointwise activation.
+        use_grn: global response normalisation after the activation.
+    """
+
+    def __init__(
+        self,
+        fields: int,
+        hidden_fields: int,
+        group: str,
+        act_layer: Callable[..., nn.Module] = nn.GELU,
+        use_grn: bool = False,
+        device: Device = None,
+        dtype: DType = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.narrow: bool = fields < NARROW
+        self.to_irreps: ChangeBasis = ChangeBasis(group, "irreps", field_major=True)
+        self.fc1: IrrepLinear = IrrepLinear(fields, hidden_fields, group, "blocks", "blocks", **dd)
+        self.hidden_to_regular: ChangeBasis = ChangeBasis(group, "regular")
+        self.act: nn.Module = act_layer()
+        self.grn: nn.Module | None = FieldGRN(hidden_fields, irreps_of(group).order, **dd) if use_grn else None
+        self.hidden_to_irreps: ChangeBasis = ChangeBasis(group, "irreps")
+        self.fc2: IrrepLinear = IrrepLinear(hidden_fields, fields, group, "blocks", "blocks", **dd)
+        self.to_regular: ChangeBasis = ChangeBasis(group, "regular", field_major=True)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weights with the output variance of dense ones with deviation 0.02; zero bias."""
+        for layer in (self.fc1, self.fc2):
+            order = irreps_of(layer.group).order
+            trunc_normal_(layer.weight, std=0.02 * order**0.5)
+            if layer.weight_plane is not None:
+                trunc_normal_(layer.weight_plane, std=0.02 * (order / 2) ** 0.5)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.narrow and torch.is_grad_enabled():
+            x = self.act(self._dense(x, self.fc1))
+            if self.grn is not None:
+                x = self.grn(x, field_major=True)
+            return self._dense(x, self.fc2)
+        x = self.fc1(self.to_irreps(x))  # [|G|, B, H, W, hidden_fields]
+        x = self.act(self.hidden_to_regular(x))
+        if self.grn is not None:
+            x = self.grn(x)
+        return self.to_regular(self.fc2(self.hidden_to_irreps(x)))
+
+    def _dense(self, x: torch.Tensor, layer: IrrepLinear) -> torch.Tensor:
+        """`layer` between changes of basis as one matrix: its outputs for zero, the bias, and for the unit vectors."""
+        units = F.pad(torch.eye(x.shape[-1], dtype=layer.weight.dtype, device=layer.weight.device), [0, 0, 1, 0])
+        columns = self.to_regular(layer(self.to_irreps(units)))
+        return F.linear(x, (columns[1:] - columns[0]).t(), columns[0])
