@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 
 from equivision_timm.layers.irreps import ChangeBasis, Device, DType, irreps_of
+from equivision_timm.layers.strategies.context import has_sizes, leaves_python
 from equivision_timm.layers.tokens import IrrepLinear
 
 __all__ = ["FieldGRN", "FieldLayerNorm", "FieldMlp"]
 
+CHUNK = 1024  # pixels; in inference the hidden fields of as many stay in a CPU's cache
 NARROW = 16  # fields; below, the backward pass in the irreps basis takes longer than dense products
 
 
@@ -114,6 +116,11 @@ class FieldMlp(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting() and self.grn is None and _in_chunks(x):
+            return torch.cat([self._mlp(part) for part in x.flatten(0, -2).split(CHUNK)]).view(x.shape)
+        return self._mlp(x)
+
+    def _mlp(self, x: torch.Tensor) -> torch.Tensor:
         if self.narrow and torch.is_grad_enabled():
             x = self.act(self._dense(x, self.fc1))
             if self.grn is not None:
@@ -130,3 +137,10 @@ class FieldMlp(nn.Module):
         units = F.pad(torch.eye(x.shape[-1], dtype=layer.weight.dtype, device=layer.weight.device), [0, 0, 1, 0])
         columns = self.to_regular(layer(self.to_irreps(units)))
         return F.linear(x, (columns[1:] - columns[0]).t(), columns[0])
+
+
+def _in_chunks(x: torch.Tensor) -> bool:
+    """Whether to compute chunk by chunk: inference on a CPU, not while a graph is recorded."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or leaves_python():
+        return False
+    return has_sizes(x) and x.device.type == "cpu"
