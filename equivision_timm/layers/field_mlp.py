@@ -95,12 +95,15 @@ class FieldMlp(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        order = irreps_of(group).order
+        self.channels: int = fields * order
+        self.hidden_channels: int = hidden_fields * order
         self.narrow: bool = fields < NARROW
         self.to_irreps: ChangeBasis = ChangeBasis(group, "irreps", field_major=True)
         self.fc1: IrrepLinear = IrrepLinear(fields, hidden_fields, group, "blocks", "blocks", **dd)
         self.hidden_to_regular: ChangeBasis = ChangeBasis(group, "regular")
         self.act: nn.Module = act_layer()
-        self.grn: nn.Module | None = FieldGRN(hidden_fields, irreps_of(group).order, **dd) if use_grn else None
+        self.grn: nn.Module | None = FieldGRN(hidden_fields, order, **dd) if use_grn else None
         self.hidden_to_irreps: ChangeBasis = ChangeBasis(group, "irreps")
         self.fc2: IrrepLinear = IrrepLinear(hidden_fields, fields, group, "blocks", "blocks", **dd)
         self.to_regular: ChangeBasis = ChangeBasis(group, "regular", field_major=True)
@@ -116,31 +119,37 @@ class FieldMlp(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting() and self.grn is None and _in_chunks(x):
-            return torch.cat([self._mlp(part) for part in x.flatten(0, -2).split(CHUNK)]).view(x.shape)
-        return self._mlp(x)
+        if torch.jit.is_scripting():
+            return self._mlp(x)
+        else:
+            return _in_chunks(self._mlp, x) if self.grn is None else self._mlp(x)
 
     def _mlp(self, x: torch.Tensor) -> torch.Tensor:
         if self.narrow and torch.is_grad_enabled():
-            x = self.act(self._dense(x, self.fc1))
+            columns = self.to_regular(self.fc1(self.to_irreps(_units(self.fc1.weight, self.channels))))
+            x = self.act(_dense(x, columns))
             if self.grn is not None:
                 x = self.grn(x, field_major=True)
-            return self._dense(x, self.fc2)
+            return _dense(x, self.to_regular(self.fc2(self.to_irreps(_units(self.fc2.weight, self.hidden_channels)))))
         x = self.fc1(self.to_irreps(x))  # [|G|, B, H, W, hidden_fields]
         x = self.act(self.hidden_to_regular(x))
         if self.grn is not None:
             x = self.grn(x)
         return self.to_regular(self.fc2(self.hidden_to_irreps(x)))
 
-    def _dense(self, x: torch.Tensor, layer: IrrepLinear) -> torch.Tensor:
-        """`layer` between changes of basis as one matrix: its outputs for zero, the bias, and for the unit vectors."""
-        units = F.pad(torch.eye(x.shape[-1], dtype=layer.weight.dtype, device=layer.weight.device), [0, 0, 1, 0])
-        columns = self.to_regular(layer(self.to_irreps(units)))
-        return F.linear(x, (columns[1:] - columns[0]).t(), columns[0])
+
+def _units(weight: torch.Tensor, channels: int) -> torch.Tensor:
+    """Zero and the unit vectors, [1 + channels, channels]: the outputs of a layer for them make its dense matrix."""
+    return F.pad(torch.eye(channels, dtype=weight.dtype, device=weight.device), [0, 0, 1, 0])
 
 
-def _in_chunks(x: torch.Tensor) -> bool:
-    """Whether to compute chunk by chunk: inference on a CPU, not while a graph is recorded."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or leaves_python():
-        return False
-    return has_sizes(x) and x.device.type == "cpu"
+def _dense(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, (columns[1:] - columns[0]).t(), columns[0])
+
+
+def _in_chunks(mlp: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """mlp(x), in inference on a CPU chunk by chunk, but not while a graph is recorded."""
+    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or leaves_python()
+    if recorded or not has_sizes(x) or x.device.type != "cpu":
+        return mlp(x)
+    return torch.cat([mlp(part) for part in x.flatten(0, -2).split(CHUNK)]).view(x.shape)

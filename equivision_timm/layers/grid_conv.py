@@ -9,58 +9,54 @@ ones included. With these,
 channels (field, element). Rotations by other angles do not map 2 x 2 pixels onto themselves: there cos 2 phi vanishes.
 """
 
+from collections.abc import Sequence
+
 import torch
-import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
 
-from equivision_timm.constants import constant, constant_like
-from equivision_timm.groups import Group
 from equivision_timm.layers.irreps import Device, DType, irreps_of
 
-__all__ = ["DepthwiseConv2d", "PatchConv2d", "moved_pixels"]
+__all__ = ["DepthwiseConv2d", "PatchConv2d", "move_pixels"]
 
 
-@constant
-def moved_pixels(group: str, kernel_size: int, regular: bool, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The source of each entry of a filter moved by g, [|G| * k * k], or of a regular one, [|G| * |G| * k * k]; int64.
-
-    Entry (g, p) is g^-1 p; entry (g, h, p) is (g^-1 h) * k * k + g^-1 p.
-    """
-    parsed = Group.from_name(group)
-    pixels = torch.arange(kernel_size**2).view(kernel_size, kernel_size)
-    moved = torch.stack([parsed.transform_image(pixels, g).flatten() for g in range(parsed.order)])  # [g, p]
-    if regular:
-        moved = parsed.left_quotients()[:, :, None] * kernel_size**2 + moved[:, None]  # [g, h, p]
-    return moved.flatten().to(device)
-
-
-@torch.fx.wrap  # reads the device of the weights: one node in a graph of torch.fx
-def _moved(weight: torch.Tensor, group: str, kernel_size: int, regular: bool) -> torch.Tensor:
-    """[fields, n, entries] -> [fields, n, |G|, entries]: the filters of all elements."""
-    index = constant_like(weight, moved_pixels, group, kernel_size, regular)
-    return weight.index_select(2, index).unflatten(2, (-1, weight.shape[2]))
+def move_pixels(x: torch.Tensor, quarter_turns: int, reflect: bool) -> torch.Tensor:
+    """x [..., H, W] reflected, left and right swapped, then rotated; not by rot90, which exporters to ONNX may lack."""
+    x = x.flip(-1) if reflect else x
+    x = x.flip(-1).flip(-2) if quarter_turns >= 2 else x
+    return x.transpose(-2, -1).flip(-2) if quarter_turns % 2 == 1 else x
 
 
 class _GridConv2d(nn.Module):
-    """Parameters `weight` [fields, n, k, k] and `bias` [fields], and the filters they stand for."""
+    """Parameters `weight` [fields, channels, k, k] and `bias` [fields], and the filters they stand for."""
 
     def __init__(
-        self, shape: tuple[int, int, int], group: str, regular: bool, bias: bool, device: Device, dtype: DType
+        self,
+        fields: int,
+        channels: int,
+        kernel_size: int,
+        group: str,
+        regular: bool,
+        bias: bool,
+        device: Device,
+        dtype: DType,
     ) -> None:
         super().__init__()
+        parsed = irreps_of(group).group  # refuses other groups
         self.group = group
-        self.order: int = irreps_of(group).order  # refuses other groups
-        self.fields, _, self.kernel_size = shape
-        self.regular = regular
-        self.weight: nn.Parameter = nn.Parameter(torch.empty(*shape, shape[2], device=device, dtype=dtype))
-        self.bias: nn.Parameter | None = (
-            nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype)) if bias else None
+        self.order: int = parsed.order
+        self.fields = fields
+        self.kernel_size = kernel_size
+        self.elements: int = parsed.order if regular else 1
+        self.weight: nn.Parameter = nn.Parameter(
+            torch.empty(fields, channels, kernel_size, kernel_size, device=device, dtype=dtype)
         )
-        self._index = moved_pixels(
-            group, self.kernel_size, regular, torch.int64, torch.device("cpu")
-        )  # for TorchScript
+        self.bias: nn.Parameter | None = nn.Parameter(torch.empty(fields, device=device, dtype=dtype)) if bias else None
+        # Lists, but torch.jit warns if the annotation says so
+        self.quarter_turns: Sequence[int] = [parsed.quarter_turns(g) or 0 for g in range(parsed.order)]
+        self.reflects: Sequence[bool] = [g >= parsed.rotations for g in range(parsed.order)]
+        self.quotients: Sequence[Sequence[int]] = parsed.left_quotients().tolist()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -71,16 +67,14 @@ class _GridConv2d(nn.Module):
 
     def filter(self) -> torch.Tensor:
         """The dense filter [fields * |G|, channels, k, k], channel = field * |G| + element."""
-        weight = self.weight.flatten(2)
-        if self.regular:
-            weight = weight.unflatten(1, (-1, self.order)).flatten(2)  # [fields, in_fields, |G| * k * k]
-        if torch.jit.is_scripting():
-            index = self._index.to(weight.device)
-            moved = weight.index_select(2, index).unflatten(2, (-1, weight.shape[2]))
-        else:
-            moved = _moved(weight, self.group, self.kernel_size, self.regular)
-        k = self.kernel_size  # [fields, n, |G|, |G| * k * k or k * k]
-        return moved.transpose(1, 2).flatten(0, 1).flatten(1).unflatten(1, (-1, k, k))
+        weight = self.weight.unflatten(1, (-1, self.elements))  # [fields, n, elements, k, k]
+        moved = []
+        for g in range(self.order):
+            x = weight
+            if self.elements > 1:
+                x = torch.stack([weight.select(2, h) for h in self.quotients[g]], 2)
+            moved.append(move_pixels(x, self.quarter_turns[g], self.reflects[g]).flatten(1, 2))
+        return torch.stack(moved, 1).flatten(0, 1)  # [fields, |G|, channels, k, k] -> [fields * |G|, ...]
 
     def field_bias(self) -> torch.Tensor | None:
         """The bias of each channel."""
@@ -115,7 +109,7 @@ class PatchConv2d(_GridConv2d):
         device: Device = None,
         dtype: DType = None,
     ) -> None:
-        super().__init__((fields, channels, kernel_size), group, regular, bias, device, dtype)
+        super().__init__(fields, channels, kernel_size, group, regular, bias, device, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.conv2d(x, self.filter(), self.field_bias(), stride=self.kernel_size)
@@ -140,7 +134,7 @@ class DepthwiseConv2d(_GridConv2d):
         device: Device = None,
         dtype: DType = None,
     ) -> None:
-        super().__init__((fields, 1, kernel_size), group, False, bias, device, dtype)
+        super().__init__(fields, 1, kernel_size, group, False, bias, device, dtype)
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size {kernel_size} has no centre: use an odd one")
 

@@ -129,8 +129,8 @@ class ChangeBasis(nn.Module):
             return torch.mm(q, x.flatten(1)).unflatten(1, x.shape[1:])
         if self.to_basis == "regular":
             return torch.mm(x.flatten(1).t(), q).unflatten(0, x.shape[1:]).flatten(-2)  # [values, |G|]
-        shape = [*x.shape[:-1], x.shape[-1] // order]
-        return torch.mm(q, x.reshape(-1, order).t()).unflatten(1, shape)  # [|G|, values]
+        x = x.unflatten(-1, (-1, order))  # [..., fields, |G|]
+        return torch.mm(q, x.flatten(0, -2).t()).unflatten(1, x.shape[:-1])  # [|G|, values]
 
     def extra_repr(self) -> str:
         return f"{self.group!r}, to={self.to_basis!r}, field_major={self.field_major}"

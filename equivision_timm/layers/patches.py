@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from timm.layers import PatchEmbed, register_notrace_module
 
 from equivision_timm.constants import constant, constant_like
+from equivision_timm.layers.grid_conv import move_pixels
 from equivision_timm.layers.irreps import Device, DType, Irreps, irreps_of, plane_matrices
 from equivision_timm.layers.strategies.context import has_sizes
 
@@ -85,9 +86,7 @@ class UnfoldTiles(nn.Module):
         corner = F.pad(tiles, [0, (self.right - 1) * w, 0, (self.down - 1) * h])  # [n, ..., H, W]
         moved = []
         for turns, reflect in zip(self.quarter_turns, self.reflects):  # noqa: B905  (TorchScript knows no strict)
-            x = corner.flip(-1) if reflect else corner
-            x = x.flip(-1).flip(-2) if turns >= 2 else x  # not rot90, which exporters to ONNX may lack
-            moved.append(x.transpose(-2, -1).flip(-2) if turns % 2 == 1 else x)
+            moved.append(move_pixels(corner, turns, reflect))
         stacked = torch.stack(moved)  # [|G|, n, ..., H, W]
         values = stacked.flatten(0, 1).flatten(1)  # [|G| * n, ... * H * W]
         if torch.jit.is_scripting():

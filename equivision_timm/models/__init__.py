@@ -3,6 +3,7 @@
 from equivision_timm.models import adapted_names as _adapted_names  # noqa: F401  registers its names
 from equivision_timm.models.adapted import Canonicalized, Symmetrized
 from equivision_timm.models.backbone import EquivariantBackbone
+from equivision_timm.models.equivariant_convnext import EquivariantConvNeXt
 from equivision_timm.models.equivariant_fpn import EquivariantFPN
 from equivision_timm.models.equivariant_resnet import EquivariantResNet
 from equivision_timm.models.equivariant_vit import EquivariantViT
@@ -13,6 +14,7 @@ from equivision_timm.models.variants import family_of, is_ours, model_names
 __all__ = [
     "Canonicalized",
     "EquivariantBackbone",
+    "EquivariantConvNeXt",
     "EquivariantFPN",
     "EquivariantResNet",
     "EquivariantViT",

@@ -172,7 +172,7 @@ class InvariantHead(nn.Module):
 
     def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         x = self.global_pool(x)
-        is_map = x.ndim == 4  # without pooling over space: the norm is over channels
+        is_map = not self.global_pool.pool_type  # the norm is over channels
         x = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if is_map else self.norm(x)
         x = self.drop(x)
         return x if pre_logits else self.fc(x)

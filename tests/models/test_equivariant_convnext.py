@@ -1,0 +1,262 @@
+"""ConvNeXts: exact for every element of the group, equal to timm's with the dense weights; and what must fail."""
+
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from support.reference_data import image
+from timm.layers.grn import GlobalResponseNorm
+from timm.optim import create_optimizer_v2
+
+from equivision_timm.groups import Group
+from equivision_timm.layers.field_mlp import CHUNK, FieldGRN, FieldMlp
+from equivision_timm.layers.grid_conv import DepthwiseConv2d, PatchConv2d
+from equivision_timm.models.equivariant_convnext import VARIANTS
+from equivision_timm.testing import assert_equivariant, equivariance_error
+
+GROUPS = ["d4", "c4", "d1", "d2", "c2", "c1"]
+SMALL = {"depths": (1, 1, 2, 1), "dims": (16, 32, 128, 160), "num_classes": 10}
+KINDS = {
+    "d4": {},
+    "d4v2": {"use_grn": True, "ls_init_value": None},
+    "d4_kernels": {"kernel_sizes": (3, 5, 7, 9), "act_layer": "silu", "group_pool": "avg", "global_pool": "max"},
+    "c4": {"group": "c4"},
+    "d1": {"group": "d1", "conv_bias": False},
+    "d2": {"group": "d2"},
+}
+X = image((2, 3, 64, 64))
+
+
+def create(name="d4convnext_atto", **keywords):
+    """A small network in which every parameter matters, none at its initial value."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, **{**SMALL, **keywords})
+    for parameter in model.parameters():
+        noise = 0.1 * torch.randn_like(parameter)
+        parameter.data = parameter.data + noise if parameter.ndim > 1 else 0.5 + noise
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [(64, 64), (96, 64)], ids=str)
+def test_maps_and_logits(kind, size):
+    model = create(**KINDS[kind])
+    group, x = Group.from_name(model.group), image((2, 3, *size))
+    with torch.no_grad():
+        last, maps = model.forward_intermediates(x)
+        logits = model.forward_head(last)
+        assert (logits[0] - logits[1]).abs().max() > 1e-2 * logits.abs().max()
+        for g in group.grid_elements:
+            moved, found = model.forward_intermediates(group.transform_image(x, g))
+            for actual, plain in zip(found, maps, strict=True):
+                expected = group.transform_fields(plain, g)
+                assert (actual - expected).abs().max() < 1e-5 * expected.abs().max()
+            assert (model.forward_head(moved) - logits).abs().max() < 1e-5 * logits.abs().max()
+
+
+@pytest.mark.parametrize("name", ["d4convnext_tiny", "d4convnextv2_atto"])
+def test_at_the_size_of_imagenet(name):
+    assert_equivariant(timm.create_model(name, num_classes=10), 224, 2e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_float64(kind):
+    assert max(equivariance_error(create(**KINDS[kind]).double(), 96).values()) < 1e-11
+
+
+def test_other_sizes_and_symmetries_that_the_group_lacks():
+    model = create()
+    assert [model.is_exact(size) for size in (224, (96, 64), 225, 80)] == [True, True, False, False]
+    assert model.exact_sizes(near=230) == (224, 256)
+    with pytest.raises(AssertionError):
+        assert_equivariant(model, 80)
+    assert min(equivariance_error(create(group="c4"), 64, "d4")[g] for g in range(4, 8)) > 1e-3
+    assert equivariance_error(create(group="d1"), 64, "c2")[1] > 1e-3
+    with pytest.raises(AssertionError):
+        assert_equivariant(create(group_pool=""), 64)
+
+
+@pytest.mark.parametrize("place", ["stem.0", "stages.0.blocks.0.conv_dw", "stages.1.downsample.1"])
+def test_a_broken_layer_is_found(place):
+    """The control: the same weights in a filter that does not follow the group."""
+    model = create()
+    layer = model.get_submodule(place)
+    values = torch.randn_like(layer.filter())
+    layer.filter = lambda: values
+    with pytest.raises(AssertionError):
+        assert_equivariant(model, 64)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_filters_are_those_of_the_definition(group):
+    """K[(o, g), (i, h)] = g . w[o, i, g^-1 h], entry by entry."""
+    parsed = Group.from_name(group)
+    order, inverse = parsed.order, parsed.left_quotients()
+    lift = PatchConv2d(3, 2, 4, group, regular=False)
+    regular = PatchConv2d(3 * order, 2, 2, group, regular=True)
+    depthwise = DepthwiseConv2d(2, 7, group)
+    w = regular.weight.unflatten(1, (3, order))
+    for g in range(order):
+        moved = parsed.transform_image(lift.weight, g)
+        assert torch.equal(lift.filter().unflatten(0, (2, order))[:, g], moved)
+        moved = parsed.transform_image(depthwise.weight, g)
+        assert torch.equal(depthwise.filter().unflatten(0, (2, order))[:, g], moved)
+        for h in range(order):
+            entry = regular.filter().unflatten(1, (3, order)).unflatten(0, (2, order))[:, g, :, h]
+            assert torch.equal(entry, parsed.transform_image(w[:, :, inverse[g, h]], g))
+
+
+@pytest.mark.parametrize("use_grn", [False, True])
+@pytest.mark.parametrize("group", GROUPS)
+def test_mlp_commutes_and_is_the_same_in_all_its_forms(group, use_grn):
+    order, x = Group.from_name(group).order, torch.randn(2, 40, 16, 4 * Group.from_name(group).order)
+    mlp = FieldMlp(4, 8, group, use_grn=use_grn)
+    for parameter in mlp.parameters():
+        nn.init.normal_(parameter)
+    dense = mlp(x)
+    mlp.narrow = False
+    torch.testing.assert_close(mlp(x), dense, atol=1e-4, rtol=1e-4)  # block diagonal
+    assert x[..., 0].numel() > CHUNK
+    with torch.no_grad():
+        torch.testing.assert_close(mlp(x), dense, atol=1e-4, rtol=1e-4)  # chunk by chunk
+    for g in range(order):
+        quotients = Group.from_name(group).left_quotients()[g]
+        moved, expected = (t.unflatten(-1, (-1, order))[..., quotients].flatten(-2) for t in (x, dense))
+        torch.testing.assert_close(mlp(moved), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_grn_of_the_trivial_group_is_timms():
+    x, ours, plain = torch.randn(2, 5, 6, 8), FieldGRN(8, 1), GlobalResponseNorm(8)
+    for parameter, other in zip(ours.parameters(), plain.parameters(), strict=True):
+        nn.init.normal_(parameter)
+        other.data = parameter.data
+    torch.testing.assert_close(ours(x, field_major=True), plain(x))
+    torch.testing.assert_close(ours(x[None])[0], plain(x))
+
+
+@pytest.mark.parametrize("group", ["d4", "c4", "d1"])
+def test_is_timms_network_with_dense_weights(group):
+    model, order = create(group=group), Group.from_name(group).order
+    plain = timm.create_model("convnext_atto", **SMALL, conv_mlp=False).eval()
+    weights = {}
+    for name, module in model.named_modules():
+        if isinstance(module, PatchConv2d | DepthwiseConv2d):
+            weights[f"{name}.weight"], weights[f"{name}.bias"] = module.filter(), module.field_bias()
+        elif isinstance(module, FieldMlp):
+            for part in ("fc1", "fc2"):
+                layer = module.get_submodule(part)
+                units = torch.cat([torch.zeros(1, layer.in_fields * order), torch.eye(layer.in_fields * order)])
+                columns = module.to_regular(layer(module.to_irreps(units)))
+                weights[f"{name}.{part}.weight"] = (columns[1:] - columns[0]).t()
+                weights[f"{name}.{part}.bias"] = columns[0]
+        else:
+            for leaf, value in module.named_parameters(recurse=False):
+                path = f"{name}.{leaf}"
+                if path.startswith(("stem", "stages")) and "mlp" not in name:
+                    weights[path] = value.repeat_interleave(order)
+    missing, unexpected = plain.load_state_dict(weights, strict=False)
+    assert not unexpected
+    assert all(name.startswith("head.") for name in missing)
+    with torch.no_grad():
+        torch.testing.assert_close(model.forward_features(X), plain.forward_features(X), atol=1e-4, rtol=1e-4)
+
+
+def test_table():
+    assert set(timm.list_models(module="equivariant_convnext")) == set(VARIANTS)
+    for name in VARIANTS:
+        with torch.device("meta"):
+            model, plain = timm.create_model(name), timm.create_model(name[2:])
+        assert [level["num_chs"] for level in model.feature_info] == [lv["num_chs"] for lv in plain.feature_info]
+        assert [len(stage.blocks) for stage in model.stages] == [len(stage.blocks) for stage in plain.stages]
+        assert model.group == name[:2]
+        assert model.num_features == model.head_hidden_size * Group.from_name(model.group).order
+    count = sum(p.numel() for p in timm.create_model("d4convnext_tiny", num_classes=0).parameters())
+    assert count == pytest.approx(28e6 / 8, rel=0.05)
+
+
+def test_features_and_heads():
+    model = create(features_only=True, out_indices=(0, 2))
+    assert (model.feature_info.channels(), model.feature_info.get("num_fields")) == ([16, 128], [2, 16])
+    whole = create()
+    torch.testing.assert_close(model(X), whole.forward_intermediates(X, [0, 2], stop_early=True)[1])
+    torch.testing.assert_close(whole.stages[0](whole.stem(X)), model(X)[0])  # the module that feature_info names
+    torch.testing.assert_close(whole.forward_head(whole.forward_features(X)), whole(X))
+    whole.reset_classifier(0)
+    assert whole(X).shape == (2, 20)
+    whole.reset_classifier(0, "")
+    assert whole(X).shape == (2, 20, 2, 2)
+    with pytest.raises(ValueError, match="global_pool"):
+        whole.reset_classifier(5)
+    whole.reset_classifier(5, "avg")
+    assert (whole(X).shape, whole.get_classifier().out_features) == ((2, 5), 5)
+    whole, pooled = create(num_classes=0), create(num_classes=0, map_pool="max")
+    pooled.load_state_dict(whole.state_dict())
+    expected = whole.forward_features(X).unflatten(1, (20, 8)).amax(2)
+    torch.testing.assert_close(pooled.forward_features(X), expected, atol=1e-5, rtol=1e-4)
+    assert create().prune_intermediate_layers([1]) == [1]
+
+
+def test_layer_decay_and_checkpointing():
+    model = create()
+    optimizer = create_optimizer_v2(model, "adamw", lr=1.0, weight_decay=0.1, layer_decay=0.5)
+    scales = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    assert scales[id(model.stem[0].weight)] < scales[id(model.stages[3].blocks[0].mlp.fc1.weight)] < 1
+    assert scales[id(model.head.fc.weight)] == 1
+    gradients = []
+    for enable in (False, True):
+        other = copy.deepcopy(model).train()
+        other.set_grad_checkpointing(enable)
+        other(X).square().sum().backward()
+        gradients.append([p.grad for p in other.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.(script|trace).* is (deprecated|not supported)")
+@pytest.mark.parametrize("kind", ["d4", "d4v2"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_graphs(kind, grad):
+    model = create(**KINDS[kind])
+    with torch.set_grad_enabled(grad):
+        expected = model(X)
+        torch.testing.assert_close(torch.fx.symbolic_trace(model)(X), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(torch.export.export(model, (X,)).module()(X), expected, atol=1e-4, rtol=1e-4)
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(X), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(torch.jit.script(model)(X), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(torch.jit.trace(model, X)(X), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_meta_device_types_and_channels_last():
+    with torch.device("meta"):
+        model = timm.create_model("d4convnext_atto", **SMALL)
+    model = model.to_empty(device="cpu")
+    model.init_weights()
+    assert model.eval()(X).isfinite().all()
+    half = create().bfloat16()
+    assert half(X.bfloat16()).dtype == torch.bfloat16
+    maps = (
+        create()
+        .to(memory_format=torch.channels_last)
+        .forward_intermediates(X.contiguous(memory_format=torch.channels_last), intermediates_only=True)
+    )
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in maps)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "error", "word"),
+    [
+        ({"group": "c8"}, ValueError, "c8"),
+        ({"dims": (16, 32, 50, 64)}, ValueError, "dims"),
+        ({"map_pool": "max"}, ValueError, "map_pool"),
+        ({"global_pool": ""}, ValueError, "global_pool"),
+        ({"kernel_sizes": 4}, ValueError, "kernel_size"),
+        ({"act_layer": nn.GLU}, ValueError, "pointwise"),
+        ({"conv_mlp": True}, TypeError, "conv_mlp"),
+        ({"output_stride": 16}, TypeError, "output_stride"),
+    ],
+)
+def test_refused_keywords(keywords, error, word):
+    with pytest.raises(error, match=word):
+        timm.create_model("d4convnext_atto", **{**SMALL, **keywords})
