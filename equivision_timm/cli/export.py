@@ -17,7 +17,7 @@ from equivision_timm.cli.models import check_spec, load, read_class_map, short_n
 from equivision_timm.cli.options import Parsers, add_class_map, add_model_kwargs, add_size
 from equivision_timm.errors import InputError, one_line
 from equivision_timm.files import check_writable, write_file
-from equivision_timm.models import EquivariantBackbone, EquivariantViT, fuse
+from equivision_timm.models import EquivariantBackbone, EquivariantConvNeXt, EquivariantViT, fuse
 
 __all__ = ["Exported", "export", "register"]
 
@@ -113,7 +113,7 @@ def export(
             f"the ONNX file computes other logits than {model!r}, by {error:.1e} of the largest: not written"
         )
     write_file(out, content)
-    equivariant = isinstance(network, EquivariantBackbone | EquivariantViT)
+    equivariant = isinstance(network, EquivariantBackbone | EquivariantConvNeXt | EquivariantViT)
     exact = not equivariant or network.is_exact((height, width))
     sizes = () if exact else network.exact_sizes(max(height, width))
     return Exported(
