@@ -125,7 +125,7 @@ class FieldMlp(nn.Module):
             return _in_chunks(self._mlp, x) if self.grn is None else self._mlp(x)
 
     def _mlp(self, x: torch.Tensor) -> torch.Tensor:
-        if self.narrow and torch.is_grad_enabled():
+        if self.narrow and torch.is_grad_enabled() and not torch.jit.is_tracing():
             columns = self.to_regular(self.fc1(self.to_irreps(_units(self.fc1.weight, self.channels))))
             x = self.act(_dense(x, columns))
             if self.grn is not None:

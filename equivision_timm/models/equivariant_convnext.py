@@ -150,17 +150,16 @@ class InvariantHead(nn.Module):
         self.norm: nn.Module = nn.LayerNorm(self.in_features, eps=norm_eps, device=device, dtype=dtype)
         self.drop: nn.Dropout = nn.Dropout(drop_rate)
         self.fc: nn.Module = nn.Identity()
-        self.reset(num_classes, None)
+        self.reset(num_classes, pool_type)
 
     def reset(self, num_classes: int, pool_type: str | None) -> None:
         """Replace the classifier, and the pooling over space unless `pool_type` is None."""
         if pool_type is not None:
             group_pool = self.global_pool.group_pool
             self.global_pool = InvariantPool(pool_type, group_pool.order, group_pool.pool_type)
-        pool = self.global_pool.pool_type
-        if num_classes and not pool:
+        if num_classes and pool_type == "":
             raise ValueError("global_pool '' leaves the map, but the classifier needs a vector: use global_pool='avg'")
-        if pool == "catavgmax":
+        if pool_type == "catavgmax":
             raise ValueError("global_pool 'catavgmax' does not fit the norm of the head: use 'avg'")
         like = next(self.norm.parameters(), torch.empty(0))
         self.fc = nn.Identity()

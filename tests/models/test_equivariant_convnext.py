@@ -188,7 +188,7 @@ def test_features_and_heads():
     whole.reset_classifier(0, "")
     assert whole(X).shape == (2, 20, 2, 2)
     with pytest.raises(ValueError, match="global_pool"):
-        whole.reset_classifier(5)
+        whole.reset_classifier(5, "")
     whole.reset_classifier(5, "avg")
     assert (whole(X).shape, whole.get_classifier().out_features) == ((2, 5), 5)
     whole, pooled = create(num_classes=0), create(num_classes=0, map_pool="max")
