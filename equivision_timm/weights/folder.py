@@ -24,7 +24,7 @@ from timm.models._hub import HF_WEIGHTS_NAME, save_config_for_hf
 
 from equivision_timm.errors import InputError
 from equivision_timm.files import check_writable
-from equivision_timm.models import EquivariantBackbone, EquivariantViT, model_names
+from equivision_timm.models import EquivariantBackbone, EquivariantConvNeXt, EquivariantViT, model_names
 from equivision_timm.models.pretrained import WEIGHTS_FILE, WeightsError, find_weights
 from equivision_timm.models.variants import create
 
@@ -158,7 +158,7 @@ class Loaded:
     """
 
     name: str
-    model: EquivariantBackbone | EquivariantViT
+    model: EquivariantBackbone | EquivariantConvNeXt | EquivariantViT
     weights: Path
     state_dict: dict[str, torch.Tensor]
     provenance: dict[str, str]
@@ -190,9 +190,9 @@ def load_strictly(target: str) -> Loaded:
         raise WeightsError(f"{weights} should hold {name!r}, its metadata name {provenance.get('model')!r}")
     state_dict = load_file(weights) if is_safe else torch.load(weights, map_location="cpu", weights_only=True)
     if path.is_dir():
-        model = create(f"local-dir:{path}", EquivariantBackbone, EquivariantViT, pretrained=True)
+        model = create(f"local-dir:{path}", EquivariantBackbone, EquivariantConvNeXt, EquivariantViT, pretrained=True)
     else:
-        model = create(name, EquivariantBackbone, EquivariantViT)
+        model = create(name, EquivariantBackbone, EquivariantConvNeXt, EquivariantViT)
         model.load_state_dict(state_dict)
     entries = model.state_dict()
     for key in {**entries, **state_dict}:  # timm leaves a classifier of another size out
@@ -211,7 +211,7 @@ def _read_architecture(path: Path) -> str:
     if name not in model_names():
         raise WeightsError(f"{path} names {name!r}, which is not a model of this package")
     with torch.device("meta"):
-        model = create(name, EquivariantBackbone, EquivariantViT)
+        model = create(name, EquivariantBackbone, EquivariantConvNeXt, EquivariantViT)
     own: dict[str, Any] = {"global_pool": "avg"}  # timm writes these in any case
     if isinstance(model, EquivariantViT):
         own = {"global_pool": model.global_pool, "img_size": list(model.patch_embed.img_size)}

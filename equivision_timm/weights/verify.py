@@ -18,7 +18,7 @@ from equivision_timm.data import ImageFolder, load_crops, preparation
 from equivision_timm.errors import one_line
 from equivision_timm.files import file_sha256
 from equivision_timm.groups import Group
-from equivision_timm.models import EquivariantBackbone, EquivariantResNet, EquivariantViT
+from equivision_timm.models import EquivariantBackbone, EquivariantConvNeXt, EquivariantResNet, EquivariantViT
 from equivision_timm.models.tensor_hash import TENSORS_SHA256, hash_tensors
 from equivision_timm.models.variants import create
 from equivision_timm.testing import equivariance_error
@@ -116,7 +116,7 @@ def _finite(state: dict[str, torch.Tensor]) -> Iterator[Check]:
 class _Maps(nn.Module):
     """`forward_features` of a model."""
 
-    def __init__(self, model: EquivariantBackbone | EquivariantViT) -> None:
+    def __init__(self, model: EquivariantBackbone | EquivariantConvNeXt | EquivariantViT) -> None:
         super().__init__()
         self.model, self.group, self.in_chans = model, model.group, model.in_chans
 
@@ -124,7 +124,7 @@ class _Maps(nn.Module):
         return self.model.forward_features(x)
 
 
-def _equivariance(model: EquivariantBackbone | EquivariantViT) -> Iterator[Check]:
+def _equivariance(model: EquivariantBackbone | EquivariantConvNeXt | EquivariantViT) -> Iterator[Check]:
     """Of the logits, or of the maps if the classifier reads the group axis."""
     group, (_, size) = Group.from_name(model.group), model.exact_sizes(_SIZE)
     invariant = model.is_invariant
@@ -184,7 +184,7 @@ def _statistics(loaded: Loaded, images: str | Path | None) -> Iterator[Check]:
         yield Check("other model", False if wrong else None, finding)
 
 
-def _accuracy(model: EquivariantBackbone | EquivariantViT, data: str | Path) -> Iterator[Check]:
+def _accuracy(model: EquivariantBackbone | EquivariantConvNeXt | EquivariantViT, data: str | Path) -> Iterator[Check]:
     """Top-1 and top-5, at least the reported figures less a margin."""
     try:
         dataset = ImageFolder(str(data), "validation")
