@@ -403,7 +403,7 @@ class Canonicalized(_Adapted):
         if found != (group, self.order):
             raise ValueError(f"an orientation network of {found[0]} with {found[1]} scores is not for {group}: use one")
         if choice == "hard":
-            self.orientation.requires_grad_(False).eval()
+            _freeze(self.orientation.eval())
 
     def _create_orientation(self, orientation: str | nn.Module | None, options: dict[str, Any]) -> nn.Module:
         if isinstance(orientation, nn.Module):
@@ -505,3 +505,11 @@ class Canonicalized(_Adapted):
         if pre_logits:
             return (outputs * weights.T.unsqueeze(-1)).sum(0)
         return self.pool(outputs, weights.float().log().T)
+
+
+def _freeze(network: nn.Module) -> None:
+    """Turn parameters into buffers: no gradients, which DDP and timm demand of every parameter, and the same keys."""
+    for module in network.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            delattr(module, name)
+            module.register_buffer(name, parameter.detach())
