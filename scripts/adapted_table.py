@@ -260,10 +260,11 @@ def draw(result: dict, file: Path) -> None:
     shown = ("plain", "symmetrized c8, mean of probabilities", "canonicalized c4", "canonicalized c8", "union c8")
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for name in shown:
-        by = result["agreement of the sure"][name]
+        by = {int(angle): value for angle, value in result["agreement of the sure"][name].items()}
         axes.plot([*by, 360], [*by.values(), by[0]], label=name, marker=".")
     axes.set(xlabel="rotation of the photograph, degrees", ylabel="agreement with the upright answer, %")
     axes.set(xlim=(0, 360), ylim=(0, 101), xticks=range(0, 361, 45))
+    axes.set_title(f"{BACKBONE}, {len(result['sure'])} photographs of which it is sure", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower center", ncols=2, fontsize=8)
     figure.savefig(file, dpi=130)
