@@ -229,7 +229,8 @@ def preparation(config: dict[str, Any]) -> Callable[[Image.Image], torch.Tensor]
     channels = config["input_size"][0]
     if channels not in (1, 3):
         raise InputError(f"the model takes images of {channels} channels, and pictures have 1 or 3: use another model")
-    return partial(_prepare, create_transform(**config, is_training=False), "L" if channels == 1 else "RGB")
+    transform: Any = create_transform(**config, is_training=False)
+    return partial(_prepare, transform, "L" if channels == 1 else "RGB")
 
 
 def _prepare(transform: Callable[[Image.Image], torch.Tensor], mode: str, picture: Image.Image) -> torch.Tensor:

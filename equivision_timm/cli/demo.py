@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
@@ -121,7 +121,7 @@ def turn(digits: torch.Tensor, degrees: float, size: int) -> torch.Tensor:
 @torch.inference_mode()
 def predict(model: nn.Module, digits: torch.Tensor, degrees: float, turns: int = 1) -> torch.Tensor:
     """The classes [N] of digits [N, H, W], rotated by an angle; the logits are averaged over `turns` rotations."""
-    cfg = model.pretrained_cfg
+    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     channels, size, _ = cfg["input_size"]
     mean, std = (torch.tensor(cfg[key])[:, None, None] for key in ("mean", "std"))
     classes, logits = [], averaged(model, turns)

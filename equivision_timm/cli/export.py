@@ -93,7 +93,8 @@ def export(
     check_writable(out, make_folders=True)
     names = None if class_map is None else read_class_map(class_map)
     loaded = load(model, size, model_kwargs=model_kwargs)
-    network, shape = loaded.model, loaded.input_size
+    network: Any = loaded.model
+    shape = loaded.input_size
     loaded.try_image(torch.zeros(shape))
     metadata = {
         "model": short_name(model),  # without the user's folders

@@ -116,7 +116,7 @@ def _place(name: str) -> str:
 
 def _table(rows: list[Row], near: int) -> str:
     head = ("model", "group", "fields", "params (M)", "GMACs", "at", f"exact near {near}", "weights")
-    lines = [head]
+    lines: list[tuple[str, ...]] = [head]
     for row in rows:
         exact = ", ".join(map(str, dict.fromkeys(row.exact_sizes)))
         figures = (str(row.fields), f"{row.parameters / 1e6:.2f}", f"{row.gmacs:.2f}", str(row.size), exact)

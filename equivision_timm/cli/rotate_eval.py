@@ -211,7 +211,8 @@ def _continue(
 ) -> None:
     """Continue the result under these settings to the end of the folder; it is stored after every batch."""
     model = reparameterize_model(loaded.model) if args.reparam else loaded.model
-    model = model.to(device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
+    model = model.to(device)
+    model = model.to(memory_format=torch.channels_last) if args.channels_last else model
     folder.transform = preparation(loaded.config)
     libraries = f"equivision_timm {equivision_timm.__version__}, timm {timm.__version__}, torch {torch.__version__}"
     versions = f"{libraries}; {torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}"

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn as nn
 
 from equivision_timm.cli.models import Loaded, check_spec, load, short_name
 from equivision_timm.cli.options import Parsers, add_model_kwargs, add_size, integer, parse_angles
@@ -95,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def scalar_maps(model: nn.Module, images: torch.Tensor, level: int) -> torch.Tensor:
+def scalar_maps(model: Any, images: torch.Tensor, level: int) -> torch.Tensor:
     """Feature maps [B, maps, h, w] that should only rotate with the image: means over regular fields, or channels."""
     try:
         (maps,) = model.forward_intermediates(images, indices=[level], intermediates_only=True)

@@ -77,7 +77,7 @@ def translate_to(model: EquivariantViT, state_dict: dict[str, torch.Tensor]) -> 
         if source.take(name).any():
             raise WeightsError(f"{name} is not zero: this class token is not invariant")
     source.left = {name: value for name, value in source.left.items() if not name.startswith("mask_token.")}
-    heads = model.blocks[0].get_submodule("attn").num_heads  # type: ignore[assignment]
+    heads: int = model.blocks[0].get_submodule("attn").num_heads  # type: ignore[assignment]
     for index in range(len(model.blocks)):
         if index < model.equivariant_depth:
             _equivariant_block(source, found, f"blocks.{index}", heads)

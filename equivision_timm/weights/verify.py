@@ -202,7 +202,7 @@ def _accuracy(model: EquivariantBackbone | EquivariantConvNeXt | EquivariantViT,
         for batch, labels in tqdm(loader, desc="accuracy"):
             for meter, value in zip(meters, accuracy(model(batch), labels, topk=(1, 5)), strict=True):
                 meter.update(value.item(), len(labels))
-    reported = released().get(model.pretrained_cfg["architecture"])
+    reported = released().get(model.pretrained_cfg["architecture"])  # type: ignore[index,arg-type]
     for name, meter in zip(("top-1", "top-5"), meters, strict=True):
         expected = reported.reported.get(name.replace("-", "")) if reported else None
         finding, ok = f"{meter.avg:.2f} % of {meter.count} images", None
