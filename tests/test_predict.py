@@ -155,7 +155,7 @@ def test_names_of_pretrained_weights_are_not_those_of_a_checkpoint() -> None:
         (["a.png", "--out", "nothing"], "is a folder"),
         (["a.png", "--class-map", "missing"], "--class-map missing cannot be read: No such file"),
         (["a.png", "--class-map", "a.png"], "not text in UTF-8"),
-        (["a.png", "--class-map", "nothing"], "no pictures"),
+        (["a.png", "--class-map", "nothing"], "'nothing' with pictures"),
         (["a.png", "--class-map", "two"], "--class-map has 2 names, and .* has 3 classes"),
         (["a.png", "--model", "c8resnet18_fast=model_best.pth.tar"], "checkpoint of 'c4resnet18_fast', not of"),
     ],
