@@ -10,14 +10,13 @@ import numpy as np
 import torch
 
 from equivision_timm.data import draw_crops, load_photographs
-from equivision_timm.layers import ConvNormAct
 from equivision_timm.models import EquivariantResNet, model_names
 from equivision_timm.models.pretrained import WeightsError
 from equivision_timm.models.variants import create
 from equivision_timm.weights.checkpoint import Translation, check_tensors
-from equivision_timm.weights.escnn_format import Translated, translate_resnet
-from equivision_timm.weights.signs import element_signs, known_patterns, parse_signs, sign_groups
-from equivision_timm.weights.statistics import Z_LIMIT, Fit, best_fit, choose_signs, fit
+from equivision_timm.weights.escnn_format import translate_resnet
+from equivision_timm.weights.signs import known_patterns, parse_signs, sign_groups
+from equivision_timm.weights.statistics import Z_LIMIT, Fit, apply_signs, best_fit, choose_signs, fit
 
 __all__ = ["CLEARLY", "convert_original", "models", "same_shapes", "translate"]
 
@@ -53,26 +52,23 @@ def convert_original(
     return _convert(state_dict, model_name, signs).state_dict
 
 
-def _convert(state_dict: dict[str, torch.Tensor], model_name: str, signs: str | None) -> Translated:
+def _convert(state_dict: dict[str, torch.Tensor], model_name: str, signs: str | None) -> Translation:
     with torch.device("meta"):
         model = create(model_name, EquivariantResNet)
     if signs is not None:
         signs = parse_signs(model.group, signs)
     check_tensors(state_dict)
     found = translate_resnet(state_dict, model)
-    if sign_groups(model.group) and "coefficients" in found.sources and len(found.sources) > 1:
+    basis = found.notes["basis_from"]
+    if sign_groups(model.group) and "coefficients" in basis and "+" in basis:
         raise WeightsError("only some convolutions of the checkpoint have a sampled_basis or filter: save all or none")
     if signs is not None:
-        if found.sources != {"coefficients"}:
-            raise WeightsError(f"the checkpoint holds its basis ({', '.join(found.sources)}): leave signs out")
-        _apply_signs(found.state_dict, model, signs)
+        if basis != "coefficients":
+            raise WeightsError(f"the checkpoint holds its basis ({basis}): leave signs out")
+        model.load_state_dict(found.state_dict, assign=True)
+        apply_signs(model, signs)
+        return Translation(dict(model.state_dict()), notes=found.notes)
     return found
-
-
-def _apply_signs(state_dict: dict[str, torch.Tensor], model: EquivariantResNet, signs: str) -> None:
-    for name, unit in model.named_modules():
-        if isinstance(unit, ConvNormAct):
-            state_dict[f"{name}.conv.weight"] *= element_signs(unit.conv.kernel, signs)
 
 
 def translate(
@@ -94,23 +90,20 @@ def translate(
     found = _convert(state_dict, model_name, signs)
     model = create(model_name, EquivariantResNet)
     model.load_state_dict(found.state_dict)
-    is_open = found.sources == {"coefficients"}
+    is_open = found.notes["basis_from"] == "coefficients"
     rivals = {name: create(name, EquivariantResNet) for name in (same_shapes(model_name) if is_open else [])}
     to_choose = is_open and bool(sign_groups(model.group)) and signs is None
     for rival in rivals.values():
         rival.load_state_dict(found.state_dict if signs is None else _convert(state_dict, model_name, None).state_dict)
     photographs = _photographs(images, needed=to_choose or bool(rivals))
     crops = draw_crops(photographs) if photographs else None
-    notes = {"basis_from": "+".join(sorted(found.sources))}
-    if found.residual:
-        notes["basis_residual"] = f"{found.residual:.1e}"
+    notes = dict(found.notes)
     if to_choose:
         if rivals:
             _check_statistics(model_name, best_fit(model, crops), rivals, crops, decided=True)
         choice = choose_signs(model, (draw_crops(photographs, seed=seed) for seed in range(_BATCHES)))
         signs = choice.signs
-        _apply_signs(found.state_dict, model, signs)
-        model.load_state_dict(found.state_dict)
+        apply_signs(model, signs)
         notes |= {
             "runner_up": choice.runner_up,
             "separation": f"{choice.separation:.1f} standard errors on {choice.crops} crops",
@@ -126,7 +119,7 @@ def translate(
         notes |= _check_statistics(model_name, fit(model, crops), rivals, crops, decided="signs_given" in notes)
     else:
         notes["statistics"] = "not compared: no photographs (--images DIR)"
-    return Translation(found.state_dict, notes=notes)
+    return Translation(dict(model.state_dict()), notes=notes)
 
 
 def _photographs(images: str | Path | None, needed: bool) -> list[np.ndarray]:

@@ -9,8 +9,6 @@ element b), the order of `weight` [out_fields, in_fields, n_basis, 1] here. Othe
 - neither: the coefficients are taken as they are.
 """
 
-from dataclasses import dataclass
-
 import torch
 
 from equivision_timm.groups import Group
@@ -18,30 +16,17 @@ from equivision_timm.kernel_basis import load_kernel_basis
 from equivision_timm.layers import ConvNormAct, SteerableConv2d
 from equivision_timm.models import EquivariantResNet
 from equivision_timm.models.pretrained import WeightsError
-from equivision_timm.weights.checkpoint import Entries
+from equivision_timm.weights.checkpoint import Entries, Translation
 
-__all__ = ["Translated", "translate_basis", "translate_resnet"]
+__all__ = ["translate_basis", "translate_resnet"]
 
 _TOLERANCE = 1e-4  # relative residual of least squares; float32 leaves 1e-6
 
 
-@dataclass(frozen=True)
-class Translated:
-    """A state dict of an `EquivariantResNet`.
-
-    Attributes:
-        state_dict: its entries, float32.
-        sources: what determined the coefficients: 'sampled_basis', 'filter', 'coefficients'.
-        residual: largest relative residual of the least squares, 0 without.
-    """
-
-    state_dict: dict[str, torch.Tensor]
-    sources: frozenset[str]
-    residual: float
-
-
-def translate_resnet(state_dict: dict[str, torch.Tensor], model: EquivariantResNet) -> Translated:
+def translate_resnet(state_dict: dict[str, torch.Tensor], model: EquivariantResNet) -> Translation:
     """The entries of `model` from those of the same network in escnn.
+
+    The note `basis_from` names the entries that determined the coefficients: 'sampled_basis', 'filter', 'coefficients'.
 
     Raises:
         WeightsError: entries are missing, left over or of another shape; a basis or filter of another group; a filter
@@ -68,7 +53,10 @@ def translate_resnet(state_dict: dict[str, torch.Tensor], model: EquivariantResN
         if found[name].shape != expected.shape:
             raise WeightsError(f"{name} would have shape {tuple(found[name].shape)}, not {tuple(expected.shape)}")
         result[name] = found[name].detach().to(expected.dtype).clone()
-    return Translated(result, frozenset(sources), max(residuals))
+    notes = {"basis_from": "+".join(sorted(sources))}
+    if max(residuals):
+        notes["basis_residual"] = f"{max(residuals):.1e}"
+    return Translation(result, notes=notes)
 
 
 def _names(unit: str) -> tuple[str, str]:

@@ -46,11 +46,10 @@ def translate(state_dict: dict[str, torch.Tensor], model_name: str) -> Translati
     with torch.device("meta"):
         model = create(model_name, EquivariantResNet, **keywords)
     found = translate_resnet(network, model)
-    if found.sources != {"sampled_basis"}:
+    if found.notes["basis_from"] != "sampled_basis":
         raise WeightsError("some convolutions have no sampled_basis: take the file as published")
     notes = {
-        "basis_from": "sampled_basis",
-        "basis_residual": f"{found.residual:.1e}",
+        **found.notes,
         "classifier": "none: the backbone of a detector" if keywords else "of all channels: NOT invariant",
         **({"dropped": f"{dropped} entries of the detector"} if dropped else {}),
     }
