@@ -14,7 +14,7 @@ import timm
 import torch
 
 from equivision_timm.layers import SteerableConv2d
-from equivision_timm.layers.strategies import auto, build_native, native_library
+from equivision_timm.layers.strategies import auto, build_native, native_call, native_library
 
 REPOSITORY = Path(__file__).parents[2]
 LEVELS = list(build_native.LEVELS)
@@ -26,10 +26,16 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="PyTorch uses ot
 def folder(tmp_path, monkeypatch):
     """An empty folder from which the libraries are loaded in this test."""
     monkeypatch.setattr(native_library, "FOLDER", tmp_path)
-    native_library._load.cache_clear()
+    forget()
     yield tmp_path
-    native_library._load.cache_clear()
-    auto.decide.cache_clear()
+    forget()
+
+
+def forget():
+    """As in a new process."""
+    caches = (native_library._load, native_library.library, native_call._call, native_call._call_for, auto.decide)
+    for cached in caches:
+        cached.cache_clear()
 
 
 def fill(folder, *levels):
@@ -61,12 +67,12 @@ def test_levels(folder, monkeypatch, level, capability):
     if CAPABILITIES.index(capability) > CAPABILITIES.index(torch.backends.cpu.get_cpu_capability()):
         pytest.skip(f"this processor has no {capability}")
     fill(folder, level)
-    assert native_library.describe().endswith(level)
+    assert native_library.library(torch.float32)._name.endswith(f"{level}.so")
     assert error() < 1e-5
     assert error(torch.float64) < 1e-13
     fill(folder, *set(LEVELS) - {level})
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    native_library._load.cache_clear()
+    forget()
     assert native_library.describe().endswith(level)
 
 

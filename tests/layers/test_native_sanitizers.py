@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from equivision_timm.layers import SteerableConv2d
-from equivision_timm.layers.strategies import STRATEGIES, build_native, native, native_library
+from equivision_timm.layers import NativeConv2d, SteerableConv2d
+from equivision_timm.layers.strategies import build_native, native_call, native_library
 
 LAYERS = 30
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-11}
@@ -80,9 +80,7 @@ def random_layers(count):
         y = layer(x)
         shortcut, bias, grad = torch.randn_like(y), torch.randn(fields[1], dtype=dtype), torch.randn_like(y)
         with torch.no_grad():
-            described = layer.describe(torch.device("cpu"), dtype)
-            code = STRATEGIES["native"]
-            fused = code.infer(x, code.pack(layer.weight, bias, described), described, shortcut, relu=True)
+            fused = NativeConv2d(layer, layer.weight, bias, relu=True)(x, shortcut)
         found = [y, alone, fused, *torch.autograd.grad((y * grad).sum(), (x, layer.weight))]
 
         exact = copy.deepcopy(layer).double()
@@ -100,13 +98,13 @@ def random_layers(count):
 def packed_too_short(_):
     """A size that overflows; then a product with packed weights that lack a column, of 14 rows at most."""
     x = torch.randn(1, 24, 9, 9)
-    layer, shape = native._layer(x, 5, 3, "c8-3-regular", 1, 1)
-    library, threads = native_library.library(x.dtype), ctypes.c_long(1)
-    packed = torch.zeros(library.packed_size(ctypes.byref(layer), ctypes.c_long(0)) - 14)
+    call = native_call._call_for("c8-3-regular", x.dtype, 5, 1, 1, *x.shape, 1)
+    layer, library, threads = call.layer, native_library.library(x.dtype), ctypes.c_long(1)
+    packed = torch.zeros(call.packed - 14)
     layer.in_fields = 2**62
     library.sums_size(ctypes.byref(layer))
     layer.in_fields = 3
-    y = torch.empty(shape)
+    y = torch.empty(call.shape)
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, packed)]
     nothing = ctypes.c_void_p(None)
     library.forward(
