@@ -11,7 +11,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-from equivision_timm.torch_internals import FakeTensor
+from equivision_timm.torch_state import FakeTensor
 
 __all__ = ["constant", "constant_like"]
 

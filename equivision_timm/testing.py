@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from equivision_timm.groups import Group
-from equivision_timm.torch_internals import BatchNorm
+from equivision_timm.torch_state import BatchNorm
 
 __all__ = ["angle_error", "assert_equivariant", "calibrate_norms", "equivariance_error"]
 

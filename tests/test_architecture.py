@@ -13,7 +13,7 @@ import equivision_timm
 PACKAGE = Path(equivision_timm.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
-    "torch_internals",
+    "torch_state",
     "errors",
     "files",
     "groups",
@@ -59,7 +59,7 @@ def test_imports_go_one_way(path):
     own = path.relative_to(PACKAGE).with_suffix("").parts[0]
     imported = {room(module) for module in imports(path)} - {None, own}
     if own == "testing":
-        assert imported <= {"groups", "torch_internals"}
+        assert imported <= {"groups", "torch_state"}
     if own in ORDER:
         later = ORDER[ORDER.index(own) + 1 :]
         assert not imported & set(later), f"{own} comes before {imported & set(later)}"
@@ -90,7 +90,7 @@ def test_internals_of_pytorch_are_used_in_one_file(path):
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
             found += [node.attr] if ast.unparse(node.value).split(".")[0] in ("torch", "nn", "forward_ad") else []
-    assert bool(found) == (path.name == "torch_internals.py"), found
+    assert bool(found) == (path.name == "torch_state.py"), found
 
 
 def test_importing_the_package_is_light():

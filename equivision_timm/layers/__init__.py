@@ -2,7 +2,7 @@
 
 from equivision_timm.layers.block_conv import BlockConv2d, ElementMajor, element_major_stage
 from equivision_timm.layers.blur import Blur2d, get_aa_layer
-from equivision_timm.layers.checks import CheckImage, check_pointwise, check_positionwise
+from equivision_timm.layers.checks import check_pointwise, check_positionwise
 from equivision_timm.layers.conv import SteerableConv2d, conv_input_shapes, steerable_conv2d
 from equivision_timm.layers.conv_norm_act import ConvNormAct
 from equivision_timm.layers.field_attention import FieldAttention
@@ -13,7 +13,6 @@ from equivision_timm.layers.pool import GroupPool, InvariantPool
 __all__ = [
     "BlockConv2d",
     "Blur2d",
-    "CheckImage",
     "ConvNormAct",
     "ElementMajor",
     "FieldAttention",

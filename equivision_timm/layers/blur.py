@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 
 from equivision_timm.constants import constant, constant_like
-from equivision_timm.layers.strategies.context import is_channels_last, leaves_python, needs_plain_operations
+from equivision_timm.torch_state import is_channels_last, leaves_python, needs_plain_operations
 
 __all__ = ["Blur2d", "get_aa_layer"]
 

@@ -1,4 +1,4 @@
-"""What may enter an equivariant network: images, pointwise activations, normalisations that ignore positions."""
+"""Checks that an activation is pointwise and that a normalisation treats all positions alike."""
 
 import math
 from collections.abc import Callable
@@ -9,54 +9,7 @@ import torch.nn as nn
 from timm.layers import get_act_layer
 from torch.func import functional_call
 
-from equivision_timm.layers.strategies.context import has_sizes
-
-__all__ = ["CheckImage", "check_image", "check_pointwise", "check_positionwise"]
-
-
-class CheckImage(nn.Module):
-    """Passes images [B, in_chans, H, W] on, and says what is wrong with anything else.
-
-    Args:
-        in_chans: channels expected.
-        min_size: the smallest side in pixels that leaves the network something to pool.
-
-    Raises:
-        AssertionError: at the forward pass, where shape or type do not fit.
-    """
-
-    def __init__(self, in_chans: int, min_size: int = 32) -> None:
-        super().__init__()
-        self.in_chans = in_chans
-        self.min_size = min_size
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return check_image(x, self.in_chans, self.min_size)
-
-
-def check_image(x: torch.Tensor, in_chans: int, min_size: int) -> torch.Tensor:
-    """x, if it is a batch of images as `CheckImage` expects it.
-
-    A message that quotes a size would make torch.compile take it for a constant, so each is written where it is raised.
-
-    Raises:
-        AssertionError: it is not.
-    """
-    if not has_sizes(x):
-        return x
-    if x.ndim != 4:
-        raise AssertionError(f"expected a batch of images [B, C, H, W], got {x.ndim} dimension(s): add the batch axis")
-    if x.shape[1] != in_chans:
-        raise AssertionError(
-            f"expected {in_chans} image channel(s), got {x.shape[1]}: create the model with in_chans={x.shape[1]}"
-        )
-    if not x.is_floating_point():
-        raise AssertionError(f"expected floating-point images, got {x.dtype}: convert with x.float() and normalise")
-    if x.shape[2] < min_size:
-        raise AssertionError(f"image height {x.shape[2]} is too small: use at least {min_size}")
-    if x.shape[3] < min_size:
-        raise AssertionError(f"image width {x.shape[3]} is too small: use at least {min_size}")
-    return x
+__all__ = ["check_pointwise", "check_positionwise"]
 
 
 def check_pointwise(act_layer: str | Callable[..., nn.Module]) -> Callable[..., nn.Module]:

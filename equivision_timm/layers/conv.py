@@ -16,8 +16,7 @@ from equivision_timm.kernel_basis import initial_std, sample_kernels
 from equivision_timm.kernels import Kernel
 from equivision_timm.layers.strategies import STRATEGIES, Layer, auto, expand
 from equivision_timm.layers.strategies.basis import named_kernel
-from equivision_timm.layers.strategies.context import has_sizes, leaves_python, needs_plain_operations
-from equivision_timm.torch_internals import has_hooks
+from equivision_timm.torch_state import has_hooks, has_sizes, leaves_python, needs_plain_operations
 
 __all__ = ["SteerableConv2d", "conv_input_shapes", "is_watched", "steerable_conv2d"]
 

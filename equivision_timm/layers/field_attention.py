@@ -7,7 +7,7 @@ import torch.nn as nn
 from timm.layers import get_attn
 
 from equivision_timm.layers.checks import check_positionwise
-from equivision_timm.layers.strategies.context import has_sizes
+from equivision_timm.torch_state import has_sizes
 
 __all__ = ["FieldAttention"]
 

@@ -33,7 +33,7 @@ class NativeConv2d(nn.Module):
         self.stride: int = conv.stride
         self.dilation: int = conv.dilation
         self.relu = relu
-        packed = native_call.pack_coefficients(weight.detach(), self.kernel)
+        packed = native_call.pack(weight.detach(), self.kernel)
         self.packed: torch.Tensor
         self.register_buffer("packed", packed)  # [n, rows of a tile]
         self.bias: torch.Tensor | None

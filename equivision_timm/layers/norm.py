@@ -17,8 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import register_notrace_module
 
-from equivision_timm.layers.strategies.context import is_channels_last, leaves_python, needs_plain_operations
-from equivision_timm.torch_internals import BatchNorm
+from equivision_timm.torch_state import BatchNorm, is_channels_last, leaves_python, needs_plain_operations
 
 __all__ = ["FieldBatchNorm2d", "FieldNorm", "field_batch_norm", "field_batch_norm_by_definition"]
 

@@ -22,7 +22,7 @@ from timm.layers import PatchEmbed, register_notrace_module
 from equivision_timm.constants import constant, constant_like
 from equivision_timm.layers.grid_conv import move_pixels
 from equivision_timm.layers.irreps import Device, DType, Irreps, irreps_of, plane_matrices
-from equivision_timm.layers.strategies.context import has_sizes
+from equivision_timm.torch_state import has_sizes
 
 __all__ = ["EquivariantPatchEmbed", "TileConv2d", "UnfoldTiles", "resize_tiles", "tile_count", "tile_size"]
 

@@ -13,9 +13,44 @@ from timm.models._features import feature_take_indices
 
 from equivision_timm.groups import Group
 from equivision_timm.kernels import Kernel
-from equivision_timm.layers import CheckImage, GroupPool, InvariantPool, SteerableConv2d, conv_input_shapes
+from equivision_timm.layers import GroupPool, InvariantPool, SteerableConv2d, conv_input_shapes
+from equivision_timm.torch_state import has_sizes
 
-__all__ = ["EquivariantBackbone"]
+__all__ = ["CheckImage", "EquivariantBackbone"]
+
+
+class CheckImage(nn.Module):
+    """Returns images [B, in_chans, H, W] as they are.
+
+    Args:
+        in_chans: number of channels.
+        min_size: the smallest side in pixels that leaves the network something to pool.
+
+    Raises:
+        AssertionError: the input is not a batch of such images.
+    """
+
+    def __init__(self, in_chans: int, min_size: int = 32) -> None:
+        super().__init__()
+        self.in_chans = in_chans
+        self.min_size = min_size
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not has_sizes(x):
+            return x
+        assert x.ndim == 4, f"expected a batch of images [B, C, H, W], got {x.ndim} dimension(s): add the batch axis"
+        # A message that quotes a size would make torch.compile treat it as a constant, so `assert` is not used below
+        if x.shape[1] != self.in_chans:
+            raise AssertionError(
+                f"expected {self.in_chans} image channel(s), got {x.shape[1]}: use in_chans={x.shape[1]}"
+            )
+        if not x.is_floating_point():
+            raise AssertionError(f"expected floating-point images, got {x.dtype}: convert with x.float() and normalise")
+        if x.shape[2] < self.min_size:
+            raise AssertionError(f"image height {x.shape[2]} is too small: use at least {self.min_size}")
+        if x.shape[3] < self.min_size:
+            raise AssertionError(f"image width {x.shape[3]} is too small: use at least {self.min_size}")
+        return x
 
 
 class EquivariantBackbone(nn.Module):

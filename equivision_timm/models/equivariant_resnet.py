@@ -31,7 +31,7 @@ from equivision_timm.layers import (
 from equivision_timm.models.backbone import EquivariantBackbone
 from equivision_timm.models.pretrained import WEIGHTS_FILE, build_pretrained, hub_id
 from equivision_timm.models.variants import Variant, digits_cfg, register_family
-from equivision_timm.torch_internals import BatchNorm
+from equivision_timm.torch_state import BatchNorm
 
 Layer = Callable[..., nn.Module]
 

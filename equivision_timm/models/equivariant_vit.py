@@ -28,11 +28,12 @@ from timm.models._features import FeatureGetterNet, feature_take_indices
 from timm.models.vision_transformer import Block
 
 from equivision_timm.kernels import Kernel
-from equivision_timm.layers import CheckImage, check_pointwise
+from equivision_timm.layers import check_pointwise
 from equivision_timm.layers.invariants import Invariants
 from equivision_timm.layers.irreps import ChangeBasis, Device, DType, irreps_of
 from equivision_timm.layers.patches import EquivariantPatchEmbed, UnfoldTiles, resize_tiles, tile_count, tile_size
 from equivision_timm.layers.tokens import IrrepAttention, IrrepMlp, IrrepNorm, IrrepScale
+from equivision_timm.models.backbone import CheckImage
 from equivision_timm.models.pretrained import WEIGHTS_FILE, build_pretrained
 from equivision_timm.models.variants import Variant, digits_cfg, register_family
 

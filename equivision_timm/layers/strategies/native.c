@@ -94,17 +94,21 @@ static vector positive(vector x) { return (vector)((mask)x & ~(x < (vector){0}))
 /* An odd number of vectors: lines whose distance is a power of two would share few sets of the cache. */
 static long line_length(long pixels) { return ((round_up(pixels, LANES) / LANES + 1) | 1) * LANES; }
 
-/* Memory that each thread reuses from call to call and frees when it ends; NULL if the allocation fails. */
-static pthread_key_t scratch_key;
-static void make_scratch_key(void) { pthread_key_create(&scratch_key, free); }
-static REAL *scratch(long numbers) {
+/* Memory for WORK or for PACKED weights, which each thread reuses from call to call and frees when it ends; NULL if the
+   allocation fails. Fresh memory would cost as much time as packing does. */
+enum { WORK, PACKED };
+static pthread_key_t scratch_keys[2];
+static void make_scratch_keys(void) {
+    for (int i = 0; i < 2; i++) pthread_key_create(scratch_keys + i, free);
+}
+static REAL *scratch(int use, long numbers) {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
-    pthread_once(&once, make_scratch_key);
-    long *own = pthread_getspecific(scratch_key); /* a count of numbers; the numbers begin after 64 bytes */
+    pthread_once(&once, make_scratch_keys);
+    long *own = pthread_getspecific(scratch_keys[use]); /* a count of numbers; the numbers begin after 64 bytes */
     if (!own || *own < numbers) {
         free(own);
         own = aligned_alloc(64, 64 + round_up(numbers * (long)sizeof(REAL), 64));
-        pthread_setspecific(scratch_key, own);
+        pthread_setspecific(scratch_keys[use], own);
         if (!own) return NULL;
         *own = numbers;
     }
@@ -587,7 +591,7 @@ static void pack_coefficients_part(void *argument) {
     Job *job = argument;
     const Layer *l = job->layer;
     long thread = omp_get_thread_num(), threads = omp_get_num_threads(), n_in = l->in_fields;
-    REAL *w = scratch((l->n_basis + l->n_entries) * COLUMNS), *entries = w + l->n_basis * COLUMNS;
+    REAL *w = scratch(WORK, (l->n_basis + l->n_entries) * COLUMNS), *entries = w + l->n_basis * COLUMNS;
     if (!w) {
         job->failed = 1;
         return;
@@ -622,7 +626,7 @@ static void forward_part(void *argument) {
     Job *job = argument;
     const Layer *l = job->layer;
     long line = line_length(l->images * l->rows * l->out_width), terms = l->functions * l->order;
-    REAL *t = scratch((terms * l->in_fields + l->order * l->out_fields + 2) * line + work_size(l));
+    REAL *t = scratch(WORK, (terms * l->in_fields + l->order * l->out_fields + 2) * line + work_size(l));
     if (!t) {
         job->failed = 1;
         return;
@@ -651,7 +655,7 @@ static void backward_part(void *argument) {
     const Layer *l = job->layer;
     long line = line_length(l->images * l->rows * l->out_width), terms = l->functions * l->order;
     long widest = round_up(2 * l->out_fields, LANES);
-    REAL *t = scratch((terms * l->in_fields + l->order * l->out_fields + 2 + widest) * line + work_size(l));
+    REAL *t = scratch(WORK, (terms * l->in_fields + l->order * l->out_fields + 2 + widest) * line + work_size(l));
     if (!t) {
         job->failed = 1;
         return;
@@ -739,12 +743,6 @@ long sums_size(const Layer *l) {
     return size;
 }
 
-int pack(const Layer *l, const REAL *weights, long transposed, REAL *packed, long threads) {
-    Job job = {.layer = l, .weights = weights, .transposed = transposed, .out = packed};
-    GOMP_parallel(pack_part, &job, threads, 0);
-    return job.failed;
-}
-
 int pack_coefficients(const Layer *l, const REAL *weights, REAL *packed, long threads) {
     Job job = {.layer = l, .weights = weights, .out = packed};
     GOMP_parallel(pack_coefficients_part, &job, threads, 0);
@@ -759,9 +757,21 @@ int forward(const Layer *l, const REAL *x, const REAL *packed, const REAL *bias,
     return job.failed;
 }
 
-/* Computes dx (from W^T, packed) or dw (with the sums of each thread), or both; the other pointers are NULL */
-int backward(const Layer *l, const REAL *dy, const REAL *x, const REAL *packed, REAL *dx, REAL *sums, REAL *dw, long threads) {
+/* `forward` with the coefficients, packed on the way */
+int convolve(const Layer *l, const REAL *x, const REAL *weights, REAL *y, long threads) {
+    REAL *packed = scratch(PACKED, packed_size(l, 0));
+    if (!packed || pack_coefficients(l, weights, packed, threads)) return 1;
+    return forward(l, x, packed, NULL, NULL, 0, y, threads);
+}
+
+/* Computes dx (from the block weights W) or dw (with the sums of each thread), or both; the other pointers are NULL */
+int backward(const Layer *l, const REAL *dy, const REAL *x, const REAL *weights, REAL *dx, REAL *sums, REAL *dw,
+             long threads) {
     if (!knows(l)) return 2;
+    REAL *packed = dx ? scratch(PACKED, packed_size(l, 1)) : NULL;
+    Job pack = {.layer = l, .weights = weights, .transposed = 1, .out = packed};
+    if (dx && packed) GOMP_parallel(pack_part, &pack, threads, 0);
+    if (dx && (!packed || pack.failed)) return 1;
     Job job = {.layer = l, .dy = dy, .x = x, .packed = packed, .dx = dx, .dw = sums, .dw_size = sums_size(l)};
     job.out = dw;
     GOMP_parallel(backward_part, &job, threads, 0);

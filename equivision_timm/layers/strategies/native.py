@@ -54,8 +54,7 @@ _LAYER = "str kernel, int stride, int dilation"
 def _conv2d(x, weight, kernel, stride, dilation):
     if weight.dtype != x.dtype or not x.is_floating_point():
         raise RuntimeError(f"input type {x.dtype} and weight type {weight.dtype} should be the same float type")
-    packed = native_call.pack_coefficients(weight, kernel)
-    return native_call.forward(x, packed, None, None, False, kernel, weight.shape[0], stride, dilation)
+    return native_call.convolve(x, weight, kernel, stride, dilation)
 
 
 def _gradients(grad, x, weight, kernel, stride, dilation, for_x, for_weight):

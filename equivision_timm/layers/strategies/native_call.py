@@ -16,40 +16,16 @@ from equivision_timm.kernels import Kernel
 from equivision_timm.layers.strategies.basis import named_kernel
 from equivision_timm.layers.strategies.native_library import CLayer, CSparse, library
 
-__all__ = ["SIZES", "backward", "forward", "pack", "pack_coefficients", "unpack"]
+__all__ = ["SIZES", "backward", "convolve", "forward", "pack", "unpack"]
 
 SIZES = (1, 3, 5)  # k of the kernels in native.c
 _PIXELS = 512  # of a chunk, at most: more rows share their neighbours, fewer stay in the second-level cache
 
 
-def pack(weights: torch.Tensor, kernel: str, transposed: bool = False) -> torch.Tensor:
-    """W, or W^T, of all blocks in the order in which native.c reads them, [n, tile_rows].
+def pack(weight: torch.Tensor, kernel: str) -> torch.Tensor:
+    """The block weights of the coefficients `weight` [O, I, n_basis, 1] in the order of native.c, [n, tile_rows].
 
     `tile_rows` depends on the processor: weights packed for another one have another shape.
-
-    Args:
-        weights: W [entries, O, I], of `block_weights`.
-        kernel: name of the kernels.
-        transposed: whether to pack W^T.
-
-    Raises:
-        ValueError: another number of entries than these kernels have.
-    """
-    weights = _readable(weights)
-    entries, out_fields, in_fields = weights.shape
-    call = _call(kernel, weights.dtype, out_fields, in_fields)
-    if entries != call.layer.n_entries:
-        raise ValueError(
-            f"the block weights of {kernel!r} are [{call.layer.n_entries}, O, I], but got {list(weights.shape)}: "
-            "make them with `block_weights`"
-        )
-    packed = weights.new_empty(call.packed_transposed if transposed else call.packed)
-    _run("pack", call.layer, {"weights": weights, "transposed": int(transposed), "packed": packed}, {})
-    return packed.view(-1, call.tile_rows)
-
-
-def pack_coefficients(weight: torch.Tensor, kernel: str) -> torch.Tensor:
-    """`pack` of the block weights of the coefficients `weight` [O, I, n_basis, 1], without making these.
 
     Raises:
         ValueError: another number of coefficients than these kernels have.
@@ -77,6 +53,20 @@ def unpack(packed: torch.Tensor, kernel: str, out_fields: int) -> torch.Tensor:
         weights.append(matrix.reshape(-1, out_fields, in_fields))  # [size, n * size, O, I] -> [entries, O, I]
         start += count * in_fields
     return torch.cat(weights)
+
+
+def convolve(x: torch.Tensor, weight: torch.Tensor, kernel: str, stride: int, dilation: int) -> torch.Tensor:
+    """K(w) * x, [B, O * |G|, H', W'], of the type of x, for the coefficients `weight` [O, I, n_basis, 1].
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    dtype, x, weight = x.dtype, _readable(x), _readable(weight)
+    call = _call_for(kernel, x.dtype, weight.shape[0], stride, dilation, *x.shape, torch.get_num_threads())
+    y = x.new_empty(call.shape)
+    sizes = {"weight": weight.shape[0] * call.layer.in_fields * call.layer.n_basis}
+    _run("convolve", call.layer, {"x": x, "weight": weight, "y": y}, sizes)
+    return y.to(dtype)
 
 
 def forward(
@@ -137,14 +127,14 @@ def backward(
     grad, x, weights = _readable(grad), _readable(x), _readable(weights)
     threads = torch.get_num_threads()
     call = _call_for(kernel, x.dtype, weights.shape[1], stride, dilation, *x.shape, threads)
-    packed = dx = sums = dw = None
+    dx = sums = dw = None
     if for_x:
-        packed, dx = pack(weights, kernel, transposed=True), x.new_empty(x.shape)
+        dx = x.new_empty(x.shape)
     if for_weights:
         sums = x.new_empty(threads, call.sums)
         dw = weights.new_empty(weights.shape)
-    sizes = {"dy": math.prod(call.shape), "packed": call.packed_transposed}
-    tensors = {"dy": grad, "x": x, "packed": packed, "dx": dx, "sums": sums, "dw": dw}
+    sizes = {"dy": math.prod(call.shape), "weights": weights.shape[1] * call.layer.in_fields * call.layer.n_entries}
+    tensors = {"dy": grad, "x": x, "weights": weights, "dx": dx, "sums": sums, "dw": dw}
     _run("backward", call.layer, tensors, sizes)
     empty = x.new_empty(0, dtype=dtype)
     return empty if dx is None else dx.to(dtype), empty.clone() if dw is None else dw.to(dtype)
@@ -226,7 +216,6 @@ class _Call:
     layer: CLayer
     shape: tuple[int, ...]  # of the output
     packed: int
-    packed_transposed: int
     sums: int  # for each thread
     tile_rows: int
 
@@ -237,8 +226,8 @@ def _call(
 ) -> _Call:
     code = library(dtype)
     layer = CLayer(out_fields=out_fields, in_fields=in_fields, **_plan(kernel, dtype).fields, **geometry)
-    packed, transposed = (code.packed_size(ctypes.byref(layer), ctypes.c_long(t)) for t in (0, 1))
-    return _Call(layer, shape, packed, transposed, code.sums_size(ctypes.byref(layer)), code.tile_rows())
+    packed = code.packed_size(ctypes.byref(layer), ctypes.c_long(0))
+    return _Call(layer, shape, packed, code.sums_size(ctypes.byref(layer)), code.tile_rows())
 
 
 @lru_cache(maxsize=1024)
@@ -285,7 +274,7 @@ def _run(name: str, layer: CLayer, arguments: dict[str, torch.Tensor | int | Non
     """Call a function of native.c in all threads; Python's global lock is released meanwhile.
 
     Args:
-        name: 'pack', 'forward' or 'backward'.
+        name: of the function.
         layer: the layer.
         arguments: those after the layer, by name and in order.
         sizes: how many values some of the tensors must hold; the others are made here, of the layer's own sizes.
