@@ -13,7 +13,7 @@ from equivision_timm.escnn_interop import field_type, gspace, import_escnn
 from equivision_timm.kernel_basis import load_kernel_basis
 from equivision_timm.layers import Blur2d, ConvNormAct, FieldAttention, SteerableConv2d
 from equivision_timm.models import EquivariantResNet
-from equivision_timm.torch_internals import BatchNorm
+from equivision_timm.torch_state import BatchNorm
 from equivision_timm.weights.escnn_format import translate_basis
 
 if TYPE_CHECKING:
