@@ -22,10 +22,11 @@ from timm.models._features import FeatureGetterNet, feature_take_indices
 
 from equivision_timm.groups import Group
 from equivision_timm.kernels import Kernel
-from equivision_timm.layers import CheckImage, GroupPool, InvariantPool, check_pointwise
+from equivision_timm.layers import GroupPool, InvariantPool, check_pointwise
 from equivision_timm.layers.field_mlp import FieldLayerNorm, FieldMlp
 from equivision_timm.layers.grid_conv import DepthwiseConv2d, PatchConv2d
 from equivision_timm.layers.irreps import Device, DType, irreps_of
+from equivision_timm.models.backbone import CheckImage
 from equivision_timm.models.pretrained import build_pretrained
 from equivision_timm.models.variants import Variant, register_family
 
