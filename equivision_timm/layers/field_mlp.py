@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 
 from equivision_timm.layers.irreps import ChangeBasis, Device, DType, irreps_of
-from equivision_timm.layers.strategies.context import has_sizes, leaves_python
 from equivision_timm.layers.tokens import IrrepLinear
+from equivision_timm.torch_state import has_sizes, leaves_python
 
 __all__ = ["FieldGRN", "FieldLayerNorm", "FieldMlp"]
 
