@@ -117,20 +117,20 @@ class ChangeBasis(nn.Module):
     def __init__(self, group: str, to: str, field_major: bool = False) -> None:
         super().__init__()
         self.group = group
+        self.order: int = irreps_of(group).order
         self.to_basis = to
         self.field_major = field_major
         self._matrix = irreps_matrix(group, torch.float64, torch.device("cpu"))  # not state; for TorchScript
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q = self._matrix.to(x) if torch.jit.is_scripting() else _matrix_like(x, self.group)
-        order = self._matrix.shape[0]
         if not self.field_major:
             q = q.t() if self.to_basis == "regular" else q
             return torch.mm(q, x.flatten(1)).unflatten(1, x.shape[1:])
         if self.to_basis == "regular":
             return torch.mm(x.flatten(1).t(), q).unflatten(0, x.shape[1:]).flatten(-2)  # [values, |G|]
-        x = x.unflatten(-1, (-1, order))  # [..., fields, |G|]
-        return torch.mm(q, x.flatten(0, -2).t()).unflatten(1, x.shape[:-1])  # [|G|, values]
+        shape = x[..., :: self.order].shape  # [..., fields]; unflatten with -1 would fail in torch.compile
+        return torch.mm(q, x.reshape(-1, self.order).t()).unflatten(1, shape)  # [|G|, values]
 
     def extra_repr(self) -> str:
         return f"{self.group!r}, to={self.to_basis!r}, field_major={self.field_major}"

@@ -224,12 +224,12 @@ class EquivariantViT(nn.Module):
                 [(group, fields)] * equivariant_depth + [("c1", embed_dim)] * (depth - equivariant_depth)
             )
         ]
-        self.to_regular: ChangeBasis = ChangeBasis(group, "regular", field_major=True)
+        self.to_regular: ChangeBasis = ChangeBasis(group, "regular")
         last = IrrepNorm(fields, group, equivariant_eps, **dd) if self.ends_equivariant else norm_layer(embed_dim, **dd)
         self.norm: nn.Module = last
 
         # Head; with regular fields as its input, back to the irreps basis for the transition
-        self.to_irreps: ChangeBasis = ChangeBasis(group, "irreps", field_major=True)
+        self.to_irreps: ChangeBasis = ChangeBasis(group, "irreps")
         self.transition: nn.Module | None = transition if self.ends_equivariant else None
         self.head_hidden_size: int = fields if invariants == "trivial" else embed_dim
         self.fc_norm: nn.Module = nn.Identity()
@@ -398,7 +398,7 @@ class EquivariantViT(nn.Module):
     def _fields(self, x: torch.Tensor) -> torch.Tensor:
         """Irreps basis -> regular fields, field-major: [B, N, |G| * fields] -> channel = field * |G| + element."""
         blocks = x.unflatten(2, (self.order, self.fields)).permute(2, 0, 1, 3)  # [|G|, B, N, fields]
-        return self.to_regular(blocks)
+        return self.to_regular(blocks).permute(1, 2, 3, 0).flatten(2)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens [B, prefix + N, d] after the last norm: regular fields if the last block is equivariant."""
@@ -415,8 +415,8 @@ class EquivariantViT(nn.Module):
         if self.global_pool == "token":
             x = x[:, : 2 if self.head_dist is not None else 1]
         if self.transition is not None:
-            x = self.to_irreps(x).permute(1, 2, 0, 3).flatten(2)  # [|G|, B, N, fields] -> [B, N, |G| * fields]
-            x = self.transition(x)  # [B, N, features]
+            x = x.unflatten(2, (self.fields, self.order)).permute(3, 0, 1, 2)  # [|G|, B, N, fields]
+            x = self.transition(self.to_irreps(x).permute(1, 2, 0, 3).flatten(2))  # [B, N, features]
         if self.head_dist is not None and self.global_pool == "token":
             x = self.head_drop(self.fc_norm(x))  # [B, 2, features]
             if pre_logits:
