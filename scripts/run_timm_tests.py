@@ -91,12 +91,15 @@ def write_hub_cache(names: list[str], folder: Path) -> None:
     """Make `folder` the Hub's cache, with random weights in timm's repositories for adapted models."""
     constants.HF_HUB_CACHE = str(folder)
     for name in names:
-        repository = timm.get_pretrained_cfg(name).hf_hub_id
-        if repository and repository.startswith("timm/"):
+        for tagged in timm.list_pretrained(f"{name}.*"):
+            repository = timm.get_pretrained_cfg(tagged).hf_hub_id or ""
             stored = folder / f"models--{repository.replace('/', '--')}"
-            (stored / "refs").mkdir(parents=True, exist_ok=True)
-            (stored / "refs" / "main").write_text("0" * 40)
-            save_for_hf(timm.create_model(name).backbone, stored / "snapshots" / ("0" * 40), safe_serialization=True)
+            if repository.startswith("timm/") and not stored.exists():
+                (stored / "refs").mkdir(parents=True)
+                (stored / "refs" / "main").write_text("0" * 40)
+                save_for_hf(
+                    timm.create_model(tagged).backbone, stored / "snapshots" / ("0" * 40), safe_serialization=True
+                )
 
 
 def _with_our_vits(list_models: Callable[..., list[str]]) -> Callable[..., list[str]]:

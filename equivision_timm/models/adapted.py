@@ -333,7 +333,7 @@ class Symmetrized(_Adapted):
     def pool(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits or embeddings of the views, [|G|, B, C], pooled over the group: [B, C]."""
         if self.num_classes > 0 and self.group_pool == "prob":
-            return logits.float().log_softmax(-1).logsumexp(0) - math.log(self.order)
+            return (logits.float().log_softmax(-1).logsumexp(0) - math.log(self.order)).to(logits.dtype)
         if self.num_classes > 0 and self.group_pool == "max":
             return logits.amax(0)
         return logits.mean(0)
@@ -461,8 +461,8 @@ class Canonicalized(_Adapted):
     def pool(self, logits: torch.Tensor, log_weights: torch.Tensor) -> torch.Tensor:
         """Logits or embeddings of the views, [|G|, B, C], pooled under weights [|G|, B]: [B, C]."""
         if self.num_classes > 0 and self.group_pool == "prob":
-            return (logits.float().log_softmax(-1) + log_weights.unsqueeze(-1)).logsumexp(0)
-        return (logits * log_weights.exp().unsqueeze(-1)).sum(0)
+            return (logits.float().log_softmax(-1) + log_weights.unsqueeze(-1)).logsumexp(0).to(logits.dtype)
+        return (logits * log_weights.exp().unsqueeze(-1)).sum(0).to(logits.dtype)
 
     def combine(self, run: Run, x: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Levels that move with the image; the last features with the weights."""
