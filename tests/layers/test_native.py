@@ -26,20 +26,6 @@ def test_gradients_are_the_same_every_time():
     assert all(torch.equal(first, other) for other in others)
 
 
-@pytest.mark.parametrize("kernel_size", [1, 3])
-@pytest.mark.parametrize("size", [1, 7, 14, 33])
-def test_few_images_are_shared_among_threads(kernel_size, size):
-    threads = torch.get_num_threads()
-    layer, x = SteerableConv2d(2, 3, kernel_size, "d4", strategy="native"), torch.randn(1, 16, size, size)
-    try:
-        torch.set_num_threads(4)
-        with torch.no_grad():
-            y, layer.strategy = layer(x), "expand"
-            torch.testing.assert_close(y, layer(x), rtol=1e-4, atol=1e-5)
-    finally:
-        torch.set_num_threads(threads)
-
-
 def resident_memory():
     """MB, on Linux."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
@@ -64,14 +50,6 @@ def test_threads_that_end_leave_no_memory():
     assert resident_memory() - before < 60  # each of them works in several MB
 
 
-@pytest.mark.parametrize("shape", [(2, 7, 5, 5), (2, 12, 5, 5), (8, 5, 5)])
-def test_another_number_of_channels_is_refused(shape):
-    layer = SteerableConv2d(2, 1, 3, "c4", strategy="native")
-    for grad in (True, False):
-        with torch.set_grad_enabled(grad), pytest.raises(ValueError, match="2 fields"):
-            layer(torch.zeros(shape))
-
-
 def test_memory_is_checked_before_c():
     x, layer = torch.rand(1, 8, 5, 5), SteerableConv2d(1, 1, 3, "c8", strategy="native")
     name, operators = layer.kernel.name, torch.ops.equivision_timm
@@ -84,16 +62,17 @@ def test_memory_is_checked_before_c():
         freed, other_tile = x.clone(), packed.reshape(-1, 2)
         freed.untyped_storage().resize_(0)
         for call, error in (
-            (lambda: operator(x.double(), weight, name, 1, 1), "should be the same"),
-            (lambda: operator(x, weight[:, :, :-1], name, 1, 1), "as weight"),
-            (lambda: operator(x, weight, "c8-1-regular", 1, 1), "as weight"),
-            (lambda: operator(x[:, :4], weight, name, 1, 1), "takes fields"),
-            (lambda: operator(torch.cat([x, x], 1), weight, name, 1, 1), "as weight"),
-            (lambda: operator(x[:, :, :0], weight, name, 1, 1), "at least 1 x 1 pixels"),
+            (lambda: layer(x[:, :7]), "fields"),
+            (lambda: operator(x.double(), weight, name, 1, 1), "same"),
+            (lambda: operator(x, weight[:, :, :-1], name, 1, 1), "weight"),
+            (lambda: operator(x, weight, "c8-1-regular", 1, 1), "weight"),
+            (lambda: operator(x[:, :4], weight, name, 1, 1), "fields"),
+            (lambda: operator(torch.cat([x, x], 1), weight, name, 1, 1), "weight"),
+            (lambda: operator(x[:, :, :0], weight, name, 1, 1), "pixels"),
             (lambda: operator(x, weight, name, 0, 1), "stride"),
             (lambda: operator(freed, weight, name, 1, 1), "freed"),
-            (lambda: backward(x[..., :4], x, weight, name, 1, 1, True, True), "200 contiguous values"),
-            (lambda: backward(x.double(), x, weight, name, 1, 1, True, True), "should be the same"),
+            (lambda: backward(x[..., :4], x, weight, name, 1, 1, True, True), "200"),
+            (lambda: backward(x.double(), x, weight, name, 1, 1, True, True), "same"),
             (lambda: fused(x, packed[:-1], bias, None, False, name, 1, 1, 1), "packed"),
             (lambda: fused(x, other_tile, bias, None, False, name, 1, 1, 1), "processor"),
             (lambda: fused(x, packed, torch.zeros(7), None, False, name, 1, 1, 1), "bias"),
@@ -147,14 +126,20 @@ def test_fused_convolution(kernel_size, dtype):
         for a, b in zip((found, *gradients), (exact, *expected), strict=True):
             assert a.dtype == dtype
             assert (a.double() - b).abs().max() < tolerance * b.abs().max()
+    nan = [None if t is None else torch.full_like(t, torch.nan) for t in found_in]
+    assert fused(*nan).isnan().all()
     fused.packed.view(-1)[0] += 1  # the control
     assert (fused(*found_in).double() - exact).abs().max() > 0.1
 
 
-def test_not_a_number_stays():
-    layer = NativeConv2d(SteerableConv2d(1, 1, 1, "c4"), torch.ones(1, 1, 4, 1), None, relu=True)
-    x = torch.zeros(1, 4, 3, 3)
-    x[0, :, 1, 1] = float("nan")
-    y = layer(x)
-    assert y.isnan().sum() == 4
-    assert y[0, :, 1, 1].isnan().all()
+@pytest.mark.parametrize(("size", "kernel_size"), [(1, 3), (7, 1), (14, 3), (33, 3)])
+def test_few_images_are_shared_among_threads(size, kernel_size):
+    threads = torch.get_num_threads()
+    layer, x = SteerableConv2d(2, 3, kernel_size, "d4", strategy="native"), torch.randn(1, 16, size, size)
+    try:
+        torch.set_num_threads(4)
+        with torch.no_grad():
+            y, layer.strategy = layer(x), "expand"
+            torch.testing.assert_close(y, layer(x), rtol=1e-4, atol=1e-5)
+    finally:
+        torch.set_num_threads(threads)

@@ -111,18 +111,7 @@ def test_c_and_python_agree_on_a_layer(folder, monkeypatch):
 
 def build_wheel(folder, compiler):
     """What pip prints, and the wheel."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-v",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        folder,
-        REPOSITORY,
-    ]
+    command = f"{sys.executable} -m pip wheel -v --no-deps --no-build-isolation -w {folder} {REPOSITORY}".split()
     run = subprocess.run(command, env={**os.environ, "CC": compiler}, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return run.stdout + run.stderr, next(folder.glob("*.whl"))
