@@ -1,4 +1,4 @@
-"""What PyTorch's transforms make of a model inside `torch.compile`, and strict export: as of timm's own network."""
+"""PyTorch's transforms of a model inside `torch.compile`, and strict export: as of timm's own network."""
 
 import os
 
@@ -10,15 +10,17 @@ from support.fresh_process import FreshProcess
 
 import equivision_timm  # noqa: F401  registers the models
 
+SLOW = pytest.mark.slow
 
-@pytest.mark.parametrize("name", ["test_resnet", "test_c8resnet"])  # the control first
-@pytest.mark.parametrize("function", FUNCTIONS)
+
+@pytest.mark.parametrize("name", [pytest.param("test_resnet", marks=SLOW), "test_c8resnet"])  # the control first
+@pytest.mark.parametrize("function", [pytest.param(f, marks=SLOW if "images" in f else ()) for f in FUNCTIONS])
 def test_transforms_inside_compile(name, function):
     """Each in a process of its own: the assertion in PyTorch that forward mode may meet, for timm's network too,
     makes what is compiled after it fail."""
     differences = FreshProcess(os.environ, largest_differences, name, function).result()
     if function == "jvp" and isinstance(differences, str):
-        assert "INTERNAL ASSERT FAILED" in differences  # PyTorch's own: no result, in place of a wrong one
+        assert "INTERNAL ASSERT FAILED" in differences  # PyTorch's own: no result, instead of a wrong one
         return
     assert differences
     assert all(difference < 1e-4 for difference in differences.values()), differences  # NaN fails, too
@@ -26,10 +28,8 @@ def test_transforms_inside_compile(name, function):
 
 @pytest.mark.parametrize("train", [False, True])
 def test_strict_export(train):
-    torch.manual_seed(0)
     model = timm.create_model("test_c8resnet", num_classes=3).train(train)
     program = torch.export.export(model, (X,), strict=True)
-    exported = program.module()
     with torch.no_grad():
-        torch.testing.assert_close(exported(X), model(X), rtol=1e-4, atol=1e-5)
-    assert not any("equivision" in str(node.target) for node in program.graph.nodes)  # runs where we are not installed
+        torch.testing.assert_close(program.module()(X), model(X), rtol=1e-4, atol=1e-5)
+    assert not any("equivision" in str(node.target) for node in program.graph.nodes)  # runs without this package

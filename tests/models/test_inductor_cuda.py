@@ -11,11 +11,10 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from equivision_timm.layers.field_batch_norm import field_batch_norm_by_definition
 from packaging.version import Version
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-
-from equivision_timm.layers.field_batch_norm import field_batch_norm_by_definition
 
 pytestmark = [
     pytest.mark.slow,
