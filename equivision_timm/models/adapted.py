@@ -26,7 +26,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import Format, nchw_to, nhwc_to
 from timm.models import create_model
-from timm.models._input import update_model_args
 
 from equivision_timm.groups import Group
 from equivision_timm.layers.views import act, act_each, check_square
@@ -249,7 +248,7 @@ class _Adapted(nn.Module):
         self.num_classes, self.has_head = num_classes, has_head
         if self.group_pool == "prob":
             self.group_pool = "avg"
-            update_model_args(self, group_pool="avg")
+            self._model_args = {**getattr(self, "_model_args", {}), "group_pool": "avg"}  # what timm's save_for_hf saves
 
     @torch.jit.ignore
     def init_weights(self) -> None:
