@@ -248,7 +248,7 @@ class _Adapted(nn.Module):
         self.num_classes, self.has_head = num_classes, has_head
         if self.group_pool == "prob":
             self.group_pool = "avg"
-            self._model_args = {**getattr(self, "_model_args", {}), "group_pool": "avg"}  # what timm's save_for_hf saves
+            self._model_args = {**getattr(self, "_model_args", {}), "group_pool": "avg"}  # for save_for_hf
 
     @torch.jit.ignore
     def init_weights(self) -> None:
