@@ -9,6 +9,7 @@ import torch
 import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.layers import register_notrace_module
 
 from equivision_timm.constants import constant_like
 from equivision_timm.groups import group_order
@@ -224,6 +225,9 @@ class SteerableConv2d(nn.Module):
             f"{self.in_fields}, {self.out_fields}, kernel={self.kernel.name!r}, stride={self.stride}, "
             f"dilation={self.dilation}, strategy={self.strategy!r}"
         )
+
+
+register_notrace_module(SteerableConv2d)  # one node where timm traces a model, which TorchScript can compile
 
 
 def is_watched(module: nn.Module) -> bool:
