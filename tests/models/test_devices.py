@@ -1,4 +1,4 @@
-"""What a GPU would be given, seen without one: fake CUDA tensors through whole networks, each operation recorded."""
+"""The operations on a GPU, seen without one: fake CUDA tensors through whole networks, each operation recorded."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from equivision_timm.layers.strategies.expand import Expand
 
 LAST = torch.channels_last
-MODELS = ["c8resnet18_fast", "c8resnet50_fast", "c8resnetaa50d", "c8resnetaf18_fast"]
+MODELS = {"test_c8resnet": {}, "c8resnetaa50d": {"width": 16}, "test_c8resnetaf": {}}
 PIXELS = 225
 COPIES = ("aten.clone", "aten.copy_", "aten._to_copy", "aten.contiguous")
 
@@ -53,7 +53,7 @@ class Record(TorchDispatchMode):
 
 def record(name: str, dtype: torch.dtype, train: bool, memory_format: torch.memory_format, autocast=None) -> Record:
     """A network as on a GPU, all its parameters there, run once."""
-    model = timm.create_model(name, **({"width": 16} if "_fast" not in name else {})).train(train)
+    model = timm.create_model(name, num_classes=1000, **MODELS[name]).train(train)
     with FakeTensorMode():
 
         def move(tensor):
@@ -74,7 +74,7 @@ def record(name: str, dtype: torch.dtype, train: bool, memory_format: torch.memo
             logits = model(images)
     assert logits.shape == (Record.BATCH, 1000)
     assert logits.dtype == (autocast or dtype)
-    assert len(found.maps) > 50
+    assert len(found.maps) > 20
     return found
 
 
@@ -85,34 +85,30 @@ def train(request):
     return request.param == "training"
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_channels_last_maps_stay_so(name, dtype, train):
-    found = record(name, dtype, train, LAST)
+@pytest.mark.parametrize(
+    ("name", "dtype", "memory_format"),
+    [*((name, torch.float16, LAST) for name in MODELS), ("test_c8resnet", torch.float32, torch.contiguous_format)],
+)
+def test_maps_keep_their_format(name, dtype, memory_format, train):
+    found = record(name, dtype, train, memory_format)
     assert not found.copied()
-    assert not found.not_in(LAST)
+    assert not found.not_in(memory_format)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, LAST], ids=["contiguous", "channels_last"])
 def test_autocast(memory_format, train, monkeypatch):
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
-    found = record("c8resnet18_fast", torch.float32, train, memory_format, autocast=torch.float16)
+    found = record("test_c8resnet", torch.float32, train, memory_format, autocast=torch.float16)
     assert not [line for line in found.copied() if not line.startswith("aten._to_copy")]  # the image is converted
     assert not found.not_in(memory_format)
-
-
-def test_contiguous_maps_stay_so(train):
-    found = record("c8resnet18_fast", torch.float32, train, torch.contiguous_format)
-    assert not found.copied()
-    assert not found.not_in(torch.contiguous_format)
 
 
 def test_a_norm_over_contiguous_fields_is_seen(monkeypatch, train):
     """The control: statistics of [B, m, |G| * H, W]."""
     monkeypatch.setattr("equivision_timm.layers.norm.is_channels_last", lambda x: False)
-    found = record("c8resnet18_fast", torch.float32, train, LAST)
+    found = record("test_c8resnet", torch.float32, train, LAST)
     assert found.copied()
-    assert len(found.not_in(LAST)) > 20
+    assert len(found.not_in(LAST)) > 5
 
 
 def test_a_filter_in_the_other_format_is_seen(monkeypatch, train):
@@ -122,6 +118,6 @@ def test_a_filter_in_the_other_format_is_seen(monkeypatch, train):
 
     conv2d = Expand.conv2d
     monkeypatch.setattr(Expand, "conv2d", contiguous)
-    found = record("c8resnet18_fast", torch.float32, train, LAST)
+    found = record("test_c8resnet", torch.float32, train, LAST)
     assert found.copied()
     assert found.not_in(LAST)

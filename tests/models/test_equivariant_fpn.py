@@ -60,18 +60,23 @@ def test_other_levels(kwargs):
     assert len(model.levels) == len(model.encoder.feature_info.out_indices)
 
 
+def enlarged(model, side, size):
+    """The first row of a mask of `size` pixels where the classifier gives the numbers of the columns, 0 to side - 1."""
+    columns = torch.arange(float(side)).expand(1, 1, side, side)
+    model.classifier.register_forward_hook(lambda *_: columns)
+    return model(torch.zeros(1, 3, size, size))[0, 0, 0]
+
+
 def test_patches():
-    """They cover the image: what is interpolated lies between their centres, not between the borders."""
+    """They cover the image: the interpolated values lie between their centres, not between the borders."""
     model = create("test_d4vit", size=64, out_indices=(0, 1))
     assert max(errors(model, 64)) < 1e-5
-    columns = torch.arange(4.0).expand(1, 1, 4, 4)
-    centres = equivariant_fpn._resize(columns, torch.empty(1, 1, 12, 12))[0, 0, 0, 1::3]
-    torch.testing.assert_close(centres, torch.arange(4.0))
+    row = enlarged(model, 4, 64)
+    torch.testing.assert_close((row[7::16] + row[8::16]) / 2, torch.arange(4.0))
 
 
 def test_strides_keep_the_borders():
-    row = equivariant_fpn._resize(torch.arange(3.0).expand(1, 1, 3, 3), torch.empty(1, 1, 5, 5))[0, 0, 0]
-    assert row.tolist() == [0, 0.5, 1, 1.5, 2]
+    torch.testing.assert_close(enlarged(create(), 33, 65), torch.arange(65.0) / 2)
 
 
 def plain_convolution(model):
@@ -111,34 +116,34 @@ def test_sizes_that_are_not_exact():
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "message"),
+    ("kwargs", "word"),
     [
-        ({"num_classes": 0}, "num_classes=0 .*use 1 or more"),
-        ({"fields": 0}, "fields=0 .*use 1 or more"),
-        ({"name": "resnet18"}, "groups .*'c1'.*use an equivariant model"),
-        ({"name": "test_c1resnet"}, "groups .*'c1'.*use an equivariant model"),
-        ({"map_pool": "max"}, "groups .*'c1'.*without map_pool"),
-        ({"name": "test_d4vit"}, r"\['d4', 'c1', 'c1'\].*out_indices of its equivariant levels"),
-        ({"out_indices": (3, 1)}, r"levels \[3, 1\].*from fine to coarse"),
+        ({"num_classes": 0}, "num_classes=0"),
+        ({"fields": 0}, "fields=0"),
+        ({"name": "test_resnet"}, "'c1'"),
+        ({"name": "test_c1resnet"}, "'c1'"),
+        ({"map_pool": "max"}, "map_pool"),
+        ({"name": "test_d4vit"}, "out_indices"),
+        ({"out_indices": (3, 1)}, r"\[3, 1\]"),
     ],
 )
-def test_what_is_refused(kwargs, message):
-    with pytest.raises(ValueError, match=message):
+def test_refused(kwargs, word):
+    with pytest.raises(ValueError, match=word):
         create(**kwargs)
 
 
 def test_levels_of_different_groups_are_refused():
     encoder = timm.create_model("test_d4resnet", features_only=True)
     encoder.feature_info.info[1]["group"] = "c4"
-    with pytest.raises(ValueError, match=r"\['d4', 'c4', .*of one group"):
+    with pytest.raises(ValueError, match="'c4'"):
         EquivariantFPN(encoder, 1)
 
 
 @pytest.mark.parametrize(
     ("kwargs", "name"), [({}, "EquivariantResNet"), ({"features_only": True, "feature_cls": "dict"}, "FeatureDictNet")]
 )
-def test_what_returns_no_list_is_refused(kwargs, name):
-    with pytest.raises(TypeError, match=f"{name} returns no list of maps: .*features_only=True"):
+def test_models_without_a_list_of_maps_are_refused(kwargs, name):
+    with pytest.raises(TypeError, match=name):
         EquivariantFPN(timm.create_model("test_d4resnet", **kwargs), 1)
 
 

@@ -1,4 +1,4 @@
-"""timm's keywords for ResNets in ours: equivariant, the same in inference, and refused where they cannot be."""
+"""timm's keywords for ResNets: equivariant, and the same in inference."""
 
 import contextlib
 
@@ -30,15 +30,13 @@ KEYWORDS = [
 @pytest.mark.parametrize("keywords", KEYWORDS, ids=str)
 @pytest.mark.parametrize("name", ["test_c8resnet", "test_d4resnet"])
 def test_keywords(name, keywords):
-    model = timm.create_model(name, pretrained=False, num_classes=5, **keywords)
+    model = timm.create_model(name, num_classes=5, **keywords)
     with torch.no_grad():
         model.train()(torch.rand(4, 3, 65, 65))  # batch norms that are not the identity
     assert_equivariant(model.eval(), 65)
     x = torch.rand(2, 3, 65, 65)
-    with_gradients = model(x).detach()
     with torch.no_grad():
-        torch.testing.assert_close(model(x), with_gradients, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(reparameterize_model(model)(x), with_gradients, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(reparameterize_model(model)(x), model(x), rtol=1e-4, atol=1e-5)
     for size, expected in ((65, 3), (64, 2)):
         assert model.forward_features(torch.rand(1, 3, size, size)).shape[-2:] == (expected, expected)
     model.train()(x).sum().backward()
@@ -50,15 +48,12 @@ def test_activations_with_and_without_inplace(act_layer):
     model = timm.create_model("test_c8resnet", act_layer=act_layer).eval()
     assert_equivariant(model, 33)
     acts = [module.act for module in model.modules() if isinstance(module, ConvNormAct)]
-    expected = get_act_layer(act_layer)
-    assert {type(act) for act in acts} == {expected, nn.Identity}
-    with torch.device("meta"):
-        timm.create_model("c8resnet50_fast", act_layer=act_layer)
+    assert {type(act) for act in acts} == {get_act_layer(act_layer), nn.Identity}
 
 
 @pytest.mark.parametrize(("act_layer", "accepted"), [("silu", True), (nn.SiLU, True), (nn.Tanh, False)])
 def test_timms_resnet_takes_no_more(act_layer, accepted):
-    """The control: what timm's own takes is taken here, too, and some that it does not take."""
+    """The control: the activations that timm's own takes are taken here, too, and some that it does not take."""
     with contextlib.nullcontext() if accepted else pytest.raises(TypeError, match="inplace"):
         timm.create_model("test_resnet", act_layer=act_layer)
 
@@ -70,65 +65,18 @@ def test_only_relu_overwrites_its_input(act_layer, overwrites):
     assert [block.conv2.act.inplace, block.conv1.act.inplace] == [overwrites, False]
 
 
-@pytest.mark.parametrize(
-    ("norm_layer", "keywords", "says"),
-    [
-        ("batchnorn", {}, "unknown norm_layer 'batchnorn': use a name timm knows"),
-        ("", {}, "unknown norm_layer ''"),
-        (3, {}, "unknown norm_layer 3"),
-        (nn.InstanceNorm2d, {"zero_init_last": True}, "zero_init_last needs a norm with weights"),
-    ],
-)
-def test_norms_that_do_not_exist_or_have_no_weights(norm_layer, keywords, says):
-    with pytest.raises(ValueError, match=says):
-        timm.create_model("test_c8resnet", norm_layer=norm_layer, **keywords)
-    timm.create_model("test_c8resnet", norm_layer="batchnorm2d", **keywords)
-    timm.create_model("test_c8resnet", norm_layer=nn.InstanceNorm2d)
-
-
 def test_positions_break_what_they_should():
     """The control: a pooling of 2 x 2 pixels, as timm averages, is seen by the measurement."""
-    model = timm.create_model("test_c8resnet", pretrained=False, num_classes=5)
+    model = timm.create_model("test_c8resnet", num_classes=5)
     model.maxpool = torch.nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False)
     assert max(equivariance_error(model, 65)[g] for g in (2, 4, 6)) > 1e-3
 
 
-@pytest.mark.parametrize(
-    ("keywords", "says"),
-    [
-        ({"aa_layer": "avg"}, "aa_layer 'avg' is not equivariant"),
-        ({"aa_layer": "sharp"}, "unknown aa_layer 'sharp': use 'blur'"),
-        ({"stem_type": "shallow"}, "unknown stem_type 'shallow'"),
-        ({"stem_width": 3}, "stem_width 3 is for stem_type 'deep'"),
-        ({"stem_pool": "avg"}, "unknown stem_pool 'avg': use 'max' or 'blur'"),
-        ({"block_args": {"attn_layer": "cbam"}}, "attn_layer 'cbam' does not treat all positions"),
-        ({"block_args": {"attn_layer": "none such"}}, "unknown attn_layer"),
-        ({"block_args": {"gamma": 1}}, r"block_args \['gamma'\] do not exist"),
-    ],
-    ids=str,
-)
-def test_refused(keywords, says):
-    with pytest.raises(ValueError, match=says):
-        timm.create_model("test_c8resnet", pretrained=False, **keywords)
-
-
-def test_drop_block_drops_in_training_alone():
-    model = timm.create_model("test_c8resnet", pretrained=False, drop_block_rate=0.5)
+def test_drop_block_drops_in_training_only():
+    model = timm.create_model("test_c8resnet", drop_block_rate=0.5)
     blocks = [module for module in model.modules() if isinstance(module, DropBlock2d)]
     assert [block.block_size for block in blocks] == [5, 3]  # one block in each of the last two stages
     x = torch.rand(2, 3, 129, 129)
-    torch.manual_seed(0)
     first = model.train()(x)
     assert not torch.allclose(model(x), first)
     assert torch.equal(model.eval()(x), model(x))
-
-
-@pytest.mark.parametrize("name", ["c16resnet18", "c6resnet18_fast"])
-def test_new_groups(name):
-    """Exact for the rotations of the grid; the others are resampled, and reported."""
-    model = timm.create_model(name, num_classes=3).eval()
-    with torch.no_grad():
-        model.train()(torch.rand(2, 3, 65, 65))
-    assert_equivariant(model.eval(), 65)
-    errors = equivariance_error(model, 65)
-    assert max(errors.values()) < 3  # in units of the variation with the image

@@ -96,12 +96,6 @@ def test_pools_over_space_before_the_group():
     assert not torch.allclose(other_order, expected, rtol=1e-3)
 
 
-def test_classifier_ends_the_parameters():
-    # timm's adaptive gradient clipping leaves the last two out
-    names = [name for name, _ in seeded("c4resnet18_fast").named_parameters()]
-    assert names[-2:] == ["fc.weight", "fc.bias"]
-
-
 @pytest.mark.parametrize(("output_stride", "side"), [(32, 3), (16, 5), (8, 9)])
 @pytest.mark.parametrize("name", NAMES)
 def test_output_stride(name, output_stride, side):
@@ -138,8 +132,9 @@ def test_zero_init_last_makes_every_block_a_shortcut(name):
     assert not torch.allclose(block(x), x)
 
 
-def test_norm_options():
+def test_norm_options_and_order_of_parameters():
     model = seeded("c4resnet18_fast", bn_momentum=0.2, bn_eps=1e-3)
+    assert [name for name, _ in model.named_parameters()][-2:] == ["fc.weight", "fc.bias"]  # not clipped by timm
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     assert len(norms) == 20
     assert all((norm.momentum, norm.eps) == (0.2, 1e-3) for norm in norms)

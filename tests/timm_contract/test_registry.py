@@ -1,4 +1,4 @@
-"""What timm's listing shows of us, and that every name builds what it says."""
+"""timm's list of models, and that every name builds what it says."""
 
 import json
 
@@ -12,11 +12,11 @@ from equivision_timm.models import model_names
 
 GROUPS = ("c1", "d1", "c4", "d4", "c8", "d8")
 NAMES = [f"{group}resnet{depth}{width}" for group in GROUPS for depth in (18, 50, 101) for width in ("", "_fast")]
-OURS = model_names()
+MODELS = model_names()
 
 
 def test_all_names_are_listed():
-    assert set(NAMES) <= set(OURS) == set(OURS) & set(timm.list_models())
+    assert set(NAMES) <= set(MODELS) == set(MODELS) & set(timm.list_models())
     assert not set(NAMES) & set(timm.list_models(module="resnet"))
 
 
@@ -35,7 +35,7 @@ def test_the_name_says_what_is_built(name):
     assert model.num_features == model.head_hidden_size * Group.from_name(model.group).order
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", MODELS)
 def test_every_keyword_survives_json(name):
     cfg = timm.get_pretrained_cfg(name).to_dict()
     assert json.loads(json.dumps(cfg))["architecture"] == name

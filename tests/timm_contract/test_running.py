@@ -1,4 +1,4 @@
-"""Ways to run and train a model: compile, mixed precision, memory formats, copies, EMA, sync norm, freezing."""
+"""Running and training: compile, mixed precision, memory formats, copies, EMA, sync norm, freezing."""
 
 import copy
 import pickle
@@ -15,11 +15,11 @@ from support.reference_data import image
 from timm.layers import convert_sync_batchnorm
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
-from timm.utils import ModelEmaV3, freeze, reparameterize_model, unfreeze
+from timm.utils import ModelEmaV3, freeze, unfreeze
 from timm.utils.agc import adaptive_clip_grad
 from timm.utils.model import get_state_dict
 
-from equivision_timm.layers import ConvNormAct, SteerableConv2d
+from equivision_timm.layers import ConvNormAct
 from equivision_timm.models.equivariant_resnet import BasicBlock
 
 NAMES = ("d4resnet18_fast", "c8resnet50_fast")  # both kinds of block
@@ -28,7 +28,8 @@ LABELS = torch.tensor([1, 3])
 
 def create(name="d4resnet18_fast", **kwargs):
     torch.manual_seed(0)
-    return timm.create_model(name, num_classes=10, **kwargs)
+    width = {"width": 2} if "50" in name else {}
+    return timm.create_model(name, num_classes=10, **width, **kwargs)
 
 
 def step(model, x, **kwargs):
@@ -39,7 +40,7 @@ def step(model, x, **kwargs):
 
 
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:torch")  # inside PyTorch's own compiler
-@pytest.mark.parametrize("name", [NAMES[0], pytest.param(NAMES[1], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["test_d4resnet", pytest.param(NAMES[1], marks=pytest.mark.slow)])
 def test_compiles_whole_forward_and_backward(name):
     # In float64: two images of 65 pixels leave batch norms of 18 numbers, which blow up float32's rounding
     model, x = create(name).double().train(), image((2, 3, 65, 65)).double()
@@ -65,22 +66,6 @@ def test_a_block_compiles_to_machine_code(strategy):
         run(x).pow(2).sum().backward()
         gradients.append([parameter.grad for parameter in block.parameters()])
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_autocast_to_bfloat16(name):
-    model, x = create(name).train(), image((2, 3, 65, 65))
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = model(x)
-        F.cross_entropy(logits, LABELS).backward()
-    assert logits.dtype == torch.bfloat16
-    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
-    model.eval()
-    with torch.no_grad():
-        expected = model(x)
-        with torch.autocast("cpu", torch.bfloat16):
-            error = model(x).float() - expected
-    assert 0 < error.norm() < 0.05 * expected.norm()
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
@@ -120,6 +105,7 @@ def test_channels_last(name):
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_are_equal_and_independent(copied):
     model, x = create().eval(), image((2, 3, 33, 33))
+    assert len(model.state_dict()) == len(list(model.parameters())) + 3 * 20  # three of each batch norm, no basis
     twin = copied(model)
     with torch.no_grad():
         expected = model(x)
@@ -129,61 +115,20 @@ def test_copies_are_equal_and_independent(copied):
         assert not torch.allclose(twin(x), expected)
 
 
-def test_state_dict_is_the_same_in_both_modes_and_free_of_bases():
-    model = create().train()
-    training = list(model.state_dict())
-    model(image((2, 3, 33, 33)))
-    assert list(model.eval().state_dict()) == training
-    model(image((2, 3, 33, 33)))
-    assert list(model.state_dict()) == training
-    assert not any("basis" in name or "filter" in name for name in training)
-    assert len(training) == len(list(model.parameters())) + 3 * 20  # mean, variance and count of each batch norm
-
-
-def test_a_change_of_weight_in_eval_mode_changes_the_output():
-    model, x = create().eval(), image((2, 3, 33, 33))
-    with torch.no_grad():
-        before = model(x)
-        model.layer3[0].conv1.conv.weight.mul_(2)
-        changed = model(x)
-        assert not torch.allclose(changed, before)
-        model.layer3[0].conv1.conv.weight.data = model.layer3[0].conv1.conv.weight.data / 2
-        assert torch.equal(model(x), before)
-    other = create().eval()
-    nn.init.normal_(other.conv1.conv.weight)
-    model.load_state_dict(other.state_dict())
-    torch.testing.assert_close(model(x), other(x))
-
-
-def test_moves_between_types_after_a_forward():
-    model, x = create().eval(), image((2, 3, 33, 33))
-    with torch.no_grad():
-        expected = model(x)
-        low = model.to(torch.bfloat16)(x.bfloat16())
-        assert low.dtype == torch.bfloat16
-        torch.testing.assert_close(low.float(), expected, rtol=0.1, atol=0.1)
-        assert model.to(torch.float64)(x.double()).dtype == torch.float64
-
-
-def test_ema_follows_through_changes_of_mode():
-    model = create().train()
-    ema = ModelEmaV3(model, decay=0.5)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+def test_averages_of_weights_follow_through_changes_of_mode():
+    model, x = create().train(), image((2, 3, 33, 33))
+    ema, optimizer = ModelEmaV3(model, decay=0.5), torch.optim.SGD(model.parameters(), lr=0.1)
     averages = {name: value.clone().double() for name, value in model.state_dict().items()}
     for index in range(3):
-        model.train()
-        step(model, image((2, 3, 33, 33), seed=index))
+        step(model.train(), image((2, 3, 33, 33), seed=index))
         optimizer.step()
-        model.eval()
-        model(image((2, 3, 33, 33)))
-        ema.eval()
+        model.eval()(x)
         ema.update(model)
         for name, value in model.state_dict().items():
-            floating = value.is_floating_point()
-            averages[name] = 0.5 * averages[name] + 0.5 * value.double() if floating else value.double()
+            averages[name] = (averages[name] + value) / 2 if value.is_floating_point() else value.double()
     for name, value in get_state_dict(ema.module).items():
         torch.testing.assert_close(value.double(), averages[name], rtol=1e-4, atol=1e-6)
-    assert not torch.allclose(ema.module(image((2, 3, 33, 33))), model(image((2, 3, 33, 33))))
+    assert not torch.allclose(ema.module.eval()(x), model(x))
 
 
 @pytest.mark.parametrize("convert", [convert_sync_batchnorm, nn.SyncBatchNorm.convert_sync_batchnorm])
@@ -269,26 +214,8 @@ def test_adaptive_gradient_clipping():
     assert sum((a.norm() < b.norm()).item() for a, b in zip(clipped, gradients, strict=True)) > 10
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("norm_layer", ["batchnorm2d", "layernorm2d"])
-def test_reparameterised_models_are_plain(name, norm_layer):
-    model, x = create(name, norm_layer=norm_layer).train(), image((2, 3, 65, 65))
-    with torch.no_grad():
-        model(x)
-        expected = model.eval()(x)
-        plain = reparameterize_model(model)
-        torch.testing.assert_close(plain(x), expected, rtol=1e-3, atol=1e-4)
-    kinds = {type(module) for module in plain.modules()}
-    assert SteerableConv2d not in kinds
-    assert nn.Conv2d in kinds
-    assert nn.BatchNorm2d not in kinds
-    assert any(isinstance(module, SteerableConv2d) for module in model.modules())  # a copy was changed
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_exports_with_a_dynamic_batch(name):
-    model, x = create(name).eval(), image((2, 3, 65, 65))
+@torch.no_grad()
+def test_exports_with_a_dynamic_batch():
+    model, x, batch = create("c8resnet50_fast").eval(), image((2, 3, 65, 65)), image((5, 3, 65, 65))
     program = torch.export.export(model, (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch", min=1, max=64)}})
-    with torch.no_grad():
-        batch = image((5, 3, 65, 65))
-        torch.testing.assert_close(program.module()(batch), model(batch), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(program.module()(batch), model(batch), rtol=1e-4, atol=1e-5)
