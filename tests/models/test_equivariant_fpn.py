@@ -72,7 +72,7 @@ def test_patches():
     model = create("test_d4vit", size=64, out_indices=(0, 1))
     assert max(errors(model, 64)) < 1e-5
     row = enlarged(model, 4, 64)
-    torch.testing.assert_close((row[7::16] + row[8::16]) / 2, torch.arange(4.0))
+    torch.testing.assert_close((row[7::16] + row[8::16]) / 2, torch.arange(4.0), rtol=0, atol=0.02)  # 0.36 for borders
 
 
 def test_strides_keep_the_borders():
