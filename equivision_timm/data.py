@@ -168,7 +168,8 @@ class ImageFolder(torch.utils.data.Dataset[tuple[Any, int]]):
                 f"the class map {str(class_map)!r} cannot be read: {error or type(error).__name__}"
             ) from error
         known = zip(files, labels, strict=True)
-        self.samples = [(file, self.class_to_idx[label]) for file, label in known if label in self.class_to_idx]
+        numbers = self.class_to_idx
+        self.samples: list[tuple[str, Any]] = [(file, numbers[label]) for file, label in known if label in numbers]
         if not self.samples:
             named = f" whose sub-folders are in {str(class_map)!r}" if class_map else ""
             raise InputError(

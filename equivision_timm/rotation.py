@@ -129,7 +129,7 @@ class OrientedFolder(RotatedFolder):
     ) -> None:
         super().__init__(root, split, training, **options)
         self.rotations = rotations
-        self.spread = 180 / rotations if spread is None else spread
+        self.spread: float = 180 / rotations if spread is None else spread
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image = self.picture(index)

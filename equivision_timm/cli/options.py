@@ -5,6 +5,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from timm.utils import ParseKwargs
 
@@ -23,7 +24,7 @@ __all__ = [
     "parse_angles",
 ]
 
-Parsers = argparse._SubParsersAction  # what `ArgumentParser.add_subparsers` returns
+Parsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # of `ArgumentParser.add_subparsers`
 
 _MOST_ANGLES = 3600
 
@@ -43,7 +44,7 @@ def integer(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
     return parse
 
 
-def add_size(parser: argparse.ArgumentParser, **options) -> None:
+def add_size(parser: argparse.ArgumentParser, **options: Any) -> None:
     """`--size`: side of the images."""
     text = "image size (default: that of the checkpoint's training, or the model's)"
     parser.add_argument("--size", type=integer(1, 8192), metavar="N", help=text, **options)

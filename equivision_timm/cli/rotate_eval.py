@@ -238,7 +238,7 @@ def _typed(words: list[str]) -> str:
     return shlex.join(re.sub(r"(^|[=:])([A-Za-z]:)?[\\/].*[\\/](?=[^\\/])", r"\1", word) for word in words)
 
 
-def measure(result: Result, model: nn.Module, batches: DataLoader, device: torch.device) -> Iterator[Result]:
+def measure(result: Result, model: nn.Module, batches: DataLoader[Any], device: torch.device) -> Iterator[Result]:
     """Continue a result; yields it anew after every batch.
 
     Args:

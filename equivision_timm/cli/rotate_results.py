@@ -78,7 +78,9 @@ class Result:
     versions: str = ""  # of the libraries, and the device
     date: str = ""  # of the last batch
 
-    def add(self, images: int, unreadable: list[str], sums: dict, stages: dict) -> "Result":
+    def add(
+        self, images: int, unreadable: list[str], sums: dict[str, list[float]], stages: dict[str, list[float]]
+    ) -> "Result":
         """The result after one more batch."""
         position = self.position + images + len(unreadable)
         added = {"sums": _added(self.sums, sums), "stages": _added(self.stages, stages)}

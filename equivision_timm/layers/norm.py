@@ -11,6 +11,7 @@ at once.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -35,7 +36,7 @@ class FieldBatchNorm2d(nn.BatchNorm2d):
         **kwargs: of `nn.BatchNorm2d`.
     """
 
-    def __init__(self, fields: int, order: int, **kwargs) -> None:
+    def __init__(self, fields: int, order: int, **kwargs: Any) -> None:
         super().__init__(fields, **kwargs)
         self.order = order
 

@@ -185,6 +185,9 @@ class EquivariantPatchEmbed(PatchEmbed):
         AssertionError: in the forward pass, for an image of another size.
     """
 
+    img_size: tuple[int, int]
+    patch_size: tuple[int, int]
+
     def __init__(
         self,
         img_size: int | tuple[int, int],

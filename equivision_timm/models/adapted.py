@@ -17,7 +17,7 @@ Sources: Puny et al., Frame Averaging for Invariant and Equivariant Network Desi
 import math
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any, ClassVar
 
 import torch
@@ -57,7 +57,7 @@ class _Adapted(nn.Module):
         network = create_model(backbone, **options) if isinstance(backbone, str) else backbone
         if getattr(network, "group", "c1") != "c1":
             raise ValueError(f"{type(network).__name__} is equivariant under {network.group} already: use it unadapted")
-        self.backbone: nn.Module = network
+        self.backbone: Any = network  # timm's methods are not declared by nn.Module
         self.group: str = group
         self.group_pool: str = group_pool
         self.chunk: int = chunk
@@ -135,7 +135,7 @@ class _Adapted(nn.Module):
         side = math.isqrt(count)
         if fixed[0] * fixed[1] != count and side * side != count:
             raise ValueError(f"{tokens} tokens are not a square grid: use images of the backbone's own size")
-        return tuple(fixed) if fixed[0] * fixed[1] == count else (side, side)
+        return (fixed[0], fixed[1]) if fixed[0] * fixed[1] == count else (side, side)
 
     def fields(self, views: Sequence[torch.Tensor]) -> torch.Tensor:
         """The moved features of all views as regular fields: C * |G| channels."""
@@ -196,7 +196,7 @@ class _Adapted(nn.Module):
         levels = [nchw_to(level, Format(output_fmt)) for level in levels]
         return levels if intermediates_only else (last[0], levels)
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """The backbone's patterns that group parameters by depth."""
 
@@ -210,22 +210,22 @@ class _Adapted(nn.Module):
             if spec is not None
         }
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def no_weight_decay(self) -> set[str]:
         """The parameters that the backbone exempts from weight decay."""
         return {f"backbone.{name}" for name in getattr(self.backbone, "no_weight_decay", set)()}
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the backbone's stages in the backward pass instead of storing their activations."""
         self.backbone.set_grad_checkpointing(enable)
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def get_classifier(self) -> nn.Module:
         """The backbone's classifier."""
         return self.backbone.get_classifier()
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the backbone's classifier. `group_pool` 'prob', for trained classifiers, becomes 'avg'."""
         if global_pool is None:
@@ -234,7 +234,7 @@ class _Adapted(nn.Module):
             self.backbone.reset_classifier(num_classes, global_pool)
         self._reset(num_classes, self.has_head if global_pool is None else num_classes > 0 or global_pool != "")
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
@@ -250,13 +250,14 @@ class _Adapted(nn.Module):
             self.group_pool = "avg"
             self._model_args = {**getattr(self, "_model_args", {}), "group_pool": "avg"}  # for save_for_hf
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def init_weights(self) -> None:
         """Draw all weights anew."""
-        for network in self.children():
+        networks: list[Any] = list(self.children())
+        for network in networks:
             network.init_weights()
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def is_exact(self, size: int | tuple[int, int]) -> bool:
         """Whether the whole group acts on images of this size, n or (height, width), without any resampling.
 
@@ -430,7 +431,7 @@ class Canonicalized(_Adapted):
         """The backbone's levels, moved back."""
         return self.levels(1)
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def is_exact(self, size: int | tuple[int, int]) -> bool:
         """As in `Symmetrized`; not with a gate."""
         return self.gate == 0 and super().is_exact(size)
@@ -479,7 +480,8 @@ class Canonicalized(_Adapted):
 
     def _weighted(self, views: Views, weights: torch.Tensor) -> torch.Tensor:
         shape = (-1, *[1] * (views[0].ndim - 1))
-        return sum(view * w.view(shape).to(view.dtype) for view, w in zip(views, weights.T, strict=True))
+        terms = (view * w.view(shape).to(view.dtype) for view, w in zip(views, weights.T, strict=True))
+        return reduce(torch.add, terms)
 
     def _with_weights(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """x and |G| channels more, constant over space."""

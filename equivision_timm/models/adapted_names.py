@@ -8,7 +8,7 @@ the adapted model, with keys `backbone.*`, are loaded into the whole, strictly: 
 import inspect
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -54,7 +54,7 @@ def _create(
     variant: str,
     pretrained: bool,
     network: type[Symmetrized] | type[Canonicalized],
-    pretrained_cfg: str | dict[str, Any] | PretrainedCfg | None = None,
+    pretrained_cfg: Any = None,  # a tag, a dict or a PretrainedCfg
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     pretrained_model_args: dict[str, Any] | None = None,
     cache_dir: str | None = None,
@@ -99,7 +99,7 @@ def _create(
         lambda **_: model,  # the keywords are applied already; timm notes them
         variant,
         whole,
-        pretrained_cfg=cfg,
+        pretrained_cfg=cast(Any, cfg),  # timm takes a PretrainedCfg, too
         pretrained_model_args=pretrained_model_args,
         cache_dir=cache_dir,
         **features,
@@ -123,10 +123,15 @@ def _group_pool(
     return "prob" if averages and classes == trained and classes > 1 else "avg"
 
 
+def _cfg(name: str) -> Any:
+    """timm's configuration of a registered model, a PretrainedCfg."""
+    return get_pretrained_cfg(name)
+
+
 def _registered(name: str, tag: str | None) -> PretrainedCfg:
     """timm's configuration of a model; the default one if it has no such tag."""
     tagged = f"{name}.{tag}"
-    return get_pretrained_cfg(tagged if tagged in list_pretrained(f"{name}.*") else name)
+    return _cfg(tagged if tagged in list_pretrained(f"{name}.*") else name)
 
 
 def _differences(cfg: PretrainedCfg, registered: PretrainedCfg) -> dict[str, Any]:
@@ -153,7 +158,8 @@ def _getter(backbone: str, features: dict[str, Any], options: dict[str, Any]) ->
         raise ValueError(f"feature_cls={features['feature_cls']!r} would return maps of the views: use 'getter'")
     if "out_indices" not in features:
         with torch.device("meta"):
-            plain = create_model(backbone, features_only=True, **{k: v for k, v in options.items() if k != "device"})
+            others = {k: v for k, v in options.items() if k != "device"}
+            plain = cast(Any, create_model(backbone, features_only=True, **others))
         features = {**features, "out_indices": tuple(plain.feature_info.out_indices)}
     return {**features, "feature_cls": "getter"}
 
@@ -163,9 +169,9 @@ def _cfgs() -> dict[str, Any]:
     cfgs: dict[str, Any] = {name: dict(first_conv="backbone.conv1", classifier="backbone.fc") for name in _GENERIC}
     for name, variant in _NAMES.items():
         backbone = variant.arguments["backbone"]
-        default = f"{backbone}.{get_pretrained_cfg(backbone).tag}"
+        default = f"{backbone}.{_cfg(backbone).tag}"
         for tagged in [default, *(other for other in list_pretrained(f"{backbone}.*") if other != default)]:
-            cfg = {k: v for k, v in asdict(get_pretrained_cfg(tagged)).items() if k not in _IDENTITY}
+            cfg = {k: v for k, v in asdict(_cfg(tagged)).items() if k not in _IDENTITY}
             cfgs[f"{name}.{tagged.partition('.')[2]}"] = _renamed(cfg, lambda name: f"backbone.{name}")
     return cfgs
 

@@ -11,7 +11,7 @@ Maps are [B, fields * |G|, H, W] in channels-last format, channel = field * |G| 
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -240,7 +240,7 @@ class EquivariantConvNeXt(nn.Module):
         )
         shared: dict[str, Any] = dict(conv_bias=conv_bias, use_grn=use_grn, ls_init_value=ls_init_value, **dd)
         shared.update(act_layer=check_pointwise(act_layer), norm_eps=norm_eps)
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        rates = cast(list[list[float]], calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True))
         self.stages: nn.Sequential = nn.Sequential(
             *[
                 EquivariantConvNeXtStage(before, m, group, bool(i), rate, kernel_size=kernel, **shared)
@@ -288,8 +288,9 @@ class EquivariantConvNeXt(nn.Module):
     @torch.jit.unused
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks in the backward pass instead of storing their activations."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
+        for module in self.modules():
+            if isinstance(module, EquivariantConvNeXtStage):
+                module.grad_checkpointing = enable
 
     @torch.jit.unused
     def get_classifier(self) -> nn.Module:

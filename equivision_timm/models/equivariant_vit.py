@@ -87,7 +87,7 @@ class TransitionBlock(Block):
         super().__init__(dim, num_heads, **kwargs)
         self.transition = transition
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]  no masks
         x = self.transition(x)
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
@@ -253,7 +253,8 @@ class EquivariantViT(nn.Module):
 
     def _position_tiles(self, img_size: int | tuple[int, int]) -> tuple[int, int]:
         """Height and width of the tiles of the position map; raises ValueError if the image or the grid has none."""
-        (height, width), p = to_2tuple(img_size), self.patch_embed.patch_size[0]
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        p = self.patch_embed.patch_size[0]
         if min(height, width) < p or height % p or width % p:
             fitting = f"{max(1, round(height / p)) * p} x {max(1, round(width / p)) * p}"
             raise ValueError(f"img_size {height} x {width} is not a multiple of the patch, {p}: use {fitting}")

@@ -88,18 +88,18 @@ class OrientationNet(nn.Module):
         fields = x.unflatten(1, (-1, self.num_classes)).transpose(1, 2)  # [B, |G|, fields]
         return self.score(self.dropout(fields)).squeeze(2)
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def get_classifier(self) -> nn.Module:
         """The projection to the scores."""
         return self.score
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def init_weights(self) -> None:
         """Draw all weights anew."""
         self.network.init_weights()
         self.score.reset_parameters()
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the stages in the backward pass."""
         self.network.set_grad_checkpointing(enable)

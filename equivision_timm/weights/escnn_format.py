@@ -88,7 +88,7 @@ def _coefficients(entries: Entries, name: str, conv: SteerableConv2d) -> tuple[t
             raise WeightsError(f"{bases[0]} has shape {tuple(sampled.shape)}, not {tuple(basis.flatten(3).shape)}")
         translation, residual = translate_basis(sampled, basis, name)
         weight = (weight.double() @ translation).float()
-    if solved is not None:
+    if filters is not None and solved is not None:
         # without a sampled_basis, the basis of the file may have other signs
         a, b = (weight, solved) if bases else (weight.abs(), solved.abs())
         error = ((a - b).abs().max() / b.abs().max().clamp_min(1e-30)).item()

@@ -169,9 +169,9 @@ class PatternFits:
     """Fits of a model under sign patterns, each computed once for each batch of images."""
 
     def __init__(self, model: EquivariantResNet, *batches: torch.Tensor) -> None:
-        self.model = copy.deepcopy(model)
+        self.model: EquivariantResNet = copy.deepcopy(model)
         self.batches: list[torch.Tensor] = list(batches)
-        self.half_turn = half_turn(model.group)
+        self.half_turn: str = half_turn(model.group)
         self._state = {name: value.clone() for name, value in model.state_dict().items()}
         self._found: dict[tuple[str, int], list[dict[str, torch.Tensor]]] = {}
 

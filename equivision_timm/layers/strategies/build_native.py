@@ -132,6 +132,6 @@ def get_build_hook() -> type:
 
 
 if __name__ == "__main__":
-    built, problem = build(SOURCE.parent)
-    print(*[path.name for path in built], sep="\n")
-    sys.exit(problem or None)
+    _paths, _error = build(SOURCE.parent)
+    print(*[path.name for path in _paths], sep="\n")
+    sys.exit(_error or None)

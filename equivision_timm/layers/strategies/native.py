@@ -85,19 +85,19 @@ def _operator(name: str, function: Callable[..., Any], schema: str) -> Any:
     return torch.library.custom_op(f"equivision_timm::{name}", function, mutates_args=(), schema=schema)
 
 
-conv2d = _operator("native_conv2d", _conv2d, f"(Tensor x, Tensor weight, {_LAYER}) -> Tensor")
-gradients = _operator(
+conv2d: Any = _operator("native_conv2d", _conv2d, f"(Tensor x, Tensor weight, {_LAYER}) -> Tensor")
+gradients: Any = _operator(
     "native_conv2d_backward",
     _gradients,
     f"(Tensor grad, Tensor x, Tensor weight, {_LAYER}, bool for_x, bool for_weight) -> (Tensor, Tensor)",
 )
-fused_conv2d = _operator(
+fused_conv2d: Any = _operator(
     "native_fused_conv2d",
     native_call.forward,
     "(Tensor x, Tensor packed, Tensor? bias, Tensor? shortcut, bool relu, str kernel, int out_fields, int stride,"
     " int dilation) -> Tensor",
 )
-fused_gradient = _operator(
+fused_gradient: Any = _operator(
     "native_fused_gradient",
     _fused_gradient,
     "(Tensor grad, Tensor x, Tensor packed, str kernel, int out_fields, int stride, int dilation) -> Tensor",
