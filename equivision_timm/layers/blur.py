@@ -1,6 +1,6 @@
-"""Low pass in front of a stride: what the coarser grid cannot hold is removed before it is sampled.
+"""Low pass before a stride: removes the frequencies that the coarser grid cannot represent.
 
-Otherwise it is aliased, and what is aliased does not rotate with the image. The filter is binomial,
+Otherwise they are aliased, and aliases do not rotate with the image. The filter is binomial,
 [1, 4, 6, 4, 1] / 16 along each axis for five taps; it looks the same from all sides of the square, so that rotations by
 90 degrees and reflections stay exact at odd sizes.
 
@@ -33,7 +33,7 @@ class Blur2d(nn.Module):
     Args:
         taps: of the filter along each axis, 3, 5 or 7.
         stride: of the output.
-        padding: what lies beyond the border, 'zeros' or 'reflect', in the sense of `nn.Conv2d`.
+        padding: beyond the border, 'zeros' or 'reflect', in the sense of `nn.Conv2d`.
 
     Raises:
         ValueError: an argument that does not exist.
@@ -50,7 +50,7 @@ class Blur2d(nn.Module):
         self.taps = taps
         self.stride = stride
         self.padding = padding
-        self._filter = binomial_filter(taps, torch.float64, torch.device("cpu"))  # what TorchScript takes along
+        self._filter = binomial_filter(taps, torch.float64, torch.device("cpu"))  # for TorchScript
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         border = self.taps // 2
@@ -65,7 +65,7 @@ class Blur2d(nn.Module):
 register_notrace_module(Blur2d)  # one node where timm traces a model for its features
 
 
-@torch.fx.wrap  # asks how the pixels lie in memory: one node in a graph of torch.fx
+@torch.fx.wrap  # depends on the memory format: one node in a graph of torch.fx
 def _reflect(x: torch.Tensor, border: int) -> torch.Tensor:
     """[B, C, H + 2 border, W + 2 border], what lies beyond the border reflected; in the memory format of x."""
     if not torch.jit.is_scripting() and is_channels_last(x):
@@ -74,7 +74,7 @@ def _reflect(x: torch.Tensor, border: int) -> torch.Tensor:
     return F.pad(x, [border, border, border, border], mode="reflect")
 
 
-@torch.fx.wrap  # asks how the pixels lie in memory: one node in a graph of torch.fx
+@torch.fx.wrap  # depends on the memory format: one node in a graph of torch.fx
 def _blur(x: torch.Tensor, reference: torch.Tensor, taps: int, stride: int, border: int) -> torch.Tensor:
     """A depthwise convolution; on the CPU in the channels-last format, where PyTorch's is several times faster."""
     if torch.jit.is_scripting():
@@ -99,7 +99,7 @@ def binomial_filter(taps: int, dtype: torch.dtype, device: torch.device) -> torc
 _AA_LAYERS: dict[str, Callable[..., nn.Module]] = {
     "blur": partial(Blur2d, taps=3, padding="reflect"),  # timm's BlurPool2d
     "blurpc": partial(Blur2d, taps=3),  # timm's with constant padding
-    "blur5": partial(Blur2d, taps=5),  # ours: by far less aliasing
+    "blur5": partial(Blur2d, taps=5),  # far less aliasing
 }
 _REFUSED = {
     "avg": "the centre of 2 x 2 pixels lies between the pixels, so that no size keeps rotations by 90 degrees exact",
@@ -107,7 +107,7 @@ _REFUSED = {
 
 
 def get_aa_layer(aa_layer: str) -> Callable[..., nn.Module]:
-    """What makes the anti-aliasing layer of a name, called with `stride=`.
+    """The factory of an anti-aliasing layer, called with `stride=`.
 
     Args:
         aa_layer: timm's 'blur' (three taps, reflected border) or 'blurpc' (zeros), in timm's spellings, or 'blur5'

@@ -188,7 +188,7 @@ class SteerableConv2d(nn.Module):
             raise ValueError(f"conv_strategy {strategy!r} cannot compute this layer: {reason}. Use 'auto' or 'expand'")
 
     def strategy_for(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> str:
-        """What `strategy` comes to in inference, for an input of `shape`, on `device`, in `dtype`: any but 'auto'."""
+        """The strategy that inference takes for an input of `shape`, on `device`, in `dtype`; not 'auto'."""
         return auto.choose(self.describe(device, dtype), shape, False) if self.strategy == "auto" else self.strategy
 
     def reset_parameters(self) -> None:

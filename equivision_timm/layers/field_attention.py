@@ -13,7 +13,7 @@ __all__ = ["FieldAttention"]
 
 
 class FieldAttention(nn.Module):
-    """A stock attention layer applied to fields: [B, m * |G|, H, W] -> the same, one scale for each field.
+    """An attention layer of timm applied to fields: [B, m * |G|, H, W] -> the same, one scale for each field.
 
     The group axis counts as space, [B, m, |G| * H, W], as in `FieldNorm`: a rotation only permutes positions, which a
     layer that squeezes over all of them does not see. It is timm's own layer (`per_field`).

@@ -26,7 +26,7 @@ __all__ = ["FieldBatchNorm2d", "FieldNorm", "field_batch_norm", "field_batch_nor
 class FieldBatchNorm2d(nn.BatchNorm2d):
     """`nn.BatchNorm2d` on fields, faster in two formats: [B, m, |G| * H, W] -> the same.
 
-    A field is |G| channels, and its statistics follow from theirs. That reads channels-last
+    A field is |G| channels, and its statistics follow from those of the channels. That reads channels-last
     maps where they are, and gives a GPU |G| times more channels at once. Contiguous maps on the CPU, graphs and
     transforms take PyTorch's own batch norm. Parameters, buffers and results are those of `nn.BatchNorm2d`.
 
@@ -174,7 +174,7 @@ def field_batch_norm(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`field_batch_norm_by_definition` by PyTorch's own kernels of batch norm, in fewer passes.
 
-    Differentiable any number of times with respect to x, `weight` and `bias`, through y alone.
+    Differentiable any number of times with respect to x, `weight` and `bias`, only through y.
     """
     return _FieldBatchNorm.apply(x, order, weight, bias, eps)
 

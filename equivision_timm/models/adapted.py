@@ -161,7 +161,7 @@ class _Adapted(nn.Module):
     # timm's contract
 
     def combine(self, run: Run, x: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """What `run` computes of the views of x, as levels and last features of the image."""
+        """The levels and last features that `run` computes from the views of x, for the image itself."""
         raise NotImplementedError
 
     @torch.jit.unused

@@ -1,4 +1,4 @@
-"""What timm and our users ask of every convolutional family: head, feature levels, exact sizes, strategies.
+"""Shared parts of the convolutional families: head, feature levels, exact sizes, strategies.
 
 A family (`equivariant_resnet.py`) adds its blocks, its network and a table of variants.
 """
@@ -77,7 +77,7 @@ class EquivariantBackbone(nn.Module):
         group: name of the group, for example 'c8'.
         in_chans: number of image channels.
         map_pool: pooling of all maps over the group, 'max' or 'avg'; '' keeps them equivariant.
-        drop_rate: dropout in front of the classifier.
+        drop_rate: dropout before the classifier.
 
     Raises:
         ValueError: an unknown group or `map_pool`.
@@ -135,7 +135,7 @@ class EquivariantBackbone(nn.Module):
             )
 
     def _create_global_pool(self, pool_type: str, group_pool: str) -> InvariantPool:
-        """The pooling in front of the classifier; behind `map_pool` the group has no axis left."""
+        """The pooling before the classifier; after `map_pool` there is no group axis left."""
         return InvariantPool(pool_type, 1 if self.map_pool.pool_type else self.map_pool.order, group_pool)
 
     def _create_classifier(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
@@ -199,10 +199,10 @@ class EquivariantBackbone(nn.Module):
         Args:
             x: images [B, in_chans, H, W].
             indices: the last n levels if an int, all if None, else those listed.
-            norm: accepted as timm demands; there is no norm after the last block.
+            norm: has no effect, because there is no norm after the last block.
             stop_early: skip the levels after the last one asked for.
             output_fmt: 'NCHW', the only format.
-            intermediates_only: return the list alone.
+            intermediates_only: return only the list.
 
         Returns:
             The last map computed and the list of maps [B, fields * |G|, H / reduction, W / reduction], or the list;
@@ -268,7 +268,7 @@ class EquivariantBackbone(nn.Module):
         return take_indices
 
     def remove_stem_pool(self) -> None:
-        """`pool_stem` returns its input from now on; where the stem alone is left."""
+        """Let `pool_stem` return its input; called if only the stem is left."""
         raise NotImplementedError
 
     @torch.jit.unused
@@ -280,7 +280,7 @@ class EquivariantBackbone(nn.Module):
 
     @property
     def group_pool(self) -> GroupPool:
-        """The pooling over the group, behind that over space."""
+        """The pooling over the group, after that over space."""
         return self.global_pool.group_pool
 
     # What users ask: exact sizes, strategies
@@ -291,7 +291,7 @@ class EquivariantBackbone(nn.Module):
 
         A layer of stride 2 keeps the outermost pixels on both sides where it sees an odd size, so the side has to be
         1 modulo the largest reduction, 225 say; along the axes that the group's elements of the pixel grid reverse:
-        both for rotations by 90 or 180 degrees, the width alone for the reflection of 'd1', none for 'c1'.
+        both for rotations by 90 or 180 degrees, only the width for the reflection of 'd1', none for 'c1'.
         """
         height, width = (size, size) if isinstance(size, int) else size
         group = Group.from_name(self.group)
@@ -349,7 +349,7 @@ class EquivariantBackbone(nn.Module):
         unknown = [name for name in strategy if name not in layers]
         if unknown:
             raise ValueError(
-                f"conv_strategy names {unknown[0]!r}, which is no convolution of this model: see conv_strategies()"
+                f"conv_strategy names {unknown[0]!r}, which is not a convolution of this model: see conv_strategies()"
             )
         for name, value in strategy.items():
             layers[name].check_strategy(value)

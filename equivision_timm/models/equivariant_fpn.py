@@ -54,7 +54,7 @@ class EquivariantFPN(nn.Module):
 
     Args:
         encoder: a model of this package made with `features_only=True`; its `out_indices` are the levels.
-        num_classes: channels of the logits; 1 for a foreground alone, told by the sign.
+        num_classes: channels of the logits; 1 for a single foreground class, decided by the sign.
         fields: number of fields of the pyramid.
 
     Raises:
@@ -95,7 +95,7 @@ class EquivariantFPN(nn.Module):
         return _resize(logits, image)
 
 
-@torch.fx.wrap  # asks whether sizes are odd: one node in a graph of torch.fx
+@torch.fx.wrap  # depends on whether sizes are odd: one node in a graph of torch.fx
 def _resize(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """x [B, C, h', w'] -> [B, C, h, w] by bilinear interpolation to the size of `like` [B, C', h, w].
 

@@ -49,10 +49,10 @@ class BasicBlock(nn.Module):
         dilation: dilation of the second convolution.
         first_dilation: dilation of the first convolution.
         act_layer: pointwise activation.
-        aa_layer: makes the low pass that strides in place of the convolution, behind its activation; None for none.
-        avg_down: makes the low pass that strides in the shortcut, in front of its convolution; None for none.
-        attn_layer: makes the attention of (fields, |G|) in front of the sum; None for none.
-        drop_block: makes the layer that drops blocks of pixels behind the first norm; None for none.
+        aa_layer: makes the low pass that strides instead of the convolution, after its activation; None for none.
+        avg_down: makes the low pass that strides in the shortcut, before its convolution; None for none.
+        attn_layer: makes the attention of (fields, |G|) before the sum; None for none.
+        drop_block: makes the layer that drops blocks of pixels after the first norm; None for none.
         drop_path: probability of dropping the residual branch of a sample in training.
     """
 
@@ -187,7 +187,7 @@ def _zero_norm(unit: ConvNormAct) -> None:
 
 
 def _split_stride(stride: int, aa_layer: Layer | None) -> tuple[int, nn.Module]:
-    """The stride of the convolution, and what strides behind it: the low pass, if there is one."""
+    """The stride of the convolution, and the low pass that strides after it, if any."""
     if stride == 1 or aa_layer is None:
         return stride, nn.Identity()
     return 1, aa_layer(stride=stride)
@@ -221,10 +221,10 @@ class EquivariantResNet(EquivariantBackbone):
             in the first.
         stem_width: fields inside a deep stem; None takes half of `width`.
         replace_stem_pool: whether a 3x3 convolution strides in place of the max-pooling.
-        stem_pool: pooling behind the stem, 'max' or 'blur' (a low pass alone: a maximum makes high frequencies).
-        avg_down: whether the shortcuts average in front of a 1x1 convolution instead of striding it. timm averages
+        stem_pool: pooling after the stem, 'max' or 'blur' (only a low pass: a maximum makes high frequencies).
+        avg_down: whether the shortcuts average before a 1x1 convolution instead of striding it. timm averages
             2 x 2 pixels, which no size keeps equivariant; here it is the low pass of `aa_layer`, or of 3 x 3 pixels.
-        aa_layer: low pass in front of each stride but the stem's: 'blur' (timm's BlurPool2d) or 'blur5'; '' for none.
+        aa_layer: low pass before each stride except the stem's: 'blur' (timm's BlurPool2d) or 'blur5'; '' for none.
         low_pass: whether the 3x3 convolutions have smooth kernels of 5x5 pixels with as many coefficients, see
             `SteerableConv2d`, and the image is blurred: what rotates between the quarter turns, too.
         block_args: of the blocks, as in timm: {'attn_layer': 'se'} or 'eca', one scale for each field.
@@ -234,9 +234,9 @@ class EquivariantResNet(EquivariantBackbone):
         map_pool: pooling of all maps over the group, 'max' or 'avg'; '' keeps them equivariant.
         act_layer: activation, a name timm knows or a class; must be pointwise.
         norm_layer: normalisation, a name timm knows or a class; applied per field.
-        bn_momentum: momentum of the batch norms, PyTorch's 0.1 where None.
-        bn_eps: epsilon of the batch norms, PyTorch's 1e-5 where None.
-        drop_rate: dropout in front of the classifier.
+        bn_momentum: momentum of the batch norms, PyTorch's 0.1 if None.
+        bn_eps: epsilon of the batch norms, PyTorch's 1e-5 if None.
+        drop_rate: dropout before the classifier.
         drop_block_rate: rate of DropBlock in the last two stages.
         drop_path_rate: stochastic depth, rising linearly from 0 to this rate at the last block.
         zero_init_last: start every residual branch at zero (last norm weight 0); the original network does not.
@@ -442,10 +442,10 @@ def _stem_pool(
 
 
 def _attention(block_args: dict[str, Any], order: int, dd: dict[str, Any]) -> Layer | None:
-    """What makes the attention that `block_args` ask for: fields -> layer."""
+    """The factory of the attention in `block_args`, called with the number of fields."""
     unknown = set(block_args) - {"attn_layer"}
     if unknown:
-        raise ValueError(f"block_args {sorted(unknown)} do not exist: 'attn_layer' alone does")
+        raise ValueError(f"block_args {sorted(unknown)} are not supported: use only 'attn_layer'")
     attn_layer = block_args.get("attn_layer")
     return None if attn_layer is None else partial(FieldAttention, order=order, attn_layer=attn_layer, **dd)
 
@@ -507,7 +507,7 @@ def _averaged_classifier(state_dict: dict[str, torch.Tensor], model: Equivariant
 
 
 def _features_only(**kwargs: Any) -> dict[str, Any]:
-    """The keywords for maps alone: with `map_pool` taken from `forward_intermediates`, which pools them."""
+    """The keywords for `features_only`: with `map_pool`, maps are taken from `forward_intermediates`, which pools them."""
     if "group_pool" in kwargs:
         raise ValueError(
             f"group_pool={kwargs['group_pool']!r} pools what a classifier reads, and features_only has none: use "
@@ -546,7 +546,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 
 
 def _symmetry(group: str) -> str:
-    """What a network of this group is invariant to, in words."""
+    """The transformations to which a network of this group is invariant, in words."""
     found = Group.from_name(group)
     rotations = f"rotations by {360 / found.rotations:g} degrees" if found.rotations > 1 else ""
     reflections = ("reflections" if rotations else "left-right reflection") if found.reflections else ""
@@ -571,7 +571,7 @@ def _resnet(depth: int, group: str, width: int, released: str = "", **keywords: 
 def _first_conv(keywords: dict[str, Any]) -> dict[str, str]:
     """The entry of a cfg that says where the image enters, if not at 'conv1.conv'."""
     if "low_pass" in keywords:
-        return {"first_conv": "conv1.1.conv"}  # behind the blur of the image
+        return {"first_conv": "conv1.1.conv"}  # after the blur of the image
     return {"first_conv": "conv1.0.conv"} if "stem_type" in keywords else {}
 
 

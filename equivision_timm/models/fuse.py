@@ -23,8 +23,8 @@ def fuse(model: nn.Module, form: str | None = None, input_size: int | tuple[int,
 
     Call it last, on the device and in the type in which the copy will run. The copy can be copied, pickled, run under
     autocast, and differentiated with respect to the image; training its weights is not possible. Units whose modules
-    have hooks or were replaced stay as they are. Vision transformers and models of other packages are copied, with
-    what timm's `reparameterize_model` changes in them.
+    have hooks or were replaced stay as they are. Vision transformers, ConvNeXts and models of other packages are copied
+    as timm's `reparameterize_model` copies them.
 
     Args:
         model: a model, or any module that contains layers of this package.

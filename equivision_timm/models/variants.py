@@ -131,7 +131,7 @@ def family_of(model_name: str) -> type[nn.Module]:
         ValueError: no such model is registered here.
     """
     if model_name not in _FAMILIES:
-        raise ValueError(f"{model_name!r} is no model of this package, e.g. c8resnet50")
+        raise ValueError(f"{model_name!r} is not a model of this package: use a name such as c8resnet50")
     return _FAMILIES[model_name]
 
 

@@ -60,7 +60,7 @@ def _key(values: tuple, compiled: bool) -> str:
 
 
 def conditions(device: torch.device) -> dict[str, Any]:
-    """What the time of every layer on `device` depends on."""
+    """The conditions on which the time of every layer on `device` depends."""
     import equivision_timm
 
     versions = {"torch": torch.__version__, "equivision_timm": equivision_timm.__version__}
