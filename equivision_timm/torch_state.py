@@ -32,8 +32,9 @@ def in_transform() -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether `module` has forward hooks."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    """Whether `module` has hooks, forward or backward."""
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
 
 
 def has_sizes(x: torch.Tensor) -> bool:

@@ -76,8 +76,8 @@ class ConvNormAct(nn.Module):
     def fuse(self) -> nn.Module:
         """Make convolution and norm one `nn.Conv2d` in place; called by timm's `reparameterize_model` on its copy.
 
-        Constant weights, the same output in eval mode. A norm that is not a batch norm with running statistics stays after the convolution; a
-        unit whose convolution was replaced, or that is watched inside, stays as it is.
+        Constant weights, the same output in eval mode. A norm that is not a batch norm with running statistics stays
+        after the convolution; a unit whose convolution was replaced, or that has hooks inside, stays as it is.
         """
         return self.replace_conv(SteerableConv2d.dense_conv)
 

@@ -226,7 +226,7 @@ class EquivariantResNet(EquivariantBackbone):
             2 x 2 pixels, which no size keeps equivariant; here it is the low pass of `aa_layer`, or of 3 x 3 pixels.
         aa_layer: low pass before each stride except the stem's: 'blur' (timm's BlurPool2d) or 'blur5'; '' for none.
         low_pass: whether the 3x3 convolutions have smooth kernels of 5x5 pixels with as many coefficients, see
-            `SteerableConv2d`, and the image is blurred: what rotates between the quarter turns, too.
+            `SteerableConv2d`, and the image is blurred; for equivariance at angles between the quarter turns.
         block_args: of the blocks, as in timm: {'attn_layer': 'se'} or 'eca', one scale for each field.
         global_pool: timm's pooling over space: 'avg', 'max', 'avgmax', 'catavgmax', or '' to keep the map.
         group_pool: pooling over the group, after the pooling over space: 'max', 'avg', or '' to keep the group axis
@@ -507,7 +507,7 @@ def _averaged_classifier(state_dict: dict[str, torch.Tensor], model: Equivariant
 
 
 def _features_only(**kwargs: Any) -> dict[str, Any]:
-    """The keywords for `features_only`: with `map_pool`, maps are taken from `forward_intermediates`, which pools them."""
+    """The keywords for `features_only`: with `map_pool`, maps come from `forward_intermediates`, which pools them."""
     if "group_pool" in kwargs:
         raise ValueError(
             f"group_pool={kwargs['group_pool']!r} pools what a classifier reads, and features_only has none: use "

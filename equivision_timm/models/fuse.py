@@ -34,7 +34,7 @@ def fuse(model: nn.Module, form: str | None = None, input_size: int | tuple[int,
             None: 'native' on a CPU if the C code is available, else 'dense'.
         input_size: side of the images in pixels, or (channels, height, width), for which 'native' chooses between C
             and a plain convolution, layer by layer; other sizes give the same output. Default: `input_size` of the
-            model's configuration.
+            model's configuration. A layer whose `conv_strategy` is 'expand' or 'block_diagonal' is never in C.
 
     Raises:
         ValueError: an unknown form.

@@ -90,7 +90,7 @@ def digits_cfg(name: str, size: int) -> dict[str, Any]:
 
 
 def forget(names: Iterable[str]) -> None:
-    """Take models out of our list again; timm has no way back, and may still list them."""
+    """Take models out of our list again; timm cannot unregister models and may still list them."""
     for name in names:
         del _FAMILIES[name]
 
@@ -131,7 +131,7 @@ def family_of(model_name: str) -> type[nn.Module]:
         ValueError: no such model is registered here.
     """
     if model_name not in _FAMILIES:
-        raise ValueError(f"{model_name!r} is not a model of this package: use a name such as c8resnet50")
+        raise ValueError(f"unknown model {model_name!r}: use a model of this package, such as 'c8resnet50'")
     return _FAMILIES[model_name]
 
 

@@ -102,7 +102,7 @@ def build(folder: Path) -> tuple[list[Path], str]:
 
 
 def get_build_hook() -> type:
-    """For hatchling, which this file is imported without otherwise."""
+    """The build hook of hatchling, which is only importable when the package is built."""
     from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
     class BuildHook(BuildHookInterface):

@@ -4,12 +4,13 @@ For coefficients w and K the dense filter of `expand.py`, the definition:
 
     conv2d(x, w, layer) = K(w) * x                                                  differentiable, up to float noise
 
-A new strategy is a file with a subclass of `Strategy`, decorated with `register`: the names that a layer takes, the
-candidates of `tune`, the tests and the columns of the benchmark follow from `STRATEGIES`.
+A new strategy is a file with a subclass of `Strategy`, decorated with `register` and imported in `__init__.py` (or by
+your own code): the names that a layer takes, the candidates of `tune`, the tests and the columns of the benchmark
+follow from `STRATEGIES`. "auto" takes it for a layer only after `tune` has measured it as the fastest.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -34,6 +35,8 @@ class Layer:
         device: of x and the coefficients.
         memory_format: in which to convolve densely: on the CPU always `torch.channels_last`, which is faster there;
             elsewhere the format of x.
+        order: |G|.
+        padding: pixels on each side, dilation * (kernel.size // 2): stride 1 keeps the size.
     """
 
     kernel: Kernel
@@ -45,15 +48,12 @@ class Layer:
     device: torch.device = torch.device("cpu")  # noqa: RUF009  immutable
     memory_format: torch.memory_format = torch.contiguous_format
 
-    @property
-    def order(self) -> int:
-        """|G|."""
-        return group_order(self.kernel.group)
+    order: int = field(init=False, repr=False, compare=False)
+    padding: int = field(init=False, repr=False, compare=False)
 
-    @property
-    def padding(self) -> int:
-        """Pixels on each side, so that stride 1 keeps the size."""
-        return self.dilation * (self.kernel.size // 2)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "order", group_order(self.kernel.group))
+        object.__setattr__(self, "padding", self.dilation * (self.kernel.size // 2))
 
 
 class Strategy(ABC):

@@ -51,5 +51,4 @@ class Expand(Strategy):
         last = layer.memory_format == torch.channels_last
         filters = dense_filter(weight, layer.kernel.name, last).to(layer.dtype)
         x = x.contiguous(memory_format=torch.channels_last) if last else x
-        padding = layer.dilation * (layer.kernel.size // 2)
-        return F.conv2d(x, filters, None, layer.stride, padding, layer.dilation)
+        return F.conv2d(x, filters, None, layer.stride, layer.padding, layer.dilation)
