@@ -28,5 +28,7 @@ def register(commands: Parsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert the checkpoint; returns the exit status."""
-    print(convert_file(args.checkpoint, args.model, args.out, args.images, args.signs))
+    provenance = convert_file(args.checkpoint, args.model, args.out, args.images, args.signs)
+    for name, value in {"written": args.out, **provenance}.items():
+        print(f"{name:18} {value}")
     return 0

@@ -7,7 +7,7 @@ Both are used only if the caller did not name a source: `hf-hub:`, `local-dir:`,
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,6 @@ import torch
 import torch.nn as nn
 from huggingface_hub import constants, hf_hub_download
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from timm.models import PretrainedCfg, resolve_pretrained_cfg
 
 from equivision_timm.files import cache_folder
@@ -32,7 +31,9 @@ __all__ = [
     "build_pretrained",
     "find_weights",
     "hub_id",
+    "impossible_entries",
     "local_folder",
+    "read_safetensors",
     "weights_folder",
 ]
 
@@ -79,14 +80,7 @@ def build_pretrained(
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Build `variant` with pretrained weights.
-
-    Args:
-        build: `timm.models.build_model_with_cfg` with the model class.
-        variant: name of the model.
-        pretrained_cfg: as in `timm.create_model`.
-        pretrained_cfg_overlay: as in `timm.create_model`.
-        **kwargs: other arguments of `build`.
+    """Build `variant` with pretrained weights by `build`, timm's `build_model_with_cfg` with the model class.
 
     Raises:
         WeightsError: no weights are found, or their file is damaged or holds another model.
@@ -107,10 +101,6 @@ def build_pretrained(
 def find_weights(model_name: str, cache_dir: str | Path | None = None) -> Path:
     """The checked safetensors file of a model, downloaded from the Hub if it is published and not there yet.
 
-    Args:
-        model_name: e.g. 'c8resnet50'.
-        cache_dir: for downloads, by default the cache of huggingface_hub.
-
     Raises:
         WeightsError: no weights are found, or their file is damaged or holds another model.
     """
@@ -128,25 +118,42 @@ def find_weights(model_name: str, cache_dir: str | Path | None = None) -> Path:
     return file
 
 
-def _check(file: Path, model_name: str, tensors_sha256: str | None, remedy: str) -> None:
-    """Raises WeightsError unless a file holds finite weights of this model, with this hash or that of its metadata."""
+def read_safetensors(file: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Entries and provenance (the metadata) of a safetensors file; raises WeightsError if it is damaged."""
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
-        state_dict = load_file(file)
+            state_dict = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  not a dict
     except SafetensorError as error:
-        raise WeightsError(f"{file} is damaged ({error}): {remedy}") from error
-    if metadata.get("model", model_name) != model_name:
-        raise WeightsError(f"{file} holds {metadata['model']!r}, not {model_name}: {remedy}")
+        raise WeightsError(f"{file} is damaged or not a safetensors file: {error}") from error
+    return state_dict, {key: metadata[key] for key in sorted(metadata) if key != "format"}
+
+
+def impossible_entries(state_dict: Mapping[str, torch.Tensor]) -> list[str]:
+    """Entries with NaN, values beyond float32, negative variances, or of a dtype other than floating point."""
+    bad = []
+    for name, value in state_dict.items():
+        is_count = name.endswith("num_batches_tracked") or "indices_" in name  # indices of escnn
+        possible = (value.is_floating_point() or is_count) and bool(value.float().isfinite().all())
+        if not possible or (name.endswith("running_var") and bool((value < 0).any())):
+            bad.append(name)
+    return bad
+
+
+def _check(file: Path, model_name: str, tensors_sha256: str | None, remedy: str) -> None:
+    """Raises WeightsError unless a file holds this model, with this hash of its tensors or that of its metadata."""
+    try:
+        state_dict, metadata = read_safetensors(file)
+    except WeightsError as error:
+        raise WeightsError(f"{error}: {remedy}") from error
     found = hash_tensors(state_dict)
     expected = tensors_sha256 or metadata.get(TENSORS_SHA256, found)
+    if metadata.get("model", model_name) != model_name:
+        raise WeightsError(f"{file} holds {metadata['model']!r}, not {model_name}: {remedy}")
+    if bad := impossible_entries(state_dict):
+        raise WeightsError(f"{file} is damaged ({bad[0]} holds NaN, infinity or integers): {remedy}")
     if found != expected:
         raise WeightsError(f"{file} is damaged (the hash of its tensors is {found}, not {expected!r}): {remedy}")
-    for name, value in state_dict.items():
-        if not value.is_floating_point() and not name.endswith("num_batches_tracked"):
-            raise WeightsError(f"{file} is damaged ({name} is of type {value.dtype}): {remedy}")
-        if not torch.isfinite(value).all():
-            raise WeightsError(f"{file} is damaged ({name} holds NaN or infinity): {remedy}")
 
 
 def _download(model_name: str, local_file: Path, cache_dir: str | Path | None) -> Path:

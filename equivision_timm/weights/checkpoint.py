@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn as nn
 from safetensors.torch import load_file
 
-from equivision_timm.models.pretrained import WeightsError
+from equivision_timm.models.pretrained import WeightsError, impossible_entries
 
-__all__ = ["DamagedFile", "Entries", "Translation", "check_tensors", "read_checkpoint"]
+__all__ = ["DamagedFile", "Entries", "Translation", "read_checkpoint"]
 
 _WRAPPERS = ("state_dict", "model", "teacher")  # Lightning and mmcv; DeiT III; DINOv2
 _ADDED = ("module", "_orig_mod")  # parts of names, by data parallelism and torch.compile
@@ -41,6 +42,8 @@ class Entries:
     """Foreign entries, each taken once: `left` holds the others."""
 
     def __init__(self, state_dict: Mapping[str, torch.Tensor]) -> None:
+        if bad := impossible_entries(state_dict):
+            raise WeightsError(f"{bad[0]} holds NaN, infinity, integers or negative variances: the file is damaged")
         self.left: dict[str, torch.Tensor] = dict(state_dict)
 
     def take(self, name: str) -> torch.Tensor:
@@ -53,10 +56,16 @@ class Entries:
         """The entries `pattern.format(name)`."""
         return [self.take(pattern.format(name)) for name in names]
 
-    def check_empty(self) -> None:
-        """Raises WeightsError if entries are left."""
+    def finish(self, found: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+        """`found` as the state dict of `model`; raises WeightsError if entries are left or shapes differ."""
         if self.left:
             raise WeightsError(f"{len(self.left)} entries are left over, such as {next(iter(self.left))}")
+        result = {}
+        for name, expected in model.state_dict().items():
+            if found[name].shape != expected.shape:
+                raise WeightsError(f"{name} would have shape {tuple(found[name].shape)}, not {tuple(expected.shape)}")
+            result[name] = found[name].detach().to(expected.dtype).contiguous().clone()
+        return result
 
 
 def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
@@ -75,22 +84,18 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     try:
         content = load_file(path) if start[8:] == b"{" else _load_torch(path)
     except Exception as error:  # damaged files raise many types, in zipfile, pickle, torch and safetensors
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = next((line for line in lines if "unsupported" in line.lower()), lines[0])  # of torch.load: classes
-        raise DamagedFile(f"{path} is damaged or not a checkpoint of tensors: {reason[:300]}") from error
+        raise DamagedFile(f"{path} is damaged or not a checkpoint of tensors: {reason.strip()[:300]}") from error
     wrapper = next((key for key in _WRAPPERS if isinstance(content, dict) and isinstance(content.get(key), dict)), None)
     state_dict = content[wrapper] if wrapper else content
-    if not isinstance(state_dict, dict) or not state_dict:
-        raise DamagedFile(f"{path} holds {type(content).__name__} and no state dict: it is not a checkpoint")
-    named: dict[str, torch.Tensor] = {}
-    for name, value in state_dict.items():
-        if not isinstance(value, torch.Tensor):
-            raise DamagedFile(f"{path}: the entry {str(name)[:80]!r} is not a tensor but {type(value).__name__}")
-        bare = ".".join(part for part in name.split(".") if part not in _ADDED).removeprefix("model.")
-        if bare in named:
-            raise DamagedFile(f"{path} has two entries for {bare}: remove one of them")
-        named[bare] = value
-    return named
+    pairs = state_dict.items() if isinstance(state_dict, dict) else ()
+    if not pairs or not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in pairs):
+        raise DamagedFile(f"{path} does not hold a state dict, {{name: tensor}}: it is not a checkpoint")
+    return {
+        ".".join(part for part in name.split(".") if part not in _ADDED).removeprefix("model."): value
+        for name, value in pairs
+    }
 
 
 def _load_torch(path: Path) -> Any:
@@ -100,15 +105,3 @@ def _load_torch(path: Path) -> Any:
                 raise ValueError(f"{damaged} has the wrong checksum")
     with torch.serialization.safe_globals([argparse.Namespace]):  # the options in files of timm and DeiT III
         return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def check_tensors(state_dict: Mapping[str, torch.Tensor]) -> None:
-    """Raises WeightsError unless the values are finite in float32 and possible: counts integral, variances positive."""
-    for name, value in state_dict.items():
-        is_count = name.endswith("num_batches_tracked") or "indices_" in name
-        if not value.is_floating_point() and not is_count:
-            raise WeightsError(f"{name} is of type {value.dtype}, not floating point: the file is damaged")
-        if not torch.isfinite(value.float()).all():
-            raise WeightsError(f"{name} holds NaN, infinity or values beyond float32: the file is damaged")
-        if name.endswith("running_var") and (value < 0).any():
-            raise WeightsError(f"{name} holds negative variances: the file is damaged")

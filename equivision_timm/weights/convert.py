@@ -1,6 +1,7 @@
 """Conversion of a foreign checkpoint file into a model folder: read, translate, load strictly, write."""
 
-from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
@@ -12,30 +13,13 @@ from equivision_timm.models.pretrained import WeightsError
 from equivision_timm.models.tensor_hash import TENSORS_SHA256, hash_tensors
 from equivision_timm.weights import equivision, octic, redet
 from equivision_timm.weights.checkpoint import Translation, read_checkpoint
-from equivision_timm.weights.folder import check_model_folder, versions, write_model_folder
+from equivision_timm.weights.folder import check_model_folder, write_model_folder
 from equivision_timm.weights.released import released
 from equivision_timm.weights.signs import parse_signs
 
-__all__ = ["Report", "check_options", "convert_file"]
+__all__ = ["check_options", "convert_file"]
 
 _FORMATS = (equivision, redet, octic)
-
-
-@dataclass(frozen=True)
-class Report:
-    """A converted checkpoint; as text, a row for each entry.
-
-    Attributes:
-        folder: the model folder.
-        provenance: origin of the weights, as in the metadata of the safetensors file.
-    """
-
-    folder: Path
-    provenance: dict[str, str]
-
-    def __str__(self) -> str:
-        rows = {"written": str(self.folder), **self.provenance}
-        return "\n".join(f"{name:18} {value}" for name, value in rows.items())
 
 
 def convert_file(
@@ -44,7 +28,7 @@ def convert_file(
     folder: str | Path,
     images: str | Path | None = None,
     signs: str | None = None,
-) -> Report:
+) -> dict[str, str]:
     """Convert a checkpoint of equivision, ReDet or octic-vits; nothing is written unless everything succeeds.
 
     Args:
@@ -53,6 +37,9 @@ def convert_file(
         folder: the model folder to write.
         images: photographs for checkpoints of equivision, by default those of scikit-image.
         signs: sign pattern of D4 and D8 checkpoints of equivision; None chooses among the known ones.
+
+    Returns:
+        The provenance: origin of the weights, as in the metadata of the safetensors file.
 
     Raises:
         InputError: no checkpoints of this model can be converted, an option does not apply to them, there are no
@@ -69,9 +56,7 @@ def convert_file(
     try:
         found: Translation = module.translate(tensors, model_name, **options)
     except WeightsError as error:
-        fitting = [name for name in module.models() if name != model_name and _fits(tensors, name, module)]
-        hint = f" (it fits {' or '.join(fitting)})" if fitting else ""
-        raise type(error)(f"{checkpoint} as a checkpoint of {model_name}: {error}{hint}") from error
+        raise type(error)(f"{checkpoint} as a checkpoint of {model_name}: {error}") from error
     dtypes = sorted({str(value.dtype) for value in tensors.values() if value.is_floating_point()} - {"torch.float32"})
     provenance = {
         "model": model_name,
@@ -81,9 +66,11 @@ def convert_file(
         TENSORS_SHA256: hash_tensors(found.state_dict),
         **({"converted_dtypes": f"{', '.join(dtypes)} to float32".replace("torch.", "")} if dtypes else {}),
         **found.notes,
-        **versions(),
+        **{name: version(name) for name in ("equivision-timm", "timm", "torch", "safetensors")},
+        "date": datetime.now(timezone.utc).date().isoformat(),
     }
-    return Report(write_model_folder(folder, model_name, found.state_dict, provenance, found.keywords), provenance)
+    write_model_folder(folder, model_name, found.state_dict, provenance, found.keywords)
+    return provenance
 
 
 def check_options(model_name: str, images: str | Path | None, signs: str | None) -> None:
@@ -108,12 +95,3 @@ def _format_of(model_name: str) -> ModuleType:
     if module is None:
         raise InputError(f"there are no checkpoints of {model_name} to convert")
     return module
-
-
-def _fits(tensors: dict, model_name: str, module: ModuleType) -> bool:
-    convert = equivision.convert_original if module is equivision else module.translate
-    try:
-        convert(tensors, model_name)
-    except (WeightsError, RuntimeError):
-        return False
-    return True

@@ -13,7 +13,7 @@ from equivision_timm.data import draw_crops, load_photographs
 from equivision_timm.models import EquivariantResNet, model_names
 from equivision_timm.models.pretrained import WeightsError
 from equivision_timm.models.variants import create
-from equivision_timm.weights.checkpoint import Translation, check_tensors
+from equivision_timm.weights.checkpoint import Translation
 from equivision_timm.weights.escnn_format import translate_resnet
 from equivision_timm.weights.signs import known_patterns, parse_signs, sign_groups
 from equivision_timm.weights.statistics import Z_LIMIT, Fit, apply_signs, best_fit, choose_signs, fit
@@ -57,7 +57,6 @@ def _convert(state_dict: dict[str, torch.Tensor], model_name: str, signs: str | 
         model = create(model_name, EquivariantResNet)
     if signs is not None:
         signs = parse_signs(model.group, signs)
-    check_tensors(state_dict)
     found = translate_resnet(state_dict, model)
     basis = found.notes["basis_from"]
     if sign_groups(model.group) and "coefficients" in basis and "+" in basis:

@@ -34,29 +34,22 @@ def translate_resnet(state_dict: dict[str, torch.Tensor], model: EquivariantResN
     """
     order, entries = Group.from_name(model.group).order, Entries(state_dict)
     found: dict[str, torch.Tensor] = {}
-    sources, residuals = set(), [0.0]
+    sources, residuals = set(), []
     for name, unit in model.named_modules():
         if not isinstance(unit, ConvNormAct):
             continue
         conv, norm = _names(name)
-        weight, source, residual = _coefficients(entries, conv, unit.conv)
-        found[f"{name}.conv.weight"] = weight
+        found[f"{name}.conv.weight"], source, residual = _coefficients(entries, conv, unit.conv)
         sources.add(source)
         residuals.append(residual)
         for key in unit.norm.per_field.state_dict():
             found[f"{name}.norm.per_field.{key}"] = entries.take(f"{norm}.batch_norm_[{order}].{key}")
     found |= {f"fc.{key}": entries.take(f"fc.{key}") for key in model.fc.state_dict()}
     entries.left = {name: value for name, value in entries.left.items() if f"indices_{order}" not in name}
-    entries.check_empty()
-    result = {}
-    for name, expected in model.state_dict().items():
-        if found[name].shape != expected.shape:
-            raise WeightsError(f"{name} would have shape {tuple(found[name].shape)}, not {tuple(expected.shape)}")
-        result[name] = found[name].detach().to(expected.dtype).clone()
     notes = {"basis_from": "+".join(sorted(sources))}
     if max(residuals):
         notes["basis_residual"] = f"{max(residuals):.1e}"
-    return Translation(result, notes=notes)
+    return Translation(entries.finish(found, model), notes=notes)
 
 
 def _names(unit: str) -> tuple[str, str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from equivision_timm.errors import InputError
 from equivision_timm.files import check_writable, file_sha256
 from equivision_timm.models.pretrained import WEIGHTS_FILE, WeightsError, local_folder, weights_folder
 from equivision_timm.weights.checkpoint import DamagedFile
@@ -18,23 +19,16 @@ from equivision_timm.weights.released import released
 __all__ = ["fetch"]
 
 
-def fetch(model_name: str, images: Path | None = None, signs: str | None = None) -> Path:
-    """Put the weights of `model_name` into the local weights folder, and print the progress.
+def fetch(model_name: str, images: Path | None = None, signs: str | None = None) -> None:
+    """Put the weights of a model, e.g. 'c8resnet50', into the local weights folder, and print the progress.
 
-    Args:
-        model_name: a model whose checkpoint was released, e.g. 'c8resnet50'.
-        images: photographs for the signs of a D4 or D8 checkpoint.
-        signs: sign pattern, by default the one recorded in the table of released files, if any.
-
-    Returns:
-        The model folder.
+    `images` and `signs` are as in `convert_file`; signs default to those in the table of released files.
 
     Raises:
         ValueError: no checkpoint of this model was released.
-        InputError: an option does not apply to it, or nothing can be written.
+        InputError: an option does not apply to it, nothing can be written, or gdown is not installed.
         WeightsError: the downloaded file is damaged, another one than was released, or does not fit.
         ConnectionError: the download failed.
-        ModuleNotFoundError: gdown is not installed.
     """
     if model_name not in released():
         raise ValueError(f"no weights of {model_name} were released; there are: {', '.join(released())}")
@@ -46,7 +40,7 @@ def fetch(model_name: str, images: Path | None = None, signs: str | None = None)
     with FileLock(checkpoint.with_suffix(".lock")):
         if (folder / WEIGHTS_FILE).is_file():
             print(f"{model_name}: already in {folder}")
-            return folder
+            return
         check_model_folder(folder, model_name)
         if not checkpoint.exists():
             _download(model_name, entry.drive_id, checkpoint)
@@ -62,14 +56,15 @@ def fetch(model_name: str, images: Path | None = None, signs: str | None = None)
         published = "as published" if entry.sha256 else "none was published to compare with"
         print(f"{model_name}: sha256 {sha256} ({published})")
         try:
-            print(convert_file(checkpoint, model_name, folder, images, signs or entry.signs))
+            provenance = convert_file(checkpoint, model_name, folder, images, signs or entry.signs)
         except DamagedFile as error:  # for example continued after the file on Drive had changed
             checkpoint.unlink()
             raise WeightsError(f"Google Drive did not give a sound checkpoint, deleted again: {error}") from error
         except WeightsError as error:
             raise type(error)(f"{error} (the download is in {checkpoint})") from error
         checkpoint.unlink()
-    return folder
+        for name, value in {"written": folder, **provenance}.items():
+            print(f"{name:18} {value}")
 
 
 def _download(model_name: str, drive_id: str, checkpoint: Path) -> None:
@@ -78,9 +73,7 @@ def _download(model_name: str, drive_id: str, checkpoint: Path) -> None:
         import gdown
         import requests
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"{error.name} is not installed, but fetch needs it: pip install 'equivision-timm[fetch]'"
-        ) from error
+        raise InputError(f"fetch needs {error.name}: pip install 'equivision-timm[fetch]'") from error
     try:
         # Without cookies, which gdown would write into the home folder
         gdown.download(id=drive_id, output=str(checkpoint), resume=True, retries=3, timeout=60, use_cookies=False)

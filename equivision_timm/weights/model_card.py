@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from equivision_timm.errors import one_line
 from equivision_timm.groups import Group
-from equivision_timm.models import EquivariantBackbone, EquivariantConvNeXt, EquivariantViT, fuse
-from equivision_timm.models.variants import create
+from equivision_timm.models import EquivariantViT, fuse
+from equivision_timm.weights.folder import Model, create_ours
 from equivision_timm.weights.released import Released, released
 
 __all__ = ["complexity", "model_card"]
@@ -43,9 +43,7 @@ def model_card(model_name: str, repository: str, provenance: dict[str, str], has
     """
     entry = released().get(model_name)  # None: weights of the package
     arguments: dict[str, Any] = {} if has_classifier else {"num_classes": 0}
-    model = create(
-        model_name, EquivariantBackbone, EquivariantConvNeXt, EquivariantViT, device="meta", **arguments
-    ).eval()
+    model = create_ours(model_name, device="meta", **arguments).eval()
     cfg: Any = model.pretrained_cfg
     classifies, cost_size = model.num_classes > 0, cfg["input_size"][-1]
     parameters, gmacs = complexity(model_name, cost_size, **arguments)
@@ -118,7 +116,7 @@ def _result(entry: Released, kind: str) -> EvalResult:
     )
 
 
-def _symmetry(model: EquivariantBackbone | EquivariantConvNeXt | EquivariantViT) -> str:
+def _symmetry(model: Model) -> str:
     kind, output = ("classifier", "logits") if model.num_classes > 0 else ("encoder", "pooled features")
     group, name = Group.from_name(model.group), model.group.upper()
     moved, move = ("rotated or reflected", "rotate and reflect") if group.reflections else ("rotated", "rotate")
@@ -147,7 +145,7 @@ def _origin(entry: Released | None, cfg: dict) -> str:
     )
 
 
-def _features(model: EquivariantBackbone | EquivariantConvNeXt | EquivariantViT, features: torch.Tensor) -> str:
+def _features(model: Model, features: torch.Tensor) -> str:
     if features.ndim == 3:
         return "The features are tokens: the class token first, then one for each patch, row by row."
     return (
@@ -156,7 +154,7 @@ def _features(model: EquivariantBackbone | EquivariantConvNeXt | EquivariantViT,
     )
 
 
-def _exact_sizes(model: EquivariantBackbone | EquivariantConvNeXt | EquivariantViT, size: int) -> str:
+def _exact_sizes(model: Model, size: int) -> str:
     group, text = Group.from_name(model.group), "Rotations by 90 degrees and reflections in the group are exact"
     if group.order == 1:
         return "There is no symmetry."

@@ -10,7 +10,7 @@ import torch
 from equivision_timm.models.equivariant_vit import VARIANTS, EquivariantViT
 from equivision_timm.models.pretrained import WeightsError
 from equivision_timm.models.variants import create
-from equivision_timm.weights.checkpoint import Entries, Translation, check_tensors
+from equivision_timm.weights.checkpoint import Entries, Translation
 from equivision_timm.weights.released import released
 
 __all__ = ["invariants_of", "models", "translate", "translate_to"]
@@ -34,7 +34,6 @@ def translate(state_dict: dict[str, torch.Tensor], model_name: str) -> Translati
     Raises:
         WeightsError: the entries do not fit the model or are damaged, or the class token is not invariant.
     """
-    check_tensors(state_dict)
     network = {name.removeprefix("backbone."): v for name, v in state_dict.items() if not name.startswith(_HEADS)}
     invariants, own = invariants_of(network), VARIANTS[model_name].arguments.get("invariants", "power")
     keywords = {"invariants": invariants} if invariants and own and invariants != own else {}
@@ -89,11 +88,7 @@ def translate_to(model: EquivariantViT, state_dict: dict[str, torch.Tensor]) -> 
         module, _, leaf = name.rpartition(".")
         if module in foreign:
             found[name] = source.take(f"{foreign[module]}.{leaf}")
-    source.check_empty()
-    for name, expected in model.state_dict().items():
-        if found[name].shape != expected.shape:
-            raise WeightsError(f"{name} would have shape {tuple(found[name].shape)}, not {tuple(expected.shape)}")
-    return {name: value.float().contiguous() for name, value in found.items()}
+    return source.finish(found, model)
 
 
 def _equivariant_block(source: Entries, found: dict[str, torch.Tensor], block: str, heads: int) -> None:

@@ -5,22 +5,21 @@ those of the package. All files are the same at each call, so that publishing ag
 """
 
 import filecmp
-import json
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import timm
-import torch
 from huggingface_hub import HfApi
-from huggingface_hub.utils import validate_repo_id
 from timm.models import resolve_pretrained_cfg
+from timm.models._hub import save_config_for_hf
 
 from equivision_timm.files import check_writable
 from equivision_timm.models import model_names
 from equivision_timm.models.pretrained import WEIGHTS_FILE, WeightsError, local_folder
 from equivision_timm.models.tensor_hash import TENSORS_SHA256, hash_tensors
-from equivision_timm.weights.folder import CONFIG_FILE, load_strictly, write_config
+from equivision_timm.weights.folder import CONFIG_FILE, load_strictly
 from equivision_timm.weights.model_card import model_card
 from equivision_timm.weights.released import released
 
@@ -32,17 +31,10 @@ FILES = (CONFIG_FILE, WEIGHTS_FILE, "README.md")
 def upload(model_name: str, organisation: str, private: bool = False) -> str:
     """Upload a model to the Hub under the user's login, download it again and compare the files.
 
-    Args:
-        model_name: a model in the local weights folder, or one whose weights are in the package.
-        organisation: user or organisation on the Hub.
-        private: create a private repository; an existing one is not changed.
-
-    Returns:
-        Address of the commit.
+    `private` creates a private repository; an existing one is not changed. Returns the address of the commit.
 
     Raises:
-        FileNotFoundError: the model is not in the local weights folder.
-        RuntimeError: the Hub returned other bytes than were sent.
+        RuntimeError: the Hub returned other bytes than were sent; and as `write_publication`.
     """
     api = HfApi()
     with TemporaryDirectory() as folder:
@@ -58,58 +50,45 @@ def upload(model_name: str, organisation: str, private: bool = False) -> str:
 
 
 def write_publication(model_name: str, parent: Path, organisation: str) -> Path:
-    """Write the files of an upload to a sub-folder of `parent`, named as the repository.
+    """Write the files of an upload to a sub-folder of `parent`, named as the repository; returns the sub-folder.
 
     Args:
         model_name: a model in the local weights folder, or one whose weights are in the package.
         parent: folder for the sub-folder.
         organisation: owner of the repository, for the card.
 
-    Returns:
-        The sub-folder.
-
     Raises:
+        ValueError: there are no weights of this model, and none were released.
         FileNotFoundError: the model is not in the local weights folder.
         InputError: nothing can be written to `parent`.
         WeightsError: config, metadata and tensors are not those of the conversion of this model.
     """
-    packaged = {name: cfg.file for name in model_names() if (cfg := resolve_pretrained_cfg(name)).file}
-    if model_name not in (*released(), *packaged):
-        raise ValueError(f"{model_name} has no weights to publish; there are: {', '.join((*released(), *packaged))}")
-    source = local_folder(model_name)
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if model_name not in packaged and not (source / name).is_file():
-            raise FileNotFoundError(
-                f"there is no {source / name} to publish: run `python -m equivision_timm fetch {model_name}`"
-            )
-    validate_repo_id(f"{organisation}/{source.name}")
+    packaged, source = model_name in model_names() and resolve_pretrained_cfg(model_name).file, local_folder(model_name)
+    if not packaged and model_name not in released():
+        raise ValueError(
+            f"{model_name} has no weights to publish; there are: {', '.join(released())}, test_c8resnet, ..."
+        )
+    if not packaged and not (source / WEIGHTS_FILE).is_file():
+        raise FileNotFoundError(f"there is no {source} to publish: run `python -m equivision_timm fetch {model_name}`")
+    publication = parent / source.name
     for name in FILES:
-        check_writable(parent / source.name / name, make_folders=True)
-    parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=parent, prefix=".writing-") as name:
-        staging = Path(name)
-        if model_name in packaged:
-            with torch.device("meta"):
-                write_config(timm.create_model(model_name), staging / CONFIG_FILE)
-            shutil.copyfile(packaged[model_name], staging / WEIGHTS_FILE)
-        else:
-            for name in (CONFIG_FILE, WEIGHTS_FILE):
-                shutil.copyfile(source / name, staging / name)
-        loaded = load_strictly(str(staging))
-        found = hash_tensors(loaded.state_dict)
-        expected = found if model_name in packaged else loaded.provenance.get(TENSORS_SHA256)
-        if loaded.name != model_name or found != expected:
-            raise WeightsError(
-                f"{source} holds {loaded.name} with tensors of the hash {found}, not {model_name} as it was converted, "
-                f"{expected}: run `python -m equivision_timm fetch {model_name}` again"
-            )
-        has_classifier = json.loads((staging / CONFIG_FILE).read_text())["num_classes"] != 0
-        card = model_card(model_name, f"{organisation}/{source.name}", loaded.provenance, has_classifier)
-        (staging / "README.md").write_text(card, encoding="utf-8")
-        publication = parent / source.name
-        publication.mkdir(exist_ok=True)
-        for name in FILES:
-            (staging / name).replace(publication / name)
+        check_writable(publication / name, make_folders=True)
+    loaded = load_strictly(model_name if packaged else str(source))
+    found = hash_tensors(loaded.state_dict)
+    if loaded.name != model_name or (not packaged and found != loaded.provenance.get(TENSORS_SHA256)):
+        raise WeightsError(
+            f"{source} holds {loaded.name} with tensors of the hash {found}, not {model_name} as it was converted: "
+            f"run `python -m equivision_timm fetch {model_name}` again"
+        )
+    publication.mkdir(parents=True, exist_ok=True)
+    if packaged:
+        config: Any = publication / CONFIG_FILE  # old versions of timm need a Path; new ones declare a str
+        save_config_for_hf(timm.create_model(model_name, device="meta"), config)
+    else:
+        shutil.copyfile(source / CONFIG_FILE, publication / CONFIG_FILE)
+    shutil.copyfile(loaded.weights, publication / WEIGHTS_FILE)
+    card = model_card(model_name, f"{organisation}/{source.name}", loaded.provenance, loaded.model.num_classes > 0)
+    (publication / "README.md").write_text(card, encoding="utf-8")
     return publication
 
 

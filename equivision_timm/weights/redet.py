@@ -8,7 +8,7 @@ import torch
 from equivision_timm.models import EquivariantResNet
 from equivision_timm.models.pretrained import WeightsError
 from equivision_timm.models.variants import create
-from equivision_timm.weights.checkpoint import Translation, check_tensors
+from equivision_timm.weights.checkpoint import Translation
 from equivision_timm.weights.escnn_format import translate_resnet
 from equivision_timm.weights.released import released
 
@@ -30,7 +30,6 @@ def translate(state_dict: dict[str, torch.Tensor], model_name: str) -> Translati
     Raises:
         WeightsError: the entries do not fit the model, or are damaged.
     """
-    check_tensors(state_dict)
     prefix = "backbone." if any(name.startswith("backbone.") for name in state_dict) else ""
     network, dropped = {}, 0
     for name, value in state_dict.items():

@@ -18,12 +18,13 @@ from equivision_timm.data import ImageFolder, load_crops, preparation
 from equivision_timm.errors import one_line
 from equivision_timm.files import file_sha256
 from equivision_timm.groups import Group
-from equivision_timm.models import EquivariantBackbone, EquivariantConvNeXt, EquivariantResNet, EquivariantViT
+from equivision_timm.models import EquivariantResNet, EquivariantViT
+from equivision_timm.models.pretrained import impossible_entries
 from equivision_timm.models.tensor_hash import TENSORS_SHA256, hash_tensors
 from equivision_timm.models.variants import create
 from equivision_timm.testing import equivariance_error
 from equivision_timm.weights.equivision import CLEARLY, same_shapes
-from equivision_timm.weights.folder import Loaded, load_strictly
+from equivision_timm.weights.folder import Loaded, Model, load_strictly
 from equivision_timm.weights.released import released
 from equivision_timm.weights.signs import known_patterns
 from equivision_timm.weights.statistics import Z_LIMIT, PatternFits, apply_signs, fit
@@ -107,8 +108,7 @@ def _preprocessing(loaded: Loaded) -> Iterator[Check]:
 
 
 def _finite(state: dict[str, torch.Tensor]) -> Iterator[Check]:
-    bad = [name for name, value in state.items() if not torch.isfinite(value).all()]
-    bad += [name for name, value in state.items() if name.endswith("running_var") and (value < 0).any()]
+    bad = impossible_entries(state)
     finding = f"NaN, infinity or a negative variance in {', '.join(bad[:3])}" if bad else f"all {len(state)} entries"
     yield Check("finite", not bad, finding)
 
@@ -116,7 +116,7 @@ def _finite(state: dict[str, torch.Tensor]) -> Iterator[Check]:
 class _Maps(nn.Module):
     """`forward_features` of a model."""
 
-    def __init__(self, model: EquivariantBackbone | EquivariantConvNeXt | EquivariantViT) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
         self.model, self.group, self.in_chans = model, model.group, model.in_chans
 
@@ -124,7 +124,7 @@ class _Maps(nn.Module):
         return self.model.forward_features(x)
 
 
-def _equivariance(model: EquivariantBackbone | EquivariantConvNeXt | EquivariantViT) -> Iterator[Check]:
+def _equivariance(model: Model) -> Iterator[Check]:
     """Of the logits, or of the maps if the classifier reads the group axis."""
     group, (_, size) = Group.from_name(model.group), model.exact_sizes(_SIZE)
     invariant = model.is_invariant
@@ -184,7 +184,7 @@ def _statistics(loaded: Loaded, images: str | Path | None) -> Iterator[Check]:
         yield Check("other model", False if wrong else None, finding)
 
 
-def _accuracy(model: EquivariantBackbone | EquivariantConvNeXt | EquivariantViT, data: str | Path) -> Iterator[Check]:
+def _accuracy(model: Model, data: str | Path) -> Iterator[Check]:
     """Top-1 and top-5, at least the reported figures less a margin."""
     try:
         dataset = ImageFolder(str(data), "validation")

@@ -52,7 +52,6 @@ class Hub:
         offsets: where each download of a large file began.
         break_downloads_after: bytes after which a download loses its connection, None for never.
         spoil_downloads: whether the last byte of every file that is served is wrong.
-        hang_uploads: whether the upload of a large file sets `hanging` and waits for `goes_on`.
     """
 
     def __init__(self) -> None:
@@ -62,8 +61,6 @@ class Hub:
         self.offsets: list[int] = []
         self.break_downloads_after: int | None = None
         self.spoil_downloads = False
-        self.hang_uploads = False
-        self.hanging, self.goes_on = threading.Event(), threading.Event()
 
         class Handler(_Handler):
             hub = self
@@ -169,10 +166,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         self.hub.requests.append(("PUT", self.path))
-        if self.hub.hang_uploads:
-            self.hub.hanging.set()
-            self.hub.goes_on.wait()
-            return self._break_connection()
         content = self.rfile.read(int(self.headers["Content-Length"]))
         self.hub.large_files[hashlib.sha256(content).hexdigest()] = content
         return self._send_json({})

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save, save_file
 
 import equivision_timm  # noqa: F401  registers the models
-from equivision_timm.weights.checkpoint import DamagedFile, check_tensors, read_checkpoint
+from equivision_timm.weights.checkpoint import DamagedFile, read_checkpoint
 
 STATE = {"conv1.weights": torch.arange(6.0), "bn1.batch_norm_[8].num_batches_tracked": torch.tensor(3)}
 OPTIONS = argparse.Namespace(model="hybrid", lr=3e-3, output_dir="")
@@ -91,7 +91,6 @@ def test_files_that_are_not_checkpoints(tmp_path, content):
         {"state_dict": {}},
         {"a": "text"},
         {"a": {"b": torch.ones(1)}},
-        {"a": torch.ones(1), "module.a": torch.ones(1)},
     ],
 )
 def test_contents_that_are_not_state_dicts(tmp_path, content):
@@ -105,22 +104,6 @@ def test_no_file(tmp_path):
         read_checkpoint(tmp_path / "missing.ckpt")
     with pytest.raises(IsADirectoryError):
         read_checkpoint(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("fc.bias", torch.tensor([1.0, float("nan")])),
-        ("fc.bias", torch.tensor([float("inf")])),
-        ("fc.bias", torch.tensor([1e300], dtype=torch.float64)),
-        ("fc.bias", torch.ones(3, dtype=torch.int64)),
-        ("fc.bias", torch.ones(3, dtype=torch.complex64)),
-        ("bn1.running_var", -torch.ones(3)),
-    ],
-)
-def test_impossible_values(name, value):
-    with pytest.raises(RuntimeError, match=name):
-        check_tensors({name: value})
 
 
 def mutations(content, count, seed):

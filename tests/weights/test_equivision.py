@@ -107,7 +107,8 @@ def test_the_input_is_not_changed():
             "group",
         ),
         ({"fc.bias": torch.full((1000,), float("nan"))}, "NaN"),
-        ({"conv1.weights": torch.ones(864, dtype=torch.int64)}, "int64"),
+        ({"fc.bias": torch.full((1000,), 1e300, dtype=torch.float64)}, "infinity"),
+        ({"conv1.weights": torch.ones(864, dtype=torch.int64)}, "integers"),
         ({"bn1.batch_norm_[4].running_var": -torch.ones(16)}, "variances"),
     ],
 )

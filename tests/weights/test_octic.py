@@ -66,7 +66,7 @@ def test_fetched_files_are_converted_and_found(tmp_path, monkeypatch, name):
 @pytest.mark.parametrize("name", TABLE)
 def test_the_report(tmp_path, name):
     torch.save(wrapped(name), tmp_path / "x.pth")
-    provenance = convert_file(tmp_path / "x.pth", name, tmp_path / "out").provenance
+    provenance = convert_file(tmp_path / "x.pth", name, tmp_path / "out")
     assert provenance["source"] == "https://github.com/davnords/octic-vits"
     assert ("NOT invariant" in provenance["invariants"]) == ("hybrid" in name)
     assert ("dropped" in provenance) == ("dinov2" in name)
@@ -89,7 +89,7 @@ def test_other_invariants_are_recognised_by_shape(tmp_path):
 def test_another_models_checkpoint_is_refused_by_name(tmp_path, name):
     torch.save(foreign(name), tmp_path / "x.pth")
     for other in TABLE.keys() - {name}:
-        with pytest.raises(WeightsError, match=rf"checkpoint of {other}: .*fits {name}\)"):
+        with pytest.raises(WeightsError, match=rf"checkpoint of {other}: "):
             convert_file(tmp_path / "x.pth", other, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -106,7 +106,7 @@ def test_every_entry_is_needed_and_none_is_left():
         ({"cls_token.3": state["cls_token.3"] + 1}, "invariant"),
         ({"norm.weight": torch.ones(65)}, "shape"),
         ({"norm.weight": torch.full((64,), float("nan"))}, "NaN"),
-        ({"norm.weight": torch.ones(64).long()}, "int64"),
+        ({"norm.weight": torch.ones(64).long()}, "integers"),
     ):
         with pytest.raises(WeightsError, match=noun):
             translate({**state, **changes}, DINO)
