@@ -63,11 +63,10 @@ def write_publication(model_name: str, parent: Path, organisation: str) -> Path:
         InputError: nothing can be written to `parent`.
         WeightsError: config, metadata and tensors are not those of the conversion of this model.
     """
-    packaged, source = model_name in model_names() and resolve_pretrained_cfg(model_name).file, local_folder(model_name)
+    packaged = resolve_pretrained_cfg(model_name).file if model_name in model_names() else None
     if not packaged and model_name not in released():
-        raise ValueError(
-            f"{model_name} has no weights to publish; there are: {', '.join(released())}, test_c8resnet, ..."
-        )
+        raise ValueError(f"{model_name} has no weights to publish; there are: {', '.join(released())}, test_*")
+    source = local_folder(model_name)
     if not packaged and not (source / WEIGHTS_FILE).is_file():
         raise FileNotFoundError(f"there is no {source} to publish: run `python -m equivision_timm fetch {model_name}`")
     publication = parent / source.name

@@ -26,7 +26,6 @@ class Drive:
         files: content by Drive id; an id that is missing is answered with 404.
         over_quota: answer with the page for too many downloads.
         break_after: bytes after which a download loses its connection, None for never.
-        pause_after: bytes after which a download waits for `goes_on`, None for never.
         offsets: where each download began.
     """
 
@@ -34,8 +33,6 @@ class Drive:
         self.files: dict[str, bytes] = {}
         self.over_quota = False
         self.break_after: int | None = None
-        self.pause_after: int | None = None
-        self.goes_on = threading.Event()
         self.offsets: list[int] = []
         authority = trustme.CA()
         authority.cert_pem.write_to_path(str(folder / "authority.pem"))
@@ -108,11 +105,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        limit = self.drive.break_after or self.drive.pause_after
-        if limit and len(body) > limit:
-            self.wfile.write(body[:limit])
-            if self.drive.pause_after:
-                self.drive.goes_on.wait()
-            self.close_connection = True
-        else:
-            self.wfile.write(body)
+        limit = self.drive.break_after
+        self.wfile.write(body[:limit])
+        self.close_connection = limit is not None and len(body) > limit

@@ -5,10 +5,8 @@ import io
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import pytest
@@ -16,7 +14,6 @@ import timm
 import torch
 from support.reference_data import checkpoint
 
-import equivision_timm.cli.fetch as fetch_command
 from equivision_timm.cli.main import main
 from equivision_timm.models.pretrained import WeightsError
 from equivision_timm.weights import equivision
@@ -144,72 +141,72 @@ def test_a_file_that_changed_between_the_parts_is_refused(drive, weights):
     assert files(weights) == MODEL_FILES
 
 
-def over_quota(drive):
-    drive.over_quota = True
+SPOILT = {
+    "over quota": "Too many users",
+    "not there": "did not give the checkpoint of c4resnet18",
+    "no network": f"https://drive.google.com/uc?id={DRIVE_ID} in a browser",
+    "no checkpoint": "sound checkpoint",
+    "code inside": "sound checkpoint",
+    "another model": "the download is in",
+}
 
 
-def not_there(drive):
-    drive.files.clear()
-
-
-def no_checkpoint(drive):
-    drive.files[DRIVE_ID] = b"no checkpoint at all" * 1000
-
-
-def truncated(drive):
-    drive.files[DRIVE_ID] = drive.files[DRIVE_ID][:-1000]
-
-
-def code_inside(drive):
-    drive.files[DRIVE_ID] = saved({"conv1.weights": os.getcwd})
+@pytest.mark.parametrize("spoilt", SPOILT)
+def test_a_clear_error_and_nothing_half_written(drive, weights, monkeypatch, capsys, spoilt):
+    """The other models are fetched all the same."""
+    contents = {"no checkpoint": b"no checkpoint at all" * 1000, "code inside": saved({"conv1.weights": os.getcwd})}
+    contents["another model"] = saved(checkpoint("c4resnet18_fast"))
+    drive.over_quota = spoilt == "over quota"
+    if spoilt == "not there":
+        drive.files.clear()
+    elif spoilt == "no network":
+        for name in ("HTTPS_PROXY", "https_proxy"):
+            monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
+    elif spoilt in contents:
+        drive.files[DRIVE_ID] = contents[spoilt]
+    assert main(["fetch", "c8resnet101", NAME]) == 1
+    errors = " ".join(capsys.readouterr().err.split())
+    assert "no weights of c8resnet101 were released" in errors
+    assert SPOILT[spoilt] in errors
+    assert files(weights) == ([f"downloads/{NAME}.ckpt"] if spoilt == "another model" else [])
+    if spoilt == "another model":  # a whole download is not repeated
+        assert main(["fetch", NAME]) == 1
+        assert drive.offsets == [0]
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (over_quota, "Too many users"),
-        (not_there, "did not give the checkpoint of c4resnet18"),
-        (no_checkpoint, "sound checkpoint"),
-        (truncated, "sound checkpoint"),
-        (code_inside, "sound checkpoint"),
-    ],
+    ("options", "noun"), [(["--images", "."], "photographs"), (["--signs", "x"], "signs"), ([], "cannot write")]
 )
-def test_a_clear_error_and_nothing_half_written(drive, weights, capsys, spoil, message):
-    spoil(drive)
-    assert main(["fetch", NAME]) == 1
-    assert message in " ".join(capsys.readouterr().err.split())
-    assert files(weights) == []
+def test_what_is_known_before_the_download(drive, weights, tmp_path, monkeypatch, capsys, options, noun):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    if not options:
+        weights.write_text("a file in the place of the folder")
+    assert main(["fetch", NAME, "d1resnet18", *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert noun in line
+    assert drive.offsets == []
 
 
-def test_no_network(drive, weights, monkeypatch, capsys):
-    for name in ("HTTPS_PROXY", "https_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
-    assert main(["fetch", NAME]) == 1
-    assert f"https://drive.google.com/uc?id={DRIVE_ID} in a browser" in capsys.readouterr().err
-    assert files(weights) == []
+def test_without_gdown(drive, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gdown", None)
+    assert main(["fetch", NAME]) == 2
+    assert "pip install 'equivision-timm[fetch]'" in capsys.readouterr().err
 
 
-def test_another_models_checkpoint(drive, weights):
-    drive.files[DRIVE_ID] = saved(checkpoint("c4resnet18_fast"))
-    with pytest.raises(WeightsError, match=r"fits c4resnet18_fast.*the download is in"):
-        fetch(NAME)
-    assert files(weights) == [f"downloads/{NAME}.ckpt"]
-
-
-def test_a_whole_download_is_not_repeated(drive, weights, monkeypatch):
-    """As where the signs could not be settled and the user comes back with photographs."""
-    calls = []
-
-    def refuse(checkpoint, model_name, folder, images, signs):
-        calls.append((images, signs))
-        raise WeightsError("undecided")
-
-    monkeypatch.setattr(fetch_module, "convert_file", refuse)
-    assert main(["fetch", NAME]) == 1
-    (weights / "photograph.png").touch()
-    assert main(["fetch", NAME, "--images", str(weights)]) == 1
+def test_two_processes_at_once(drive, weights, tmp_path):
+    """One downloads, the other waits for it; and no cookies are left in the home folder."""
+    forget = "from equivision_timm.weights.released import released; t = released(); from dataclasses import replace"
+    forget += f"; t['{NAME}'] = replace(t['{NAME}'], sha256=None)"
+    run = f"from equivision_timm.cli.main import main; raise SystemExit(main(['fetch', '{NAME}']))"
+    command = [sys.executable, "-c", f"{forget}; {run}"]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert sorted("written" in output for output in outputs) == [False, True]
+    assert sorted("already in" in output for output in outputs) == [False, True]
     assert drive.offsets == [0]
-    assert calls == [(None, None), (weights, None)]
+    assert files(weights) == MODEL_FILES
+    assert not [file for file in (tmp_path / "home").rglob("*") if file.is_file()]
 
 
 def test_signs_reach_the_conversion(drive, monkeypatch):
@@ -224,80 +221,3 @@ def test_signs_reach_the_conversion(drive, monkeypatch):
     weight = model.layer4[1].conv2.conv.weight
     assert torch.equal(weight, expected["layer4.1.conv2.conv.weight"])
     assert not torch.equal(weight, unsigned["layer4.1.conv2.conv.weight"])
-
-
-@pytest.mark.parametrize("options", [["--images", "nowhere"], ["--images", "."], ["--signs", "avx512"]])
-def test_bad_options_are_refused_before_the_download(drive, weights, tmp_path, monkeypatch, capsys, options):
-    (tmp_path / "empty").mkdir()
-    monkeypatch.chdir(tmp_path / "empty")
-    assert main(["fetch", NAME, "d1resnet18", *options]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert options[0].removeprefix("--")[:5] in line or options[1] in line
-    assert drive.offsets == []
-    assert not weights.exists()
-
-
-@pytest.mark.parametrize("blocked", ["w", f"w/{NAME}.equivision_in1k", "w/downloads"])
-def test_a_folder_that_cannot_be_written_is_known_before_the_download(drive, tmp_path, capsys, blocked):
-    (tmp_path / blocked).parent.mkdir(exist_ok=True)
-    (tmp_path / blocked).write_text("a file in the place of the folder")
-    assert main(["fetch", NAME]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert blocked in line
-    assert drive.offsets == []
-
-
-def test_one_failure_does_not_stop_the_others(drive, weights, capsys):
-    assert main(["fetch", "d1resnet18", "c8resnet101", NAME]) == 1
-    errors = capsys.readouterr().err
-    assert "Google Drive did not give the checkpoint of d1resnet18" in errors
-    assert "no weights of c8resnet101 were released" in errors
-    assert files(weights) == MODEL_FILES
-
-
-def test_all_fetches_every_released_model(monkeypatch):
-    fetched = []
-    monkeypatch.setattr(fetch_command, "fetch", lambda name, images, signs: fetched.append(name))
-    assert main(["fetch", "--all"]) == 0
-    assert fetched == list(released())
-    assert len(fetched) == 22
-
-
-def test_without_gdown(drive, monkeypatch):
-    monkeypatch.setitem(sys.modules, "gdown", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'equivision-timm\[fetch\]'"):
-        fetch(NAME)
-
-
-def start_fetch():
-    """A process that fetches, and does not know the hash either."""
-    forget = "from equivision_timm.weights.released import released; t = released(); from dataclasses import replace"
-    forget += f"; t['{NAME}'] = replace(t['{NAME}'], sha256=None)"
-    run = f"from equivision_timm.cli.main import main; raise SystemExit(main(['fetch', '{NAME}']))"
-    command = [sys.executable, "-c", f"{forget}; {run}"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-
-
-def test_killed_midway_then_two_processes_at_once(drive, weights, tmp_path):
-    drive.pause_after = 5 * MIB
-    killed = start_fetch()
-    while not any(part.stat().st_size for part in weights.glob("downloads/*.part")):
-        assert killed.poll() is None
-        time.sleep(0.05)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
-    drive.pause_after = None
-    drive.goes_on.set()
-    assert [os.path.dirname(name) for name in files(weights)] == ["downloads"]
-
-    processes = [start_fetch(), start_fetch()]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    assert sorted("written" in output for output in outputs) == [False, True]
-    assert sorted("already in" in output for output in outputs) == [False, True]
-    assert drive.offsets[:2] == [0, 0]  # of the killed one, and the answer that gdown drops in order to continue
-    assert 0 < drive.offsets[2] <= 5 * MIB
-    assert len(drive.offsets) == 3
-    assert files(weights) == MODEL_FILES
-    compiled = tmp_path / "home" / ".cache" / "equivision_timm" / "native"  # conversion runs the model
-    assert all(file.parent == compiled for file in (tmp_path / "home").rglob("*") if file.is_file())  # no cookies

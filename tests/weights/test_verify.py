@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.reference_data import checkpoint
 from timm.models import save_for_hf
@@ -20,9 +19,10 @@ from equivision_timm.cli.demo import load_digits
 from equivision_timm.cli.main import main
 from equivision_timm.data import load_crops
 from equivision_timm.models import EquivariantResNet
+from equivision_timm.models.pretrained import read_safetensors
 from equivision_timm.models.tensor_hash import TENSORS_SHA256, hash_tensors
 from equivision_timm.weights import verify as verify_module
-from equivision_timm.weights.folder import load_strictly, read_provenance, write_model_folder
+from equivision_timm.weights.folder import load_strictly, write_model_folder
 from equivision_timm.weights.released import Released
 from equivision_timm.weights.verify import check_files, verify
 
@@ -41,14 +41,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def photographs(tmp_path):
-    """A folder with two photographs, in a sub-folder, one of them grey."""
-    folder = tmp_path / "photographs"
-    (folder / "deeper").mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for name, shape in (("a.png", (80, 120, 3)), ("deeper/b.jpg", (90, 70))):
-        coarse = rng.integers(0, 255, (8, 8, *shape[2:]), dtype=np.uint8)
-        Image.fromarray(coarse).resize(shape[1::-1]).save(folder / name)
-    return folder
+    (tmp_path / "photographs").mkdir()
+    coarse = np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(coarse).resize((120, 80)).save(tmp_path / "photographs" / "a.png")
+    return tmp_path / "photographs"
 
 
 def write(folder, name, state):
@@ -57,8 +53,7 @@ def write(folder, name, state):
 
 
 def metadata(folder):
-    with safe_open(folder / "model.safetensors", framework="pt") as file:
-        return file.metadata()
+    return read_safetensors(folder / "model.safetensors")[1]
 
 
 def rows(checks):
@@ -124,11 +119,7 @@ def test_changed_tensors(folder, tmp_path_factory, state):
     shutil.rmtree(copy.parent)
 
 
-METADATA = [{"model": OTHER}, {"model": "resnet18"}, {"model": "hf-hub:someone/model"}]
-METADATA += [{TENSORS_SHA256: "0" * 64}, {TENSORS_SHA256: ""}]
-
-
-@pytest.mark.parametrize("change", METADATA, ids=str)
+@pytest.mark.parametrize("change", [{"model": OTHER}, {"model": "resnet18"}, {TENSORS_SHA256: "0" * 64}], ids=str)
 def test_changed_metadata(folder, tmp_path, change):
     copy = shutil.copytree(folder, tmp_path / "model")
     changed = {**metadata(folder), **change}
@@ -139,25 +130,16 @@ def test_changed_metadata(folder, tmp_path, change):
 CONFIG = [
     {"architecture": OTHER},
     {"architecture": "resnet18"},
-    {"architecture": None},
-    {"num_classes": 0},
     {"num_classes": 9},
-    {"num_classes": "10"},
     {"model_args": {"group": "c8"}},
     {"model_args": {"act_layer": "gelu"}},
     {"model_args": {"bn_eps": 0.1}},
     {"model_args": {"global_pool": "max"}},
-    {"model_args": {"map_pool": "max"}},
     {"model_args": {"in_chans": 1}},
-    {"model_args": []},
     {"pretrained_cfg": {"mean": [0.1, 0.2, 0.3]}},
     {"pretrained_cfg": {"interpolation": "nearest"}},
-    {"pretrained_cfg": {"crop_pct": 0.5}},
     {"pretrained_cfg": {"input_size": [1, 65, 65]}},
-    {"pretrained_cfg": {"input_size": "65"}},
     {"pretrained_cfg": {"num_classes": 11}},
-    {"pretrained_cfg": {"classifier": "head"}, "num_classes": 11},
-    {"pretrained_cfg": 3},
 ]
 
 
@@ -186,25 +168,14 @@ def test_trained_weights_under_the_name_of_another_model(tmp_path):
             assert failed == ([] if name == truth else ["other model"])
 
 
-@pytest.mark.parametrize("safe", [True, False])
-def test_folders_of_timm(tmp_path, photographs, safe):
-    """Also one whose weights are a pickle, by `save_for_hf` without `safe_serialization=True`."""
-    save_for_hf(MODEL, tmp_path / "x", safe_serialization=safe)
-    found = rows(verify(str(tmp_path / "x"), photographs))
-    assert found["loads"].ok
-    assert found["equivariance"].ok
-    assert not any(check.ok is False for check in found.values())
-    if not safe:
-        torch.save({**STATE, "fc.bias": STATE["fc.bias"] * float("nan")}, tmp_path / "x" / "pytorch_model.bin")
-        assert rows(verify(str(tmp_path / "x"), photographs))["finite"].ok is False
-        (tmp_path / "x" / "pytorch_model.bin").write_bytes(b"PK\x03\x04" + bytes(100))
-        assert rows(verify(str(tmp_path / "x"), photographs))["loads"].ok is False
-
-
-def test_a_transformer_saved_by_timm(tmp_path, photographs):
+def test_folders_of_timm(tmp_path, photographs):
     """timm writes arguments into the config: those of the architecture, and no others, are accepted."""
+    save_for_hf(MODEL, tmp_path / "resnet", safe_serialization=True)
     save_for_hf(timm.create_model("test_d4vit", pretrained=True), tmp_path, safe_serialization=True)
-    assert rows(verify(str(tmp_path), photographs))["equivariance"].ok
+    for folder in (tmp_path / "resnet", tmp_path):
+        checks = verify(str(folder), photographs)
+        assert rows(checks)["equivariance"].ok
+        assert not any(check.ok is False for check in checks)
     config = json.loads((tmp_path / "config.json").read_text())
     for key, value in (("img_size", [32, 64]), ("global_pool", "avg")):
         other = {**config, "model_args": {**config.get("model_args", {}), key: value}}
@@ -271,14 +242,11 @@ def test_no_photographs(folder, tmp_path, monkeypatch):
 
 
 def test_accuracy(folder, tmp_path, photographs, monkeypatch):
-    """Each file once, though a link leads to the folder above; a reported figure out of reach fails."""
+    """A reported figure out of reach fails."""
     data, rng = tmp_path / "data" / "validation", np.random.default_rng(0)
     for label in range(10):
         (data / f"{label:04}").mkdir(parents=True)
-        ending = ("png", "tif", "webp")[label % 3]  # timm itself finds no TIFF
-        Image.fromarray(rng.integers(0, 255, (48, 48, 3), dtype=np.uint8)).save(data / f"{label:04}" / f"x.{ending}")
-    for name in ("loop", "other"):
-        (data / "0000" / name).symlink_to(data)  # links to folders above are not followed
+        Image.fromarray(rng.integers(0, 255, (48, 48, 3), dtype=np.uint8)).save(data / f"{label:04}" / "x.png")
     found = rows(verify(str(folder), photographs, tmp_path / "data"))
     assert found["top-1"].finding.endswith("% of 10 images")
     assert found["top-1"].ok is None
@@ -310,7 +278,7 @@ def ckpt(tmp_path):
 def test_convert_writes_a_model_that_verify_accepts(ckpt, tmp_path, photographs, capsys):
     out = tmp_path / "out"
     assert main(["convert", str(ckpt), "--model", CONVERTED, "--out", str(out), "--images", str(photographs)]) == 0
-    printed, provenance = capsys.readouterr().out, read_provenance(out)
+    printed, provenance = capsys.readouterr().out, metadata(out)
     state = load_file(out / "model.safetensors")
     assert provenance["converted_dtypes"] == "float16 to float32"
     assert provenance["basis_from"] == "coefficients"
@@ -326,11 +294,10 @@ def test_convert_writes_a_model_that_verify_accepts(ckpt, tmp_path, photographs,
     [
         (["missing.ckpt", "--model", CONVERTED, "--out", "out"], 1, "missing.ckpt"),
         (["last.ckpt", "--model", "resnet18", "--out", "out"], 2, "resnet18"),
-        (["last.ckpt", "--model", "c4resnet18", "--out", "out"], 1, "fits c4resnet18_fast"),
+        (["last.ckpt", "--model", "c4resnet18", "--out", "out"], 1, "are needed"),
         (["last.ckpt", "--model", CONVERTED, "--out", "out", "--signs", "++"], 2, "signs"),
         ([".", "--model", CONVERTED, "--out", "out"], 1, "directory"),
-        (["last.ckpt", "--model", CONVERTED, "--out", "last.ckpt"], 2, "is a file"),
-        (["last.ckpt", "--model", CONVERTED, "--out", "last.ckpt/below"], 2, "cannot write"),
+        (["last.ckpt", "--model", CONVERTED, "--out", "last.ckpt"], 2, "cannot write"),
         (["last.ckpt", "--model", CONVERTED, "--out", "out", "--images", "nowhere"], 2, "photographs"),
         (["last.ckpt", "--model", "c8reresnet50", "--out", "out", "--signs", "++"], 2, "signs"),
     ],
