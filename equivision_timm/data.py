@@ -188,12 +188,11 @@ class ImageFolder(torch.utils.data.Dataset[tuple[Any, int]]):
         Raises:
             PictureError: 50 consecutive pictures, or all, cannot be read.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(index)
+        index = range(len(self))[index]  # IndexError at the end of a loop
         faults: list[str] = []
         for i in range(index, index + min(_MOST_FAULTS, len(self))):
             try:
-                image, target = self.change(self.picture(i % len(self)), index), self.samples[i % len(self)][1]
+                image, target = self.change(self.picture(i % len(self)), self.samples[i % len(self)][1], index)
             except PictureError as error:
                 faults.append(str(error))
                 continue
@@ -207,9 +206,9 @@ class ImageFolder(torch.utils.data.Dataset[tuple[Any, int]]):
         """The picture in `input_img_mode`, before any transform."""
         return open_rgb(self.samples[index][0]).convert(self.input_img_mode)
 
-    def change(self, image: Image.Image, index: int) -> Image.Image:
-        """Hook for subclasses: the picture before the transform."""
-        return image
+    def change(self, image: Image.Image, target: Any, index: int) -> tuple[Image.Image, Any]:
+        """Hook for subclasses: the picture before the transform, and its class."""
+        return image, target
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
         """As in timm's `ImageDataset`: relative to the folder by default."""
@@ -295,7 +294,16 @@ def load_photographs(folder: str | Path | None, count: int = _MOST) -> list[np.n
         return _bundled()
     files = find_photographs(folder)
     files = [files[i * len(files) // count] for i in range(count)] if len(files) > count else files
-    photographs = [photograph for path in files if (photograph := _read(path)) is not None]
+    photographs = []
+    for path in files:
+        try:
+            picture = open_rgb(path)
+        except PictureError as error:
+            warnings.warn(f"left out: {error}", stacklevel=3)
+            continue
+        scale = min(1, (_PIXELS / (picture.width * picture.height)) ** 0.5)
+        size = [max(1, int(side * scale)) for side in picture.size]
+        photographs.append(np.asarray(picture if scale == 1 else picture.resize(size, reducing_gap=3.0)))
     if not photographs:
         raise InputError(f"no photograph of the {len(files)} in {folder} can be read: name another folder")
     return photographs
@@ -307,18 +315,6 @@ def find_photographs(folder: str | Path) -> list[Path]:
     if not files:
         raise InputError(f"{folder} holds no photographs ({', '.join(ENDINGS)}): name another folder")
     return files
-
-
-def _read(path: Path) -> np.ndarray | None:
-    try:
-        picture = open_rgb(path)
-    except PictureError as error:
-        warnings.warn(f"left out: {error}", stacklevel=4)
-        return None
-    scale = (_PIXELS / (picture.width * picture.height)) ** 0.5
-    if scale < 1:
-        picture = picture.resize([max(1, int(side * scale)) for side in picture.size], reducing_gap=3.0)
-    return np.asarray(picture)
 
 
 def _bundled() -> list[np.ndarray]:

@@ -48,10 +48,8 @@ def check_writable(path: Path, make_folders: bool = False) -> None:
             os.stat(path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}: use a folder that exists and is yours") from error
-    if path.exists() and not path.is_file():
-        raise InputError(f"{path} is a folder or a device: give the name of a file")
-    if path.exists() and not os.access(path, os.W_OK):
-        raise InputError(f"{path} is write-protected: give another name, or make it writable")
+    if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
+        raise InputError(f"{path} is a folder, a device or write-protected: give the name of another file")
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -103,13 +103,13 @@ class RotatedFolder(ImageFolder):
         self.training = training
         self.limit = limit
 
-    def change(self, image: Image.Image, index: int) -> Image.Image:
+    def change(self, image: Image.Image, target: Any, index: int) -> tuple[Image.Image, Any]:
         """The picture, rotated."""
         if self.training:
             angle = self.limit * (2 * torch.rand(()).item() - 1)
         else:
             angle = 360 * np.random.default_rng(index).random()
-        return rotate_image(image, angle)
+        return rotate_image(image, angle), target
 
 
 class OrientedFolder(RotatedFolder):
@@ -131,15 +131,14 @@ class OrientedFolder(RotatedFolder):
         self.rotations = rotations
         self.spread: float = 180 / rotations if spread is None else spread
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        image = self.picture(index)
+    def change(self, image: Image.Image, target: Any, index: int) -> tuple[Image.Image, int]:
+        """The picture, rotated, and the nearest rotation of the group."""
         draw = torch.rand(3).numpy() if self.training else np.random.default_rng(index).random(3)
         target = int(draw[0] * self.rotations)
         angle = 360 * target / self.rotations + self.spread * float(2 * draw[1] - 1)
         if self.training and draw[2] < 0.5:
             image = ImageOps.mirror(image)
-        image = rotate_image(image, angle)
-        return image if self.transform is None else self.transform(image), target
+        return rotate_image(image, angle), target
 
 
 def _create(root: str, train: bool, download: bool = False, kind: Any = RotatedFolder, **options: Any) -> ImageFolder:

@@ -11,7 +11,6 @@ from timm.data import create_transform, resolve_data_config
 
 import equivision_timm
 from equivision_timm.cli import demo
-from equivision_timm.cli.main import main
 
 PACKAGE = Path(equivision_timm.__file__).parent
 ANGLES = (0, 45, 90, 180)
@@ -65,13 +64,3 @@ def test_quarter_turns_permute_pixels_and_corners_are_black() -> None:
     rotated = demo.turn(white, 45, 65)[0, 0]
     assert rotated[32, 32] == 1
     assert torch.stack([rotated[0, 0], rotated[0, -1], rotated[-1, 0], rotated[-1, -1]]).eq(0).all()
-
-
-def test_interrupted_run_leaves_the_old_picture(tmp_path: Path, monkeypatch) -> None:
-    def interrupt(*_) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(demo, "predict", interrupt)
-    (tmp_path / "demo.png").write_bytes(b"old")
-    assert main(["demo", "--out", str(tmp_path / "demo.png")]) == 130
-    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"old"]

@@ -103,20 +103,3 @@ def test_wrong_file_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "computes other logits than 'test_c8resnet'" in capsys.readouterr().err
     assert file.read_bytes() == b"older"
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["test_c8resnet", "folder"], "is a folder"),
-        (["test_c8resnet", "m.onnx", "--size", "2"], "2 x 2 pixels"),
-        (["test_c8resnet", "m.onnx", "--class-map", "two.txt"], "2 names"),
-    ],
-)
-def test_bad_input(arguments: list[str], words: str, tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "two.txt").write_text("a\nb\n")
-    assert main(["export", *arguments]) == 2
-    assert words in capsys.readouterr().err
-    assert not (tmp_path / "m.onnx").exists()

@@ -14,8 +14,7 @@ from PIL import Image
 from support.small_models import save_small_model, save_training
 
 from equivision_timm.cli.main import main
-from equivision_timm.cli.models import Loaded
-from equivision_timm.cli.show import class_titles, map_error, scalar_maps
+from equivision_timm.cli.show import map_error, scalar_maps
 from equivision_timm.errors import one_line
 from equivision_timm.rotation import rotate
 
@@ -118,13 +117,3 @@ def test_class_names_are_drawn_as_they_stand(name: str, photograph: str, tmp_pat
     drawn = html.unescape(out.read_text())
     assert one_line(name)[:15] in drawn
     assert "$\\x$, 33 px, level 1" in drawn
-
-
-def test_names_of_a_checkpoint_are_not_those_of_other_weights(photograph: str, tmp_path: Path) -> None:
-    """Ten classes, as the digits that the model's own weights tell apart, which are others here."""
-    named = {"label_names": [f"breed {n}" for n in range(10)], "num_classes": 10}
-    file = tmp_path / "trained.pth"
-    model = timm.create_model("test_c8resnet", num_classes=10, pretrained_cfg_overlay=named)
-    torch.save(model.state_dict(), file)
-    assert class_titles(Loaded("test_c8resnet", model, {}, {})) == [f"breed {n}" for n in range(10)]
-    assert class_titles(Loaded(f"test_c8resnet={file}", model, {}, {})) == [f"class {n}" for n in range(10)]

@@ -233,19 +233,6 @@ def test_no_memory(model, clock, monkeypatch):
         measure(model, SETTING)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["test_c8rsnet"], "did you mean 'test_c8resnet'"),
-        (["test_d4vit"], "no steerable convolutions"),
-        (["test_c8resnet", "--size", "3"], "too small"),
-    ],
-)
-def test_bad_input(arguments, message, capsys):
-    assert main(["tune", *arguments]) == 2
-    assert message in capsys.readouterr().err
-
-
 def test_all_ranks_use_the_result_of_the_first(tmp_path):
     mp.spawn(tune_in_group, (str(tmp_path),), nprocs=2)
 

@@ -87,7 +87,9 @@ def measure(out: Path, angles: Sequence[int] = ANGLES, every: int = 1) -> None:
     digits, labels = (tensor[::every] for tensor in load_digits())
     predictions = {}
     for network in NETWORKS:
-        model = timm.create_model(network.model, num_classes=10, checkpoint_path=str(_weights(network.file))).eval()
+        model = timm.create_model(
+            network.model, num_classes=10, checkpoint_path=str(DIGITS / f"{network.file}.safetensors")
+        ).eval()
         progress = tqdm(angles, desc=network.title, unit="angle")
         predictions[network] = torch.stack([predict(model, digits, angle, network.turns) for angle in progress])
     print(_table(predictions, labels, angles))  # predictions: [angles, N] each
@@ -100,12 +102,8 @@ def measure(out: Path, angles: Sequence[int] = ANGLES, every: int = 1) -> None:
 
 def load_digits() -> tuple[torch.Tensor, torch.Tensor]:
     """The held-out digits, [500, 28, 28] uint8, white on black, and their labels [500]."""
-    tensors = load_file(_weights("held_out"))
+    tensors = load_file(DIGITS / "held_out.safetensors")
     return tensors["digits"], tensors["labels"].long()
-
-
-def _weights(file: str) -> Path:
-    return DIGITS / f"{file}.safetensors"
 
 
 def turn(digits: torch.Tensor, degrees: float, size: int) -> torch.Tensor:
@@ -242,14 +240,10 @@ def _draw_digits(
             for place, (network, predicted) in enumerate(predictions.items()):
                 answer = int(predicted[index, chosen[row]])
                 x = column + 0.06 + 0.88 * (place + 0.5) / len(predictions)  # a gap between the columns
-                _draw_answer(axes, x, top + 1.13, answer, answer == labels[chosen[row]], network.colour)
+                colour, right = network.colour, answer == labels[chosen[row]]  # filled if it is correct
+                box = {"boxstyle": "round,pad=0.2", "facecolor": colour if right else "white", "edgecolor": colour}
+                style = {"color": "white" if right else colour, "fontweight": "bold", "fontsize": 6.5}
+                axes.text(x, top + 1.13, str(answer), ha="center", va="center", bbox=box, **style)
     axes.set(xlim=(0, len(shown)), ylim=(len(PICTURED) * row_height, -0.1), aspect="equal")
     axes.axis("off")
     axes.set_title("Predictions: filled if correct, hollow if wrong", fontweight="bold", fontsize=13, pad=16)
-
-
-def _draw_answer(axes: "Axes", x: float, y: float, answer: int, right: bool, colour: str) -> None:
-    """A badge with a digit: filled if it is correct, hollow if wrong."""
-    box = {"boxstyle": "round,pad=0.2", "facecolor": colour if right else "white", "edgecolor": colour}
-    style = {"color": "white" if right else colour, "fontweight": "bold", "fontsize": 6.5}
-    axes.text(x, y, str(answer), ha="center", va="center", bbox=box, **style)

@@ -6,7 +6,6 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from equivision_timm.errors import InputError, one_line
 from equivision_timm.files import check_writable, write_file
 from equivision_timm.models import EquivariantBackbone, EquivariantConvNeXt, EquivariantViT, fuse
 
-__all__ = ["Exported", "export", "register"]
+__all__ = ["export", "register"]
 
 _TOLERANCE = 1e-3  # of the largest logit; rounding errors are a hundred times smaller
 
@@ -43,26 +42,8 @@ def register(commands: Parsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the file and print how well it agrees with the model; returns the exit status."""
-    done = export(args.model, args.out, args.size, args.class_map, args.model_kwargs)
-    height, width = done.size
-    print(f"{one_line(str(args.out))}: {done.megabytes:.1f} MB, logits within {done.error:.0e} of the model's")
-    change = f"they change by {done.rotated:.0e} of the largest"
-    print(f"rotated by {done.degrees} degrees at {height} x {width} pixels {change}", end="")
-    print(f"; --size {' or '.join(map(str, done.exact_sizes))} is exact" if done.exact_sizes else "")
+    print(export(args.model, args.out, args.size, args.class_map, args.model_kwargs))
     return 0
-
-
-@dataclass(frozen=True)
-class Exported:
-    """Result of `export`."""
-
-    megabytes: float  # size of the file
-    error: float  # largest difference to the logits of the model, relative to the largest logit
-    rotated: float  # the same between the file's logits of images and of the rotated ones
-    degrees: int  # by 90 degrees; by 180 if the images are not square
-    size: tuple[int, int]  # (height, width) of the images
-    # the nearest at which rotations are exact; empty if `size` is exact or the model has none
-    exact_sizes: tuple[int, ...]
 
 
 def export(
@@ -71,8 +52,10 @@ def export(
     size: int | None = None,
     class_map: Path | None = None,
     model_kwargs: dict[str, Any] | None = None,
-) -> Exported:
+) -> str:
     """Write a classifier as an ONNX file, images [batch, C, H, W] -> logits [batch, classes], for any batch size.
+
+    Returns its size, its largest error, and what a rotation by 90 degrees (180 of a rectangle) changes, in words.
 
     Args:
         model: `NAME` (pretrained weights) or `NAME=CHECKPOINT`.
@@ -116,14 +99,12 @@ def export(
     write_file(out, content)
     equivariant = isinstance(network, EquivariantBackbone | EquivariantConvNeXt | EquivariantViT)
     exact = not equivariant or network.is_exact((height, width))
-    sizes = () if exact else network.exact_sizes(max(height, width))
-    return Exported(
-        len(content) / 1e6,
-        error,
-        _difference(rotated, logits),
-        90 * quarters,
-        (height, width),
-        tuple(dict.fromkeys(sizes)),
+    sizes = {} if exact else dict.fromkeys(network.exact_sizes(max(height, width)))
+    exact_sizes = f"; --size {' or '.join(map(str, sizes))} is exact" if sizes else ""
+    return (
+        f"{one_line(str(out))}: {len(content) / 1e6:.1f} MB, logits within {error:.0e} of the model's\n"
+        f"rotated by {90 * quarters} degrees at {height} x {width} pixels they change by "
+        f"{_difference(rotated, logits):.0e} of the largest{exact_sizes}"
     )
 
 

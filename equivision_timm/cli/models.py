@@ -160,11 +160,9 @@ def check_spec(spec: str) -> None:
     """Check a spec without loading anything.
 
     Raises:
-        InputError: timm does not know the name (similar ones are named); the checkpoint or folder does not exist.
+        InputError: timm does not know the name (similar ones are named); the checkpoint does not exist.
     """
     name, checkpoint = split_spec(spec)
-    if name.startswith("local-dir:") and not os.path.isdir(name.removeprefix("local-dir:")):
-        raise InputError(f"there is no folder {name.removeprefix('local-dir:')!r} to load {name!r} from")
     if ":" not in name and not timm.is_model(name):  # 'hf-hub:...' is looked up when it is loaded
         near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=4, cutoff=0.5)
         suggestion = f": did you mean {', '.join(near)}?" if near else ""

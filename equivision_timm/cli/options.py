@@ -1,6 +1,7 @@
 """Options that several commands have, a loop over models, the text of an error."""
 
 import argparse
+import contextlib
 import math
 import sys
 from collections.abc import Callable, Iterable
@@ -88,20 +89,19 @@ def parse_angles(text: str) -> list[float]:
         >>> parse_angles("0:360:90")
         [0.0, 90.0, 180.0, 270.0]
     """
-    separator = ":" if ":" in text else ","
-    try:
-        numbers = [float(part) for part in text.split(separator)]
-    except ValueError:
-        numbers = []
-    is_range = separator == ":" and len(numbers) == 3 and numbers[0] <= numbers[1] and numbers[2] > 0
-    if not numbers or not all(map(math.isfinite, numbers)) or (separator == ":" and not is_range):
-        raise InputError(f"{text!r} is not a list of angles: use START:STOP:STEP or A,B,C in degrees, as 0:360:15")
-    if is_range:
-        start, stop, step = numbers
-        steps = min((stop - start) / step + 1e-9, 2 * _MOST_ANGLES)
-        numbers = [start + step * i for i in range(math.floor(steps) + 1)]
-    if len(numbers) > _MOST_ANGLES:
-        raise InputError(f"{text!r} has more than {_MOST_ANGLES} angles: leave some out")
+    numbers: list[float] = []
+    with contextlib.suppress(ValueError):  # not numbers, or not three
+        if ":" in text:
+            start, stop, step = map(float, text.split(":"))
+            steps = (stop - start) / step + 1e-9 if step > 0 else -1
+            numbers = [start + step * i for i in range(int(steps) + 1)] if 0 <= steps < _MOST_ANGLES else []
+        else:
+            numbers = [float(part) for part in text.split(",")]
+    if not 0 < len(numbers) <= _MOST_ANGLES or not all(map(math.isfinite, numbers)):
+        raise InputError(
+            f"{text!r} is not a list of up to {_MOST_ANGLES} angles: use START:STOP:STEP or A,B,C in degrees, as "
+            "0:360:15"
+        )
     rotations: dict[float, float] = {}
     for number in numbers:
         angle = math.fmod(number, 360) + 0.0  # + 0.0: no negative zero

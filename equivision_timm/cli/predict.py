@@ -16,7 +16,7 @@ from tqdm import tqdm
 from equivision_timm.cli.models import check_spec, find_device, load, read_class_map
 from equivision_timm.cli.options import Parsers, add_batches, add_class_map, add_model_kwargs, add_size, integer
 from equivision_timm.data import ENDINGS, PictureError, find_pictures, open_rgb, preparation
-from equivision_timm.errors import InputError, check_number, one_line
+from equivision_timm.errors import InputError, one_line
 from equivision_timm.files import check_writable, write_file
 
 __all__ = ["Prediction", "register"]
@@ -66,8 +66,9 @@ def run(args: argparse.Namespace) -> int:
     batch_size = min(args.batch_size, len(files))
     loaded.try_image(torch.zeros(loaded.input_size))
     names = loaded.class_names(names)
-    check_number("--topk", args.topk, 1, loaded.num_classes)
-    topk = args.topk or min(5, loaded.num_classes)
+    if (args.topk or 1) > len(names):
+        raise InputError(f"--topk {args.topk} is not possible: give a number from 1 to {len(names)}")
+    topk = args.topk or min(5, len(names))
     network, prepare = loaded.model.to(device), preparation(loaded.config)
     rows: list[Prediction] = []
     with tqdm(total=len(files), unit="image", file=sys.stderr) as progress:

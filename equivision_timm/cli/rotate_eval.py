@@ -12,6 +12,7 @@ under their settings, `rotate_report.py` makes tables and pictures of them.
 """
 
 import argparse
+import contextlib
 import hashlib
 import itertools
 import json
@@ -117,7 +118,9 @@ def run(args: argparse.Namespace) -> int:
 
     for spec, size in work:  # errors come before the work
         loaded, settings = prepare(spec, size)
-        _try(loaded, folder, args)
+        if not args.unlabelled:
+            _check_classes(loaded, folder, args.class_map)
+        loaded.try_image(torch.zeros(loaded.input_size))
         results.find(settings)
     measured: list[Result] = []
     try:
@@ -165,11 +168,9 @@ def _hash_folder(folder: _Folder) -> str:
     """SHA-256 of the names and contents of all files."""
     digests = []
     for index in tqdm(range(len(folder)), desc="reading", unit="image", leave=False, delay=5):
-        path = folder.filename(index, absolute=True)
-        try:
-            content = file_sha256(path) if os.path.isfile(path) else ""
-        except OSError:
-            content = ""
+        content = ""  # of a file that cannot be read
+        with contextlib.suppress(OSError):
+            content = file_sha256(folder.filename(index, absolute=True))
         digests.append((folder.filename(index).encode(errors="surrogateescape").hex(), content))
     return _hash(digests)
 
@@ -192,13 +193,6 @@ def _check_classes(loaded: Loaded, folder: _Folder, class_map: str) -> None:
             f"{loaded.spec!r} has {classes} classes, the folder {len(found)}: give --class-map FILE (sub-folders in "
             "the order of the model's classes), or --unlabelled for agreement and drift only"
         )
-
-
-def _try(loaded: Loaded, folder: _Folder, args: argparse.Namespace) -> None:
-    """Find the errors of this model before the work."""
-    if not args.unlabelled:
-        _check_classes(loaded, folder, args.class_map)
-    loaded.try_image(torch.zeros(loaded.input_size))
 
 
 def _continue(

@@ -74,7 +74,7 @@ def _csv(results: list[Result]) -> bytes:
         settings, means = result.settings, [result.mean(metric) for metric in metrics]
         for angle, *values in zip(settings.angles, *means, strict=True):
             figures = [settings.size, settings.turns, f"{angle:g}", result.images, *(f"{v:.6g}" for v in values)]
-            rows.append([_no_formula(settings.model), *figures])
+            rows.append([settings.model, *figures])
     return _csv_bytes(rows)
 
 
@@ -82,10 +82,10 @@ def _stages_csv(results: list[Result]) -> bytes:
     """A row per model, size, stage and angle."""
     rows: list[list[Any]] = [["model", "size", "stage", "angle", "images", "error"]]
     for result in results:
-        model, size = _no_formula(result.settings.model), result.settings.size
+        model, size = result.settings.model, result.settings.size
         for stage in result.stages:
             for angle, error in zip(result.settings.angles, result.stage_errors(stage), strict=True):
-                rows.append([model, size, _no_formula(stage), f"{angle:g}", result.images, f"{error:.6g}"])
+                rows.append([model, size, stage, f"{angle:g}", result.images, f"{error:.6g}"])
     return _csv_bytes(rows)
 
 
@@ -93,11 +93,6 @@ def _csv_bytes(rows: list[list[Any]]) -> bytes:
     file = io.StringIO(newline="")
     csv.writer(file).writerows(rows)
     return file.getvalue().encode(errors="backslashreplace")
-
-
-def _no_formula(text: str) -> str:
-    """Text that a spreadsheet does not evaluate."""
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
 
 
 # Pictures
@@ -233,7 +228,7 @@ th:first-child, td:first-child { text-align: left; padding-left: 0; }
 td { white-space: nowrap; } thead th { border-bottom: 2px solid #888; }
 .left td { text-align: left; white-space: normal; } .wide { overflow-x: auto; } .note { color: #555; font-size: .9rem; }
 .side { display: flex; flex-wrap: wrap; gap: 1rem 2rem; } .side > section { flex: 1 1 20rem; max-width: 36rem; }
-.names td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 9rem; } summary { cursor: pointer; }
+.names td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 9rem; }
 """
 
 
@@ -294,20 +289,10 @@ def _summary(results: list[Result]) -> str:
 
 
 def _by_angle(results: list[Result], metric: str) -> str:
-    """The curves of a metric and its table; with top-1 that of top-5."""
+    """The curves of a metric."""
     title = _TITLES[metric].capitalize()
-    tables = [_angle_table(results, name) for name in ([metric, "top5"] if metric == "top1" else [metric])]
     picture = _image(draw(results, [metric]), f"{title} against the angle")
-    return f"<section><h3>{title}</h3>{picture}{''.join(tables)}</section>"
-
-
-def _angle_table(results: list[Result], metric: str) -> str:
-    """A metric of all results, a row for each angle, unfolded by a click."""
-    digits = "{:.2g}" if metric == "drift" else "{:.1f}"
-    columns = [[digits.format(value) for value in result.mean(metric)] for result in results]
-    rows = [[f"{angle:g}°", *values] for angle, *values in zip(results[0].settings.angles, *columns, strict=True)]
-    table = _table(["angle", *map(_label, results)], rows)
-    return f'<details><summary>Table: {_TITLES[metric]}</summary><div class="wide">{table}</div></details>'
+    return f"<section><h3>{title}</h3>{picture}</section>"
 
 
 def _stages(results: list[Result]) -> str:

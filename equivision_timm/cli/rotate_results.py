@@ -122,10 +122,10 @@ class Results:
         """
         try:
             entries = json.loads(self.path.read_bytes())["results"]
-            return [_parse(entry) for entry in entries]
+            return [Result(**{**entry, "settings": Settings(**entry["settings"])}) for entry in entries]
         except FileNotFoundError:
             return []
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{self.path} holds no results of this rotate-eval ({error}): choose another --out"
             ) from error
@@ -159,20 +159,3 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._lock:
             yield
-
-
-def _parse(entry: dict[str, Any]) -> Result:
-    """A result from the file. Raises ValueError, KeyError, TypeError, AttributeError for anything else."""
-    result = Result(**{**entry, "settings": Settings(**entry["settings"])})
-    settings, metrics = result.settings, METRICS if result.settings.targets else METRICS[2:]
-    complete = not result.images or set(result.sums) == set(metrics)
-    tables = [*result.sums.values(), *result.stages.values()]
-    if not complete or any(len(sums) != len(settings.angles) or not all(map(_is_number, sums)) for sums in tables):
-        raise ValueError(f"{settings.model!r} has no sum for each angle")
-    if not 0 <= result.images + len(result.unreadable) == result.position <= settings.files or result.images < 0:
-        raise ValueError(f"{settings.model!r} has {result.images} images of {result.position} files")
-    return result
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float)

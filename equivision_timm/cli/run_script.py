@@ -16,16 +16,11 @@ _WHERE = (
 
 
 def check_script(script: str) -> None:
-    """Raise InputError if `script` is not a readable file."""
-    if os.path.isdir(script):
-        example = Path(script, "train.py")
-        raise InputError(f"{script!r} is a folder, not a script: name a file in it, such as {example}. {_WHERE}")
+    """Raise InputError if `script` is not a file."""
     if not os.path.isfile(script):
-        raise InputError(f"{script!r} is neither a command (see python -m equivision_timm --help) nor a file. {_WHERE}")
-    try:
-        Path(script).open("rb").close()
-    except OSError as error:
-        raise InputError(f"the script {script!r} cannot be read: {error.strerror}") from error
+        not_a_script = "neither a command (see python -m equivision_timm --help) nor a file"
+        what = "a folder, not a script" if os.path.isdir(script) else not_a_script
+        raise InputError(f"{script!r} is {what}. {_WHERE}")
 
 
 def run_script(script: str, arguments: list[str]) -> None:

@@ -38,7 +38,6 @@ _DPI = 100
 _COLUMN, _HEIGHT = 1.75, 9.0  # inches
 _LONGEST = 16  # letters of a class name that fit over a column
 _LEAST = 0.01  # the scale of the differences ends there at least: rounding errors stay dark
-_WIDEST = 160  # inches; WebP holds 16383 pixels
 
 
 def register(commands: Parsers) -> None:
@@ -67,11 +66,6 @@ def run(args: argparse.Namespace) -> int:
 
     models, angles = list(dict.fromkeys(args.models)), parse_angles(args.angles)
     width = (_COLUMN * len(angles) + 0.5) * len(models)  # inches
-    if width > _WIDEST:
-        raise InputError(
-            f"{len(angles)} angles of {len(models)} model(s) make a picture of {width * _DPI:.0f} pixels, more than "
-            f"{_WIDEST * _DPI}: give fewer --angles"
-        )
     for spec in models:
         check_spec(spec)
     check_figure_file(args.out, make_folders=True)

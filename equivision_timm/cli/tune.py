@@ -1,17 +1,16 @@
 """`tune`: measure which strategy of convolution is fastest on this machine, layer by layer."""
 
 import argparse
-import difflib
 import json
 
 import timm
 from timm.models import get_pretrained_cfg
 
-from equivision_timm.cli.models import find_device
+from equivision_timm.cli.models import check_spec, find_device
 from equivision_timm.cli.options import Parsers, add_batches, integer
 from equivision_timm.errors import InputError
 from equivision_timm.layers.strategies.measured import table_file
-from equivision_timm.models import EquivariantBackbone, model_names
+from equivision_timm.models import EquivariantBackbone
 from equivision_timm.models.tune import Setting, Tuning, measure
 
 __all__ = ["as_table", "register"]
@@ -38,10 +37,7 @@ def register(commands: Parsers) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if args.name not in model_names():
-        near = difflib.get_close_matches(args.name, model_names(), n=1)
-        hint = f", did you mean {near[0]!r}?" if near else ": see the command list"
-        raise InputError(f"{args.name!r} is not a model of this package{hint}")
+    check_spec(args.name)
     device = find_device(args.device)
     model = timm.create_model(args.name).to(device)
     if not isinstance(model, EquivariantBackbone):

@@ -29,10 +29,8 @@ def run(args: argparse.Namespace) -> int:
     """Print the checks; returns the exit status."""
     if Path(args.target).suffix in (".pth", ".pt", ".tar", ".ckpt", ".bin"):
         raise InputError(
-            f"{args.target!r} is a checkpoint of training, and verify checks model folders and safetensors files. For "
-            f"the accuracy run timm's validate.py --model NAME --checkpoint {args.target} --data-dir DIR; under "
-            f"rotation, rotate-eval --models NAME={args.target} --data DIR; for predictions, predict IMAGE --model "
-            f"NAME={args.target}; an original checkpoint: convert {args.target} --model NAME --out DIR, then verify DIR"
+            f"{args.target!r} is a checkpoint, and verify checks model folders and safetensors files: convert "
+            f"{args.target} --model NAME --out DIR, or timm's validate.py --model NAME --checkpoint {args.target}"
         )
     checks = verify(args.target, args.images, args.data)
     result = as_json(checks)
