@@ -1,4 +1,4 @@
-"""scripts/benchmark.py on a tiny network: what it compares with is dense and as wide, and it writes what it saw."""
+"""scripts/benchmark.py on a tiny network: its rival is dense and as wide, and it writes the measured figures."""
 
 import importlib.util
 import json
@@ -58,7 +58,7 @@ def test_a_process_that_ends_is_no_result(benchmark, monkeypatch, capfd):
     monkeypatch.syspath_prepend(SCRIPT.parent)
     setting = benchmark.Setting(1, 65)
     step = partial(benchmark.prepare_step, "ours", "no_such_model", "eval", setting)
-    with pytest.raises(RuntimeError, match=r"measures 'ours' ended with exit code 1: .* a smaller --batch-size"):
+    with pytest.raises(RuntimeError, match="--batch-size"):
         benchmark.in_turns({"ours": step}, 1, setting)
     assert "no_such_model" in capfd.readouterr().err
 
@@ -131,12 +131,10 @@ def test_the_picture_is_drawn_again_from_what_was_measured(benchmark, tmp_path, 
     ("name", "rival"),
     [
         ("c8resnet50", "resnet50"),
-        ("c8resnet18_fast", "resnet18"),
         ("c8resnetaf50", "resnet50"),
         ("c8resnetaa50d", "resnetaa50d"),
         ("c8reresnet101", "resnet101"),
-        ("d4vit_base_patch16_224", "vit_base_patch16_224"),
-        ("d4vit_small_patch16_full_224", "vit_small_patch16_224"),
+        ("d4vit_base_patch16_full_224", "vit_base_patch16_224"),
         ("d4hybridvit_huge_patch14_224", "vit_huge_patch14_224"),
     ],
 )
@@ -152,6 +150,5 @@ def test_transformers_are_compared_with_timms(benchmark):
         "ours": benchmark.complexity(row["model"])[1],
         "timm": benchmark.complexity(benchmark.timms_rival(row["model"]))[1],
     }
-    assert benchmark.timms_rival("d4vit_base_patch16_full_224") == "vit_base_patch16_224"
     assert 0.5 < row["operations"]["ours"] / row["operations"]["timm"] < 0.8
     assert "| 300 | 400 | 0.75 |" in benchmark.transformer_table([row])

@@ -1,4 +1,4 @@
-"""The examples in scripts/examples run and do what they say."""
+"""The examples in scripts/examples run and keep their promises."""
 
 import importlib.util
 import json
@@ -95,9 +95,9 @@ def test_int8_is_invariant_bit_by_bit(example, tmp_path: Path) -> None:
     assert int8.compare("test_c1resnet", tmp_path, count=40)["int8"] > 0.5
 
 
-@pytest.mark.parametrize("name", ["c8reresnet50", "c8resnet50_fast"])
+@pytest.mark.parametrize("name", ["c8reresnet50", pytest.param("c8resnet50_fast", marks=pytest.mark.slow)])
 def test_detection(name: str, example) -> None:
-    """A few steps on photographs; what the pyramid gets rotates with the image, at this size and not at the next."""
+    """A few steps on photographs; the maps rotate with the image, at this size and not at the next."""
     detection = example("detection", needs=["skimage"])
     torch.manual_seed(0)
     model = detection.detector(name, width=1)
@@ -121,23 +121,14 @@ def test_detection(name: str, example) -> None:
     assert min(errors(batch[..., :-1, :-1])) > 0.1
 
 
-@pytest.mark.parametrize("name", ["c8resnet18_fast", "d4resnet50_fast"])
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of segmentation_models.pytorch
-def test_segmentation(name: str, example) -> None:
+def test_segmentation(example) -> None:
     segmentation = example("segmentation", needs=["segmentation_models_pytorch", "skimage"])
     torch.manual_seed(0)
-    model = segmentation.unet(name, **({"width": 4} if "18" in name else {"width": 1}))
-    scores = segmentation.train(model, steps=8)
+    scores = segmentation.train(segmentation.unet("c8resnet18_fast", width=4), steps=8)
     assert scores[-1] > max(0.5, scores[0])
-
-
-def test_segmentation_takes_the_named_model(example) -> None:
-    """`tu-c8resnet18` itself, at its full width."""
-    segmentation = example("segmentation", needs=["segmentation_models_pytorch", "skimage"])
-    model = segmentation.unet("c8resnet18").eval()
-    assert model.encoder.out_channels == [3, 224, 224, 448, 896, 1792]
-    with torch.no_grad():
-        assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 1, 64, 64)
+    with torch.device("meta"):  # a model at its full width
+        assert segmentation.unet("c8resnet18").encoder.out_channels == [3, 224, 224, 448, 896, 1792]
 
 
 @pytest.mark.parametrize("group", ["c4", "c8"])
@@ -160,7 +151,6 @@ def test_segment(example, tmp_path: Path) -> None:
     for model in models.values():
         segment.train(model, steps=12)
     unet, ours = (segment.measure(model) for model in models.values())
-    print(unet, ours)
     assert ours["error"] < 1e-5 < 0.1 < unet["error"]
     assert ours["same"] > 0.999 > 0.9 > unet["same"]
     assert min(ours["scores"]) > 0.3
@@ -205,7 +195,6 @@ def test_notebook(run_notebook) -> None:
     """Its assertions hold, and what is stored in it is what it prints."""
     text = TOUR.read_text(encoding="utf-8")
     done = run_notebook(text)
-    print(*(output.get("text", "") for cell in done.cells for output in cell.get("outputs", [])))
     assert sum("assert " in cell.source for cell in done.cells) >= 7
     assert _without_numbers(done) == _without_numbers(json.loads(text))
 

@@ -1,4 +1,4 @@
-"""The README does what it says: its Python runs, top to bottom, and its commands are commands.
+"""The README is right: its Python runs, top to bottom, and its commands exist.
 
 Python blocks share one namespace, as a reader pastes them one after the other. They run in an empty folder that holds
 the `FILES`; models are replaced by small ones of the same group, `STAND_INS`. A block that imports a library of
