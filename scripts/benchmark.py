@@ -49,9 +49,9 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.utils.model import reparameterize_model
 from tqdm import tqdm
 
+from equivision_timm import fuse
 from equivision_timm.layers import ConvNormAct, SteerableConv2d
 from equivision_timm.layers.strategies import STRATEGIES
 from equivision_timm.layers.strategies.basis import block_counts
@@ -115,7 +115,7 @@ def dense_twin(model: nn.Module) -> nn.Module:
         else:
             continue
         parent, _, child = name.rpartition(".")
-        setattr(twin.get_submodule(parent), child, plain.train(module.training))
+        setattr(twin.get_submodule(parent), child, plain.requires_grad_().train(module.training))
     return in_place(twin)
 
 
@@ -164,9 +164,7 @@ def build(form: str, name: str, mode: str, setting: Setting) -> nn.Module:
     else:
         model = timm.create_model(name)
         if form == "dense folded" or form == "dense folded channels-last":
-            model = in_place(reparameterize_model(model.eval()))
-            for parameter in model.parameters():
-                parameter.requires_grad_(False)
+            model = in_place(fuse(model, "dense"))
         elif form.startswith("dense"):
             model = dense_twin(model)
         elif form == "escnn":

@@ -4,8 +4,8 @@
     python scripts/deployment.py                                 # the models of the README's table, one and two threads
     python scripts/deployment.py c8resnet18 --threads 1
 
-Forms of a network: `eager`, as `create_model` makes it; `dense`, what timm's `reparameterize_model` makes of it, a
-plain network; `blocks`, what `equivision_timm.fuse` makes of it. The latter two also as ONNX files, in
+Forms of a network: `eager`, as `create_model` makes it; `dense` and `blocks`, those of `equivision_timm.fuse`, a plain
+network and a block-diagonal one. The latter two also as ONNX files, in
 onnxruntime and OpenVINO. Each runs in a process of its own, and they take turns, as in `benchmark.py`, two steps each,
 of which the second counts; with several threads after a pause, since those of the one before go on looking for work.
 Ratios are to timm's ResNet-18 as an ONNX file in onnxruntime. Images have 225 pixels a side for ours, an exact size,
@@ -35,7 +35,6 @@ import timm
 import torch
 import torch.nn as nn
 from benchmark import ALLOCATOR, Runner, Setting, markdown, processor
-from timm.utils.model import reparameterize_model
 from tqdm import tqdm
 
 from equivision_timm import fuse
@@ -71,11 +70,8 @@ def build(name: str, form: str) -> tuple[nn.Module, torch.Tensor]:
     """The network in PyTorch, and an image for it."""
     torch.manual_seed(0)
     model = timm.create_model(name).eval()
-    if form.endswith("dense"):
-        model = reparameterize_model(model)
-    elif form.endswith("blocks"):
-        model = fuse(model, "blocks")
-    return model, image_of(name)
+    kind = form.split(": ")[1]
+    return model if kind == "eager" else fuse(model, kind), image_of(name)
 
 
 def write_onnx(name: str, form: str, folder: str) -> int:

@@ -38,16 +38,19 @@ def test_the_dense_twin_is_plain_and_as_wide(benchmark):
     assert twin.forward_features(x).shape == model.forward_features(x).shape
     assert sum(p.numel() for p in twin.parameters()) > 5 * sum(p.numel() for p in model.parameters())
     assert all(p.requires_grad for p in twin.parameters())
+    folded = benchmark.build("dense folded", "test_c8resnet", "eval", benchmark.Setting(1, 65))
+    assert {type(m) for m in folded.modules() if hasattr(m, "weight")} == {nn.Conv2d, nn.Linear}
 
 
-@pytest.mark.parametrize("mode", ["create", "train"])
-def test_forms_take_turns(benchmark, mode, monkeypatch):
+def test_forms_take_turns(benchmark, monkeypatch):
     monkeypatch.syspath_prepend(SCRIPT.parent)  # the processes import it
     taken = []
     step = benchmark.Runner.step
     monkeypatch.setattr(benchmark.Runner, "step", lambda self: taken.append(self.form) or step(self))
     setting = benchmark.Setting(1, 65)
-    steps = {form: partial(benchmark.prepare_step, form, "test_c8resnet", mode, setting) for form in ("ours", "dense")}
+    steps = {
+        form: partial(benchmark.prepare_step, form, "test_c8resnet", "train", setting) for form in ("ours", "dense")
+    }
     seconds, memory = benchmark.in_turns(steps, 2, setting)
     assert taken == ["ours", "dense"] * 2
     assert all(len(values) == 2 and min(values) > 0 for values in seconds.values())

@@ -52,9 +52,3 @@ def test_the_plain_twin_is_told_apart(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert min(_changes(done)) > 0.01
     assert done.stderr.endswith("turned images do not get the same probabilities to 0.0001\n")
-
-
-def test_a_train_script_that_is_not_there(tmp_path: Path) -> None:
-    done = _run(tmp_path, "--train-script", "nowhere.py")
-    assert done.returncode == 2
-    assert "nowhere.py" in done.stderr

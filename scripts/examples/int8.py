@@ -20,9 +20,8 @@ import timm
 import torch
 from explain import digits
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-from timm.utils import reparameterize_model
 
-import equivision_timm  # noqa: F401  registers the models
+from equivision_timm import fuse
 
 QUANTISED = ["Conv", "MaxPool", "Add", "Relu", "GlobalAveragePool"]
 
@@ -41,7 +40,7 @@ class Calibration(CalibrationDataReader):
 def export(model: torch.nn.Module, images: torch.Tensor, path: Path) -> None:
     """Fold the model and write it as ONNX, for any number of images of this size."""
     batch = {0: torch.export.Dim("batch", min=1, max=1024)}
-    plain = reparameterize_model(model.eval())
+    plain = fuse(model.eval(), "dense")
     options = {"input_names": ["image"], "external_data": False, "verbose": False, "dynamo": True}
     torch.onnx.export(plain, (images[:2],), path, dynamic_shapes=(batch,), **options)
     graph = onnx.load(path)

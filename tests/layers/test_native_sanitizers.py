@@ -1,8 +1,8 @@
 """The compiled strategy under sanitizers: random layers read and write nothing that is not theirs, nor without order.
 
-They run in processes of their own, which load the runtime of AddressSanitizer (with UBSan) or ThreadSanitizer first. As
-control each sanitizer is shown what it must report. ThreadSanitizer does not see the barriers of GNU OpenMP: under it
-the library has teams of its own, `watched_threads.c`.
+Each runs in a process of its own, which loads the runtime of AddressSanitizer (with UBSan) or ThreadSanitizer first.
+The controls are an access and a race that must be reported. ThreadSanitizer does not see the barriers of GNU OpenMP:
+under it the library has teams of its own, `watched_threads.c`.
 """
 
 import copy
@@ -12,6 +12,7 @@ import random
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,9 @@ from equivision_timm.layers import NativeConv2d, SteerableConv2d
 from equivision_timm.layers.strategies import build_native, native_call, native_library
 
 LAYERS = 30
+ADDRESS = "-fsanitize=address,undefined"
+TEAMS = f"{Path(__file__).with_name('watched_threads.c')} -fsanitize=thread -DGOMP_parallel=watched_parallel "
+TEAMS += "-Domp_get_thread_num=watched_number -Domp_get_num_threads=watched_threads"
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-11}
 
 
@@ -43,14 +47,25 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def sanitized(folder: Path, sanitizer: str, function, layers: int, options: str = ""):
-    """One of the functions below, run with libraries that are compiled with further `options`.
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """`compiled(options)`: a folder with libraries that are compiled with these options, once for all tests.
 
     The last -O counts: at -O3 the sanitizers compile for half a minute.
     """
-    for real in ("float", "double"):
-        path = folder / f"native-{real}-baseline.so"
-        build_native.compile_library(path, real, "baseline", ["cc"], ("-march=native", "-O1", "-g", *options.split()))
+
+    @cache
+    def build(options: str) -> Path:
+        folder, options = tmp_path_factory.mktemp("native"), ("-march=native", "-O1", "-g", *options.split())
+        for real in ("float", "double"):
+            build_native.compile_library(folder / f"native-{real}-baseline.so", real, "baseline", ["cc"], options)
+        return folder
+
+    return build
+
+
+def sanitized(folder: Path, sanitizer: str, function, layers: int):
+    """One of the functions below, run with the libraries in `folder`."""
     environment = {
         "LD_PRELOAD": " ".join(RUNTIMES[sanitizer]),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
@@ -113,15 +128,15 @@ def packed_too_short(_):
     print("not noticed")
 
 
-def test_memory_of_random_layers(tmp_path):
-    run = sanitized(tmp_path, "address", random_layers, LAYERS, "-fsanitize=address,undefined")
+def test_memory_of_random_layers(compiled):
+    run = sanitized(compiled(ADDRESS), "address", random_layers, LAYERS)
     assert run.returncode == 0, run.stderr[-5000:]
     assert run.stdout.count("right:") == LAYERS
     assert "runtime error:" not in run.stderr, run.stderr[-5000:]
 
 
-def test_wrong_memory_is_reported(tmp_path):
-    run = sanitized(tmp_path, "address", packed_too_short, 0, "-fsanitize=address,undefined")
+def test_wrong_memory_is_reported(compiled):
+    run = sanitized(compiled(ADDRESS), "address", packed_too_short, 0)
     assert run.returncode != 0
     assert "not noticed" not in run.stdout
     assert "runtime error: signed integer overflow" in run.stderr, run.stderr[-5000:]
@@ -129,19 +144,15 @@ def test_wrong_memory_is_reported(tmp_path):
     assert "native.c" in run.stderr
 
 
-TEAMS = f"{Path(__file__).with_name('watched_threads.c')} -fsanitize=thread -DGOMP_parallel=watched_parallel "
-TEAMS += "-Domp_get_thread_num=watched_number -Domp_get_num_threads=watched_threads"
-
-
-def test_threads_of_random_layers(tmp_path):
-    run = sanitized(tmp_path, "thread", random_layers, LAYERS, TEAMS)
+def test_threads_of_random_layers(compiled):
+    run = sanitized(compiled(TEAMS), "thread", random_layers, LAYERS)
     assert run.returncode == 0, run.stderr[-5000:]
     assert run.stdout.count("right:") == LAYERS
     assert "ThreadSanitizer" not in run.stderr, run.stderr[-5000:]
 
 
-def test_a_race_is_reported(tmp_path):
-    run = sanitized(tmp_path, "thread", random_layers, 3, f"{TEAMS} -DRACE")
+def test_a_race_is_reported(compiled):
+    run = sanitized(compiled(f"{TEAMS} -DRACE"), "thread", random_layers, 3)
     assert "WARNING: ThreadSanitizer: data race" in run.stderr, run.stderr[-5000:]
     assert "native.c" in run.stderr
 

@@ -1,4 +1,4 @@
-"""Two processes: models wrapped by FSDP (by convolution, by unit, by size) infer after a step; what DDP broadcasts."""
+"""Two processes: models wrapped by FSDP (by convolution, by unit, by size) infer after a step; DDP broadcasts."""
 
 import subprocess
 import sys
@@ -59,7 +59,7 @@ os._exit(0)  # threads of PyTorch that still run would abort the process, now an
 """
 
 
-@pytest.mark.parametrize("name", ["resnet18", "test_c8resnet"])  # the control first
+@pytest.mark.parametrize("name", ["test_resnet", "test_c8resnet"])  # the control first
 def test_two_processes(name, tmp_path):
     script = tmp_path / "fsdp.py"
     script.write_text(SCRIPT)
