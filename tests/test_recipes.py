@@ -28,10 +28,10 @@ from equivision_timm.models.variants import Variant, forget, register_family
 class Block(nn.Module):
     """Two 3x3 convolutions around a shortcut, the first one with a stride."""
 
-    def __init__(self, in_fields, fields, group):
+    def __init__(self, in_fields, fields, group, **dd):
         super().__init__()
-        self.conv1 = ConvNormAct(in_fields, fields, 3, group, stride=2)
-        self.conv2 = ConvNormAct(fields, fields, 3, group)
+        self.conv1 = ConvNormAct(in_fields, fields, 3, group, stride=2, **dd)
+        self.conv2 = ConvNormAct(fields, fields, 3, group, **dd)
 
     def forward(self, x):
         x = self.conv1(x)
@@ -41,13 +41,15 @@ class Block(nn.Module):
 class TwoBlocks(EquivariantBackbone):
     """A family: a stem and two stages of one block."""
 
-    def __init__(self, group, width, num_classes=10, in_chans=3, map_pool="", global_pool="avg", conv_strategy="auto"):
-        super().__init__(group, in_chans, map_pool)
-        self.add_level("stem1", ConvNormAct(in_chans, width, 5, group, "trivial", stride=2), width, reduction=2)
+    def __init__(self, group, width, num_classes=10, in_chans=3, global_pool="avg", device=None, dtype=None, **kwargs):
+        super().__init__(group, in_chans, kwargs.pop("map_pool", ""))
+        dd = {"device": device, "dtype": dtype}
+        stem = ConvNormAct(in_chans, width, 5, group, "trivial", stride=2, **dd)
+        self.add_level("stem1", stem, width, reduction=2)
         self.pool = nn.Identity()
-        self.add_level("layer1", Block(width, width, group), width, reduction=4)
-        self.add_level("layer2", Block(width, 2 * width, group), 2 * width, reduction=8)
-        self.create_head(num_classes, global_pool, "max", conv_strategy)
+        self.add_level("layer1", Block(width, width, group, **dd), width, reduction=4)
+        self.add_level("layer2", Block(width, 2 * width, group, **dd), 2 * width, reduction=8)
+        self.create_head(num_classes, global_pool, "max", "auto", **dd, **kwargs)
 
     def stem(self, x):
         return self.stem1(x)
@@ -163,7 +165,7 @@ def test_another_family_is_found_by_the_commands(family, tmp_path, monkeypatch, 
     save_for_hf(timm.create_model("twod4"), str(folder), safe_serialization=True)
     main(["verify", str(folder)])
     found = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.strip())
-    assert all(found[check].startswith("ok") for check in ("loads", "equivariance"))
+    assert all(found[check].startswith("ok") for check in ("loads", "equivariance")), found
     rng = np.random.default_rng(0)
     for name in "0123456789":
         (data / name).mkdir(parents=True)

@@ -21,7 +21,7 @@ import torch
 from equivision_timm.layers import NativeConv2d, SteerableConv2d
 from equivision_timm.layers.strategies import build_native, native_call, native_library
 
-LAYERS = 30
+LAYERS = 20
 ADDRESS = "-fsanitize=address,undefined"
 TEAMS = f"{Path(__file__).with_name('watched_threads.c')} -fsanitize=thread -DGOMP_parallel=watched_parallel "
 TEAMS += "-Domp_get_thread_num=watched_number -Domp_get_num_threads=watched_threads"
