@@ -34,25 +34,15 @@ SAME_LOGITS = 1e-3  # logits that differ by less, in their standard deviations, 
 
 @dataclass(frozen=True)
 class SignSearch:
-    """The pattern found.
-
-    Attributes:
-        signs: the pattern.
-        name: its name among the known patterns, None if it is not one of them.
-        runner_up: the closest pattern with other logits.
-        separation: Vuong's z between the two.
-        misfits: D = sum r_f^2 of both.
-        logits_differ: largest difference of their logits, in standard deviations.
-        crops: number of images.
-    """
+    """The pattern found."""
 
     signs: str
-    name: str | None
-    runner_up: str
-    separation: float
-    misfits: tuple[float, float]
-    logits_differ: float
-    crops: int
+    name: str | None  # among the known patterns
+    runner_up: str  # the closest pattern with other logits
+    separation: float  # Vuong's z between the two
+    misfits: tuple[float, float]  # D = sum r_f^2 of both
+    logits_differ: float  # largest difference of their logits, in standard deviations
+    crops: int  # number of images
 
 
 class Progress(PatternFits):
@@ -65,6 +55,11 @@ class Progress(PatternFits):
     def fit(self, pattern: str, stages: int = 4):
         self.bar.update()
         return super().fit(pattern, stages)
+
+    @torch.no_grad()
+    def logits(self, pattern: str) -> torch.Tensor:
+        """Logits of two of the images under a pattern."""
+        return self.with_signs(pattern).eval()(self.batches[0][:2])
 
 
 def find_signs(model: EquivariantResNet, batches: Iterable[torch.Tensor], restarts: int = 2) -> SignSearch:

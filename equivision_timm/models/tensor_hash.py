@@ -13,12 +13,6 @@ TENSORS_SHA256 = "tensors_sha256"  # the key in the metadata of a safetensors fi
 def hash_tensors(state_dict: Mapping[str, torch.Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and values, independent of the order of entries and of strides.
 
-    Args:
-        state_dict: dense tensors of any dtype and shape.
-
-    Returns:
-        64 hexadecimal digits.
-
     Example:
         >>> hash_tensors({"weight": torch.zeros(2, 3)})[:8] == hash_tensors({"weight": torch.zeros(3, 2)})[:8]
         False

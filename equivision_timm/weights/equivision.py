@@ -6,7 +6,6 @@ that holds neither its bases nor its filters leaves them open: `translate` choos
 
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from equivision_timm.data import draw_crops, load_photographs
@@ -73,20 +72,14 @@ def _convert(state_dict: dict[str, torch.Tensor], model_name: str, signs: str | 
 def translate(
     state_dict: dict[str, torch.Tensor], model_name: str, images: str | Path | None = None, signs: str | None = None
 ) -> Translation:
-    """`convert_original`, with the model and the signs checked on photographs.
-
-    Args:
-        state_dict: as in `convert_original`.
-        model_name: the model, e.g. 'c8resnet50'.
-        images: folder of photographs, by default those of scikit-image.
-        signs: sign pattern; None chooses among the known ones.
+    """`convert_original`, with the model and the signs checked on photographs in `images`, by default scikit-image's.
 
     Raises:
         WeightsError: the entries do not fit the model, or the statistics fit another model.
         AmbiguousSigns: no known pattern is clearly the best.
         ModuleNotFoundError: photographs are needed, and scikit-image is not installed.
     """
-    found = _convert(state_dict, model_name, signs)
+    found, notes = _convert(state_dict, model_name, signs), {}
     model = create(model_name, EquivariantResNet)
     model.load_state_dict(found.state_dict)
     is_open = found.notes["basis_from"] == "coefficients"
@@ -94,17 +87,20 @@ def translate(
     to_choose = is_open and bool(sign_groups(model.group)) and signs is None
     for rival in rivals.values():
         rival.load_state_dict(found.state_dict if signs is None else _convert(state_dict, model_name, None).state_dict)
-    photographs = _photographs(images, needed=to_choose or bool(rivals))
+    try:
+        photographs = load_photographs(images)
+    except ModuleNotFoundError:
+        if to_choose or rivals:
+            raise
+        photographs = []
     crops = draw_crops(photographs) if photographs else None
-    notes = dict(found.notes)
     if to_choose:
-        assert crops is not None  # there are photographs, since they are needed
         if rivals:
             _check_statistics(model_name, best_fit(model, crops), rivals, crops, decided=True)
         choice = choose_signs(model, (draw_crops(photographs, seed=seed) for seed in range(_BATCHES)))
         signs = choice.signs
         apply_signs(model, signs)
-        notes |= {
+        notes = {
             "runner_up": choice.runner_up,
             "separation": f"{choice.separation:.1f} standard errors on {choice.crops} crops",
             "known_misfits": ", ".join(f"{name} {misfit:.4g}" for name, misfit in choice.misfits.items()),
@@ -112,23 +108,14 @@ def translate(
     elif signs is not None:
         notes["signs_given"] = "by the user"
     if signs is not None:
-        pattern, known = parse_signs(model.group, signs), known_patterns(model.group)
-        names = [name for name in known if known[name] == pattern]
+        pattern = parse_signs(model.group, signs)
+        names = [name for name, known in known_patterns(model.group).items() if known == pattern]
         notes |= {"signs": pattern, "signs_known_as": names[0] if names else "unknown"}
     if crops is not None:
         notes |= _check_statistics(model_name, fit(model, crops), rivals, crops, decided="signs_given" in notes)
     else:
         notes["statistics"] = "not compared: no photographs (--images DIR)"
-    return Translation(dict(model.state_dict()), notes=notes)
-
-
-def _photographs(images: str | Path | None, needed: bool) -> list[np.ndarray]:
-    try:
-        return load_photographs(images)
-    except ModuleNotFoundError:
-        if needed:
-            raise
-        return []
+    return Translation(dict(model.state_dict()), notes={**found.notes, **notes})
 
 
 def same_shapes(model_name: str) -> list[str]:

@@ -106,10 +106,7 @@ def _solve_filter(
 def translate_basis(source: torch.Tensor, target: torch.Tensor, name: str) -> tuple[torch.Tensor, float]:
     """T [n_basis, n_basis] with T target = source, so that w T are coefficients in `target`; and the relative residual.
 
-    Args:
-        source: kernels [n_basis, |G|, H, ...].
-        target: the same kernels in another basis.
-        name: of the convolution, for the error.
+    `source` and `target` [n_basis, |G|, H, ...] are the same kernels; `name` is of the convolution, for the error.
 
     Raises:
         WeightsError: the two span different spaces.

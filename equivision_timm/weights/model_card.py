@@ -33,10 +33,10 @@ _KINDS = {
 
 
 def model_card(model_name: str, repository: str, provenance: dict[str, str], has_classifier: bool = True) -> str:
-    """The model card with the Hub's metadata.
+    """The model card with the Hub's metadata, of a model with released weights or with weights in the package.
 
     Args:
-        model_name: a model with released weights or with weights in the package.
+        model_name: e.g. 'c8resnet50'.
         repository: 'organisation/name'.
         provenance: of the weights, a row each.
         has_classifier: whether the weights include a classifier.
@@ -59,7 +59,20 @@ def model_card(model_name: str, repository: str, provenance: dict[str, str], has
         tags=[task, "timm", "equivariance"],
         datasets=["imagenet-1k" if entry else "ylecun/mnist"],
         model_name=repository.split("/")[1],
-        eval_results=[_result(entry, kind) for kind in reported] if entry and reported else None,
+        eval_results=[
+            EvalResult(
+                task_type="image-classification",
+                dataset_type="imagenet-1k",
+                dataset_name="ImageNet-1k",
+                metric_type="accuracy",
+                metric_name=_KINDS[kind],
+                metric_value=value,
+                source_name=f"{entry.project}, as reported",
+                source_url=entry.source,
+            )
+            for kind, value in reported.items()
+        ]
+        or None,
     )
     accuracies = [
         f"| Reported {_KINDS[k]} on ImageNet-1k at 224 x 224 | {100 * v:.1f} % |" for k, v in reported.items()
@@ -76,7 +89,13 @@ def model_card(model_name: str, repository: str, provenance: dict[str, str], has
         output="logits" if classifies else "vector",
         size=size,
         shape=list(features.shape),
-        features=fill(_features(model, features), 120),
+        features=fill(
+            "The features are tokens: the class token first, then one for each patch, row by row."
+            if features.ndim == 3
+            else f"The features are {model.feature_info[-1]['num_fields']} regular fields of "
+            f"{Group.from_name(model.group).order} channels, one channel for each element of the group.",
+            120,
+        ),
         parameters=f"{parameters / 1e6:.4g}",
         cost_size=cost_size,
         gmacs=f"{gmacs:.4g}",
@@ -101,19 +120,6 @@ def complexity(model_name: str, size: int = 224, **arguments: Any) -> tuple[int,
         with FlopCounterMode(display=False) as counter:
             fused(torch.empty(1, 3, size, size))
     return parameters, counter.get_total_flops() / 2 / 1e9
-
-
-def _result(entry: Released, kind: str) -> EvalResult:
-    return EvalResult(
-        task_type="image-classification",
-        dataset_type="imagenet-1k",
-        dataset_name="ImageNet-1k",
-        metric_type="accuracy",
-        metric_name=_KINDS[kind],
-        metric_value=entry.reported[kind],
-        source_name=f"{entry.project}, as reported",
-        source_url=entry.source,
-    )
 
 
 def _symmetry(model: Model) -> str:
@@ -142,15 +148,6 @@ def _origin(entry: Released | None, cfg: dict) -> str:
     return (
         f"The weights are those of [{entry.project}]({entry.source}), converted for\n"
         "[timm](https://github.com/huggingface/pytorch-image-models) with the package `equivision_timm`."
-    )
-
-
-def _features(model: Model, features: torch.Tensor) -> str:
-    if features.ndim == 3:
-        return "The features are tokens: the class token first, then one for each patch, row by row."
-    return (
-        f"The features are {model.feature_info[-1]['num_fields']} regular fields of "
-        f"{Group.from_name(model.group).order} channels, one channel for each element of the group."
     )
 
 

@@ -25,11 +25,7 @@ def models() -> list[str]:
 
 
 def translate(state_dict: dict[str, torch.Tensor], model_name: str) -> Translation:
-    """State dict of a model of this package from that of the same network of octic-vits.
-
-    Args:
-        state_dict: with or without the prefix `backbone.`.
-        model_name: e.g. 'd4vit_large_patch16_224'.
+    """State dict of a model of this package from that of octic-vits, with or without the prefix `backbone.`.
 
     Raises:
         WeightsError: the entries do not fit the model or are damaged, or the class token is not invariant.
@@ -39,20 +35,14 @@ def translate(state_dict: dict[str, torch.Tensor], model_name: str) -> Translati
     keywords = {"invariants": invariants} if invariants and own and invariants != own else {}
     with torch.device("meta"):
         model = create(model_name, EquivariantViT, **keywords)
-    dropped = len(state_dict) - len(network)
-    notes = {
-        "invariants": invariants or "none: a hybrid, NOT invariant",
-        **({"dropped": f"{dropped} entries of heads of the training"} if dropped else {}),
-    }
+    notes = {"invariants": invariants or "none: a hybrid, NOT invariant"}
+    if dropped := len(state_dict) - len(network):
+        notes["dropped"] = f"{dropped} entries of heads of the training"
     return Translation(translate_to(model, network), keywords, notes)
 
 
 def invariants_of(state_dict: dict[str, torch.Tensor]) -> str:
-    """Kind of the invariants, 'power' or 'polynomial', by the shape of the layer that reads them; '' for a hybrid.
-
-    Raises:
-        WeightsError: any other shape.
-    """
+    """Kind of the invariants, 'power' or 'polynomial', by the shape of the layer that reads them; '' for a hybrid."""
     if "invariant_proj.weight" not in state_dict:
         return ""
     width, count = state_dict["invariant_proj.weight"].shape

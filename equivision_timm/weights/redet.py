@@ -23,10 +23,6 @@ def models() -> list[str]:
 def translate(state_dict: dict[str, torch.Tensor], model_name: str) -> Translation:
     """State dict of a model of this package from that of a classifier or a detector.
 
-    Args:
-        state_dict: with or without the prefix `backbone.`.
-        model_name: 'c8reresnet50' or 'c8reresnet101'.
-
     Raises:
         WeightsError: the entries do not fit the model, or are damaged.
     """
@@ -50,6 +46,7 @@ def translate(state_dict: dict[str, torch.Tensor], model_name: str) -> Translati
     notes = {
         **found.notes,
         "classifier": "none: the backbone of a detector" if keywords else "of all channels: NOT invariant",
-        **({"dropped": f"{dropped} entries of the detector"} if dropped else {}),
     }
+    if dropped:
+        notes["dropped"] = f"{dropped} entries of the detector"
     return Translation(found.state_dict, keywords, notes)

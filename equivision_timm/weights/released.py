@@ -10,27 +10,16 @@ __all__ = ["Released", "released"]
 
 @dataclass(frozen=True)
 class Released:
-    """A released checkpoint.
+    """A released checkpoint."""
 
-    Attributes:
-        format: 'equivision', 'redet' or 'octic'.
-        project: name of the project.
-        source: address of the project.
-        citation: BibTeX.
-        drive_id: of the file on Google Drive.
-        reported: accuracies on ImageNet-1k at 224 x 224, between 0 and 1, by kind: 'top1', 'top5', 'linear', 'knn'.
-        sha256: of the file, or its first digits; None if unknown.
-        signs: sign pattern that scripts/find_signs.py found for a D4 or D8 file; None if nobody ran it yet.
-    """
-
-    format: str
+    format: str  # 'equivision', 'redet' or 'octic'
     project: str
-    source: str
-    citation: str
-    drive_id: str
-    reported: dict[str, float]
-    sha256: str | None = None
-    signs: str | None = None
+    source: str  # address of the project
+    citation: str  # BibTeX
+    drive_id: str  # of the file on Google Drive
+    reported: dict[str, float]  # accuracies on ImageNet-1k, between 0 and 1: 'top1', 'top5', 'linear', 'knn'
+    sha256: str | None = None  # of the file, or its first digits; None if unknown
+    signs: str | None = None  # that scripts/find_signs.py found for a D4 or D8 file; None if nobody ran it yet
 
 
 @cache

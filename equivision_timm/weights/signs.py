@@ -20,30 +20,14 @@ from equivision_timm.groups import Group
 from equivision_timm.kernel_basis import Element, elements
 from equivision_timm.kernels import Kernel
 
-__all__ = [
-    "SignGroup",
-    "combine",
-    "element_signs",
-    "half_turn",
-    "known_patterns",
-    "neighbours",
-    "parse_signs",
-    "sign_groups",
-]
+__all__ = ["combine", "element_signs", "half_turn", "known_patterns", "neighbours", "parse_signs", "sign_groups"]
 
 
 class SignGroup(NamedTuple):
-    """Basis elements that share a sign.
+    """Basis elements that share a sign."""
 
-    Attributes:
-        frequency: angular frequency of J.
-        part: 'cos' or 'sin' if J splits, else ''.
-        in_irrep: irrep of the input field.
-        out_irrep: irrep of the output field.
-    """
-
-    frequency: int
-    part: str
+    frequency: int  # angular frequency of J
+    part: str  # 'cos' or 'sin' if J splits, else ''
     in_irrep: tuple[int, int]
     out_irrep: tuple[int, int]
 
@@ -66,10 +50,7 @@ def _sign_group(group: Group, element: Element) -> SignGroup:
 
 @cache
 def known_patterns(group_name: str) -> dict[str, str]:
-    """{name: pattern} measured with escnn 1.0.11 on real machines, the likeliest first.
-
-    'scipy1.11-avx2', for example, is SciPy 1.11 or newer on processors without AVX-512.
-    """
+    """{name: pattern} measured with escnn 1.0.11 on real machines, the likeliest first."""
     return json.loads(Path(__file__).with_name("sign_patterns.json").read_text(encoding="utf-8")).get(group_name, {})
 
 

@@ -27,17 +27,7 @@ from equivision_timm.models import EquivariantResNet
 from equivision_timm.models.pretrained import WeightsError
 from equivision_timm.weights.signs import combine, element_signs, half_turn, known_patterns, neighbours
 
-__all__ = [
-    "Z_LIMIT",
-    "AmbiguousSigns",
-    "Fit",
-    "PatternFits",
-    "SignChoice",
-    "apply_signs",
-    "best_fit",
-    "choose_signs",
-    "fit",
-]
+__all__ = ["Z_LIMIT", "AmbiguousSigns", "Fit", "PatternFits", "apply_signs", "best_fit", "choose_signs", "fit"]
 
 Z_LIMIT = 3.0  # standard errors
 
@@ -107,23 +97,14 @@ def best_fit(model: EquivariantResNet, images: torch.Tensor) -> Fit:
 
 @dataclass(frozen=True)
 class SignChoice:
-    """The chosen sign pattern.
+    """The chosen sign pattern."""
 
-    Attributes:
-        name: its name among the known patterns.
-        signs: the pattern.
-        runner_up: the closest other pattern.
-        separation: Vuong's z between the two.
-        crops: number of images.
-        misfits: D of each known pattern.
-    """
-
-    name: str
+    name: str  # among the known patterns
     signs: str
-    runner_up: str
-    separation: float
-    crops: int
-    misfits: dict[str, float]
+    runner_up: str  # the closest other pattern
+    separation: float  # Vuong's z between the two
+    crops: int  # number of images
+    misfits: dict[str, float]  # D of each known pattern
 
 
 def choose_signs(model: EquivariantResNet, batches: Iterable[torch.Tensor]) -> SignChoice:
@@ -184,13 +165,8 @@ class PatternFits:
         pattern = self.canonical(pattern)
         found = self._found.setdefault((pattern, stages), [])
         for images in self.batches[len(found) :]:
-            found.append(_ratios(self._with_signs(pattern), images, stages))
+            found.append(_ratios(self.with_signs(pattern), images, stages))
         return _fit(found)
-
-    @torch.no_grad()
-    def logits(self, pattern: str) -> torch.Tensor:
-        """Logits of two of the images under a pattern."""
-        return self._with_signs(pattern).eval()(self.batches[0][:2])
 
     def climb(self, pattern: str) -> str:
         """A pattern without a better neighbour on the first stage, found from `pattern`."""
@@ -212,7 +188,8 @@ class PatternFits:
             leads = {rival: lead for rival, lead in leads.items() if lead < 2 * Z_LIMIT or lead == closest}
         return leads
 
-    def _with_signs(self, pattern: str) -> EquivariantResNet:
+    def with_signs(self, pattern: str) -> EquivariantResNet:
+        """The model under a pattern, until the next call."""
         self.model.load_state_dict(self._state)
         apply_signs(self.model, pattern)
         return self.model

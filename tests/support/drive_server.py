@@ -4,12 +4,13 @@ So the real download path runs unchanged: the environment (`HTTPS_PROXY`, `REQUE
 """
 
 import ssl
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import trustme
+
+from support.loopback import Loopback, requested_part, send_head
 
 CONFIRM = (  # all on one line, as Drive has it
     '<html><body><form id="download-form" action="https://drive.usercontent.google.com/download" method="get">'
@@ -19,8 +20,8 @@ QUOTA = """<html><body><p class="uc-error-caption">Sorry, you can't view or down
 <p class="uc-error-subcaption">Too many users have viewed or downloaded this file recently.</p></body></html>"""
 
 
-class Drive:
-    """Context manager: runs the server in a thread.
+class Drive(Loopback):
+    """The server.
 
     Attributes:
         files: content by Drive id; an id that is missing is answered with 404.
@@ -39,39 +40,28 @@ class Drive:
         self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         authority.issue_cert("drive.google.com", "drive.usercontent.google.com").configure_cert(self.tls)
         self.authority = folder / "authority.pem"
-
-        class Handler(_Handler):
-            drive = self
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
+        super().__init__(_Handler)
 
     @property
     def environment(self) -> dict[str, str]:
         """What makes a process take this for Google Drive."""
-        proxy = f"http://127.0.0.1:{self.server.server_port}"
-        return {"HTTPS_PROXY": proxy, "https_proxy": proxy, "NO_PROXY": "", "REQUESTS_CA_BUNDLE": str(self.authority)}
-
-    def __enter__(self) -> "Drive":
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+        authority = str(self.authority)
+        return {
+            "HTTPS_PROXY": self.endpoint,
+            "https_proxy": self.endpoint,
+            "NO_PROXY": "",
+            "REQUESTS_CA_BUNDLE": authority,
+        }
 
 
 class _Handler(BaseHTTPRequestHandler):
-    drive: Drive
+    home: Drive
     protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args) -> None:
-        pass
 
     def do_CONNECT(self) -> None:
         self.send_response(200)
         self.end_headers()
-        self.connection = self.drive.tls.wrap_socket(self.connection, server_side=True)
+        self.connection = self.home.tls.wrap_socket(self.connection, server_side=True)
         self.rfile, self.wfile = self.connection.makefile("rb"), self.connection.makefile("wb", 0)
         self.close_connection = False
 
@@ -81,10 +71,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         file_id = parse_qs(urlsplit(self.path).query)["id"][0]
-        content = self.drive.files.get(file_id)
+        content = self.home.files.get(file_id)
         if content is None:
             self._send(404, {"Content-Type": "text/html"}, b"<html><body>Not Found</body></html>")
-        elif self.drive.over_quota:
+        elif self.home.over_quota:
             self._send(200, {"Content-Type": "text/html"}, QUOTA.encode())
         elif self.path.startswith("/uc"):  # large files need a confirmation: not checked for viruses
             self._send(200, {"Content-Type": "text/html"}, CONFIRM.format(id=file_id).encode())
@@ -92,19 +82,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_file(content)
 
     def _send_file(self, content: bytes) -> None:
-        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
         headers = {"Content-Type": "application/octet-stream", "Content-Disposition": 'attachment; filename="model.pt"'}
-        if start:
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        self.drive.offsets.append(start)
-        self._send(206 if start else 200, headers, content[start:])
+        start, status, part = requested_part(self, content)
+        self.home.offsets.append(start)
+        self._send(status, {**headers, **part}, content[start:])
 
     def _send(self, status: int, headers: dict[str, str], body: bytes) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        limit = self.drive.break_after
+        send_head(self, status, headers, len(body))
+        limit = self.home.break_after
         self.wfile.write(body[:limit])
         self.close_connection = limit is not None and len(body) > limit

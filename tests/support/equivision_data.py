@@ -12,10 +12,18 @@ from equivision_timm.kernel_basis import load_kernel_basis
 from equivision_timm.layers import ConvNormAct
 from equivision_timm.layers.strategies.expand import expand_filter
 from equivision_timm.models import EquivariantResNet
-from equivision_timm.weights.signs import element_signs
+from equivision_timm.weights.signs import element_signs, known_patterns, sign_groups
 from equivision_timm.weights.statistics import apply_signs
 
-__all__ = ["buffers", "convolutions", "to_equivision", "trained_elsewhere", "with_buffers"]
+__all__ = [
+    "buffers",
+    "convolutions",
+    "mixed_statistics",
+    "random_pattern",
+    "to_equivision",
+    "trained_elsewhere",
+    "with_buffers",
+]
 
 DATA = Path(__file__).parents[1] / "data" / "original_buffers.json.gz"
 
@@ -93,3 +101,19 @@ def trained_elsewhere(
     statistics = {key: value for key, value in truth.state_dict().items() if not key.endswith("conv.weight")}
     model.load_state_dict(statistics, strict=False)
     return model.eval(), truth.eval()
+
+
+def mixed_statistics(crops: torch.Tensor) -> EquivariantResNet:
+    """A D4 network with the statistics of half of its fields under one known pattern, of the others under another."""
+    first, second = list(known_patterns("d4").values())[:2]
+    model, _ = trained_elsewhere("d4resnet18", first, crops, width=8)
+    _, other = trained_elsewhere("d4resnet18", second, crops, width=8)
+    for name, value in model.named_buffers():
+        if name.endswith("running_var"):
+            value[::2] = other.get_buffer(name)[::2]
+    return model
+
+
+def random_pattern(group: str, seed: int) -> str:
+    bits = torch.randint(2, (len(sign_groups(group)),), generator=torch.Generator().manual_seed(seed))
+    return "".join("-" if bit else "+" for bit in bits.tolist())

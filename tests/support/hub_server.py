@@ -1,19 +1,18 @@
 """A small Hub on loopback: the part of the Hugging Face Hub's HTTP protocol that huggingface_hub uses for model files.
 
-What PyPI offers did not fit: olah only mirrors a Hub it can reach, the wheel of hf-local-hub lacks the server itself (a
-Go program), and neither can break a connection midway. Served here: model info, files by revision (metadata, a redirect
-to another host for large files, ranges), creating repositories, and commits with regular and LFS files. Tokens: `TOKEN`
-may write and read private repositories, nobody else.
+Served: model info, files by revision (metadata, a redirect to another host for large files, ranges), creating
+repositories, and commits with regular and LFS files. Tokens: `TOKEN` may write and read private repositories.
 """
 
 import base64
 import hashlib
 import importlib
 import json
-import threading
 import warnings
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import unquote
+
+from support.loopback import Loopback, requested_part, send_head
 
 TOKEN = "hf_test"
 LFS_FROM = 100_000  # bytes from which a file is stored as the Hub stores large files
@@ -43,14 +42,12 @@ class Repository:
         return self.commits[self.head] if self.commits else {}
 
 
-class Hub:
-    """Context manager: runs the server in a thread.
+class Hub(Loopback):
+    """The server.
 
     Attributes:
         repositories: by id, 'organisation/name'.
         requests: (method, path) of every request so far.
-        offsets: where each download of a large file began.
-        break_downloads_after: bytes after which a download loses its connection, None for never.
         spoil_downloads: whether the last byte of every file that is served is wrong.
     """
 
@@ -58,19 +55,8 @@ class Hub:
         self.repositories: dict[str, Repository] = {}
         self.large_files: dict[str, bytes] = {}  # by sha256: uploaded, perhaps in no commit yet
         self.requests: list[tuple[str, str]] = []
-        self.offsets: list[int] = []
-        self.break_downloads_after: int | None = None
         self.spoil_downloads = False
-
-        class Handler(_Handler):
-            hub = self
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-
-    @property
-    def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.server.server_port}"
+        super().__init__(_Handler)
 
     def add(self, repository: str, files: dict[str, bytes], private: bool = False) -> str:
         """Commit `files` to `repository`, as if uploaded; returns the commit."""
@@ -82,39 +68,18 @@ class Hub:
         """Number of requests so far with this method whose path contains `part`."""
         return sum(m == method and part in path for m, path in self.requests)
 
-    def __enter__(self) -> "Hub":
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-
 
 class _Handler(BaseHTTPRequestHandler):
-    hub: Hub
+    home: Hub
     protocol_version = "HTTP/1.1"
 
-    def log_message(self, *args) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self._get()
-
     def do_GET(self) -> None:
-        self._get()
-
-    def _get(self) -> None:
-        self.hub.requests.append((self.command, self.path))
+        self.home.requests.append((self.command, self.path))
         path = unquote(self.path.partition("?")[0]).strip("/").split("/")
         if path[0] == "large":  # the host of large files, which needs no token
-            content = next(
-                c
-                for r in self.hub.repositories.values()
-                for f in r.commits.values()
-                for c in f.values()
-                if hashlib.sha256(c).hexdigest() == path[1]
-            )
+            commits = [files for repository in self.home.repositories.values() for files in repository.commits.values()]
+            contents = {hashlib.sha256(content).hexdigest(): content for files in commits for content in files.values()}
+            content = contents[path[1]]
             return self._send_file(content, {"ETag": f'"{path[1]}"'})
         is_info = path[:2] == ["api", "models"]
         name = "/".join(path[2:4] if is_info else path[:2])
@@ -136,17 +101,14 @@ class _Handler(BaseHTTPRequestHandler):
         if len(content) < LFS_FROM:
             return self._send_file(content, {"X-Repo-Commit": commit, "ETag": f'"{_git_sha1(content)}"'})
         sha256 = hashlib.sha256(content).hexdigest()
-        self.send_response(302)
-        self.send_header("X-Repo-Commit", commit)
-        self.send_header("X-Linked-Size", str(len(content)))
-        self.send_header("X-Linked-ETag", f'"{sha256}"')
-        self.send_header("Location", f"http://localhost:{self.server.server_port}/large/{sha256}")  # another host name
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-        return None
+        location = f"http://localhost:{self.server.server_port}/large/{sha256}"  # another host name
+        linked = {"X-Linked-Size": str(len(content)), "X-Linked-ETag": f'"{sha256}"', "Location": location}
+        return self._send(302, {"X-Repo-Commit": commit, **linked}, b"")
+
+    do_HEAD = do_GET
 
     def do_POST(self) -> None:
-        self.hub.requests.append(("POST", self.path))
+        self.home.requests.append(("POST", self.path))
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if not self._may_write():
             return self._send_error(401, "")
@@ -165,24 +127,24 @@ class _Handler(BaseHTTPRequestHandler):
         return self._commit(f"{organisation}/{name}", [json.loads(line) for line in body.splitlines()])
 
     def do_PUT(self) -> None:
-        self.hub.requests.append(("PUT", self.path))
+        self.home.requests.append(("PUT", self.path))
         content = self.rfile.read(int(self.headers["Content-Length"]))
-        self.hub.large_files[hashlib.sha256(content).hexdigest()] = content
+        self.home.large_files[hashlib.sha256(content).hexdigest()] = content
         return self._send_json({})
 
     def _create(self, wanted: dict) -> None:
         name = f"{wanted['organization']}/{wanted['name']}"
-        exists = name in self.hub.repositories
+        exists = name in self.home.repositories
         if not exists:
             private = wanted.get("private") or wanted.get("visibility") == "private"
-            self.hub.repositories[name] = Repository(bool(private))
-        self._send_json({"url": f"{self.hub.endpoint}/{name}"}, 409 if exists else 200)
+            self.home.repositories[name] = Repository(bool(private))
+        self._send_json({"url": f"{self.home.endpoint}/{name}"}, 409 if exists else 200)
 
     def _large_files_batch(self, wanted: dict) -> None:
         objects = []
         for file in wanted["objects"]:
-            upload = {"upload": {"href": f"{self.hub.endpoint}/upload/{file['oid']}"}}
-            objects.append({**file, **({} if file["oid"] in self.hub.large_files else {"actions": upload})})
+            upload = {"upload": {"href": f"{self.home.endpoint}/upload/{file['oid']}"}}
+            objects.append({**file, **({} if file["oid"] in self.home.large_files else {"actions": upload})})
         self._send_json({"transfer": "basic", "objects": objects})
 
     def _commit(self, name: str, lines: list[dict]) -> None:
@@ -192,16 +154,16 @@ class _Handler(BaseHTTPRequestHandler):
             if line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
-                files[value["path"]] = self.hub.large_files[value["oid"]]
-        commit = self.hub.repositories[name].commit(files)
-        self._send_json({"commitUrl": f"{self.hub.endpoint}/{name}/commit/{commit}", "commitOid": commit})
+                files[value["path"]] = self.home.large_files[value["oid"]]
+        commit = self.home.repositories[name].commit(files)
+        self._send_json({"commitUrl": f"{self.home.endpoint}/{name}/commit/{commit}", "commitOid": commit})
 
     def _may_write(self) -> bool:
         return self.headers.get("Authorization") == f"Bearer {TOKEN}"
 
     def _readable(self, name: str) -> Repository | None:
         """The repository, or None after an error; the Hub hides private repositories."""
-        repository = self.hub.repositories.get(name)
+        repository = self.home.repositories.get(name)
         if repository is None or (repository.private and not self._may_write()):
             self._send_error(404 if self._may_write() else 401, "RepoNotFound")
             return None
@@ -214,32 +176,15 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, {"X-Error-Code": code, "X-Error-Message": code or "Unauthorized", **(headers or {})}, b"")
 
     def _send_file(self, content: bytes, headers: dict[str, str]) -> None:
-        if self.hub.spoil_downloads:
+        if self.home.spoil_downloads:
             content = content[:-1] + bytes([content[-1] ^ 1])
-        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
-        if start:
-            headers = {**headers, "Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
-        if self.path.startswith("/large/") and self.command == "GET":
-            self.hub.offsets.append(start)
-        self._send(206 if start else 200, {"Accept-Ranges": "bytes", **headers}, content[start:])
+        start, status, part = requested_part(self, content)
+        self._send(status, {"Accept-Ranges": "bytes", **headers, **part}, content[start:])
 
     def _send(self, status: int, headers: dict[str, str], body: bytes) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command == "HEAD":
-            return
-        limit = self.hub.break_downloads_after
-        if limit is not None and self.command == "GET" and len(body) > limit:
-            self.wfile.write(body[:limit])
-            return self._break_connection()
-        self.wfile.write(body)
-
-    def _break_connection(self) -> None:
-        self.wfile.flush()
-        self.close_connection = True
+        send_head(self, status, headers, len(body))
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
 
 def _git_sha1(content: bytes) -> str:
