@@ -149,11 +149,14 @@ def _check(file: Path, model_name: str, tensors_sha256: str | None, remedy: str)
     found = hash_tensors(state_dict)
     expected = tensors_sha256 or metadata.get(TENSORS_SHA256, found)
     if metadata.get("model", model_name) != model_name:
-        raise WeightsError(f"{file} holds {metadata['model']!r}, not {model_name}: {remedy}")
-    if bad := impossible_entries(state_dict):
-        raise WeightsError(f"{file} is damaged ({bad[0]} holds NaN, infinity or integers): {remedy}")
-    if found != expected:
-        raise WeightsError(f"{file} is damaged (the hash of its tensors is {found}, not {expected!r}): {remedy}")
+        problem = f"holds {metadata['model']!r}, not {model_name}"
+    elif bad := impossible_entries(state_dict):
+        problem = f"is damaged ({bad[0]} holds NaN, infinity, integers or negative variances)"
+    elif found != expected:
+        problem = f"is damaged (the hash of its tensors is {found}, not {expected!r})"
+    else:
+        return
+    raise WeightsError(f"{file} {problem}: {remedy}")
 
 
 def _download(model_name: str, local_file: Path, cache_dir: str | Path | None) -> Path:

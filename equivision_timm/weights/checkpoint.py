@@ -46,11 +46,12 @@ class Entries:
             raise WeightsError(f"{bad[0]} holds NaN, infinity, integers or negative variances: the file is damaged")
         self.left: dict[str, torch.Tensor] = dict(state_dict)
 
-    def take(self, name: str) -> torch.Tensor:
-        """The entry `name`; raises WeightsError if it is missing."""
-        if name not in self.left:
-            raise WeightsError(f"the entry {name} is missing")
-        return self.left.pop(name)
+    def take(self, name: str, *shape: int) -> torch.Tensor:
+        """The entry `name`; raises WeightsError if it is missing or has another shape."""
+        if name not in self.left or (shape and self.left[name].shape != shape):
+            found = f"has shape {tuple(self.left[name].shape)}, not {shape}" if name in self.left else "is missing"
+            raise WeightsError(f"the entry {name} {found}")
+        return self.left.pop(name).detach()
 
     def take_all(self, pattern: str, names: tuple[str, ...]) -> list[torch.Tensor]:
         """The entries `pattern.format(name)`."""

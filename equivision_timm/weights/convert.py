@@ -8,7 +8,6 @@ from types import ModuleType
 from equivision_timm.data import find_photographs
 from equivision_timm.errors import InputError
 from equivision_timm.files import file_sha256
-from equivision_timm.models import model_names
 from equivision_timm.models.pretrained import WeightsError
 from equivision_timm.models.tensor_hash import TENSORS_SHA256, hash_tensors
 from equivision_timm.weights import equivision, octic, redet
@@ -80,18 +79,13 @@ def check_options(model_name: str, images: str | Path | None, signs: str | None)
         option = "--images" if images is not None else "--signs"
         raise InputError(f"{option} is for checkpoints of equivision, not of {model_name}: leave it out")
     if signs is not None:
-        try:
-            parse_signs(model_name.removeprefix("test_").partition("resnet")[0], signs)
-        except ValueError as error:
-            raise InputError(str(error)) from error
+        parse_signs(model_name.removeprefix("test_").partition("resnet")[0], signs)
     if images is not None:
         find_photographs(images)
 
 
 def _format_of(model_name: str) -> ModuleType:
-    if model_name not in model_names():
-        raise InputError(f"{model_name!r} is not a model of this package, e.g. c8resnet50")
     module = next((module for module in _FORMATS if model_name in module.models()), None)
     if module is None:
-        raise InputError(f"there are no checkpoints of {model_name} to convert")
+        raise InputError(f"there are no checkpoints of {model_name!r} to convert: use a model such as c8resnet50")
     return module

@@ -41,7 +41,7 @@ def convert_original(
 
     Raises:
         WeightsError: the entries do not fit the model, or are damaged.
-        ValueError: `signs` is not a pattern of this group.
+        InputError: `signs` is not a pattern of this group.
 
     Example:
         >>> convert_original({"fc.bias": torch.zeros(1000)}, "c4resnet18")

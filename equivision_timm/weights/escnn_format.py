@@ -62,45 +62,25 @@ def _names(unit: str) -> tuple[str, str]:
 
 def _coefficients(entries: Entries, name: str, conv: SteerableConv2d) -> tuple[torch.Tensor, str, float]:
     """Coefficients [out_fields, in_fields, n_basis, 1], what determined them, and the residual."""
-    shape = conv.weight.shape
-    weight = entries.take(f"{name}.weights").detach().float()
-    if weight.numel() != conv.weight.numel():
-        raise WeightsError(f"{name}.weights has {weight.numel()} coefficients, {conv.weight.numel()} are needed")
-    weight = weight.reshape(shape[:3])  # from (o, i, b), flat
     basis = load_kernel_basis(conv.kernel).sample()  # [n_basis, |G|, H, k, k]
-    bases = [key for key in entries.left if key.startswith(f"{name}._basis") and key.endswith("sampled_basis")]
-    filters = entries.left.pop(f"{name}.filter", None)
-    solved, residual = None, 0.0
-    if filters is not None:
-        solved, residual = _solve_filter(filters, basis, conv, name)
-    if bases:
-        if len(bases) > 1:
-            raise WeightsError(f"{name} has {len(bases)} entries sampled_basis: remove one of them")
-        sampled = entries.take(bases[0])
-        if sampled.shape != basis.flatten(3).shape:
-            raise WeightsError(f"{bases[0]} has shape {tuple(sampled.shape)}, not {tuple(basis.flatten(3).shape)}")
-        translation, residual = translate_basis(sampled, basis, name)
-        weight = (weight.double() @ translation).float()
-    if filters is not None and solved is not None:
-        # without a sampled_basis, the basis of the file may have other signs
-        a, b = (weight, solved) if bases else (weight.abs(), solved.abs())
-        error = ((a - b).abs().max() / b.abs().max().clamp_min(1e-30)).item()
-        if not error <= 1e-3 + 4 * torch.finfo(filters.dtype).eps:
-            raise WeightsError(f"{name}.weights and its filter disagree (relative error {error:.1e})")
-        weight = weight if bases else solved
-    return weight.unsqueeze(-1), "sampled_basis" if bases else "coefficients" if solved is None else "filter", residual
-
-
-def _solve_filter(
-    filters: torch.Tensor, basis: torch.Tensor, conv: SteerableConv2d, name: str
-) -> tuple[torch.Tensor, float]:
-    """Coefficients [out_fields, in_fields, n_basis] of an expanded filter [O |G|, I H, k, k], and the residual."""
-    (o, i), (_, order, h, *size) = conv.weight.shape[:2], basis.shape
-    if tuple(filters.shape) != (o * order, i * h, *size):
-        raise WeightsError(f"{name}.filter has shape {tuple(filters.shape)}, not {(o * order, i * h, *size)}")
-    blocks = filters.unflatten(0, (o, order)).unflatten(2, (i, h)).transpose(1, 2)  # [O, I, |G|, H, k, k]
-    solved, residual = _solve(blocks.flatten(2).flatten(0, 1), basis, name)
-    return solved.float().unflatten(0, (o, i)), residual
+    (o, i), (count, order, h, *size) = conv.weight.shape[:2], basis.shape
+    weight = entries.take(f"{name}.weights", o * i * count).float().view(o, i, count)
+    source, residual = "coefficients", 0.0
+    for key in [key for key in entries.left if key.startswith(f"{name}._basis") and key.endswith("sampled_basis")][:1]:
+        translation, residual = translate_basis(entries.take(key, *basis.flatten(3).shape), basis, name)
+        weight, source = (weight.double() @ translation).float(), "sampled_basis"
+    if f"{name}.filter" in entries.left:
+        filters = entries.take(f"{name}.filter", o * order, i * h, *size)
+        blocks = filters.unflatten(0, (o, order)).unflatten(2, (i, h)).transpose(1, 2)  # [O, I, |G|, H, k, k]
+        solution, error = _solve(blocks.flatten(2).flatten(0, 1), basis, name)
+        solved, given = solution.float().view(o, i, count), weight
+        if source == "coefficients":  # the basis of the file may have other signs
+            weight, source, residual = solved, "filter", error
+            solved, given = solved.abs(), given.abs()
+        difference = ((given - solved).abs().max() / solved.abs().max().clamp_min(1e-30)).item()
+        if not difference <= 1e-3 + 4 * torch.finfo(filters.dtype).eps:
+            raise WeightsError(f"{name}.weights and its filter disagree (relative error {difference:.1e})")
+    return weight.unsqueeze(-1), source, residual
 
 
 def translate_basis(source: torch.Tensor, target: torch.Tensor, name: str) -> tuple[torch.Tensor, float]:

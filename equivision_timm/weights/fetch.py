@@ -54,14 +54,12 @@ def fetch(model_name: str, images: Path | None = None, signs: str | None = None)
                 f"`python -m equivision_timm convert FILE --model {model_name} --out {folder}`"
             )
         published = "as published" if entry.sha256 else "none was published to compare with"
-        print(f"{model_name}: sha256 {sha256} ({published})")
+        print(f"{model_name}: {checkpoint}, sha256 {sha256} ({published})")
         try:
             provenance = convert_file(checkpoint, model_name, folder, images, signs or entry.signs)
-        except DamagedFile as error:  # for example continued after the file on Drive had changed
+        except DamagedFile:  # for example continued after the file on Drive had changed
             checkpoint.unlink()
-            raise WeightsError(f"Google Drive did not give a sound checkpoint, deleted again: {error}") from error
-        except WeightsError as error:
-            raise type(error)(f"{error} (the download is in {checkpoint})") from error
+            raise
         checkpoint.unlink()
         for name, value in {"written": folder, **provenance}.items():
             print(f"{name:18} {value}")

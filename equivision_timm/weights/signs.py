@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from equivision_timm.errors import InputError
 from equivision_timm.groups import Group
 from equivision_timm.kernel_basis import Element, elements
 from equivision_timm.kernels import Kernel
@@ -55,13 +56,13 @@ def known_patterns(group_name: str) -> dict[str, str]:
 
 
 def parse_signs(group_name: str, signs: str) -> str:
-    """The pattern of a name of `known_patterns` or of a string of '+' and '-'; raises ValueError for anything else."""
+    """The pattern of a name of `known_patterns` or of a string of '+' and '-'; raises InputError for anything else."""
     known, count = known_patterns(group_name), len(sign_groups(group_name))
     if not count:
-        raise ValueError(f"the basis of {group_name} is the same on every machine: leave signs={signs!r} out")
+        raise InputError(f"the basis of {group_name} is the same on every machine: leave signs={signs!r} out")
     pattern = known.get(signs, signs)
     if len(pattern) != count or set(pattern) - {"+", "-"}:
-        raise ValueError(
+        raise InputError(
             f"signs={signs!r} is not a pattern of {group_name}: use {', '.join(known)}, or {count} of '+' and '-'"
         )
     return pattern

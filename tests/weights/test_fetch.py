@@ -145,9 +145,9 @@ SPOILT = {
     "over quota": "Too many users",
     "not there": "did not give the checkpoint of c4resnet18",
     "no network": f"https://drive.google.com/uc?id={DRIVE_ID} in a browser",
-    "no checkpoint": "sound checkpoint",
-    "code inside": "sound checkpoint",
-    "another model": "the download is in",
+    "no checkpoint": "not a checkpoint",
+    "code inside": "not a checkpoint",
+    "another model": "has shape",
 }
 
 
