@@ -42,14 +42,6 @@ def train_script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def test_header_says_command_hardware_and_result(config: Path) -> None:
-    header = re.split(r"^[^#]", config.read_text(), maxsplit=1, flags=re.MULTILINE)[0]
-    assert f"--config configs/{config.name}" in header
-    assert "torchrun --nnodes=2" in header
-    assert "Hardware:" in header
-    assert "Result to expect:" in header
-
-
 def test_timm_parser_knows_every_key_and_value(
     config: Path, train_script: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

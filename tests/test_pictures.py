@@ -100,6 +100,7 @@ REFUSED = {
     "floats to 255": (tiff(GREY.astype(np.float32)), "values from 0 to 255, where black is 0 and white 1: scale"),
     "negative floats": (tiff(GREY.astype(np.float32) / 255 - 0.5), "values from -0.5 to 0.5"),
     "NaN": (tiff(np.full((4, 4), np.nan, np.float32)), "values from nan"),
+    "thin": (saved(Image.new("L", (60000, 1)), "PNG"), "too thin, 60000 x 1"),
     "nothing": (b"", "cannot identify"),
     "text": (b"hello", "cannot identify"),
     "PostScript, which Pillow would run": (saved(Image.fromarray(COLOUR), "EPS"), "cannot identify"),
@@ -116,6 +117,11 @@ def test_what_cannot_be_read_is_named(tmp_path, content, message):
 def test_a_black_picture_of_16_bits_is_black(tmp_path):
     Image.fromarray(WIDE * 0).save(tmp_path / "x.png")
     assert np.asarray(open_rgb(tmp_path / "x.png")).max() == 0
+
+
+def test_a_narrow_picture_is_read(tmp_path):
+    Image.new("L", (290, 1)).save(tmp_path / "x.png")
+    assert open_rgb(tmp_path / "x.png").size == (290, 1)
 
 
 def test_no_file(tmp_path):

@@ -6,10 +6,8 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -367,29 +365,6 @@ def test_interrupted_run_continues(
     monkeypatch.setattr(module, "measure", measure)
     assert main(words) == 0
     assert_same_rows(tmp_path, measured)
-
-
-def test_ctrl_c_leaves_what_was_measured(c4: str, tmp_path: Path) -> None:
-    """A real SIGINT to a real process, once a batch is stored."""
-    folder = write_textures(tmp_path / "data", train=1, validation=300)
-    program = (
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in background jobs
-        "from equivision_timm.cli.main import main; sys.exit(main())"
-    )
-    words = [sys.executable, "-c", program, *command([c4], folder, tmp_path / "out", "0:360:5", "-b", "4")]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    stored = tmp_path / "out" / "results.json"
-    deadline = time.monotonic() + 120
-    while not stored.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert "interrupted; what was measured is in" in errors
-    assert "Traceback" not in errors
-    assert 0 < results(tmp_path / "out")[0]["images"] < 900
-    names = {path.name for path in stored.parent.iterdir()}
-    assert names == {".results.lock", "results.csv", "results.json", "rotation.png", "report.html"}
 
 
 def test_two_runs_share_one_folder(

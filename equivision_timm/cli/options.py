@@ -18,6 +18,7 @@ __all__ = [
     "add_class_map",
     "add_model_kwargs",
     "add_names",
+    "add_num_classes",
     "add_size",
     "for_each",
     "integer",
@@ -55,6 +56,12 @@ def add_model_kwargs(parser: argparse.ArgumentParser) -> None:
     """`--model-kwargs`, as timm's scripts have it."""
     text = "further keywords of timm.create_model, such as backbone=resnet18 group=d4"
     parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE", help=text)
+
+
+def add_num_classes(parser: argparse.ArgumentParser) -> None:
+    """`--num-classes`: of the models."""
+    text = "classes of the models (default: as trained, or the model's)"
+    parser.add_argument("--num-classes", type=integer(1, 10**6), metavar="N", help=text)
 
 
 def add_class_map(parser: argparse.ArgumentParser) -> None:

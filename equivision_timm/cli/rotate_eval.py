@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import equivision_timm
 from equivision_timm.cli.models import Loaded, check_spec, find_device, load
-from equivision_timm.cli.options import Parsers, add_batches, add_model_kwargs, integer, parse_angles
+from equivision_timm.cli.options import Parsers, add_batches, add_model_kwargs, add_num_classes, integer, parse_angles
 from equivision_timm.cli.rotate_results import Result, Results, Settings
 from equivision_timm.data import ImageFolder, PictureError, preparation
 from equivision_timm.errors import InputError, one_line
@@ -56,6 +56,7 @@ def register(commands: Parsers) -> None:
     add = parser.add_argument
     add("--models", nargs="+", required=True, metavar="NAME[=CHECKPOINT]", help="timm models, maybe with own weights")
     add_model_kwargs(parser)
+    add_num_classes(parser)
     add("--data", required=True, metavar="DIR", help="folder with one sub-folder of images per class")
     add("--angles", default="0:360:15", help="START:STOP:STEP or A,B,C in degrees (default: %(default)s)")
     add("--out", type=Path, default=Path("rotate_eval"), metavar="DIR", help="folder to write (default: %(default)s)")
@@ -65,8 +66,6 @@ def register(commands: Parsers) -> None:
     add("--split", default="validation", help="sub-folder of DIR to look for (default: %(default)s)")
     add("--class-map", default="", metavar="FILE", help="sub-folders in the order of the model's classes")
     add("--unlabelled", action="store_true", help="measure agreement and drift only: the folders are not classes")
-    classes = integer(1, 10**6)
-    add("--num-classes", type=classes, metavar="N", help="classes of the models (default: as trained, or the model's)")
     add_batches(parser, 256)
     workers = integer(0, 8 * (os.cpu_count() or 1))
     add("-j", "--workers", type=workers, default=4, metavar="N", help="processes that load images (default: 4)")

@@ -275,16 +275,17 @@ def _notes(results: list[Result]) -> str:
 
 
 def _summary(results: list[Result]) -> str:
-    main = results[0].metrics()[0]
-    name, both = ("top-1", ["agreement, mean (%)"]) if main == "top1" else ("agreement", [])
-    rows = []
+    """Mean and worst value of every metric that has a picture."""
+    head, rows = ["model", "images"], []
+    for metric in _drawn(results):
+        head += [f"{metric}, mean", f"{metric}, worst"]
     for result in results:
-        values, drift = result.mean(main), result.mean("drift")
-        worst = f"{min(values):.2f} (at {result.settings.angles[int(np.argmin(values))]:g}°)"
-        agreement = [f"{np.mean(result.mean('agreement')):.2f}"] if both else []
-        figures = [f"{np.mean(values):.2f}", worst, *agreement, f"{np.mean(drift):.3g}", f"{max(drift):.3g}"]
-        rows.append([_label(result), str(result.images), *figures])
-    head = ["model", "images", f"{name}, mean (%)", f"{name}, worst (%)", *both, "drift, mean", "drift, worst"]
+        rows.append([_label(result), str(result.images)])
+        for metric in _drawn(results):
+            values, digits = result.mean(metric), ".3g" if metric == "drift" else ".2f"
+            worst = int(np.argmax(values) if metric == "drift" else np.argmin(values))
+            angle = f"{result.settings.angles[worst]:g}°"
+            rows[-1] += [f"{np.mean(values):{digits}}", f"{values[worst]:{digits}} (at {angle})"]
     return _table(head, rows)
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from equivision_timm.cli.models import Loaded, check_spec, load, short_name
-from equivision_timm.cli.options import Parsers, add_model_kwargs, add_size, integer, parse_angles
+from equivision_timm.cli.options import Parsers, add_model_kwargs, add_num_classes, add_size, parse_angles
 from equivision_timm.data import open_rgb, preparation
 from equivision_timm.errors import InputError, one_line, shortened
 from equivision_timm.groups import Group
@@ -48,11 +48,10 @@ def register(commands: Parsers) -> None:
     add("image", metavar="IMAGE", help="picture file")
     add("--model", dest="models", nargs="+", required=True, metavar="NAME[=CHECKPOINT]", help="timm models")
     add_model_kwargs(parser)
+    add_num_classes(parser)
     add("--angles", default="0,45,90,180", help="START:STOP:STEP or A,B,C in degrees (default: %(default)s)")
     add("--level", type=int, default=1, metavar="N", help="which feature map, 0 for the stem (default: %(default)s)")
     add_size(parser)
-    classes = integer(1, 10**6)
-    add("--num-classes", type=classes, metavar="N", help="classes of the models (default: as trained, or the model's)")
     out = Path("equivision_show.png")
     add("--out", type=Path, default=out, metavar="FILE", help="picture to write (default: %(default)s)")
     parser.set_defaults(run=run, interrupted="{out} was not written")
