@@ -24,7 +24,7 @@ from timm.data.dataset_factory import _search_split
 from timm.data.readers.class_map import load_class_map
 from timm.utils.misc import natural_key
 
-from equivision_timm.errors import InputError
+from equivision_timm.errors import InputError, reason
 
 __all__ = [
     "ENDINGS",
@@ -78,8 +78,8 @@ def open_rgb(path: str | Path) -> Image.Image:
     except PictureError:
         raise
     except Exception as error:  # damaged files raise a dozen types in Pillow
-        reason = next((line.strip()[:200] for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise PictureError(f"cannot read the picture {name} ({reason}): convert it or leave it out") from error
+        fault = reason(error)[:200]
+        raise PictureError(f"cannot read the picture {name} ({fault}): convert it or leave it out") from error
 
 
 def _scale(file: Image.Image, name: str) -> np.ndarray:
@@ -164,9 +164,7 @@ class ImageFolder(torch.utils.data.Dataset[tuple[Any, int]]):
         try:
             self.class_to_idx: dict[str, Any] = load_class_map(class_map, self.root) if class_map else numbered
         except Exception as error:  # of pickle, the file system, or an assertion of timm
-            raise InputError(
-                f"the class map {str(class_map)!r} cannot be read: {error or type(error).__name__}"
-            ) from error
+            raise InputError(f"the class map {str(class_map)!r} cannot be read: {reason(error)}") from error
         known = zip(files, labels, strict=True)
         numbers = self.class_to_idx
         self.samples: list[tuple[str, Any]] = [(file, numbers[label]) for file, label in known if label in numbers]

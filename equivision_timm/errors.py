@@ -1,10 +1,16 @@
 """The error for input that a user can correct, and text on one line."""
 
-__all__ = ["InputError", "one_line", "shortened"]
+__all__ = ["InputError", "one_line", "reason", "shortened"]
 
 
 class InputError(ValueError):
     """Input of the user that cannot be used. The message quotes it and names a remedy; commands exit with status 2."""
+
+
+def reason(error: BaseException, lines: int = 1) -> str:
+    """The first lines of an error's message on one line; its type if the message is empty."""
+    found = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(found[:lines]) or type(error).__name__
 
 
 def one_line(text: str) -> str:

@@ -16,7 +16,7 @@ from PIL import Image
 from support.small_models import save_small_model, save_training
 
 import equivision_timm
-from equivision_timm.cli import convert, demo, rotate_eval, show
+from equivision_timm.cli import convert, demo, predict, rotate_eval, show
 from equivision_timm.cli.main import main
 
 
@@ -38,6 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "empty.png").touch()
     (root / "folder.png").mkdir()
     (root / "text").write_text("text")
+    (root / "old.csv").write_text("old")
     (root / "map.pkl").write_bytes(b"nonsense")
     (root / "map.txt").write_text("x\n" * 9 + "a\nb\nc\n")
     (root / "results" / "results.json").mkdir(parents=True)
@@ -112,7 +113,7 @@ BAD = [
         "checkpoint of 'c4resnet18_fast'",
     ),
     (["verify", "best.pth.tar"], "convert best.pth.tar.*validate.py --model NAME --checkpoint best.pth.tar"),
-    (["convert", "other.pth", "--model", "resnet18", "--out", "out"], "model of this package"),
+    (["convert", "other.pth", "--model", "resnet18", "--out", "out"], "checkpoints of 'resnet18'"),
 ]
 
 
@@ -139,6 +140,7 @@ def interrupt(*_, **__) -> None:
     ("module", "name", "arguments"),
     [
         (show, "load", SHOW),
+        (predict, "_rows", [*PREDICT, "image.png", "--out", "old.csv"]),
         (demo, "load_digits", ["demo", "--out", "demo.png"]),
         (rotate_eval, "load", ROTATE_EVAL),
         (convert, "convert_file", ["convert", "other.pth", "--model", "c4resnet18", "--out", "out"]),
@@ -150,6 +152,7 @@ def test_ctrl_c(module, name: str, arguments: list[str], folder: Path, monkeypat
     before = sorted(folder.rglob("*"))
     assert main(arguments) == 130
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"{arguments[0]}: interrupted; ")
+    assert (folder / "old.csv").read_text() == "old"
     assert sorted(folder.rglob("*")) == before
 
 

@@ -12,7 +12,6 @@ from PIL import Image
 from support.small_models import save_training
 from timm.data import ImageNetInfo, create_transform, resolve_data_config
 
-import equivision_timm.cli.predict as module
 from equivision_timm.cli.demo import load_digits
 from equivision_timm.cli.main import main
 from equivision_timm.cli.models import Loaded, load
@@ -128,18 +127,6 @@ def test_names_of_pretrained_weights_are_not_those_of_a_checkpoint() -> None:
     assert names(MODEL, digits)[0] == "a"
     assert names(f"{MODEL}=own.pth", digits)[0] == "0"
     assert names("c4resnet18_fast", imagenet)[1] == ImageNetInfo().index_to_description(1)
-
-
-def test_ctrl_c_leaves_the_old_file(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    def interrupt(*_) -> None:
-        raise KeyboardInterrupt
-
-    (tmp_path / "out.csv").write_text("old")
-    monkeypatch.setattr(module, "_rows", interrupt)
-    assert main(["predict", str(digits), "--model", MODEL, "--out", str(tmp_path / "out.csv")]) == 130
-    assert capsys.readouterr().err.splitlines()[-1] == "predict: interrupted; nothing was written"
-    assert (tmp_path / "out.csv").read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["out.csv"]
 
 
 def test_rectangles_of_the_training(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -20,7 +20,7 @@ from timm.data.loader import adapt_to_chs
 from timm.models import clean_state_dict, get_pretrained_cfg
 
 from equivision_timm.data import ImageFolder
-from equivision_timm.errors import InputError
+from equivision_timm.errors import InputError, reason
 
 __all__ = ["Loaded", "check_spec", "find_device", "load", "read_class_map", "short_name", "split_spec"]
 
@@ -72,8 +72,8 @@ class Loaded:
         except (ValueError, AssertionError, IndexError, TypeError, RuntimeError) as error:
             if "memory" in str(error):
                 raise
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise InputError(f"{self.spec!r} does not take images of {height} x {width} pixels: {reason}") from error
+            sizes = f"{height} x {width} pixels"
+            raise InputError(f"{self.spec!r} does not take images of {sizes}: {reason(error, 2)}") from error
         if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or not logits.isfinite().all():
             raise InputError(f"{self.spec!r} returns no finite logits (1, classes): use a classifier, or other weights")
 
@@ -113,9 +113,8 @@ def load(
             name, pretrained=not checkpoint, num_classes=classes, checkpoint_path=checkpoint or None, **options
         )
     except Exception as error:  # of timm, PyTorch, the Hub's client, pickle, zip and JSON
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise InputError(
-            f"cannot load the weights of {spec!r}: {' '.join(lines[:2])}. {_remedy(name, checkpoint)}"
+            f"cannot load the weights of {spec!r}: {reason(error, 2)}. {_remedy(name, checkpoint)}"
         ) from error
     own = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
     if not checkpoint and num_classes is not None and own is not None and own != num_classes:
@@ -213,10 +212,8 @@ def read_class_map(path: Path) -> list[str]:
     try:
         return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is not text in UTF-8"
-        raise InputError(
-            f"--class-map {path} cannot be read: {reason}; give a text file, one class per line"
-        ) from error
+        fault = getattr(error, "strerror", None) or "it is not text in UTF-8"
+        raise InputError(f"--class-map {path} cannot be read: {fault}; give a text file, one class per line") from error
 
 
 def find_device(name: str | None) -> torch.device:
@@ -230,6 +227,5 @@ def find_device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.ones(2, device=device).sum().item()
     except Exception as error:  # each kind of device has its own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"--device {name} cannot be used: {reason}; use cpu, or leave it out") from error
+        raise InputError(f"--device {name} cannot be used: {reason(error)}; use cpu, or leave it out") from error
     return device
