@@ -95,6 +95,7 @@ def translate(
         photographs = []
     crops = draw_crops(photographs) if photographs else None
     if to_choose:
+        assert crops is not None  # there are photographs, since they are needed
         if rivals:
             _check_statistics(model_name, best_fit(model, crops), rivals, crops, decided=True)
         choice = choose_signs(model, (draw_crops(photographs, seed=seed) for seed in range(_BATCHES)))

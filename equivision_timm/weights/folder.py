@@ -141,8 +141,14 @@ def load_strictly(target: str) -> Loaded:
     entries = model.state_dict()
     for key in {**entries, **state_dict}:  # timm leaves a classifier of another size out
         a, b = entries.get(key), state_dict.get(key)
-        fits = a is not None and b is not None and a.shape == b.shape and a.is_floating_point() == b.is_floating_point()
-        if not fits or not torch.allclose(a.to(b.dtype), b, rtol=0, atol=0, equal_nan=True):
+        fits = (
+            a is not None
+            and b is not None
+            and a.shape == b.shape
+            and a.is_floating_point() == b.is_floating_point()
+            and torch.allclose(a.to(b.dtype), b, rtol=0, atol=0, equal_nan=True)
+        )
+        if not fits:
             raise WeightsError(f"{weights} does not fit {held}: {key} is missing, or of another shape, dtype or value")
     return Loaded(held, model.eval(), weights, state_dict, provenance)
 

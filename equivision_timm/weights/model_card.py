@@ -71,6 +71,7 @@ def model_card(model_name: str, repository: str, provenance: dict[str, str], has
                 source_url=entry.source,
             )
             for kind, value in reported.items()
+            if entry
         ]
         or None,
     )
