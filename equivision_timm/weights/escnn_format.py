@@ -64,7 +64,7 @@ def _coefficients(entries: Entries, name: str, conv: SteerableConv2d) -> tuple[t
     """Coefficients [out_fields, in_fields, n_basis, 1], what determined them, and the residual."""
     basis = load_kernel_basis(conv.kernel).sample()  # [n_basis, |G|, H, k, k]
     (o, i), (count, order, h, *size) = conv.weight.shape[:2], basis.shape
-    weight = entries.take(f"{name}.weights", o * i * count).float().view(o, i, count)
+    weight = entries.take(f"{name}.weights", o * i * count).float().reshape(o, i, count)
     source, residual = "coefficients", 0.0
     for key in [key for key in entries.left if key.startswith(f"{name}._basis") and key.endswith("sampled_basis")][:1]:
         translation, residual = translate_basis(entries.take(key, *basis.flatten(3).shape), basis, name)
