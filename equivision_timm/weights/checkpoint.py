@@ -93,10 +93,13 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     pairs = state_dict.items() if isinstance(state_dict, dict) else ()
     if not pairs or not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in pairs):
         raise DamagedFile(f"{path} does not hold a state dict, {{name: tensor}}: it is not a checkpoint")
-    return {
-        ".".join(part for part in name.split(".") if part not in _ADDED).removeprefix("model."): value
-        for name, value in pairs
-    }
+    names = [
+        ".".join(part for part in name.split(".") if part not in _ADDED).removeprefix("model.") for name, _ in pairs
+    ]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DamagedFile(f"{path} holds {twice!r} twice, with and without a prefix: remove one of them")
+    return dict(zip(names, (value for _, value in pairs), strict=True))
 
 
 def _load_torch(path: Path) -> Any:

@@ -23,6 +23,7 @@ from equivision_timm.files import check_writable
 from equivision_timm.models import EquivariantBackbone, EquivariantConvNeXt, EquivariantViT, model_names
 from equivision_timm.models.pretrained import WEIGHTS_FILE, WeightsError, find_weights, read_safetensors
 from equivision_timm.models.variants import create
+from equivision_timm.weights.checkpoint import read_checkpoint
 
 __all__ = ["CONFIG_FILE", "Loaded", "Model", "check_model_folder", "create_ours", "load_strictly", "write_model_folder"]
 
@@ -32,6 +33,8 @@ _HARMLESS = ("num_classes", "in_chans", "invariants", "drop_rate", "drop_path_ra
 _HARMLESS += ("conv_strategy",)
 
 Model = EquivariantBackbone | EquivariantConvNeXt | EquivariantViT
+
+_PICKLE_FILE = "pytorch_model.bin"  # of save_for_hf without safe_serialization=True
 
 
 def create_ours(model_name: str, **keywords: Any) -> Model:
@@ -122,6 +125,8 @@ def load_strictly(target: str) -> Loaded:
     path, name = Path(target), target.partition(".")[0]
     if path.is_dir():
         weights, name = path / WEIGHTS_FILE, _read_architecture(path / CONFIG_FILE)
+        if not weights.exists() and (path / _PICKLE_FILE).exists():
+            weights = path / _PICKLE_FILE
     elif path.is_file():
         weights, name = path, ""
     elif name in model_names():
@@ -129,7 +134,10 @@ def load_strictly(target: str) -> Loaded:
         weights = Path(file) if file else find_weights(name)
     else:
         raise FileNotFoundError(f"{target!r} is not a file, a folder or a model of this package, e.g. c8resnet50")
-    state_dict, provenance = read_safetensors(weights)
+    if weights.name == _PICKLE_FILE:
+        state_dict, provenance = read_checkpoint(weights), {}
+    else:
+        state_dict, provenance = read_safetensors(weights)
     held = provenance.get("model", name)
     if held not in model_names() or held != (name or held):
         raise WeightsError(f"{weights} should hold {name or 'a model of this package'}, its metadata name {held!r}")

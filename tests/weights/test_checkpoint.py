@@ -151,3 +151,11 @@ def test_damaged_files(tmp_path, form):
             assert form != "zip" or same(found, state)
     assert refused > 150
     assert read > 0
+
+
+def test_a_name_with_and_without_prefix_is_refused(tmp_path):
+    torch.save({"fc.weight": torch.ones(2), "module.fc.weight": torch.zeros(2)}, tmp_path / "twice.pth")
+    with pytest.raises(DamagedFile, match=r"fc\.weight"):
+        read_checkpoint(tmp_path / "twice.pth")
+    torch.save({"module.fc.weight": torch.zeros(2)}, tmp_path / "once.pth")
+    assert read_checkpoint(tmp_path / "once.pth").keys() == {"fc.weight"}

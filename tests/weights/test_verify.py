@@ -152,7 +152,8 @@ def test_folders_of_timm(tmp_path, photographs):
     """timm writes arguments into the config: those of the architecture, and no others, are accepted."""
     save_for_hf(MODEL, tmp_path / "resnet", safe_serialization=True)
     save_for_hf(timm.create_model("test_d4vit", pretrained=True), tmp_path, safe_serialization=True)
-    for folder in (tmp_path / "resnet", tmp_path):
+    save_for_hf(MODEL, tmp_path / "pickle")  # pytorch_model.bin
+    for folder in (tmp_path / "resnet", tmp_path / "pickle", tmp_path):
         checks = verify(str(folder), photographs)
         assert rows(checks)["equivariance"].ok
         assert not any(check.ok is False for check in checks)
