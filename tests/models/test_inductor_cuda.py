@@ -11,10 +11,11 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from equivision_timm.layers.field_batch_norm import field_batch_norm_by_definition
 from packaging.version import Version
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+
+from equivision_timm.layers.norm import field_batch_norm_by_definition
 
 pytestmark = [
     pytest.mark.slow,
@@ -35,7 +36,11 @@ GPU = SimpleNamespace(
 
 
 def _by_channel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    return F.relu(field_batch_norm_by_definition(x, ORDER, weight, bias, 1e-5)[0])
+    """As `FieldNorm` does it for channels-last maps: pixels in place of images."""
+    B, C, H, W = x.shape
+    pixels = x.permute(0, 2, 3, 1).reshape(B * H * W, C, 1)
+    y = field_batch_norm_by_definition(pixels, ORDER, weight, bias, 1e-5)[0]
+    return F.relu(y.reshape(B, H, W, C).permute(0, 3, 1, 2))
 
 
 def _as_space(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
