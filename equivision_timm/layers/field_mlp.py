@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
@@ -138,6 +139,7 @@ class FieldMlp(nn.Module):
         return self.to_regular(self.fc2(self.hidden_to_irreps(x)))
 
 
+@torch.fx.wrap  # one node in a graph of torch.fx, whose proxies have no dtype for torch.eye
 def _units(weight: torch.Tensor, channels: int) -> torch.Tensor:
     """Zero and the unit vectors, [1 + channels, channels]: the outputs of a layer for them make its dense matrix."""
     return F.pad(torch.eye(channels, dtype=weight.dtype, device=weight.device), [0, 0, 1, 0])
