@@ -82,7 +82,7 @@ class BasicBlock(nn.Module):
             3,
             stride=conv_stride,
             dilation=first_dilation,
-            act_layer=act_layer,
+            act_layer=partial(_in_place, act_layer),
             drop=drop_block and drop_block(),
         )
         self.conv2: ConvNormAct = unit(
@@ -130,14 +130,14 @@ class Bottleneck(nn.Module):
         out_fields = fields * self.expansion
         conv_stride, aa = _split_stride(stride, aa_layer)
         self.aa: nn.Module = aa
-        self.conv1: ConvNormAct = unit(in_fields, fields, 1, act_layer=act_layer)
+        self.conv1: ConvNormAct = unit(in_fields, fields, 1, act_layer=partial(_in_place, act_layer))
         self.conv2: ConvNormAct = unit(
             fields,
             fields,
             3,
             stride=conv_stride,
             dilation=first_dilation,
-            act_layer=act_layer,
+            act_layer=partial(_in_place, act_layer),
             drop=drop_block and drop_block(),
         )
         self.conv3: ConvNormAct = unit(
@@ -406,7 +406,7 @@ def _stem(
     if stem_type == "":
         if stem_width is not None:
             raise ValueError(f"stem_width {stem_width!r} is for stem_type 'deep' or 'deep_tiered': leave it out")
-        stem = unit(in_chans, width, 7, input_type="trivial", stride=2, act_layer=act_layer)
+        stem = unit(in_chans, width, 7, input_type="trivial", stride=2, act_layer=partial(_in_place, act_layer))
         return nn.Sequential(Blur2d(taps=3, stride=1), stem) if low_pass else stem
     inner = max(1, width // 2) if stem_width is None else stem_width
     first = max(1, 3 * inner // 4) if stem_type == "deep_tiered" else inner

@@ -62,7 +62,7 @@ def test_timms_resnet_takes_no_more(act_layer, accepted):
 def test_only_relu_overwrites_its_input(act_layer, overwrites):
     """For the gradient of SiLU, PyTorch would copy what it overwrites."""
     block = timm.create_model("test_c8resnet", act_layer=act_layer).layer1[0]
-    assert [block.conv2.act.inplace, block.conv1.act.inplace] == [overwrites, False]
+    assert [block.conv1.act.inplace, block.conv2.act.inplace] == [overwrites, overwrites]
 
 
 def test_positions_break_what_they_should():
