@@ -9,11 +9,15 @@ import pytest
 import timm
 import torch
 from support.hub_server import Hub
-from timm.models._factory import resolve_model_input_args
+from timm.models import _factory
 from timm.models._hub import save_for_hf
 
 from equivision_timm.models import Canonicalized, Symmetrized, model_names
 
+pytestmark = pytest.mark.skipif(
+    not hasattr(_factory, "resolve_model_input_args"),
+    reason="folders of adapted models need timm 1.0.31",
+)
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 NAMES = [name for network in (Symmetrized, Canonicalized) for name in model_names(network) if "_" in name]
 
@@ -112,7 +116,7 @@ def test_a_plain_file_loads_into_the_backbone(tmp_path):
         model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=4, **options)
         assert torch.equal(model.backbone.layer4[1].conv2.weight, plain.layer4[1].conv2.weight)
         overlaid = {"file": str(tmp_path / "plain.pth")}
-        arguments = resolve_model_input_args(name, pretrained_cfg_overlay=overlaid, **options)
+        arguments = _factory.resolve_model_input_args(name, pretrained_cfg_overlay=overlaid, **options)
         resolved = timm.create_model(pretrained=True, **arguments)
         assert torch.equal(resolved.backbone.fc.weight, plain.fc.weight)
         assert resolved.pretrained_cfg["interpolation"] == timm.get_pretrained_cfg("resnet18").interpolation
