@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from equivision_timm.layers.blur import Blur2d
 from equivision_timm.layers.conv import SteerableConv2d, is_watched
 from equivision_timm.layers.conv_norm_act import ConvNormAct
-from equivision_timm.layers.strategies.basis import basis_for, block_shapes
-from equivision_timm.layers.strategies.block_diagonal import block_weights
+from equivision_timm.layers.strategies.basis import basis_for, block_shapes, block_weights
 
 __all__ = ["BlockConv2d", "ElementMajor", "element_major_conv", "element_major_stage", "swap_major"]
 

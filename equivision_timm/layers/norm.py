@@ -26,9 +26,8 @@ __all__ = ["FieldBatchNorm2d", "FieldNorm", "field_batch_norm", "field_batch_nor
 class FieldBatchNorm2d(nn.BatchNorm2d):
     """`nn.BatchNorm2d` on fields, faster in two formats: [B, m, |G| * H, W] -> the same.
 
-    A field is |G| channels, and its statistics follow from those of the channels. That reads channels-last
-    maps where they are, and gives a GPU |G| times more channels at once. Contiguous maps on the CPU, graphs and
-    transforms take PyTorch's own batch norm. Parameters, buffers and results are those of `nn.BatchNorm2d`.
+    Channels-last maps, and every map on another device than the CPU, are normalised by channel; contiguous maps on the
+    CPU, graphs and transforms take PyTorch's own batch norm. Parameters, buffers and results are the same.
 
     Args:
         fields: m, the number of fields.
@@ -88,11 +87,9 @@ class FieldBatchNorm2d(nn.BatchNorm2d):
     @torch.jit.unused
     def normalize_channels(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, m * |G|, ...] with the running statistics, in evaluation mode."""
-        assert self.running_mean is not None
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         given = (self.running_mean, self.running_var, self.weight, self.bias)
-        each = (None if t is None else t.to(dtype).repeat_interleave(self.order) for t in given)  # [m * |G|]
-        return F.batch_norm(x, *each, training=False, eps=self.eps)
+        return normalize(x, self.order, *(None if t is None else t.to(dtype) for t in given), self.eps)
 
     @torch.no_grad()
     def _update(self, mean: torch.Tensor, var: torch.Tensor) -> None:
@@ -203,14 +200,14 @@ def field_batch_norm_by_definition(
 def normalize(
     x: torch.Tensor,
     order: int,
-    mean: torch.Tensor,
-    var: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
+    mean: torch.Tensor | None,
+    var: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
     eps: float,
 ) -> torch.Tensor:
-    """(x - mean) weight / sqrt(var + eps) + bias, with given statistics, all [fields]."""
-    each = (t.repeat_interleave(order) for t in (mean, var, weight, bias))
+    """(x - mean) weight / sqrt(var + eps) + bias, with given statistics, all [fields]; no weight or bias if None."""
+    each = (None if t is None else t.repeat_interleave(order) for t in (mean, var, weight, bias))
     return F.batch_norm(x, *each, training=False, eps=eps)
 
 

@@ -38,12 +38,11 @@ class CheckImage(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not has_sizes(x):
             return x
-        assert x.ndim == 4, f"expected a batch of images [B, C, H, W], got {x.ndim} dimension(s): add the batch axis"
-        # A message that quotes a size would make torch.compile treat it as a constant, so `assert` is not used below
+        # Not `assert`: torch.compile would treat the sizes in its message as constants
+        if x.ndim != 4:
+            raise AssertionError(f"expected a batch of images [B, C, H, W], got {x.ndim} dimension(s)")
         if x.shape[1] != self.in_chans:
-            raise AssertionError(
-                f"expected {self.in_chans} image channel(s), got {x.shape[1]}: use in_chans={x.shape[1]}"
-            )
+            raise AssertionError(f"expected {self.in_chans} image channel(s), got {x.shape[1]}: set in_chans")
         if not x.is_floating_point():
             raise AssertionError(f"expected floating-point images, got {x.dtype}: convert with x.float() and normalise")
         if x.shape[2] < self.min_size:
@@ -122,7 +121,7 @@ class EquivariantBackbone(nn.Module):
         self.set_conv_strategy(conv_strategy)
 
     def _check_classifier(self, num_classes: int, pool_type: str | None) -> None:
-        """Raises ValueError where `num_classes` are to be told apart on a map."""
+        """Raises ValueError for a classifier on a map."""
         if num_classes > 0 and pool_type == "":
             raise ValueError(
                 f"global_pool {pool_type!r} keeps the map, which a classifier of {num_classes} classes cannot take: "
@@ -224,7 +223,7 @@ class EquivariantBackbone(nn.Module):
                 intermediates.append(self.map_pool(x))
         return intermediates if intermediates_only else (self.map_pool(x), intermediates)
 
-    # What timm asks
+    # The interface of timm
 
     @torch.jit.unused
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -283,7 +282,7 @@ class EquivariantBackbone(nn.Module):
         """The pooling over the group, after that over space."""
         return self.global_pool.group_pool
 
-    # What users ask: exact sizes, strategies
+    # Exact sizes, strategies
 
     @torch.jit.unused
     def is_exact(self, size: int | tuple[int, int]) -> bool:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from equivision_timm.layers import NativeConv2d, SteerableConv2d
 from equivision_timm.layers.strategies import native_call, native_library
-from equivision_timm.layers.strategies.block_diagonal import block_weights
+from equivision_timm.layers.strategies.basis import block_weights
 from equivision_timm.layers.strategies.expand import dense_filter
 
 pytestmark = pytest.mark.skipif(bool(native_library.why_not()), reason=str(native_library.why_not()))

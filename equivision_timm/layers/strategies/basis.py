@@ -1,4 +1,4 @@
-"""The constants that a strategy multiplies coefficients or maps with, of the type and on the device it needs."""
+"""The constants of the strategies, in the type and on the device of their tensors, and the weights made with them."""
 
 from functools import cache
 
@@ -10,7 +10,7 @@ from equivision_timm.kernel_basis import sample_kernels
 from equivision_timm.kernels import Kernel
 from equivision_timm.torch_state import FakeTensor, leaves_python
 
-__all__ = ["basis_for", "block_counts", "block_shapes", "lifting_filter", "named_kernel"]
+__all__ = ["basis_for", "block_counts", "block_shapes", "block_weights", "lifting_filter", "named_kernel"]
 
 
 @constant
@@ -34,6 +34,19 @@ def basis_for(like: torch.Tensor, kernel: str, form: str) -> torch.Tensor:
     if isinstance(like, FakeTensor) or torch.compiler.is_compiling():
         return constant_like(like, _basis, kernel, form)
     return _cached_basis(kernel, form, like.dtype, like.device)
+
+
+def block_weights(weight: torch.Tensor, kernel: str) -> torch.Tensor:
+    """W [entries, O, I], for each block [size (row), n, size (column), O, I] flattened; differentiable.
+
+    Args:
+        weight: w [O, I, n_basis, 1].
+        kernel: name of the kernels, for regular input.
+    """
+    coefficients = basis_for(weight, kernel, "blocks")
+    w = weight.flatten(0, 1).squeeze(-1)  # [O * I, n_basis]
+    entries = coefficients.T @ w.T  # W = sum_b w_b coefficients_b: [entries, O * I]
+    return entries.reshape(-1, weight.shape[0], weight.shape[1])  # [entries, O, I]
 
 
 def lifting_filter(kernel: Kernel) -> torch.Tensor:
@@ -68,7 +81,7 @@ def _basis(kernel: str, form: str, dtype: torch.dtype, device: torch.device) -> 
     return exact.to(device, dtype)
 
 
-_cached_basis = cache(_basis)
+_cached_basis = cache(_basis)  # without the check whether torch.compile traces
 
 
 @constant

@@ -13,23 +13,10 @@ import math
 import torch
 import torch.nn.functional as F
 
-from equivision_timm.layers.strategies.basis import basis_for, block_shapes
+from equivision_timm.layers.strategies.basis import basis_for, block_shapes, block_weights
 from equivision_timm.layers.strategies.contract import Layer, Strategy, register
 
-__all__ = ["BlockDiagonal", "block_weights"]
-
-
-def block_weights(weight: torch.Tensor, kernel: str) -> torch.Tensor:
-    """W [entries, O, I], for each block [size (row), n, size (column), O, I] flattened; differentiable.
-
-    Args:
-        weight: w [O, I, n_basis, 1].
-        kernel: name of the kernels, for regular input.
-    """
-    coefficients = basis_for(weight, kernel, "blocks")
-    w = weight.flatten(0, 1).squeeze(-1)  # [O * I, n_basis]
-    entries = coefficients.T @ w.T  # W = sum_b w_b coefficients_b: [entries, O * I]
-    return entries.reshape(-1, weight.shape[0], weight.shape[1])  # [entries, O, I]
+__all__ = ["BlockDiagonal"]
 
 
 @register

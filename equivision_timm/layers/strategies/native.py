@@ -11,16 +11,14 @@ and `torch.compile`; no dense filter exists anywhere.
 
 import math
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from equivision_timm.groups import group_order
-from equivision_timm.irreps_basis import block_coefficients
 from equivision_timm.layers.strategies import native_call, native_library
-from equivision_timm.layers.strategies.basis import named_kernel
+from equivision_timm.layers.strategies.basis import basis_for, block_weights, named_kernel
 from equivision_timm.layers.strategies.contract import Layer, Strategy, register
 
 __all__ = ["Native"]
@@ -61,19 +59,12 @@ def _gradients(grad, x, weight, kernel, stride, dilation, for_x, for_weight):
     """The gradients with respect to x and the coefficients; one that is not wanted is empty."""
     if not grad.dtype == x.dtype == weight.dtype:
         raise RuntimeError(f"types {grad.dtype} of grad, {x.dtype} of x, {weight.dtype} of weight should be the same")
-    coefficients = _coefficients(kernel, weight.dtype)  # [n_basis, entries]
-    weights = coefficients.T @ weight.flatten(0, 1).squeeze(-1).T  # W = sum_b w_b coefficients_b: [entries, O * I]
-    weights = weights.unflatten(1, weight.shape[:2])
+    weights = block_weights(weight, kernel)
     dx, dw = native_call.backward(grad, x, weights, kernel, stride, dilation, for_x, for_weight)
     if for_weight:
-        dw = dw.flatten(1).T @ coefficients.T  # [O * I, entries] @ [entries, n_basis]
+        dw = dw.flatten(1).T @ basis_for(dw, kernel, "blocks").T  # [O * I, entries] @ [entries, n_basis]
         dw = dw.reshape(weight.shape)
     return dx, dw
-
-
-@cache
-def _coefficients(kernel: str, dtype: torch.dtype) -> torch.Tensor:
-    return block_coefficients(named_kernel(kernel), dtype, torch.device("cpu"))
 
 
 def _fused_gradient(grad, x, packed, kernel, out_fields, stride, dilation):

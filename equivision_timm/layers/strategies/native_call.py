@@ -43,7 +43,7 @@ def pack(weight: torch.Tensor, kernel: str) -> torch.Tensor:
 def unpack(packed: torch.Tensor, kernel: str, out_fields: int) -> torch.Tensor:
     """The block weights W [entries, O, I] that `pack` packed."""
     plan, tile = _plan(kernel, packed.dtype), packed.shape[1]
-    lines = [_tiles(size * out_fields, tile) * plan.functions * size for size in plan.sizes]  # for one input field
+    lines = [-(-size * out_fields // tile) * plan.functions * size for size in plan.sizes]  # for one input field
     in_fields, weights, start = len(packed) // sum(lines), [], 0
     for size, count in zip(plan.sizes, lines, strict=True):
         rows, columns = size * out_fields, plan.functions * size * in_fields
@@ -143,10 +143,6 @@ def backward(
 def _readable(x: torch.Tensor) -> torch.Tensor:
     """x as native.c reads it: float32 or float64, contiguous, not the negative view of another tensor."""
     return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32).resolve_neg().contiguous()
-
-
-def _tiles(rows: int, tile: int) -> int:
-    return -(-rows // tile)
 
 
 @dataclass(frozen=True)
