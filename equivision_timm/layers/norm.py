@@ -89,7 +89,8 @@ class FieldBatchNorm2d(nn.BatchNorm2d):
         """x [B, m * |G|, ...] with the running statistics, in evaluation mode."""
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         given = (self.running_mean, self.running_var, self.weight, self.bias)
-        return normalize(x, self.order, *(None if t is None else t.to(dtype) for t in given), self.eps)
+        mean, var, weight, bias = (None if t is None else t.to(dtype) for t in given)
+        return normalize(x, self.order, mean, var, weight, bias, self.eps)
 
     @torch.no_grad()
     def _update(self, mean: torch.Tensor, var: torch.Tensor) -> None:
