@@ -15,7 +15,7 @@ from functools import cache
 
 import torch
 
-__all__ = ["Group", "circle", "group_order"]
+__all__ = ["Group", "circle", "group_order", "move_pixels"]
 
 _PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459")
 
@@ -41,6 +41,19 @@ def circle(n: int) -> tuple[tuple[float, float], ...]:
             a, b = points[-1]
             points.append((a * cos - b * sin, a * sin + b * cos))
         return tuple((float(round(a, 45)) + 0.0, float(round(b, 45)) + 0.0) for a, b in points)  # + 0.0: no -0.0
+
+
+def move_pixels(x: torch.Tensor, quarter_turns: int, reflect: bool = False) -> torch.Tensor:
+    """x [..., H, W] reflected, left and right swapped, then rotated counter-clockwise by 0 to 3 quarter turns.
+
+    By transposes and flips, since exporters to ONNX may lack rot90.
+    """
+    x = x.flip(-1) if reflect else x
+    if quarter_turns == 2:
+        return x.flip([-2, -1])
+    if quarter_turns == 0:
+        return x
+    return x.transpose(-2, -1).flip(-2 if quarter_turns == 1 else -1)
 
 
 @dataclass(frozen=True)
@@ -148,6 +161,16 @@ class Group:
         turns, remainder = divmod(4 * (g % self.rotations), self.rotations)
         return None if remainder else turns
 
+    def reversed_sides(self, height: int, width: int) -> list[int]:
+        """The sides of a map along the axes that an element of `grid_elements` reverses.
+
+        Both for rotations by 90 or 180 degrees, only the width for the reflection of 'd1', none for 'c1'.
+        """
+        elements = [g for g in self.grid_elements if g]
+        if any(g % self.rotations for g in elements):
+            return [height, width]
+        return [width] if elements else []
+
     @property
     def grid_elements(self) -> list[int]:
         """The elements that map a square pixel grid onto itself: quarter turns, and reflections followed by them."""
@@ -164,8 +187,7 @@ class Group:
             raise ValueError(
                 f"element {g} of {self.name} is not a symmetry of the pixel grid: use {self.grid_elements}"
             )
-        reflected = image.flip(-1) if g >= self.rotations else image
-        return reflected.rot90(turns, dims=(-2, -1))
+        return move_pixels(image, turns, g >= self.rotations)
 
     def transform_fields(self, features: torch.Tensor, g: int) -> torch.Tensor:
         """Transform regular fields by `g`: the pixels, and the channels of each field, (g f)[h] = g . f[g^-1 h].

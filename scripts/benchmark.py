@@ -54,7 +54,7 @@ from tqdm import tqdm
 from equivision_timm import fuse
 from equivision_timm.layers import ConvNormAct, SteerableConv2d
 from equivision_timm.layers.strategies import STRATEGIES
-from equivision_timm.layers.strategies.basis import block_counts
+from equivision_timm.layers.strategies.basis import block_shapes
 from equivision_timm.models import model_names
 from equivision_timm.weights.model_card import complexity
 
@@ -361,7 +361,8 @@ def measure_layers(name: str, batch_size: int, size: int, repeats: int, threads:
                     seconds.setdefault((s, "train"), []).append(time.perf_counter() - middle)
         pixels = batch_size * y.shape[2] * y.shape[3]
         dense = pixels * y.shape[1] * channels * k * k
-        blocks = pixels * i * o * block_counts(layer.kernel.name)[0] if input_type == "regular" else 0
+        shapes = block_shapes(layer.kernel.name) if input_type == "regular" else ()
+        blocks = pixels * i * o * sum(copies * n * size**2 for copies, n, size in shapes)
         products = {s: dense if s == "expand" else blocks for s in strategies}
         auto = layer.strategy_for(x.shape, x.device)
         row = {"layer": names[0], "count": len(names), "fields": f"{i} -> {o}", "kernel": k, "stride": stride}

@@ -19,8 +19,8 @@ CHUNK = 1024  # pixels; in inference the hidden fields of as many stay in a CPU'
 NARROW = 16  # fields; below, the backward pass in the irreps basis takes longer than dense products
 
 
-class FieldLayerNorm(nn.Module):
-    """Layer norm over all channels, with one scale and shift a field: [..., fields * |G|] -> the same shape."""
+class _FieldAffine(nn.Module):
+    """One weight and one bias a field."""
 
     def __init__(self, fields: int, order: int, eps: float = 1e-6, device: Device = None, dtype: DType = None) -> None:
         super().__init__()
@@ -31,28 +31,32 @@ class FieldLayerNorm(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Set the initial values."""
+        raise NotImplementedError
+
+
+class FieldLayerNorm(_FieldAffine):
+    """Layer norm over all channels, with one scale and shift a field: [..., fields * |G|] -> the same shape."""
+
+    def reset_parameters(self) -> None:
         """Scale 1, shift 0."""
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def normalize(self, x: torch.Tensor) -> torch.Tensor:
+        """`forward`, for subclasses: TorchScript does not support super()."""
         weight, bias = self.weight.repeat_interleave(self.order), self.bias.repeat_interleave(self.order)
         return F.layer_norm(x, [x.shape[-1]], weight, bias, self.eps)
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.normalize(x)
 
-class FieldGRN(nn.Module):
+
+class FieldGRN(_FieldAffine):
     """Global response normalisation of ConvNeXt V2, per field: the norm is over space and group.
 
     Fields [|G|, B, H, W, fields] or, if `field_major`, [B, H, W, fields * |G|] -> the same shape.
     """
-
-    def __init__(self, fields: int, order: int, eps: float = 1e-6, device: Device = None, dtype: DType = None) -> None:
-        super().__init__()
-        self.order = order
-        self.eps = eps
-        self.weight: nn.Parameter = nn.Parameter(torch.empty(fields, device=device, dtype=dtype))
-        self.bias: nn.Parameter = nn.Parameter(torch.empty(fields, device=device, dtype=dtype))
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """The identity."""

@@ -16,16 +16,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
 
+from equivision_timm.groups import move_pixels
 from equivision_timm.layers.irreps import Device, DType, irreps_of
 
-__all__ = ["DepthwiseConv2d", "PatchConv2d", "move_pixels"]
-
-
-def move_pixels(x: torch.Tensor, quarter_turns: int, reflect: bool) -> torch.Tensor:
-    """x [..., H, W] reflected, left and right swapped, then rotated; not by rot90, which exporters to ONNX may lack."""
-    x = x.flip(-1) if reflect else x
-    x = x.flip(-1).flip(-2) if quarter_turns >= 2 else x
-    return x.transpose(-2, -1).flip(-2) if quarter_turns % 2 == 1 else x
+__all__ = ["DepthwiseConv2d", "PatchConv2d"]
 
 
 class _GridConv2d(nn.Module):

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from timm.layers import PatchEmbed, register_notrace_module
 
 from equivision_timm.constants import constant, constant_like
-from equivision_timm.layers.grid_conv import move_pixels
+from equivision_timm.groups import move_pixels
 from equivision_timm.layers.irreps import Device, DType, Irreps, irreps_of, plane_matrices
 from equivision_timm.torch_state import has_sizes
 

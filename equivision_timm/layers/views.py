@@ -11,6 +11,8 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 
+from equivision_timm.groups import move_pixels
+
 __all__ = ["act", "act_each", "check_square", "shrink"]
 
 
@@ -51,18 +53,10 @@ def _rotate(x: torch.Tensor, k: int, n: int, quarters_first: bool) -> torch.Tens
     """x [..., H, W] rotated counter-clockwise by k of n steps."""
     quarters, rest = divmod(4 * k, n)
     if rest == 0:
-        return _quarter_turns(x, quarters)
+        return move_pixels(x, quarters)
     if quarters_first:
-        return _eighth_turn(_quarter_turns(x, quarters))
-    return _quarter_turns(_eighth_turn(x), quarters)
-
-
-def _quarter_turns(x: torch.Tensor, quarters: int) -> torch.Tensor:
-    if quarters == 1:
-        return x.transpose(-2, -1).flip(-2)
-    if quarters == 2:
-        return x.flip(-2, -1)
-    return x.transpose(-2, -1).flip(-1) if quarters == 3 else x
+        return _eighth_turn(move_pixels(x, quarters))
+    return move_pixels(_eighth_turn(x), quarters)
 
 
 @torch.fx.wrap

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.layers import trunc_normal_
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 
@@ -16,7 +17,7 @@ from equivision_timm.kernels import Kernel
 from equivision_timm.layers import GroupPool, InvariantPool, SteerableConv2d, conv_input_shapes
 from equivision_timm.torch_state import has_sizes
 
-__all__ = ["CheckImage", "EquivariantBackbone"]
+__all__ = ["CheckImage", "EquivariantBackbone", "init_weights"]
 
 
 class CheckImage(nn.Module):
@@ -50,6 +51,16 @@ class CheckImage(nn.Module):
         if x.shape[3] < self.min_size:
             raise AssertionError(f"image width {x.shape[3]} is too small: use at least {self.min_size}")
         return x
+
+
+def init_weights(model: nn.Module) -> None:
+    """Initialise `model` as timm's transformers and ConvNeXts: linear layers N(0, 0.02^2), truncated; others reset."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            trunc_normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+        elif callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
 
 
 class EquivariantBackbone(nn.Module):
@@ -289,14 +300,10 @@ class EquivariantBackbone(nn.Module):
         """Whether an image of this size, n or (height, width), may be rotated and reflected without any resampling.
 
         A layer of stride 2 keeps the outermost pixels on both sides where it sees an odd size, so the side has to be
-        1 modulo the largest reduction, 225 say; along the axes that the group's elements of the pixel grid reverse:
-        both for rotations by 90 or 180 degrees, only the width for the reflection of 'd1', none for 'c1'.
+        1 modulo the largest reduction, 225 say, along the axes that the group reverses (`Group.reversed_sides`).
         """
         height, width = (size, size) if isinstance(size, int) else size
-        group = Group.from_name(self.group)
-        elements = [g for g in group.grid_elements if g]
-        rotates = any(g % group.rotations for g in elements)
-        sides = [height, width] if rotates else [width] if elements else []
+        sides = Group.from_name(self.group).reversed_sides(height, width)
         return all(side % self._reduction() == 1 for side in sides)
 
     @torch.jit.unused

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, calculate_drop_path_rates, to_2tuple, to_ntuple, trunc_normal_
+from timm.layers import DropPath, calculate_drop_path_rates, to_ntuple, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint_seq
 from timm.models._features import FeatureGetterNet, feature_take_indices
 
@@ -26,7 +26,7 @@ from equivision_timm.layers import GroupPool, InvariantPool, check_pointwise
 from equivision_timm.layers.field_mlp import FieldLayerNorm, FieldMlp
 from equivision_timm.layers.grid_conv import DepthwiseConv2d, PatchConv2d
 from equivision_timm.layers.irreps import Device, DType, irreps_of
-from equivision_timm.models.backbone import CheckImage
+from equivision_timm.models.backbone import CheckImage, init_weights
 from equivision_timm.models.pretrained import build_pretrained
 from equivision_timm.models.variants import Variant, register_family
 
@@ -37,9 +37,7 @@ class FieldLayerNorm2d(FieldLayerNorm):
     """`FieldLayerNorm` of maps [B, fields * |G|, H, W]."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight, bias = self.weight.repeat_interleave(self.order), self.bias.repeat_interleave(self.order)
-        x = x.permute(0, 2, 3, 1)
-        return nn.functional.layer_norm(x, [x.shape[-1]], weight, bias, self.eps).permute(0, 3, 1, 2)
+        return self.normalize(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class EquivariantConvNeXtBlock(nn.Module):
@@ -266,12 +264,7 @@ class EquivariantConvNeXt(nn.Module):
     @torch.jit.unused
     def init_weights(self) -> None:
         """Initialise all weights, also of a model that comes from the meta device."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
-            elif callable(reset := getattr(module, "reset_parameters", None)):
-                reset()
+        init_weights(self)
         for module in self.modules():  # after the linear layers inside
             if isinstance(module, FieldMlp):
                 module.reset_parameters()
@@ -317,10 +310,8 @@ class EquivariantConvNeXt(nn.Module):
     @torch.jit.unused
     def is_exact(self, size: int | tuple[int, int]) -> bool:
         """Whether an image of this size, n or (height, width), may be rotated and reflected without any resampling."""
-        height, width = to_2tuple(size)
-        group = Group.from_name(self.group)
-        rotates = any(g % group.rotations for g in group.grid_elements)
-        sides = [height, width] if rotates else [width] if group.reflections else []
+        height, width = (size, size) if isinstance(size, int) else size
+        sides = Group.from_name(self.group).reversed_sides(height, width)
         return all(side % self._reduction() == 0 for side in sides)
 
     @torch.jit.unused

@@ -33,7 +33,7 @@ from equivision_timm.layers.invariants import Invariants
 from equivision_timm.layers.irreps import ChangeBasis, Device, DType, irreps_of
 from equivision_timm.layers.patches import EquivariantPatchEmbed, UnfoldTiles, resize_tiles, tile_count, tile_size
 from equivision_timm.layers.tokens import IrrepAttention, IrrepMlp, IrrepNorm, IrrepScale
-from equivision_timm.models.backbone import CheckImage
+from equivision_timm.models.backbone import CheckImage, init_weights
 from equivision_timm.models.pretrained import WEIGHTS_FILE, build_pretrained
 from equivision_timm.models.variants import Variant, digits_cfg, register_family
 
@@ -270,12 +270,7 @@ class EquivariantViT(nn.Module):
     @torch.jit.unused
     def init_weights(self) -> None:
         """Initialise all weights, also of a model that comes from the meta device."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
-            elif callable(reset := getattr(module, "reset_parameters", None)):
-                reset()
+        init_weights(self)
         trunc_normal_(self.pos_embed, std=0.16 * 0.5**0.5)
         for token in (self.cls_token, self.dist_token):
             if token is not None:

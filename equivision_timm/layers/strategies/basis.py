@@ -10,7 +10,7 @@ from equivision_timm.kernel_basis import sample_kernels
 from equivision_timm.kernels import Kernel
 from equivision_timm.torch_state import FakeTensor, leaves_python
 
-__all__ = ["basis_for", "block_counts", "block_shapes", "block_weights", "lifting_filter", "named_kernel"]
+__all__ = ["basis_for", "block_shapes", "block_weights", "lifting_filter", "named_kernel"]
 
 
 @constant
@@ -82,13 +82,6 @@ def _basis(kernel: str, form: str, dtype: torch.dtype, device: torch.device) -> 
 
 
 _cached_basis = cache(_basis)  # without the check whether torch.compile traces
-
-
-@constant
-def block_counts(kernel: str) -> tuple[int, int]:
-    """(multiplications that a pair of fields costs at a pixel, rows of T of a field) in the irreps basis."""
-    shapes = block_shapes(kernel)
-    return sum(c * n * size**2 for c, n, size in shapes), sum(c * n * size for c, n, size in shapes)
 
 
 @torch.library.custom_op("equivision_timm::kernel_basis", mutates_args=())
