@@ -10,8 +10,9 @@
 
 The dense network has plain `nn.Conv2d` and `nn.BatchNorm2d` of the same number of channels in place of ours, ReLU and
 the shortcut in place as in timm's ResNets, and runs in each of its forms: eager or compiled, NCHW or channels-last, for
-eval also with its batch norms folded into the convolutions. The fastest of them is what we are compared with. Ours runs
-as `create_model` makes it, and as timm's ResNet channels-last or compiled where these options say so.
+eval also with its batch norms folded into the convolutions. The fastest of them is what we are compared with. Ours
+trains as `create_model` makes it and infers as `fuse` makes it; timm's ResNet runs as `create_model` makes it. Both are
+channels-last or compiled where these options say so.
 
 Each network runs in a process of its own, and after warming up they take turns, so that a busy machine slows all alike;
 medians count, and the ratios of medians. The form of the dense network is found just before, one form after another. A
@@ -174,6 +175,8 @@ def build(form: str, name: str, mode: str, setting: Setting) -> nn.Module:
     model.train(mode == "train").to(setting.device)
     if setting.is_channels_last(form):
         model = model.to(memory_format=torch.channels_last)
+    if form == "ours" and mode == "eval":
+        model = fuse(model, input_size=setting.size)
     return torch.compile(model) if setting.is_compiled(form) else model
 
 
@@ -209,7 +212,7 @@ def make_step(model: nn.Module, form: str, mode: str, setting: Setting) -> Calla
 def prepare_step(form: str, name: str, mode: str, setting: Setting) -> Callable[[], None]:
     """What is timed of the network called `form`."""
     if mode == "create":
-        return partial(build, form, name, "eval", setting)
+        return partial(build, form, name, "train", setting)  # nothing is fused
     return make_step(build(form, name, mode, setting), form, mode, setting)
 
 

@@ -40,6 +40,9 @@ def test_the_dense_twin_is_plain_and_as_wide(benchmark):
     assert all(p.requires_grad for p in twin.parameters())
     folded = benchmark.build("dense folded", "test_c8resnet", "eval", benchmark.Setting(1, 65))
     assert {type(m) for m in folded.modules() if hasattr(m, "weight")} == {nn.Conv2d, nn.Linear}
+    for mode, norms in (("eval", False), ("train", True)):  # inference is measured fused
+        ours = benchmark.build("ours", "test_c8resnet", mode, benchmark.Setting(1, 65))
+        assert any(isinstance(m, nn.BatchNorm2d) for m in ours.modules()) == norms
 
 
 def test_forms_take_turns(benchmark, monkeypatch):
