@@ -3,7 +3,7 @@
 import contextlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,15 @@ from equivision_timm.files import write_file
 __all__ = ["METRICS", "Result", "Results", "Settings"]
 
 METRICS = ("top1", "top5", "agreement", "drift")
+# In these settings the results of one folder, hence of one report, agree
+_SHARED = ("data", "images", "targets", "files", "angles", "corners", "precision", "by_stage")
 
 
 @dataclass(frozen=True)
 class Settings:
     """Everything that the figures of a result depend on: the key under which it is stored.
 
-    Results in one folder, hence in one report, agree in the fields up to `by_stage`; of one model at one size with so
-    many turns there is one result.
+    Of one model at one size with so many turns there is one result.
     """
 
     data: str  # name of the folder of images
@@ -49,9 +50,8 @@ class Settings:
     def differences(self, other: "Settings") -> list[str]:
         """The fields in which `other` must not differ, and does, with both values."""
         same = self.cell == other.cell
-        shared = [f.name for f in fields(self)][:8]
         mine, its = self.plain(), other.plain()
-        names = [name for name in mine if mine[name] != its[name] and (same or name in shared)]
+        names = [name for name in mine if mine[name] != its[name] and (same or name in _SHARED)]
         return [
             f"{name}: {shortened(str(its[name]), 60)} there, {shortened(str(mine[name]), 60)} here" for name in names
         ]
