@@ -168,9 +168,8 @@ def _hash_folder(folder: _Folder) -> str:
     digests = []
     for index in tqdm(range(len(folder)), desc="reading", unit="image", leave=False, delay=5):
         content = ""  # of a file that cannot be read
-        path = Path(folder.filename(index, absolute=True))
         with contextlib.suppress(OSError):
-            content = file_sha256(path) if path.is_file() else content  # opening a pipe would wait
+            content = file_sha256(folder.filename(index, absolute=True))
         digests.append((folder.filename(index).encode(errors="surrogateescape").hex(), content))
     return _hash(digests)
 

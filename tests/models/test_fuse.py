@@ -193,6 +193,17 @@ def test_native_says_what_to_do_elsewhere():
         fused(images())
 
 
+@pytest.mark.parametrize("form", ["blocks", "dense"])
+def test_units_with_backward_hooks_stay(form):
+    """As for a gradient with respect to the image, which such a hook follows or changes."""
+    model, x = make(), images().requires_grad_()
+    model.layer3[0].conv1.conv.register_full_backward_hook(lambda module, grad, _: (2 * grad[0],))
+    fused = fuse(model, form)
+    assert [name for name, m in fused.named_modules() if isinstance(m, SteerableConv2d)] == ["layer3.0.conv1.conv"]
+    (expected,), (found,) = (torch.autograd.grad(network(x).sum(), x) for network in (model, fused))
+    assert relative(found, expected) < 1e-4
+
+
 @needs_native
 @torch.no_grad()
 def test_native_compiles():
