@@ -84,10 +84,7 @@ def _native(name: str, layer: ConvNormAct | SteerableConv2d, shapes: dict[str, t
         conv = make(layer.conv, *folded, relu=type(layer.act) is nn.ReLU)
         if isinstance(conv, NativeConv2d):
             return conv
-    layer.replace_conv(make)
-    if type(layer.act) is nn.ReLU and not any(map(is_watched, layer.modules())):
-        layer.act.inplace = True  # nobody else has its input
-    return layer
+    return layer.replace_conv(make)
 
 
 def _is_one_call(unit: ConvNormAct) -> bool:
