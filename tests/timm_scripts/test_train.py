@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+import timm
 from support.timm_runs import TRAINING, result
+from timm.models import save_for_hf
 
 OPTIONS = [
     *("--model-ema", "--model-ema-decay", "0.5"),
@@ -118,3 +120,21 @@ def test_fine_tuning_recipe_from_a_file(run, textures: Path, tmp_path: Path) -> 
     weights = ["--pretrained-path", tmp_path / "first" / "model_best.pth.tar"]
     done = run("train.py", "--config", recipe, *model, *place, *small, *weights)
     assert "validation" in result(done)[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "kwargs"), [("logit", []), ("feature", []), ("token", ["--model-kwargs", "distilled=True"])]
+)
+def test_distillation(kind: str, kwargs: list[str], run, textures: Path, tmp_path: Path) -> None:
+    """A ViT learns from timm's ResNet; a student without a distillation token is refused where one is needed."""
+    save_for_hf(timm.create_model("test_resnet", num_classes=3), tmp_path / "teacher", safe_serialization=True)
+    small = ["--img-size", "64", "-b", "16", "-j", "0", "--device", "cpu", "--epochs", "2", "--warmup-epochs", "0"]
+    student = ["--model", "test_d4vit", "--num-classes", "3", "--lr", "0.01"]
+    teacher = ["--kd-model-name", f"local-dir:{tmp_path / 'teacher'}", "--kd-distill-type", kind]
+    place = ["--data-dir", textures, "--output", tmp_path, "--experiment", kind]
+    run("train.py", *student, *small, *teacher, *place, *kwargs)
+    losses = [row["train_loss"] for row in _summary(tmp_path / kind)]
+    assert losses[1] < losses[0]
+    if kwargs:
+        with pytest.raises(AssertionError, match="distilled"):
+            run("train.py", *student, *small, *teacher, *place)
