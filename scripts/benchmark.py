@@ -15,11 +15,11 @@ trains as `create_model` makes it and infers as `fuse` makes it; timm's ResNet r
 channels-last or compiled where these options say so.
 
 Each network runs in a process of its own, and after warming up they take turns, so that a busy machine slows all alike;
-medians count, and the ratios of medians. With one thread the time is the CPU's, else that of the clock on the wall. The form of the dense network is found just before, one form after another. A
-training step is forward, backward and SGD with momentum. Peak memory is what the process gained until it was warm.
-glibc's allocator keeps freed memory (MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ are raised), which spares all
-networks the page faults of each new feature map. On another device than the CPU the clock waits for it, and memory is
-its own.
+medians count, and the ratios of medians. With one thread the time is the CPU's, else that of the clock on the wall. The
+form of the dense network is found just before, one form after another. A training step is forward, backward and SGD
+with momentum. Peak memory is what the process gained until it was warm. glibc's allocator keeps freed memory
+(MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ are raised), which spares all networks the page faults of each new
+feature map. On another device than the CPU the clock waits for it, and memory is its own.
 
 Writes NAME.json, NAME.md and NAME.png into --out (default: scripts/benchmarks).
 """
