@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from timm.models._hub import save_for_hf
 
 from equivision_timm.cli.main import main
@@ -35,6 +36,17 @@ def test_predict_does_not_depend_on_the_pose(spec, tmp_path, capsys):
 def test_export(spec, tmp_path):
     assert main(["export", spec, str(tmp_path / "model.onnx")]) == 0
     assert (tmp_path / "model.onnx").is_file()
+
+
+def test_verify(spec, tmp_path, capsys):
+    folder = spec.removeprefix("local-dir:")
+    assert main(["verify", folder]) == 0
+    assert "rotations by 90 degrees and reflections in d4" in capsys.readouterr().out
+    file = f"{folder}/model.safetensors"
+    state = load_file(file)
+    save_file({name: value for name, value in state.items() if name != "backbone.fc.bias"}, file)
+    assert main(["verify", folder]) == 1
+    assert "fc.bias" in capsys.readouterr().out
 
 
 def test_keywords_reach_the_model(spec):

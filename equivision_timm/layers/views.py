@@ -61,7 +61,10 @@ def _rotate(x: torch.Tensor, k: int, n: int, quarters_first: bool) -> torch.Tens
 
 @torch.fx.wrap
 def _eighth_turn(x: torch.Tensor) -> torch.Tensor:
-    """x [..., n, n] rotated counter-clockwise by 45 degrees, bicubic; beyond the border it is reflected."""
+    """x [..., n, n] rotated counter-clockwise by 45 degrees, bicubic; beyond the border it is 0.
+
+    Reflections beyond the border would be a strange scene in the corners: they cost a network more than no picture.
+    """
     size = x.shape[-1]
     axis = torch.arange(size, device=x.device, dtype=x.dtype) - (size - 1) / 2
     right, down = axis[None, :], axis[:, None]
@@ -69,7 +72,7 @@ def _eighth_turn(x: torch.Tensor) -> torch.Tensor:
     source = torch.stack([(right - down) * scale, (right + down) * scale], dim=-1)  # [n, n, 2]
     images = x.reshape(-1, x.shape[-3], size, size)
     source = source.expand(images.shape[0], -1, -1, -1)
-    rotated = F.grid_sample(images, source, mode="bicubic", padding_mode="reflection", align_corners=False)
+    rotated = F.grid_sample(images, source, mode="bicubic", padding_mode="zeros", align_corners=False)
     return rotated.view(x.shape)
 
 

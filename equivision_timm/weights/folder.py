@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, get_args
 
 import timm
 import torch
@@ -20,12 +20,28 @@ from timm.models._hub import save_config_for_hf
 
 from equivision_timm.errors import InputError
 from equivision_timm.files import check_writable
-from equivision_timm.models import EquivariantBackbone, EquivariantConvNeXt, EquivariantViT, model_names
+from equivision_timm.models import (
+    Canonicalized,
+    EquivariantBackbone,
+    EquivariantConvNeXt,
+    EquivariantViT,
+    Symmetrized,
+    model_names,
+)
 from equivision_timm.models.pretrained import WEIGHTS_FILE, WeightsError, find_weights, read_safetensors
 from equivision_timm.models.variants import create
 from equivision_timm.weights.checkpoint import read_checkpoint
 
-__all__ = ["CONFIG_FILE", "Loaded", "Model", "check_model_folder", "create_ours", "load_strictly", "write_model_folder"]
+__all__ = [
+    "CONFIG_FILE",
+    "Adapted",
+    "Loaded",
+    "Model",
+    "check_model_folder",
+    "create_ours",
+    "load_strictly",
+    "write_model_folder",
+]
 
 CONFIG_FILE = "config.json"
 # Arguments that leave the logits unchanged, or follow from the shapes of the entries
@@ -33,7 +49,9 @@ _HARMLESS = ("num_classes", "in_chans", "invariants", "drop_rate", "drop_path_ra
 _HARMLESS += ("conv_strategy",)
 
 Model = EquivariantBackbone | EquivariantConvNeXt | EquivariantViT
+Adapted = Symmetrized | Canonicalized
 
+_LOADED: tuple[type[Any], ...] = get_args(Model) + get_args(Adapted)
 _PICKLE_FILE = "pytorch_model.bin"  # of save_for_hf without safe_serialization=True
 
 
@@ -88,8 +106,7 @@ def write_model_folder(
     tensors = {name: value.contiguous() for name, value in state_dict.items()}
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".partial-", dir=folder) as partial:
-        config: Any = Path(partial) / CONFIG_FILE  # old versions of timm need a Path; new ones declare a str
-        save_config_for_hf(model, config, model_args=model_args)
+        save_config_for_hf(model, str(Path(partial) / CONFIG_FILE), model_args=model_args)
         save_file(tensors, Path(partial) / WEIGHTS_FILE, metadata={"format": "pt", **provenance})
         for name in (CONFIG_FILE, WEIGHTS_FILE):  # the config of a model is always the same, so any order will do
             os.replace(Path(partial) / name, folder / name)
@@ -109,7 +126,7 @@ class Loaded:
     """
 
     name: str
-    model: Model
+    model: Model | Adapted
     weights: Path
     state_dict: dict[str, torch.Tensor]
     provenance: dict[str, str]
@@ -141,10 +158,8 @@ def load_strictly(target: str) -> Loaded:
     held = provenance.get("model", name)
     if held not in model_names() or held != (name or held):
         raise WeightsError(f"{weights} should hold {name or 'a model of this package'}, its metadata name {held!r}")
-    if path.is_dir():
-        model = create_ours(f"local-dir:{path}", pretrained=True)
-    else:
-        model = create_ours(held)
+    model: Any = create(f"local-dir:{path}" if path.is_dir() else held, *_LOADED, pretrained=path.is_dir())
+    if not path.is_dir():
         model.load_state_dict(state_dict)
     entries = model.state_dict()
     for key in {**entries, **state_dict}:  # timm leaves a classifier of another size out
@@ -167,11 +182,13 @@ def _read_architecture(path: Path) -> str:
     name, cfg, arguments = config["architecture"], config["pretrained_cfg"], config.get("model_args", {})
     if name not in model_names():
         raise WeightsError(f"{path} names {name!r}, which is not a model of this package")
-    model = create_ours(name, device="meta")
+    model: Any = create(name, *_LOADED, device="meta")
     own: dict[str, Any] = {"global_pool": "avg"}  # timm writes these in any case
     if isinstance(model, EquivariantViT):
         own = {"global_pool": model.global_pool, "img_size": list(model.patch_embed.img_size)}
     other = {key: value for key, value in arguments.items() if key not in _HARMLESS and value != own.get(key, ...)}
+    if isinstance(model, Adapted):
+        other = {}  # the backbone and the group are arguments
     classes = {part["num_classes"] for part in (config, cfg, arguments) if part.get("num_classes") is not None}
     channels = {cfg.get("input_size", [3])[0], arguments.get("in_chans", 3)}
     if other or len(classes) > 1 or len(channels) > 1:

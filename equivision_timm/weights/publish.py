@@ -8,7 +8,6 @@ import filecmp
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import timm
 from huggingface_hub import HfApi
@@ -81,7 +80,7 @@ def write_publication(model_name: str, parent: Path, organisation: str) -> Path:
         )
     publication.mkdir(parents=True, exist_ok=True)
     if packaged:
-        config: Any = publication / CONFIG_FILE  # old versions of timm need a Path; new ones declare a str
+        config = str(publication / CONFIG_FILE)
         save_config_for_hf(timm.create_model(model_name, device="meta"), config)
     else:
         shutil.copyfile(source / CONFIG_FILE, publication / CONFIG_FILE)

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -24,7 +24,7 @@ from equivision_timm.models.tensor_hash import TENSORS_SHA256, hash_tensors
 from equivision_timm.models.variants import create
 from equivision_timm.testing import equivariance_error
 from equivision_timm.weights.equivision import CLEARLY, same_shapes
-from equivision_timm.weights.folder import Loaded, Model, load_strictly
+from equivision_timm.weights.folder import Adapted, Loaded, Model, load_strictly
 from equivision_timm.weights.released import released
 from equivision_timm.weights.signs import known_patterns
 from equivision_timm.weights.statistics import Z_LIMIT, PatternFits, apply_signs, fit
@@ -124,10 +124,17 @@ class _Maps(nn.Module):
         return self.model.forward_features(x)
 
 
-def _equivariance(model: Model) -> Iterator[Check]:
+def _equivariance(model: Model | Adapted) -> Iterator[Check]:
     """Of the logits, or of the maps if the classifier reads the group axis."""
-    group, (_, size) = Group.from_name(model.group), model.exact_sizes(_SIZE)
-    invariant = model.is_invariant
+    group = Group.from_name(model.group)
+    if isinstance(model, Adapted):
+        if not model.has_head or getattr(model, "gate", 0.0) > 0:
+            yield Check("equivariance", None, "not checked: of an adapted model only with a head and without a gate")
+            return
+        cfg: Any = model.pretrained_cfg
+        invariant, size = True, cfg["input_size"][-1]
+    else:
+        invariant, (_, size) = model.is_invariant, model.exact_sizes(_SIZE)
     if not invariant and isinstance(model, EquivariantViT):
         yield Check("equivariance", None, "not checked: neither logits nor last maps of a hybrid are invariant")
         return
@@ -135,7 +142,7 @@ def _equivariance(model: Model) -> Iterator[Check]:
         if invariant:
             errors = equivariance_error(model, size)
         else:
-            errors = equivariance_error(_Maps(model), size, output_type="regular")
+            errors = equivariance_error(_Maps(cast(Model, model)), size, output_type="regular")
     except ValueError as error:
         yield Check("equivariance", False, str(error))
         return
@@ -184,7 +191,7 @@ def _statistics(loaded: Loaded, images: str | Path | None) -> Iterator[Check]:
         yield Check("other model", False if wrong else None, finding)
 
 
-def _accuracy(model: Model, data: str | Path) -> Iterator[Check]:
+def _accuracy(model: Model | Adapted, data: str | Path) -> Iterator[Check]:
     """Top-1 and top-5, at least the reported figures less a margin."""
     try:
         dataset = ImageFolder(str(data), "validation")

@@ -212,6 +212,8 @@ def test_an_eighth_turn_is_half_a_quarter_turn():
     assert error(twice, torch.rot90(x, 1, (-2, -1))) < 0.03
     assert error(act(act(x, 1, 8), 1, 8, inverse=True), x) < 0.03
     assert error(twice, torch.rot90(x, -1, (-2, -1))) > 0.3  # the control: the other direction
+    masked = act(act(x * disc, 1, 8), 1, 8, inverse=True)
+    assert masked[..., :8, :8].abs().max() == 0  # no reflection of the picture in the corners
 
 
 @pytest.mark.parametrize(("group", "n", "reflections"), [("d4", 4, True), ("c8", 8, False), ("d8", 8, True)])

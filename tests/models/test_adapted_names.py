@@ -14,10 +14,6 @@ from timm.models._hub import save_for_hf
 
 from equivision_timm.models import Canonicalized, Symmetrized, model_names
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(_factory, "resolve_model_input_args"),
-    reason="folders of adapted models need timm 1.0.31",
-)
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 NAMES = [name for network in (Symmetrized, Canonicalized) for name in model_names(network) if "_" in name]
 

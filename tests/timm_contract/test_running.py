@@ -10,7 +10,6 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from packaging.version import Version
 from support.reference_data import image
 from timm.layers import convert_sync_batchnorm
 from timm.models import group_parameters
@@ -160,8 +159,6 @@ def test_freeze_and_unfreeze():
 @pytest.mark.parametrize("features_only", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_checkpointing_changes_no_gradient(name, features_only):
-    if features_only and Version(timm.__version__) < Version("1.0.31"):
-        pytest.skip("earlier versions of timm checkpoint the in-place activation of the stem, of their ResNets too")
     model, x = create(name, features_only=features_only).train(), image((2, 3, 33, 33))
     gradients = []
     for enable in (False, True):

@@ -1,0 +1,135 @@
+"""Adapted models under autocast, torch.compile, ONNX, checkpointing and DDP; the backbone is the control throughout."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+from equivision_timm.models import Canonicalized, Symmetrized
+
+X = F.interpolate(torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), (64, 64), mode="bicubic")
+LABELS = torch.tensor([1, 3])
+KINDS = ["all", "one", "hard", "soft"]
+
+
+def create(kind, name="test_resnet", **options):
+    """Symmetrized with all views or one view in training, Canonicalized with a hard or soft choice; 5 classes."""
+    torch.manual_seed(0)
+    backbone = timm.create_model(name, num_classes=5, **options)
+    if kind in ("all", "one"):
+        return Symmetrized(backbone, "d2", train_views=int(kind == "one"))
+    return Canonicalized(backbone, group_pool="prob" if kind == "soft" else "avg", choice=kind)
+
+
+def gradients(model, x=X, **autocast):
+    model.zero_grad()
+    torch.manual_seed(1)  # of the views that train_views=1 draws
+    with torch.autocast("cpu", torch.bfloat16, enabled=bool(autocast)):
+        loss = F.cross_entropy(model(x).float(), LABELS)
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize("kind", ["all", "hard", "soft"])
+def test_bfloat16(kind):
+    model = create(kind).eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = model(X)
+    assert logits.dtype == torch.bfloat16
+    with torch.no_grad():
+        torch.testing.assert_close(logits.float(), model(X), rtol=0.05, atol=0.05)
+        half = model.bfloat16()
+        torch.testing.assert_close(half(X.bfloat16()).float(), logits.float(), rtol=0.05, atol=0.05)
+        turned = half(X.bfloat16().rot90(2, (-2, -1)))
+        torch.testing.assert_close(turned.float(), logits.float(), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_in_training(kind):
+    model = create(kind).train()
+    full, half = gradients(model), gradients(model, dtype=torch.bfloat16)
+    assert F.cosine_similarity(full, half, dim=0) > 0.9
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")  # inside
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiles_whole_forward_and_backward(kind):
+    torch.compiler.reset()
+    model = create(kind).double().train()
+    for module in model.modules():  # two images at 64 pixels: the statistics of the last stage are noise
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    if kind != "one":  # whose random numbers differ
+        torch.testing.assert_close(gradients(compiled, X.double()), gradients(model, X.double()))
+    if kind == "hard":  # with `chunk` the others are as many graphs as views
+        with torch.no_grad():
+            model.eval()
+            torch.testing.assert_close(compiled(X.double()), model(X.double()))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")  # inside
+@pytest.mark.parametrize("kind", ["all", "hard", "soft"])
+def test_onnx(kind, tmp_path):
+    pytest.importorskip("onnxscript", reason="extra `export`")
+    runtime = pytest.importorskip("onnxruntime", reason="extra `export`")
+    model, file = create(kind).eval(), tmp_path / "model.onnx"
+    batch = {0: torch.export.Dim("batch", min=1, max=16)}
+    torch.onnx.export(model, (X,), file, dynamo=True, dynamic_shapes=(batch,), verbose=False)
+    session = runtime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    images = torch.cat([X, X.rot90(1, (-2, -1)), X.flip(-1)])
+    (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    with torch.no_grad():
+        np.testing.assert_allclose(found, model(images), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("all", "test_vit"), ("one", "test_resnet"), ("soft", "test_vit")])
+def test_gradient_checkpointing_changes_no_gradient(kind, name):
+    model = create(kind, name, **({"img_size": 64} if name == "test_vit" else {})).train()
+    before = gradients(model)
+    model.set_grad_checkpointing()
+    assert model.backbone.grad_checkpointing
+    torch.testing.assert_close(gradients(model), before)
+
+
+DDP = """
+import os, sys
+import timm, torch
+import torch.distributed as dist
+import equivision_timm
+
+dist.init_process_group("gloo")
+options = {"one": dict(train_views=1), "soft": dict(choice="soft", group_pool="prob")}.get(sys.argv[1], {})
+name = "symmetrized" if sys.argv[1] in ("all", "one") else "canonicalized"
+torch.manual_seed(dist.get_rank())  # DDP itself has to make the two the same
+model = timm.create_model(name, backbone="test_resnet", group="c4", num_classes=5, **options)
+ddp = torch.nn.parallel.DistributedDataParallel(model)  # which raises if a parameter has no gradient
+optimizer = torch.optim.SGD(ddp.parameters(), 0.1)
+before = {name: value.clone() for name, value in model.named_parameters()}
+for _ in range(2):
+    loss = torch.nn.functional.cross_entropy(ddp.train()(torch.rand(2, 3, 64, 64)), torch.tensor([0, 1]))
+    loss.backward()  # another batch in each process
+    optimizer.step()
+    optimizer.zero_grad()
+for name, value in model.named_parameters():
+    both = [torch.empty_like(value) for _ in range(2)]
+    dist.all_gather(both, value.detach())
+    assert torch.equal(*both), name
+    assert not torch.equal(value, before[name]), name
+dist.barrier()
+dist.destroy_process_group()
+os._exit(0)  # threads of PyTorch that still run would abort the process, now and then
+"""
+
+
+@pytest.mark.parametrize("kind", ["one", "hard", "soft"])
+def test_two_processes(kind, tmp_path):
+    script = tmp_path / "ddp.py"
+    script.write_text(DDP)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, kind]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
