@@ -20,6 +20,7 @@ __all__ = [
     "is_channels_last",
     "leaves_python",
     "needs_plain_operations",
+    "unrecorded_view",
 ]
 
 BatchNorm = nn.modules.batchnorm._BatchNorm  # of all dimensions, and synchronised
@@ -71,3 +72,12 @@ def is_channels_last(x: torch.Tensor) -> bool:
     if not isinstance(x, torch.Tensor) or leaves_python() or x.is_contiguous() or needs_plain_operations(x):
         return False
     return x.is_contiguous(memory_format=torch.channels_last)
+
+
+@torch.jit.unused
+def unrecorded_view(x: torch.Tensor) -> torch.Tensor:
+    """x without autograd's record that it is a view: to overwrite a view costs its gradient two copies.
+
+    x must be the only tensor with this memory.
+    """
+    return torch.ops.aten._unsafe_view(x, x.shape)

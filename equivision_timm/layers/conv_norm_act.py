@@ -70,7 +70,9 @@ class ConvNormAct(nn.Module):
 
     def forward(self, x: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
         x = self.drop(self.attn(self.norm(self.conv(x))))
-        return self.act(x if shortcut is None else x + shortcut)
+        if shortcut is not None:
+            x += shortcut  # in place, as in timm's ResNets
+        return self.act(x)
 
     @torch.jit.unused
     def fuse(self) -> nn.Module:

@@ -18,7 +18,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import register_notrace_module
 
-from equivision_timm.torch_state import BatchNorm, is_channels_last, leaves_python, needs_plain_operations
+from equivision_timm.torch_state import (
+    BatchNorm,
+    is_channels_last,
+    leaves_python,
+    needs_plain_operations,
+    unrecorded_view,
+)
 
 __all__ = ["FieldBatchNorm2d", "FieldNorm", "field_batch_norm", "field_batch_norm_by_definition"]
 
@@ -147,14 +153,19 @@ class FieldNorm(nn.Module):
                 return norm.normalize_channels(x)  # without a reshape: the graph is open for images of every size
         B, C, H, W = x.shape
         fields = x.reshape(B, self.fields, self.order * H, W)  # [B, m * |G|, H, W] -> [B, m, |G| * H, W]
-        return self.per_field(fields).reshape(B, C, H, W)
+        y = self.per_field(fields).reshape(B, C, H, W)
+        return y if torch.jit.is_scripting() else self._unrecorded(y)
+
+    @torch.jit.unused
+    def _unrecorded(self, y: torch.Tensor) -> torch.Tensor:
+        return unrecorded_view(y) if isinstance(self.per_field, FieldBatchNorm2d) else y
 
     @torch.jit.unused
     def _forward_channels_last(self, x: torch.Tensor) -> torch.Tensor:
         B, C, H, W = x.shape
         if isinstance(self.per_field, BatchNorm):  # all positions of all images alike: no copy
             pixels = x.permute(0, 2, 3, 1).reshape(B * H * W, self.fields, self.order, 1)  # [B, H, W, m * |G|]
-            return self.per_field(pixels).reshape(B, H, W, C).permute(0, 3, 1, 2)
+            return self._unrecorded(self.per_field(pixels).reshape(B, H, W, C).permute(0, 3, 1, 2))
         fields = x.reshape(B, self.fields, self.order * H, W)
         return self.per_field(fields).reshape(B, C, H, W).contiguous(memory_format=torch.channels_last)
 

@@ -19,12 +19,8 @@
    calls the functions at its end. */
 
 #include <pthread.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#if defined(__AVX__)
-#include <immintrin.h>
-#endif
 
 /* A tile of the matrix product, MR x 2 vectors, fills the registers. */
 #if defined(__AVX512F__)
@@ -47,18 +43,6 @@ typedef REAL vector __attribute__((vector_size(BYTES), aligned(sizeof(REAL)), ma
 #else
 #define UNROLL
 #endif
-/* Stores that bypass the cache, for values that are not read soon; p is aligned to a vector. FENCE orders them. */
-#if defined(__AVX512F__)
-#define STREAM(p, v) _mm512_stream_si512((__m512i *)(p), (__m512i)(v))
-#define FENCE _mm_sfence()
-#elif defined(__AVX__)
-#define STREAM(p, v) _mm256_stream_si256((__m256i *)(p), (__m256i)(v))
-#define FENCE _mm_sfence()
-#else
-#define STREAM(p, v) STORE(p, v)
-#define FENCE
-#endif
-
 #define LOAD(p) (*(const vector *)(p))
 #define STORE(p, v) (*(vector *)(p) = (v))
 
@@ -463,7 +447,6 @@ static void unload(const Layer *l, const Chunk *k, const REAL *t, REAL *dx, REAL
 
 /* y = x + bias + shortcut, then ReLU if `relu`; n numbers; x can be read in whole vectors; shortcut may be NULL */
 INLINE void finish(const REAL *x, REAL bias, const REAL *shortcut, int relu, REAL *y, long n) {
-    int whole = (uintptr_t)y % BYTES == 0;
     for (long p = 0; p < n; p += LANES) {
         long count = least(LANES, n - p);
         vector v = LOAD(x + p) + bias, other = {0};
@@ -471,7 +454,6 @@ INLINE void finish(const REAL *x, REAL bias, const REAL *shortcut, int relu, REA
         else if (shortcut) memcpy(&other, shortcut + p, count * sizeof(REAL)), v += other;
         if (relu) v = positive(v);
         if (count < LANES) memcpy(y + p, &v, count * sizeof(REAL));
-        else if (whole) STREAM(y + p, v);
         else STORE(y + p, v);
     }
 }
@@ -646,7 +628,6 @@ static void forward_part(void *argument) {
         }
         store(l, &k, irreps, job->bias, job->shortcut, job->relu, job->y, work);
     }
-    FENCE;
 }
 
 /* dw: for each thread the sums [columns, rows in whole vectors] of each block */
