@@ -63,6 +63,7 @@ RECIPES = {  # by file
     "test_c1resnet": Recipe("test_c1resnet"),
     "test_c1resnet_rotated": Recipe("test_c1resnet", limit=180),  # what users of a plain network do instead
     "test_d4vit": Recipe("test_d4vit", epochs=60, learning_rate=2e-3),
+    "test_d4convnext": Recipe("test_d4convnext", epochs=40, learning_rate=4e-3),
 }
 
 

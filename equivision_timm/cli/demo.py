@@ -1,7 +1,7 @@
-"""The command `demo`: rotated handwritten digits, classified by three equivariant networks and by plain ones.
+"""The command `demo`: rotated handwritten digits, classified by four equivariant networks and by plain ones.
 
-One of the equivariant networks is alias-free, made for the angles between the quarter turns, too; one is a vision
-transformer, which is in the table only. The plain ones are the same network without the group, the same trained with
+One of the equivariant networks is alias-free, made for the angles between the quarter turns, too; a vision transformer
+and a ConvNeXt are in the table only. The plain ones are the same network without the group, the same trained with
 random rotations, and the same averaged over quarter turns: what one would do without equivariance. All are in the
 package and were trained on the same digits; the ResNets have about as many parameters. The digits of the demo were held
 out. The command prints a table and what it means, and draws a picture.
@@ -62,10 +62,11 @@ class Network:
 ALIAS_FREE = Network("test_c8resnetaf", "equivariant, alias-free", "test_c8resnetaf", "test_c8resnetaf", "#0072b2")
 EQUIVARIANT = Network("test_c8resnet", "equivariant", "test_c8resnet", "test_c8resnet", "#56b4e9")
 TRANSFORMER = Network("test_d4vit", "equivariant transformer", "test_d4vit", "test_d4vit")
+CONVNEXT = Network("test_d4convnext", "equivariant ConvNeXt", "test_d4convnext", "test_d4convnext")
 PLAIN = Network("test_c1resnet", "plain", "test_c1resnet", "test_c1resnet", "#d55e00")
 ROTATED = Network("rotated", "plain, trained with all rotations", "test_c1resnet", "test_c1resnet_rotated", "#009e73")
 AVERAGED = Network("averaged", "plain, mean of four rotations", "test_c1resnet", "test_c1resnet", "#cc79a7", turns=4)
-NETWORKS = (ALIAS_FREE, EQUIVARIANT, TRANSFORMER, PLAIN, ROTATED, AVERAGED)
+NETWORKS = (ALIAS_FREE, EQUIVARIANT, TRANSFORMER, CONVNEXT, PLAIN, ROTATED, AVERAGED)
 ANGLES = tuple(range(0, 360, 15))
 PICTURED = (2, 5, 6, 7, 9)  # the first held-out digit of each of these classes is shown
 
@@ -173,11 +174,13 @@ def _meaning(predictions: dict[Network, torch.Tensor], labels: torch.Tensor, ang
 
     worst = int(swapped[PLAIN].argmax())
     c8, plain, af, vit = EQUIVARIANT.title, PLAIN.title, ALIAS_FREE.title, TRANSFORMER.title
+    convnext = CONVNEXT.title
     paragraphs = (
         f"Quarter turns are exact: {c8} gives {same(EQUIVARIANT)} of {len(labels)} digits the same class at each of "
-        f"them, {af} {same(ALIAS_FREE)}, {vit} {same(TRANSFORMER)}. In between, 45° included, strides alias: {c8} has "
-        f"{figures(EQUIVARIANT)}. {af}, with smooth kernels and a low pass before each stride, has "
-        f"{figures(ALIAS_FREE)}. {vit}, a transformer for quarter turns and reflections, has {figures(TRANSFORMER)}.",
+        f"them, {af} {same(ALIAS_FREE)}, {vit} {same(TRANSFORMER)}, {convnext} {same(CONVNEXT)}. In between, 45° "
+        f"included, strides alias: {c8} has {figures(EQUIVARIANT)}. {af}, with smooth kernels and a low pass before each stride, has "
+        f"{figures(ALIAS_FREE)}. {vit}, a transformer for quarter turns and reflections, has {figures(TRANSFORMER)}, "
+        f"{convnext}, a ConvNeXt for the same, {figures(CONVNEXT)}.",
         f"Alternatives to equivariance. 'rotated', {plain} trained with all rotations, which it has to learn: "
         f"{figures(ROTATED)}, and {accuracy[ROTATED][0]:.1f} % of the upright digits, where {plain} has "
         f"{accuracy[PLAIN][0]:.1f} % and {af} {accuracy[ALIAS_FREE][0]:.1f} %. 'averaged', the logits of {plain} over "

@@ -3,7 +3,7 @@
 import copy
 import math
 from functools import lru_cache, partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.fx
@@ -212,12 +212,8 @@ class SteerableConv2d(nn.Module):
     def dense_conv(self, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Conv2d:
         """The plain convolution with constant coefficients `weight` [O, I, n_basis, 1] and `bias` [O] or None."""
         filters = expand.dense_filter(weight, self.kernel.name).to(self.weight.dtype)
-        out_channels, in_channels = filters.shape[:2]
-        steps = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "bias": bias is not None}
-        conv = nn.Conv2d(in_channels, out_channels, self.kernel_size, **steps, device="meta")
-        conv.weight = nn.Parameter(filters, requires_grad=False)
-        if bias is not None:
-            conv.bias = nn.Parameter(bias.to(filters).repeat_interleave(self.order), requires_grad=False)
+        bias = None if bias is None else bias.to(filters).repeat_interleave(self.order)
+        conv = constant_conv(filters, bias, stride=self.stride, padding=self.padding, dilation=self.dilation)
         return conv.train(self.training)
 
     def extra_repr(self) -> str:
@@ -228,6 +224,17 @@ class SteerableConv2d(nn.Module):
 
 
 register_notrace_module(SteerableConv2d)  # one node where timm traces a model, which TorchScript can compile
+
+
+def constant_conv(weight: torch.Tensor, bias: torch.Tensor | None, groups: int = 1, **steps: int) -> nn.Conv2d:
+    """The plain convolution with these constant filters [out, in / groups, k, k]; `steps`: its stride and so on."""
+    out_channels, channels, *kernel = weight.shape
+    shape: Any = (channels * groups, out_channels, kernel)
+    conv = nn.Conv2d(*shape, groups=groups, bias=bias is not None, **steps, device="meta")
+    conv.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        conv.bias = nn.Parameter(bias, requires_grad=False)
+    return conv
 
 
 def is_watched(module: nn.Module) -> bool:

@@ -9,6 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
 
+from equivision_timm.layers.conv import is_watched
 from equivision_timm.layers.irreps import ChangeBasis, Device, DType, irreps_of
 from equivision_timm.layers.tokens import IrrepLinear
 from equivision_timm.torch_state import has_sizes, leaves_python
@@ -50,6 +51,20 @@ class FieldLayerNorm(_FieldAffine):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.normalize(x)
+
+    @torch.jit.unused
+    def fuse(self) -> nn.Module:
+        """A plain layer norm, or itself if watched; for timm's `reparameterize_model`."""
+        return self if is_watched(self) else self.plain(nn.LayerNorm)
+
+    @torch.no_grad()
+    def plain(self, norm_layer: Callable[..., nn.Module], element_major: bool = False) -> nn.Module:
+        """The plain layer norm of class `norm_layer` with constant weights, on element-major channels if so."""
+        norm: Any = norm_layer(len(self.weight) * self.order, eps=self.eps, device="meta")
+        for name, value in self.named_parameters():
+            channels = value.repeat(self.order) if element_major else value.repeat_interleave(self.order)
+            setattr(norm, name, nn.Parameter(channels, requires_grad=False))
+        return norm.train(self.training)
 
 
 class FieldGRN(_FieldAffine):
@@ -129,13 +144,16 @@ class FieldMlp(nn.Module):
         else:
             return _in_chunks(self._mlp, x) if self.grn is None else self._mlp(x)
 
+    def columns(self, layer: IrrepLinear, channels: int) -> torch.Tensor:
+        """A linear layer on regular fields, [1 + channels, out]: its bias, then each column of its matrix plus that."""
+        return self.to_regular(layer(self.to_irreps(_units(layer.weight, channels))))
+
     def _mlp(self, x: torch.Tensor) -> torch.Tensor:
         if self.narrow and torch.is_grad_enabled() and not torch.jit.is_tracing():
-            columns = self.to_regular(self.fc1(self.to_irreps(_units(self.fc1.weight, self.channels))))
-            x = self.act(_dense(x, columns))
+            x = self.act(_dense(x, self.columns(self.fc1, self.channels)))
             if self.grn is not None:
                 x = self.grn(x, field_major=True)
-            return _dense(x, self.to_regular(self.fc2(self.to_irreps(_units(self.fc2.weight, self.hidden_channels)))))
+            return _dense(x, self.columns(self.fc2, self.hidden_channels))
         x = self.fc1(self.to_irreps(x))  # [|G|, B, H, W, hidden_fields]
         x = self.act(self.hidden_to_regular(x))
         if self.grn is not None:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 
 from equivision_timm.groups import move_pixels
+from equivision_timm.layers.conv import constant_conv, is_watched
 from equivision_timm.layers.irreps import Device, DType, irreps_of
 
 __all__ = ["DepthwiseConv2d", "PatchConv2d"]
@@ -38,6 +39,9 @@ class _GridConv2d(nn.Module):
     ) -> None:
         super().__init__()
         parsed = irreps_of(group).group  # refuses other groups
+        self.stride: int = kernel_size  # whole patches
+        self.padding: int = 0
+        self.conv_groups: int = 1
         self.group = group
         self.order: int = parsed.order
         self.fields = fields
@@ -74,6 +78,20 @@ class _GridConv2d(nn.Module):
         """The bias of each channel."""
         return None if self.bias is None else self.bias.repeat_interleave(self.order)
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x, self.filter(), self.field_bias(), self.stride, self.padding, 1, self.conv_groups)
+
+    @torch.jit.unused
+    def fuse(self) -> nn.Module:
+        """The plain convolution that computes the same, or itself if watched; for timm's `reparameterize_model`."""
+        return self if is_watched(self) else self.dense_conv()
+
+    @torch.no_grad()
+    def dense_conv(self) -> nn.Conv2d:
+        """The plain convolution with constant filters."""
+        steps = {"stride": self.stride, "padding": self.padding}
+        return constant_conv(self.filter(), self.field_bias(), self.conv_groups, **steps).train(self.training)
+
     def extra_repr(self) -> str:
         return f"fields={self.fields}, kernel_size={self.kernel_size}, group={self.group!r}"
 
@@ -105,9 +123,6 @@ class PatchConv2d(_GridConv2d):
     ) -> None:
         super().__init__(fields, channels, kernel_size, group, regular, bias, device, dtype)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.conv2d(x, self.filter(), self.field_bias(), stride=self.kernel_size)
-
 
 class DepthwiseConv2d(_GridConv2d):
     """Depthwise convolution of regular fields, one free filter a field: [B, fields * |G|, H, W] -> the same shape.
@@ -131,7 +146,4 @@ class DepthwiseConv2d(_GridConv2d):
         super().__init__(fields, 1, kernel_size, group, False, bias, device, dtype)
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size {kernel_size} has no centre: use an odd one")
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        padding, groups = self.kernel_size // 2, self.fields * self.order
-        return F.conv2d(x, self.filter(), self.field_bias(), padding=padding, groups=groups)
+        self.stride, self.padding, self.conv_groups = 1, kernel_size // 2, fields * self.order

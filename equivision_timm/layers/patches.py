@@ -21,6 +21,7 @@ from timm.layers import PatchEmbed, register_notrace_module
 
 from equivision_timm.constants import constant, constant_like
 from equivision_timm.groups import move_pixels
+from equivision_timm.layers.conv import constant_conv, is_watched
 from equivision_timm.layers.irreps import Device, DType, Irreps, irreps_of, plane_matrices
 from equivision_timm.torch_state import has_sizes
 
@@ -161,9 +162,18 @@ class TileConv2d(nn.Module):
         ones = blocks[: self.ones] * (1 / self.order) ** 0.5
         return torch.cat([ones, blocks[self.ones :] * (2 / self.order) ** 0.5]).flatten(0, 1)
 
+    def channel_bias(self) -> torch.Tensor:
+        """The bias of each channel, [|G| * fields]."""
+        return F.pad(self.bias, [0, (self.order - 1) * self.fields])
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        bias = F.pad(self.bias, [0, (self.order - 1) * self.fields])  # [|G| * fields]
-        return F.conv2d(x, self.kernel(), bias, stride=self.patch_size)
+        return F.conv2d(x, self.kernel(), self.channel_bias(), stride=self.patch_size)
+
+    @torch.no_grad()
+    @torch.jit.unused
+    def fuse(self) -> nn.Module:
+        """The plain convolution that computes the same, or itself if watched; for timm's `reparameterize_model`."""
+        return self if is_watched(self) else constant_conv(self.kernel(), self.channel_bias(), stride=self.patch_size)
 
     def extra_repr(self) -> str:
         return f"fields={self.fields}, patch_size={self.patch_size}, group={self.group!r}"

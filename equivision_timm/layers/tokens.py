@@ -82,8 +82,8 @@ class IrrepLinear(nn.Module):
         out = [F.linear(parts[0], self.weight[0], self.bias)]  # [T, out]
         for i in range(1, n):
             out.append(F.linear(parts[i], self.weight[i]))  # noqa: PERF401  (TorchScript)
-        if self.weight_plane is not None:
-            plane = self._plane_matrix(self.weight_plane)  # [2 * out, 2 * in]
+        plane = self.plane_matrix()  # [2 * out, 2 * in]
+        if plane is not None:
             matrices = [plane]
             if self.target == "blocks":
                 matrices = [plane[: self.out_fields], plane[self.out_fields :]]
@@ -98,12 +98,19 @@ class IrrepLinear(nn.Module):
             return torch.cat(out, 1).unflatten(0, shape)  # [T, |G| * out] -> [..., |G| * out]
         return torch.stack(out).unflatten(1, shape)  # [|G|, T, out] -> [|G|, ..., out]
 
-    def _plane_matrix(self, weight: torch.Tensor) -> torch.Tensor:
-        """The matrix of two blocks of E: in D4 those of a row, in C4 both rows, W + V J."""
-        if self.multiplicity == 2:
+    def plane_matrix(self) -> torch.Tensor | None:
+        """The matrix of two blocks of E: in D4 those of a row, in C4 both rows, W + V J; None without E."""
+        weight = self.weight_plane
+        if weight is None or self.multiplicity == 2:
             return weight
         w, v = weight[0], weight[1]
         return torch.cat([torch.cat([w, -v], 1), torch.cat([v, w], 1)])
+
+    def scale_rows(self, scale: torch.Tensor) -> None:
+        """Multiply each field of the output by its entry of `scale` [out_fields]."""
+        for name, value in self.named_parameters():
+            factor = scale.repeat(2) if name == "weight_plane" and self.multiplicity == 2 else scale
+            value.mul_(factor if name == "bias" else factor[:, None])
 
     def extra_repr(self) -> str:
         return f"{self.in_fields}, {self.out_fields}, {self.group!r}, {self.source!r}, {self.target!r}"

@@ -15,20 +15,24 @@ from typing import Any, cast
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, calculate_drop_path_rates, to_ntuple, trunc_normal_
+from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates, to_ntuple, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint_seq
 from timm.models._features import FeatureGetterNet, feature_take_indices
+from timm.utils.model import reparameterize_model
 
 from equivision_timm.groups import Group
 from equivision_timm.kernels import Kernel
-from equivision_timm.layers import GroupPool, InvariantPool, check_pointwise
+from equivision_timm.layers import ElementMajor, GroupPool, InvariantPool, check_pointwise
+from equivision_timm.layers.conv import constant_conv, is_watched
 from equivision_timm.layers.field_mlp import FieldLayerNorm, FieldMlp
 from equivision_timm.layers.grid_conv import DepthwiseConv2d, PatchConv2d
-from equivision_timm.layers.irreps import Device, DType, irreps_of
+from equivision_timm.layers.irreps import Device, DType, irreps_matrix, irreps_of
+from equivision_timm.layers.tokens import IrrepLinear
 from equivision_timm.models.backbone import CheckImage, init_weights
 from equivision_timm.models.pretrained import build_pretrained
-from equivision_timm.models.variants import Variant, register_family
+from equivision_timm.models.variants import Variant, digits_cfg, register_family
 
 __all__ = ["EquivariantConvNeXt"]  # the entrypoints are added below
 
@@ -38,6 +42,79 @@ class FieldLayerNorm2d(FieldLayerNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.normalize(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    @torch.jit.unused
+    def fuse(self) -> nn.Module:
+        return self if is_watched(self) else self.plain(LayerNorm2d)
+
+
+class DenseMlp(nn.Module):
+    """A `FieldMlp` of constant dense matrices: [B, H, W, fields * |G|] -> the same shape."""
+
+    def __init__(self, mlp: FieldMlp) -> None:
+        super().__init__()
+        self.fc1: nn.Linear = _dense_linear(mlp, mlp.fc1, mlp.channels)
+        self.act: nn.Module = mlp.act
+        self.grn: nn.Module | None = mlp.grn
+        self.fc2: nn.Linear = _dense_linear(mlp, mlp.fc2, mlp.hidden_channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.act(self.fc1(x))
+        if self.grn is not None:
+            x = self.grn(x, field_major=True)
+        return self.fc2(x)
+
+
+def _dense_linear(mlp: FieldMlp, layer: IrrepLinear, channels: int) -> nn.Linear:
+    columns = mlp.columns(layer, channels)
+    linear = nn.Linear(channels, columns.shape[1], device="meta")
+    linear.weight = nn.Parameter((columns[1:] - columns[0]).t().contiguous(), requires_grad=False)
+    linear.bias = nn.Parameter(columns[0].clone(), requires_grad=False)
+    return linear
+
+
+class BlockMlp(nn.Module):
+    """A `FieldMlp` of standard operators, block diagonal, with constant weights: for ONNX and other runtimes.
+
+    Channels are element-major, element * fields + field: [B, H, W, |G| * fields] -> the same shape. A change of basis
+    is one product of matrices; a linear layer is a 1x1 convolution in groups. With the plane E, whose rows have two
+    blocks, the one-dimensional irreps are joined in pairs, so that all groups are of one size.
+    """
+
+    def __init__(self, mlp: FieldMlp) -> None:
+        super().__init__()
+        basis = irreps_matrix(mlp.fc1.group, mlp.fc1.weight.dtype, mlp.fc1.weight.device)
+        self.order: int = basis.shape[0]
+        self.basis: nn.Parameter = nn.Parameter(basis.clone(), requires_grad=False)  # Q
+        self.fc1: nn.Conv2d = _grouped_conv(mlp.fc1)
+        self.act: nn.Module = mlp.act
+        self.grn: nn.Module | None = mlp.grn
+        self.fc2: nn.Conv2d = _grouped_conv(mlp.fc2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.permute(0, 3, 1, 2)
+        B, C, H, W = x.shape
+        x = self.basis @ x.reshape(B, self.order, C // self.order * H * W)  # f^ = Q f
+        x = self.fc1(x.reshape(B, C, H, W))
+        hidden = x.shape[1]
+        x = self.basis.t() @ x.reshape(B, self.order, hidden // self.order * H * W)  # f = Q^T f^
+        x = self.act(x)
+        if self.grn is not None:
+            x = x.reshape(B, self.order, hidden // self.order, H, W).permute(1, 0, 3, 4, 2)  # [|G|, B, H, W, fields]
+            x = self.grn(x).permute(1, 0, 4, 2, 3)
+        x = self.basis @ x.reshape(B, self.order, hidden // self.order * H * W)
+        x = self.fc2(x.reshape(B, hidden, H, W))
+        x = self.basis.t() @ x.reshape(B, self.order, C // self.order * H * W)
+        return x.reshape(B, C, H, W).permute(0, 2, 3, 1)
+
+
+def _grouped_conv(layer: IrrepLinear) -> nn.Conv2d:
+    ones, plane = list(layer.weight), layer.plane_matrix()
+    if plane is not None:  # [2 * out, 2 * in]
+        ones = [torch.block_diag(a, b) for a, b in zip(ones[::2], ones[1::2], strict=True)]
+        ones += [plane] * layer.multiplicity
+    weight = torch.cat(ones)[..., None, None].contiguous()  # [|G| * out, in or 2 * in, 1, 1]
+    return constant_conv(weight, F.pad(layer.bias, [0, len(weight) - layer.out_fields]), len(ones))
 
 
 class EquivariantConvNeXtBlock(nn.Module):
@@ -86,6 +163,25 @@ class EquivariantConvNeXtBlock(nn.Module):
             y = y * self.gamma.repeat_interleave(self.order)
         return x + self.drop_path(y.permute(0, 3, 1, 2))
 
+    @torch.no_grad()
+    def fold(self, form: str) -> None:
+        """Make its weights constants, LayerScale part of those of the last linear layer.
+
+        Args:
+            form: 'native', the layers as they are; 'dense', of plain matrices; 'blocks', for element-major maps.
+        """
+        conv, element_major = self.conv_dw.dense_conv(), form == "blocks"
+        if element_major:  # [fields * |G|, ...] -> [|G| * fields, ...]
+            for parameter in conv.parameters():
+                parameter.data = parameter.unflatten(0, (-1, self.order)).transpose(0, 1).flatten(0, 1)
+        self.add_module("conv_dw", conv if element_major else conv.to(memory_format=torch.channels_last))
+        if self.gamma is not None:
+            self.mlp.fc2.scale_rows(self.gamma)
+            self.gamma = None
+        self.add_module("norm", self.norm.plain(nn.LayerNorm, element_major))
+        if form != "native":
+            self.add_module("mlp", BlockMlp(self.mlp) if element_major else DenseMlp(self.mlp))
+
 
 class EquivariantConvNeXtStage(nn.Module):
     """Norm and 2 x 2 patches if `downsample`, then the blocks: [B, in_fields * |G|, H, W] -> [B, fields * |G|, ...]."""
@@ -123,6 +219,37 @@ class EquivariantConvNeXtStage(nn.Module):
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq(self.blocks, x)
         return self.blocks(x)
+
+    @torch.jit.unused
+    def fuse(self) -> nn.Module:
+        """The stage with constant weights, in standard operators; called by timm's `reparameterize_model`."""
+        return self.fold("blocks")
+
+    @torch.jit.unused
+    def fold(self, form: str) -> nn.Module:
+        """The stage with constant weights, in place; as it is if anything in it has hooks or was replaced.
+
+        Args:
+            form: 'native', the layers as they are; 'dense', of plain matrices; 'blocks', block diagonal, standard.
+        """
+        blocks: list[Any] = list(self.blocks.children())
+        if not all(map(_is_unchanged, blocks)) or any(map(is_watched, self.modules())):
+            return self
+        reparameterize_model(self.downsample, inplace=True)
+        for block in blocks:
+            block.fold(form)
+        self.grad_checkpointing = False
+        if form == "blocks":
+            self.add_module("blocks", ElementMajor(self.blocks, blocks[0].order))
+        return self
+
+
+def _is_unchanged(block: Any) -> bool:
+    """Whether nobody replaced a module with weights in the block, nor fused it."""
+    if type(block) is not EquivariantConvNeXtBlock or type(block.mlp) is not FieldMlp:
+        return False
+    parts = (block.conv_dw, block.norm, block.mlp.fc1, block.mlp.fc2)
+    return [type(part) for part in parts] == [DepthwiseConv2d, FieldLayerNorm, IrrepLinear, IrrepLinear]
 
 
 class InvariantHead(nn.Module):
@@ -416,6 +543,12 @@ VARIANTS: dict[str, Variant] = {
     **{f"d4convnextv2_{size}": _row(size, version=2) for size in ("atto", "nano", "tiny", "base")},
     "c4convnext_tiny": _row("tiny", "c4"),
     **{f"d1convnext_{size}": _row(size, "d1") for size in ("tiny", "small", "base")},
+    "test_d4convnext": Variant(
+        f"Tiny D4 ConvNeXt for tests: logits invariant under {SYMMETRY['d4']}.",
+        {"group": "d4", "depths": (1, 1, 2, 1), "dims": (32, 64, 128, 192), "ls_init_value": None},
+        {**CFG, **digits_cfg("test_d4convnext", 64), "pool_size": (2, 2)},
+        "digits",
+    ),
 }
 
 

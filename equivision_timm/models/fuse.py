@@ -12,6 +12,7 @@ from timm.utils.model import reparameterize_model
 from equivision_timm.layers import ConvNormAct, NativeConv2d, SteerableConv2d, conv_input_shapes
 from equivision_timm.layers.conv import is_watched
 from equivision_timm.layers.strategies import STRATEGIES, native_library
+from equivision_timm.models.equivariant_convnext import EquivariantConvNeXtStage
 
 __all__ = ["fuse"]
 
@@ -23,14 +24,14 @@ def fuse(model: nn.Module, form: str | None = None, input_size: int | tuple[int,
 
     Call it last, on the device and in the type in which the copy will run. The copy can be copied, pickled, run under
     autocast, and differentiated with respect to the image; training its weights is not possible. Units whose modules
-    have hooks or were replaced stay as they are. Vision transformers, ConvNeXts and models of other packages are copied
-    as timm's `reparameterize_model` copies them.
+    have hooks or were replaced stay as they are; of ConvNeXts, stages. In vision transformers only the filter of the
+    patches becomes a constant. Models of other packages become what timm's `reparameterize_model` returns.
 
     Args:
         model: a model, or any module that contains layers of this package.
-        form: 'native', the C code: for PyTorch on a CPU, float32 or float64;
+        form: 'native': for PyTorch on a CPU, float32 or float64; convolutions of ResNets in C;
             'blocks', standard operators, block diagonal where that costs less: for ONNX and other runtimes;
-            'dense', plain convolutions;
+            'dense', plain convolutions and linear layers;
             None: 'native' on a CPU if the C code is available, else 'dense'.
         input_size: side of the images in pixels, or (channels, height, width), for which 'native' chooses between C
             and a plain convolution, layer by layer; other sizes give the same output. Default: `input_size` of the
@@ -61,6 +62,10 @@ def fuse(model: nn.Module, form: str | None = None, input_size: int | tuple[int,
         _replace(root, lambda name, layer: _native(name.removeprefix("0."), layer, shapes))
     if form == "dense":
         _replace(root, lambda name, layer: layer.fuse())
+    if form != "blocks":
+        for module in root.modules():
+            if isinstance(module, EquivariantConvNeXtStage):
+                module.fold(form)
     return next(reparameterize_model(root, inplace=True).children()).requires_grad_(False)
 
 

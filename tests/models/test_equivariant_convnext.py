@@ -9,9 +9,12 @@ import torch.nn as nn
 from support.reference_data import image
 from timm.layers.grn import GlobalResponseNorm
 from timm.optim import create_optimizer_v2
+from timm.utils.model import reparameterize_model
 
+from equivision_timm import fuse
+from equivision_timm.cli.demo import load_digits, predict
 from equivision_timm.groups import Group
-from equivision_timm.layers.field_mlp import CHUNK, FieldGRN, FieldMlp
+from equivision_timm.layers.field_mlp import CHUNK, FieldGRN, FieldLayerNorm, FieldMlp
 from equivision_timm.layers.grid_conv import DepthwiseConv2d, PatchConv2d
 from equivision_timm.models.equivariant_convnext import VARIANTS
 from equivision_timm.testing import assert_equivariant, equivariance_error
@@ -260,3 +263,87 @@ def test_meta_device_types_and_channels_last():
 def test_refused_keywords(keywords, error, word):
     with pytest.raises(error, match=word):
         timm.create_model("d4convnext_atto", **{**SMALL, **keywords})
+
+
+FORMS = ["native", "blocks", "dense"]
+
+
+class Changed(nn.Sequential):
+    def forward(self, x):
+        return -99 * super().forward(x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused_is_the_model(kind, form):
+    model, x = create(**KINDS[kind]), image((2, 3, 96, 64))
+    before = copy.deepcopy(model.state_dict())
+    fused = fuse(model, form)
+    for size in (64, 96):
+        torch.testing.assert_close(fused(x[..., :size, :]), model(x[..., :size, :]), atol=1e-5, rtol=1e-5)
+    for found, expected in zip(fused.forward_intermediates(x)[1], model.forward_intermediates(x)[1], strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert not any(isinstance(m, PatchConv2d | DepthwiseConv2d | FieldLayerNorm) for m in fused.modules())
+    assert (form == "native") == any(isinstance(m, FieldMlp) for m in fused.modules())
+    assert not any(parameter.requires_grad for parameter in fused.parameters())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    convs = [m for m in fused.modules() if isinstance(m, nn.Conv2d)]
+    for conv in (convs[0], convs[-1]):  # the controls
+        conv.weight[0] += 0.1
+        assert (fused(x) - model(x)).abs().max() > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", FORMS)
+def test_fused_twice_copied_and_in_other_types(form):
+    model = create(drop_path_rate=0.5, **KINDS["d4v2"])
+    fused = copy.deepcopy(fuse(fuse(model, form), form))
+    torch.testing.assert_close(fused(X), model(X), atol=1e-5, rtol=1e-5)
+    exact = model.double()
+    torch.testing.assert_close(fuse(exact, form)(X.double()), exact(X.double()), atol=1e-12, rtol=1e-12)
+    assert fuse(create().bfloat16(), form)(X.bfloat16()).dtype == torch.bfloat16
+    assert fused(X[:0]).shape == (0, 10)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("path", ["stages.1.downsample.1", "stages.2.blocks.1.conv_dw", "stages.0.blocks.0.mlp.fc2"])
+def test_changes_by_hand_count_when_fused(path, form):
+    for change in ("hook", "replace"):
+        model = create()
+        before, layer = model(X), model.get_submodule(path)
+        if change == "hook":
+            layer.register_forward_hook(lambda module, args, output: -99 * output)
+        else:
+            model.set_submodule(path, Changed(layer))
+        expected = model(X)
+        assert (expected - before).abs().max() > 1e-3
+        torch.testing.assert_close(fuse(model, form)(X), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_blocks_in_onnxruntime(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = create(depths=(1, 1), dims=(16, 32), kernel_sizes=3)
+    fused = reparameterize_model(model)
+    assert [type(m) for m in fused.modules()] == [type(m) for m in fuse(model, "blocks").modules()]
+    torch.onnx.export(fused, (X,), tmp_path / "model.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: X.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), model(X), atol=1e-4, rtol=1e-4)
+
+
+def test_reads_held_out_digits_in_every_orientation():
+    """As many as test_c8resnet, but for two of 500."""
+    digits, labels = load_digits()
+    models = {name: timm.create_model(name, pretrained=True).eval() for name in ("test_d4convnext", "test_c8resnet")}
+    upright = {name: predict(model, digits, 0) for name, model in models.items()}
+    correct = {name: (found == labels).sum().item() for name, found in upright.items()}
+    assert correct["test_d4convnext"] >= correct["test_c8resnet"] - 2 > 0.96 * len(labels)
+    for degrees in (90, 180, 270):
+        found = predict(models["test_d4convnext"], digits[::5], degrees)
+        assert torch.equal(found, upright["test_d4convnext"][::5])
+    assert_equivariant(models["test_d4convnext"], 64, 1e-5)
+    assert "test_d4convnext.digits" in timm.list_pretrained("test_*")

@@ -49,7 +49,7 @@ def _change(model: nn.Module, move: Callable[[torch.Tensor], torch.Tensor]) -> f
 def test_package_carries_small_files() -> None:
     folder = files("equivision_timm") / "digits"
     sizes = {file.name: len(file.read_bytes()) for file in folder.iterdir()}
-    models = (*NAMES, "test_c1resnet_rotated", "test_d4vit")
+    models = (*NAMES, "test_c1resnet_rotated", "test_d4vit", "test_d4convnext")
     assert set(sizes) == {"README.md", "held_out.safetensors", *(f"{name}.safetensors" for name in models)}
     assert max(sizes.values()) < 1_000_000
     assert "CC BY-SA 3.0" in (folder / "README.md").read_text()
