@@ -168,7 +168,7 @@ def test_is_timms_network_with_dense_weights(group):
 
 def test_table():
     assert set(timm.list_models(module="equivariant_convnext")) == set(VARIANTS)
-    for name in VARIANTS:
+    for name in VARIANTS.keys() - {"test_d4convnext"}:
         with torch.device("meta"):
             model, plain = timm.create_model(name), timm.create_model(name[2:])
         assert [level["num_chs"] for level in model.feature_info] == [lv["num_chs"] for lv in plain.feature_info]
