@@ -179,8 +179,8 @@ def _meaning(predictions: dict[Network, torch.Tensor], labels: torch.Tensor, ang
         f"Quarter turns are exact: {c8} gives {same(EQUIVARIANT)} of {len(labels)} digits the same class at each of "
         f"them, {af} {same(ALIAS_FREE)}, {vit} {same(TRANSFORMER)}, {convnext} {same(CONVNEXT)}. In between, 45° "
         f"included, strides alias: {c8} has {figures(EQUIVARIANT)}. {af}, with smooth kernels and a low pass before "
-        f"each stride, has {figures(ALIAS_FREE)}. {vit}, a transformer for quarter turns and reflections, has {figures(TRANSFORMER)}, "
-        f"{convnext}, a ConvNeXt for the same, {figures(CONVNEXT)}.",
+        f"each stride, has {figures(ALIAS_FREE)}. {vit}, a transformer for quarter turns and reflections, has "
+        f"{figures(TRANSFORMER)}, {convnext}, a ConvNeXt for the same, {figures(CONVNEXT)}.",
         f"Alternatives to equivariance. 'rotated', {plain} trained with all rotations, which it has to learn: "
         f"{figures(ROTATED)}, and {accuracy[ROTATED][0]:.1f} % of the upright digits, where {plain} has "
         f"{accuracy[PLAIN][0]:.1f} % and {af} {accuracy[ALIAS_FREE][0]:.1f} %. 'averaged', the logits of {plain} over "
