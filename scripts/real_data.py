@@ -18,11 +18,9 @@ Results are added to scripts/benchmarks/real.json after each run; the same call 
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,13 +30,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from adapted_table import lite0
-from matplotlib.figure import Figure
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import random_seed
 from tqdm import tqdm
 
-import equivision_timm
 from equivision_timm.layers.views import act, act_each, shrink
 from equivision_timm.models import Symmetrized
 
@@ -134,7 +130,7 @@ class Row:
     create: Callable[[], nn.Module]
     size: int = 97
     moved: bool = True
-    epochs: int = 40
+    epochs: int = 30
     small: int = 0
     small_epochs: int = 0
     learning_rate: float = 3e-3
@@ -147,8 +143,8 @@ ROWS = {
     "D4 ResNet": Row(partial(scratch, "test_d4resnet"), moved=False),
     "D4 alias-free ResNet": Row(partial(scratch, "test_c8resnetaf", group="d4"), moved=False),
     "D4 ConvNeXt": Row(partial(scratch, "d4convnext_atto", patch_size=2, **TINY), size=96, moved=False),
-    "D4 ResNet, wide": Row(partial(scratch, "test_d4resnet", width=8), 129, False, 60),
-    "lite0, first stages frozen": Row(partial(pretrained, 2), 193, True, 8, 129, 8, 1e-3),
+    "D4 ResNet, wide": Row(partial(scratch, "test_d4resnet", width=8), 129, False, 45),
+    "lite0, fine-tuned": Row(partial(pretrained, 2), 224, True, 10, 129, 6, 1e-3),
 }
 
 

@@ -5,6 +5,7 @@ from equivision_timm.layers.blur import Blur2d, get_aa_layer
 from equivision_timm.layers.checks import check_pointwise, check_positionwise
 from equivision_timm.layers.conv import SteerableConv2d, conv_input_shapes, steerable_conv2d
 from equivision_timm.layers.conv_norm_act import ConvNormAct
+from equivision_timm.layers.field_angle import FieldAngle
 from equivision_timm.layers.field_attention import FieldAttention
 from equivision_timm.layers.native_conv import NativeConv2d
 from equivision_timm.layers.norm import FieldNorm
@@ -15,6 +16,7 @@ __all__ = [
     "Blur2d",
     "ConvNormAct",
     "ElementMajor",
+    "FieldAngle",
     "FieldAttention",
     "FieldNorm",
     "GroupPool",
