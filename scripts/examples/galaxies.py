@@ -5,9 +5,9 @@
 
 Debian's `stellarium-data` has photographs of deep-sky objects, the places of their corners on the sky, and a catalogue
 with the position angle of galaxies, the direction of the long axis: together the axis of each galaxy in its photograph.
-The photographs have different licences and stay where they are. Four-fold cross-validation, all galaxies of a photograph
-in one part; axes have a period of 180 degrees, so a random one is wrong by 45 degrees in the median. Ten minutes of one
-core.
+The photographs have different licences and stay where they are. Four-fold cross-validation, all galaxies of a
+photograph in one part; axes have a period of 180 degrees, so a random one is wrong by 45 degrees in the median. Takes
+ten minutes of one core.
 """
 
 import argparse
@@ -201,7 +201,7 @@ def errors(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def cross_validate(name: str, crops, axes, files, limit: float, seed: int = 0, turns: int = 8) -> torch.Tensor:
-    """Errors [turns, N] in degrees of every galaxy, rotated by 0, 360 / turns, ... degrees, of the network not given it."""
+    """Errors [turns, N] in degrees of every galaxy, rotated by 360 k / turns degrees, without it in training."""
     names = sorted(set(files))
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0)).tolist()
     part = torch.tensor([order[names.index(file)] % 4 for file in files])
