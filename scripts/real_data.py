@@ -244,9 +244,10 @@ def table(results: dict[str, Any]) -> str:
         "# Solar cells",
         "",
         f"Written by `scripts/real_data.py`, {results['about']}. Solar cells, defective or not: accuracy and area "
-        "under the ROC curve of the test images, per cent, mean of the seeds (least to largest). Upright: as photographed; "
-        "moved: the mean over the seven other orientations of the square. Training in CPU minutes of one thread. For "
-        "comparison, VGG-19 with ImageNet weights at 300 pixels, one split: 88.4, area 94.4 (Deitsch et al., 2019).",
+        "under the ROC curve of the test images, per cent, mean of the seeds (least to largest). Upright: as "
+        "photographed; moved: the mean over the seven other orientations of the square. Training in CPU minutes of one "
+        "thread. For comparison, VGG-19 with ImageNet weights at 300 pixels, one split: 88.4, area 94.4 (Deitsch "
+        "et al., 2019).",
     ]
     for split in SPLITS:
         lines += ["", f"## {SPLIT_TITLES[split]}", ""]
