@@ -161,15 +161,18 @@ class Group:
         turns, remainder = divmod(4 * (g % self.rotations), self.rotations)
         return None if remainder else turns
 
-    def reversed_sides(self, height: int, width: int) -> list[int]:
-        """The sides of a map along the axes that an element of `grid_elements` reverses.
+    @property
+    def reversed_axes(self) -> tuple[bool, bool]:
+        """Whether an element of `grid_elements` reverses the height of a map, and the width.
 
         Both for rotations by 90 or 180 degrees, only the width for the reflection of 'd1', none for 'c1'.
         """
         elements = [g for g in self.grid_elements if g]
-        if any(g % self.rotations for g in elements):
-            return [height, width]
-        return [width] if elements else []
+        return any(g % self.rotations for g in elements), bool(elements)
+
+    def reversed_sides(self, height: int, width: int) -> list[int]:
+        """The sides of a map along its `reversed_axes`."""
+        return [side for side, is_reversed in zip((height, width), self.reversed_axes, strict=True) if is_reversed]
 
     @property
     def grid_elements(self) -> list[int]:

@@ -6,8 +6,8 @@ For an element g of the group and an input x, f is equivariant if f(g x) = g f(x
 
 for smooth random images x and x': relative to how much the output varies with the input, since neither a constant in
 the output nor its size says anything about the group. Elements that map the pixel grid onto itself (rotations by 90
-degrees, reflections) should reach float accuracy at exact sizes (n = 1 mod 32 for the ResNets); other elements only up
-to resampling. Errors between the quarter turns, at any angle and stage by stage, are measured by `angle_error`, for any
+degrees, reflections) should reach float accuracy at exact sizes (`model.exact_sizes`); other elements only up to
+resampling. Errors between the quarter turns, at any angle and stage by stage, are measured by `angle_error`, for any
 timm model.
 """
 
@@ -108,9 +108,16 @@ def assert_equivariant(module: nn.Module, size: int = 225, tolerance: float = 1e
         listed = ", ".join(f"{g}: {error:.1e}" for g, error in wrong.items())
         raise AssertionError(
             f"{type(module).__name__} is not {group.name}-equivariant at {size} x {size} pixels: relative error by "
-            f"element {{{listed}}} exceeds {tolerance:.0e} (the ResNets are exact at sizes n = 1 mod 32; if the output "
+            f"element {{{listed}}} exceeds {tolerance:.0e} ({_exact_sizes(module, size)}if the output "
             "varies little with the image, compared to its size, use module.double())"
         )
+
+
+def _exact_sizes(module: Any, size: int) -> str:
+    """The exact sizes next to `size` in words, '' if it is one or the module does not know them."""
+    if not hasattr(module, "exact_sizes") or module.is_exact(size):
+        return ""
+    return f"exact sizes are {' and '.join(map(str, module.exact_sizes(size)))}; "
 
 
 @torch.no_grad()

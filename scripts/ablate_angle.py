@@ -37,7 +37,7 @@ DIGIT_ANGLES = range(0, 360, 15)
 
 BLUR = dict(aa_layer="blur5", avg_down=True)
 SMOOTH = dict(**BLUR, low_pass=True)
-ALIAS_FREE = dict(**SMOOTH, act_layer="silu", stem_pool="blur")
+ALIAS_FREE = dict(**SMOOTH, act_layer="silu", stem_pool="blur", even="box")
 PHOTOGRAPHS: dict[str, tuple[str, dict[str, Any]]] = {
     "as it is": ("c8resnet18_fast", {}),
     "five-tap blur behind the activation in front of each stride, blurred max-pooling": ("c8resnet18_fast", BLUR),
@@ -65,6 +65,9 @@ DIGITS: dict[str, Recipe] = {
     "C8 as it is, upright": Recipe("test_c8resnet"),
     "C8 as it is, up to 22.5 degrees": Recipe("test_c8resnet", limit=22.5),
     "C8 alias-free, upright": Recipe("test_c8resnet", arguments=ALIAS_FREE),
+    "C8 alias-free, upright, 64 px": Recipe(
+        "test_c8resnet", arguments={**ALIAS_FREE, "pretrained_cfg_overlay": {"input_size": (3, 64, 64)}}
+    ),
     "C8 alias-free, up to 22.5 degrees": Recipe("test_c8resnet", limit=22.5, arguments=ALIAS_FREE),
     "C8 alias-free, up to 22.5 degrees, 30 epochs": Recipe(
         "test_c8resnet", epochs=30, limit=22.5, arguments=ALIAS_FREE
@@ -111,7 +114,7 @@ def measure_photographs(results: dict[str, Any]) -> None:
 @torch.inference_mode()
 def accuracy(model: nn.Module, digits: torch.Tensor, labels: torch.Tensor, degrees: float) -> float:
     """Per cent of digits [N, 28, 28] uint8, turned by an angle, that are read rightly."""
-    images = turn(digits, degrees, 65).split(250)
+    images = turn(digits, degrees, model.pretrained_cfg["input_size"][-1]).split(250)
     right = [(model(batch.expand(-1, 3, -1, -1)).argmax(1)) for batch in images]  # grey as RGB
     return 100 * (torch.cat(right) == labels).double().mean().item()
 

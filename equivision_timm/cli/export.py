@@ -16,7 +16,7 @@ from equivision_timm.cli.models import check_spec, load, read_class_map, short_n
 from equivision_timm.cli.options import Parsers, add_class_map, add_model_kwargs, add_size
 from equivision_timm.errors import one_line
 from equivision_timm.files import check_writable, write_file
-from equivision_timm.models import EquivariantBackbone, EquivariantConvNeXt, EquivariantViT, fuse
+from equivision_timm.models import fuse
 
 __all__ = ["export", "register"]
 
@@ -97,14 +97,10 @@ def export(
             f"the ONNX file computes other logits than {model!r}, by {error:.1e} of the largest: not written"
         )
     write_file(out, content)
-    equivariant = isinstance(network, EquivariantBackbone | EquivariantConvNeXt | EquivariantViT)
-    exact = not equivariant or network.is_exact((height, width))
-    sizes = {} if exact else dict.fromkeys(network.exact_sizes(max(height, width)))
-    exact_sizes = f"; --size {' or '.join(map(str, sizes))} is exact" if sizes else ""
     return (
         f"{one_line(str(out))}: {len(content) / 1e6:.1f} MB, logits within {error:.0e} of the model's\n"
         f"rotated by {90 * quarters} degrees at {height} x {width} pixels they change by "
-        f"{_difference(rotated, logits):.0e} of the largest{exact_sizes}"
+        f"{_difference(rotated, logits):.0e} of the largest"
     )
 
 

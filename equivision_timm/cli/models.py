@@ -7,6 +7,7 @@ A spec is `NAME` (a model of timm with its pretrained weights, maybe 'hf-hub:...
 import argparse
 import difflib
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from timm.data.loader import adapt_to_chs
 from timm.models import clean_state_dict, get_pretrained_cfg
 
 from equivision_timm.data import ImageFolder
-from equivision_timm.errors import InputError, reason
+from equivision_timm.errors import InputError, one_line, reason
 
 __all__ = ["Loaded", "check_spec", "find_device", "load", "read_class_map", "short_name", "split_spec"]
 
@@ -76,6 +77,15 @@ class Loaded:
             raise InputError(f"{self.spec!r} does not take images of {sizes}: {reason(error, 2)}") from error
         if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or not logits.isfinite().all():
             raise InputError(f"{self.spec!r} returns no finite logits (1, classes): use a classifier, or other weights")
+        self.note_inexact_size()
+
+    def note_inexact_size(self) -> None:
+        """Print to stderr if rotations by 90 degrees are not exact at the size of the images, and where they are."""
+        size, exact_sizes = self.input_size[1:], getattr(self.model, "exact_sizes", None)
+        if exact_sizes is not None and not self.model.is_exact(size):  # type: ignore[operator]  of a family
+            sizes = " or ".join(map(str, dict.fromkeys(exact_sizes(max(size)))))
+            text = f"{self.spec!r} is not exactly equivariant at {size[0]} x {size[1]} pixels: --size {sizes} is exact"
+            print(one_line(text), file=sys.stderr)
 
 
 def load(

@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     blocks: list[list[_Column]] = []
     for spec in models:
         loaded = load(spec, args.size, args.num_classes, args.model_kwargs)
+        loaded.note_inexact_size()
         blocks.append(_measure(loaded, preparation(loaded.config)(picture), angles, args.level))
     most = max(_LEAST, *(column.difference.max() for columns in blocks for column in columns))
     with plain_text():

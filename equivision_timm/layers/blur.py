@@ -1,13 +1,16 @@
 """Low pass before a stride: removes the frequencies that the coarser grid cannot represent.
 
 Otherwise they are aliased, and aliases do not rotate with the image. The filter is binomial,
-[1, 4, 6, 4, 1] / 16 along each axis for five taps; it looks the same from all sides of the square, so that rotations by
-90 degrees and reflections stay exact at odd sizes.
+[1, 4, 6, 4, 1] / 16 along each axis for five taps; it looks the same from all sides of the square. A stride of 2 keeps
+the outermost pixels on both sides of an odd length. Of an even length it would keep one of them only, and rotations by
+90 degrees and reflections would not be exact; there the filter takes one tap more, [1, 5, 10, 10, 5, 1] / 32, and its
+centres lie between the pixels, as far from one border as from the other:
+
+    y[i] = sum_k b_k x[2 i + k - 2],   k = 0 ... 4 + e,   i = 0 ... (n - 1 - e) / 2,   e = 1 - n mod 2
 
 Source: R. Zhang, Making Convolutional Networks Shift-Invariant Again (2019).
 """
 
-import math
 import re
 from collections.abc import Callable
 from functools import partial
@@ -19,7 +22,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 
 from equivision_timm.constants import constant, constant_like
-from equivision_timm.torch_state import is_channels_last, leaves_python, needs_plain_operations
+from equivision_timm.torch_state import has_static_value, is_channels_last, leaves_python, needs_plain_operations
 
 __all__ = ["Blur2d", "get_aa_layer"]
 
@@ -27,22 +30,27 @@ __all__ = ["Blur2d", "get_aa_layer"]
 class Blur2d(nn.Module):
     """Binomial low pass of every channel by itself, then the stride: [B, C, H, W] -> [B, C, H', W'].
 
-    H' = (H - 1) // stride + 1, as for a convolution with padding: stride 2 keeps the outermost pixels on both sides
-    where H is odd. The filter is a constant: no parameter, no entry of the state dict.
+    H' = (H - 1) // stride + 1, as for a convolution with padding. Along the axes of `even`, an even length takes one
+    tap more: H' = H / 2 for stride 2, H - 1 for stride 1, which is for a layer that strides next and wants an odd
+    length. The filter is a constant: no parameter, no entry of the state dict.
 
     Args:
-        taps: of the filter along each axis, 3, 5 or 7.
+        taps: of the filter along each axis, 3, 5 or 7; or 1, which only averages the two neighbours of an even length.
         stride: of the output.
         padding: beyond the border, 'zeros' or 'reflect', in the sense of `nn.Conv2d`.
+        even: the axes (height, width) with one tap more for an even length, those that the group reverses; for stride
+            1 or 2.
 
     Raises:
         ValueError: an argument that does not exist.
     """
 
-    def __init__(self, taps: int = 5, stride: int = 2, padding: str = "zeros") -> None:
+    def __init__(
+        self, taps: int = 5, stride: int = 2, padding: str = "zeros", even: tuple[bool, bool] = (False, False)
+    ) -> None:
         super().__init__()
-        if taps not in (3, 5, 7):
-            raise ValueError(f"taps={taps!r} does not exist: use 3, 5 or 7")
+        if taps not in (1, 3, 5, 7):
+            raise ValueError(f"taps={taps!r} does not exist: use 1, 3, 5 or 7")
         if padding not in ("zeros", "reflect"):
             raise ValueError(f"padding={padding!r} does not exist: use 'zeros' or 'reflect'")
         if not isinstance(stride, int) or stride < 1:
@@ -50,16 +58,16 @@ class Blur2d(nn.Module):
         self.taps = taps
         self.stride = stride
         self.padding = padding
-        self._filter = binomial_filter(taps, torch.float64, torch.device("cpu"))  # for TorchScript
+        self.even = even
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         border = self.taps // 2
         if self.padding == "reflect":
             x, border = _reflect(x, border), 0
-        return _blur(x, self._filter, self.taps, self.stride, border)
+        return _blur(x, self.taps, self.stride, border, self.even)
 
     def extra_repr(self) -> str:
-        return f"taps={self.taps}, stride={self.stride}, padding={self.padding!r}"
+        return f"taps={self.taps}, stride={self.stride}, padding={self.padding!r}, even={self.even}"
 
 
 register_notrace_module(Blur2d)  # one node where timm traces a model for its features
@@ -74,26 +82,66 @@ def _reflect(x: torch.Tensor, border: int) -> torch.Tensor:
     return F.pad(x, [border, border, border, border], mode="reflect")
 
 
-@torch.fx.wrap  # depends on the memory format: one node in a graph of torch.fx
-def _blur(x: torch.Tensor, reference: torch.Tensor, taps: int, stride: int, border: int) -> torch.Tensor:
-    """A depthwise convolution; on the CPU in the channels-last format, where PyTorch's is several times faster."""
+@torch.fx.wrap  # depends on sizes and the memory format: one node in a graph of torch.fx
+def _blur(x: torch.Tensor, taps: int, stride: int, border: int, even: tuple[bool, bool]) -> torch.Tensor:
+    """A depthwise convolution."""
     if torch.jit.is_scripting():
-        filters = reference.to(x).expand(x.shape[1], 1, taps, taps)
-        return F.conv2d(x, filters, None, stride, border, groups=x.shape[1])
+        rows, columns = _taps(x, taps, even)
+        filters = (_binomial(rows)[:, None] * _binomial(columns)).to(x)
+        return F.conv2d(x, filters.expand(x.shape[1], 1, rows, columns), None, stride, border, groups=x.shape[1])
     else:
-        filters = constant_like(x, binomial_filter, taps).expand(x.shape[1], 1, taps, taps)
-        plain = x.device.type != "cpu" or leaves_python() or needs_plain_operations(x)
-        if plain or x.is_contiguous(memory_format=torch.channels_last):
-            return F.conv2d(x, filters, None, stride, border, groups=x.shape[1])
-        x = x.contiguous(memory_format=torch.channels_last)
-        return F.conv2d(x, filters, None, stride, border, groups=x.shape[1]).contiguous()
+        if any(even) and _has_open_sizes(x):
+            return _blur_any_length(x, taps, stride, border, even)
+        rows, columns = _taps(x, taps, even)
+        if rows == columns == stride == 1:
+            return x
+        filters = constant_like(x, binomial_filter, rows, columns).expand(x.shape[1], 1, rows, columns)
+        few = x.shape[1] < 8 and x.device.type == "cpu" and x.is_contiguous()
+        if few and not leaves_python() and not needs_plain_operations(x):  # PyTorch's is slow but for channels-last
+            x = x.contiguous(memory_format=torch.channels_last)
+            return F.conv2d(x, filters, None, stride, border, groups=x.shape[1]).contiguous()
+        return F.conv2d(x, filters, None, stride, border, groups=x.shape[1])
+
+
+def _taps(x: torch.Tensor, taps: int, even: tuple[bool, bool]) -> tuple[int, int]:
+    """The taps along the height and the width of x."""
+    return taps + int(even[0] and x.shape[2] % 2 == 0), taps + int(even[1] and x.shape[3] % 2 == 0)
+
+
+def _has_open_sizes(x: torch.Tensor) -> bool:
+    """Whether a graph is recorded that is for other heights and widths, too."""
+    return torch.jit.is_tracing() or not all([has_static_value(length) for length in x.shape[2:]])  # a list for compile
+
+
+def _blur_any_length(x: torch.Tensor, taps: int, stride: int, border: int, even: tuple[bool, bool]) -> torch.Tensor:
+    """`_blur` without a branch: always taps + 1 taps, the last one zero for an odd length."""
+    odd = F.pad(constant_like(x, binomial_filter, 1, taps)[0], [0, 1])  # [taps + 1]
+    longer = constant_like(x, binomial_filter, 1, taps + 1)[0]
+    extra = [1 - x.shape[axis] % 2 if even[axis - 2] else 0 for axis in (2, 3)]  # e, an integer of the graph
+    rows, columns = (odd + (longer - odd) * e for e in extra)
+    filters = (rows[:, None] * columns).expand(x.shape[1], 1, taps + 1, taps + 1)
+    x = F.pad(x, [border, border + 1, border, border + 1])
+    x = F.conv2d(x, filters, None, stride, groups=x.shape[1])
+    if stride == 1:  # to the length n - e, by indices, since export refuses such slices
+        for axis in (2, 3):
+            if even[axis - 2]:
+                odd_length = (x.shape[axis] - 1) // 2 * 2 + 1  # as exporters simplify it after the next stride
+                x = x.index_select(axis, torch.arange(odd_length, device=x.device))
+    return x
+
+
+def _binomial(taps: int) -> torch.Tensor:
+    """b [taps] float64, b_k = (taps - 1 choose k) / 2^(taps - 1); by Pascal's triangle, as TorchScript can."""
+    row = torch.ones(1, dtype=torch.float64)
+    for _ in range(taps - 1):
+        row = (F.pad(row, [0, 1]) + F.pad(row, [1, 0])) / 2
+    return row
 
 
 @constant
-def binomial_filter(taps: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """[1, 1, taps, taps]: b_i b_j, b_k = (taps - 1 choose k) / 2^(taps - 1)."""
-    b = torch.tensor([math.comb(taps - 1, k) / 2 ** (taps - 1) for k in range(taps)], dtype=torch.float64)
-    return torch.outer(b, b)[None, None].to(dtype=dtype, device=device)
+def binomial_filter(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """[rows, columns]: the outer product of two binomial filters."""
+    return torch.outer(_binomial(rows), _binomial(columns)).to(dtype=dtype, device=device)
 
 
 _AA_LAYERS: dict[str, Callable[..., nn.Module]] = {
@@ -102,7 +150,7 @@ _AA_LAYERS: dict[str, Callable[..., nn.Module]] = {
     "blur5": partial(Blur2d, taps=5),  # far less aliasing
 }
 _REFUSED = {
-    "avg": "the centre of 2 x 2 pixels lies between the pixels, so that no size keeps rotations by 90 degrees exact",
+    "avg": "2 x 2 pixels cover one border of an odd size and not the other",
 }
 
 

@@ -7,6 +7,8 @@ import torch
 import torch.nn as nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from equivision_timm.groups import Group
+from equivision_timm.layers.blur import Blur2d
 from equivision_timm.layers.conv import SteerableConv2d, is_watched
 from equivision_timm.layers.norm import FieldBatchNorm2d, FieldNorm
 
@@ -35,6 +37,8 @@ class ConvNormAct(nn.Module):
         drop: drops parts of the branch in training, such as timm's `DropPath`; None for none.
         cutoff: of the kernels, see `SteerableConv2d`.
         low_pass: whether the kernels are smooth, see `SteerableConv2d`.
+        even: whether, for a stride of 2, a map of even length n becomes one of n - 1 first, by the mean of neighbours,
+            so that the stride keeps the outermost pixels on both sides; along the axes that the group reverses.
         device: where to create the parameters.
         dtype: their type.
     """
@@ -54,12 +58,16 @@ class ConvNormAct(nn.Module):
         drop: nn.Module | None = None,
         cutoff: int | None = None,
         low_pass: bool = False,
+        even: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         kernel: dict[str, Any] = {"input_type": input_type, "cutoff": cutoff, "low_pass": low_pass}
+        self.even: nn.Module = nn.Identity()
+        if even and stride > 1:
+            self.even = Blur2d(taps=1, stride=1, even=Group.from_name(group).reversed_axes)
         self.conv: SteerableConv2d = SteerableConv2d(
             in_fields, out_fields, kernel_size, group, stride=stride, dilation=dilation, **kernel, **dd
         )
@@ -69,7 +77,7 @@ class ConvNormAct(nn.Module):
         self.act: nn.Module = nn.Identity() if act_layer is None else act_layer()
 
     def forward(self, x: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
-        x = self.drop(self.attn(self.norm(self.conv(x))))
+        x = self.drop(self.attn(self.norm(self.conv(self.even(x)))))
         if shortcut is not None:
             x += shortcut  # in place, as in timm's ResNets
         return self.act(x)

@@ -88,7 +88,7 @@ def _native(name: str, layer: ConvNormAct | SteerableConv2d, shapes: dict[str, t
     if _is_one_call(layer) and (folded := layer.folded()) is not None:
         conv = make(layer.conv, *folded, relu=type(layer.act) is nn.ReLU)
         if isinstance(conv, NativeConv2d):
-            return conv
+            return conv if type(layer.even) is nn.Identity else nn.Sequential(layer.even, conv)
     return layer.replace_conv(make)
 
 

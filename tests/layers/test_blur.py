@@ -1,4 +1,4 @@
-"""The low pass before strides: binomial, exact at odd sizes, no state; timm's names mean timm's layers."""
+"""The low pass before strides: binomial, exact at odd sizes, with `even` at all; timm's names mean timm's layers."""
 
 import io
 import math
@@ -37,6 +37,25 @@ def test_quarter_turns_are_exact_at_odd_sizes_only(taps, padding):
             assert_equivariant(wrong, size, **KINDS)
 
 
+@pytest.mark.parametrize("padding", ["zeros", "reflect"])
+@pytest.mark.parametrize(("taps", "stride"), [(1, 1), (3, 1), (3, 2), (5, 2)])
+def test_even_lengths_take_one_tap_more(taps, stride, padding):
+    layer, odd = Blur2d(taps, stride, padding, (True, True)), Blur2d(taps, stride, padding)
+    for size in (16, 17):
+        assert_equivariant(layer, size, tolerance=1e-6, **KINDS)
+    with pytest.raises(AssertionError, match="d8"):
+        assert_equivariant(nn.Sequential(Blur2d(taps, stride, padding, (True, False)), nn.MaxPool2d(1, 2)), 16, **KINDS)
+    x = torch.randn(2, 9, 13, 12)
+    assert torch.equal(layer(x[..., :11]), odd(x[..., :11]))
+    assert layer(x).shape[2:] == ((13, 11) if stride == 1 else (7, 6))
+    if stride == 1:
+        point, border = torch.zeros(1, 1, 20, 20), taps // 2
+        point[0, 0, 10, 10] = 1
+        row = torch.tensor([math.comb(taps, k) / 2**taps for k in range(taps + 1)])
+        inside = slice(9 - border, 11 + border)
+        assert torch.equal(layer(point)[0, 0, inside, inside], torch.outer(row, row))
+
+
 def test_it_removes_what_a_stride_would_alias():
     """Stripes above the new Nyquist frequency: strided as they are, they come out as strong as they went in."""
     x = torch.cos(2 * math.pi * 0.4 * torch.arange(65)).expand(1, 1, 65, 65)
@@ -61,24 +80,28 @@ def test_types_formats_and_gradients(memory_format, dtype):
     assert not layer.state_dict()
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated")
-def test_same_in_every_graph():
-    layer, x = Blur2d(5), torch.randn(2, 4, 9, 9)
-    expected = layer(x)
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(
+    "layer", [Blur2d(5), Blur2d(5, 2, "reflect", (True, True)), Blur2d(1, 1, even=(True, True))], ids=str
+)
+def test_same_in_every_graph(layer):
+    """Even and odd lengths in one graph."""
+    x = torch.randn(2, 4, 9, 10)
     buffer = io.BytesIO()
     torch.jit.save(torch.jit.script(layer), buffer)
     buffer.seek(0)
-    assert torch.equal(torch.jit.load(buffer)(x), expected)
     size = {2: torch.export.Dim("height", min=3), 3: torch.export.Dim("width", min=3)}
-    exported = torch.export.export(layer, (x,), dynamic_shapes=({0: None, 1: None, **size},))
-    bigger = torch.randn(2, 4, 13, 15)
-    assert torch.allclose(exported.module()(bigger), layer(bigger), atol=1e-6)
-    for found in (
-        torch.jit.trace(layer, x)(x),
-        torch.func.vmap(layer)(x[None])[0],
-        torch.fx.symbolic_trace(nn.Sequential(layer))(x),
-    ):
-        assert torch.allclose(found, expected, atol=1e-6)
+    graphs = {
+        "script": torch.jit.load(buffer),
+        "trace": torch.jit.trace(layer, x),
+        "export": torch.export.export(layer, (x,), dynamic_shapes=({0: None, 1: None, **size},)).module(),
+        "vmap": lambda x: torch.func.vmap(layer)(x[None])[0],
+        "fx": torch.fx.symbolic_trace(nn.Sequential(layer)),
+    }
+    for shape in ((9, 9), (13, 14), (14, 13), (8, 12)):
+        x = torch.randn(2, 4, *shape)
+        for name, graph in graphs.items():
+            torch.testing.assert_close(graph(x), layer(x), atol=1e-6, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize("name", ["blur", "blurpc", "BlurPool", "blur_pool"])

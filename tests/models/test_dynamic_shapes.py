@@ -10,6 +10,7 @@ from equivision_timm import fuse
 from equivision_timm.layers.norm import FieldBatchNorm2d
 
 SHAPES = [(2, 3, 33, 33), (3, 3, 65, 65)]
+PARITIES = [(2, 3, 33, 34), (3, 3, 66, 65), (3, 3, 64, 64), (2, 3, 65, 65)]
 PATCHES = [(2, 3, 32, 32), (3, 3, 64, 64)]
 
 
@@ -26,10 +27,11 @@ class QuotesItsInput(nn.Module):
 
 
 def fixed_axes(model: nn.Module, shapes=SHAPES, gradients: bool = False) -> set[int]:
-    """Which axes of the images a graph takes as constants; checks the numbers of each call against eager ones."""
-    found = set()
+    """Which axes of the images the graph takes as constants; checks the numbers of each call against eager ones."""
+    found, graphs = set(), []
 
     def look(graph, inputs):
+        graphs.append(graph)
         (images,) = (n for n in graph.graph.nodes if n.op == "placeholder" and n.name.strip("_").lower() == "l_x")
         shape = images.meta["example_value"].shape
         found.update(axis for axis, length in enumerate(shape) if has_static_value(length))
@@ -41,6 +43,7 @@ def fixed_axes(model: nn.Module, shapes=SHAPES, gradients: bool = False) -> set[
         images = torch.rand(shape, generator=torch.Generator().manual_seed(0))
         with torch.set_grad_enabled(gradients):
             torch.testing.assert_close(compiled(images), model(images), atol=1e-4, rtol=1e-4)
+    assert len(graphs) == 1 or found != {1}
     return found
 
 
@@ -54,7 +57,8 @@ def test_strategies(strategy):
     ("name", "keywords", "shapes"),
     [
         ("test_resnet", {}, SHAPES),
-        ("test_c8resnetaf", {}, SHAPES),
+        ("test_c8resnetaf", {}, PARITIES),
+        ("test_d4resnet", {"even": "box"}, PARITIES),
         ("test_c8resnet", {"features_only": True, "map_pool": "max", "output_stride": 8}, SHAPES),
         ("test_d4vit", {"dynamic_img_size": True}, PATCHES),
     ],
@@ -76,7 +80,7 @@ def check_export(model: nn.Module) -> None:
     sizes = ({0: batch, 2: height, 3: width},)
     with torch.no_grad():
         exported = torch.export.export(model.eval(), (torch.rand(2, 3, 65, 97),), dynamic_shapes=sizes).module()
-        for shape in ((1, 3, 33, 33), (3, 3, 64, 50)):
+        for shape in ((1, 3, 33, 33), (3, 3, 64, 50), (1, 3, 35, 64)):
             images = torch.rand(shape)
             torch.testing.assert_close(exported(images), model(images), atol=1e-4, rtol=1e-4)
 
@@ -92,7 +96,7 @@ def control_exports():
 @pytest.mark.usefixtures("control_exports")
 @pytest.mark.parametrize("name", ["test_c8resnetaf", "blocks"])
 def test_exported(name):
-    model = timm.create_model("test_c8resnet" if name == "blocks" else name)
+    model = timm.create_model("test_c8resnet", even="box") if name == "blocks" else timm.create_model(name)
     check_export(fuse(model, "blocks") if name == "blocks" else model)
 
 

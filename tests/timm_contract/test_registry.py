@@ -5,6 +5,7 @@ import json
 import pytest
 import timm
 import torch
+from timm.data import resolve_model_data_config
 
 import equivision_timm  # noqa: F401  (registers the models)
 from equivision_timm.groups import Group
@@ -53,3 +54,6 @@ def test_every_keyword_survives_json(name):
         model = timm.create_model(name, in_chans=5)
     assert model.get_submodule(cfg["first_conv"]).weight.shape[1] == 5  # what timm adapts to other image channels
     assert model.get_submodule(cfg["classifier"]) is model.get_classifier()
+    for use_test_size in (False, True):  # quarter turns are exact at the size that timm's scripts take
+        size = resolve_model_data_config(model, use_test_size=use_test_size)["input_size"][1:]
+        assert model.is_exact(size), size
