@@ -98,8 +98,9 @@ def test_symmetry_that_the_group_lacks():
 
 
 def test_even_sizes_are_not_exact():
-    with pytest.raises(AssertionError, match="64 x 64"):
+    with pytest.raises(AssertionError, match="sizes are 33 and 65"):
         assert_equivariant(timm.create_model("d4resnet18_fast", num_classes=10), 64)
+    assert_equivariant(timm.create_model("d4resnet18_fast", num_classes=10, even="box"), 64)
 
 
 def test_permutation_of_the_channels_counts():

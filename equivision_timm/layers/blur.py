@@ -87,7 +87,7 @@ def _blur(x: torch.Tensor, taps: int, stride: int, border: int, even: tuple[bool
     """A depthwise convolution."""
     if torch.jit.is_scripting():
         rows, columns = _taps(x, taps, even)
-        filters = (_binomial(rows)[:, None] * _binomial(columns)).to(x)
+        filters = torch.outer(torch.tensor(_binomial(rows)), torch.tensor(_binomial(columns))).to(x)  # exact in float32
         return F.conv2d(x, filters.expand(x.shape[1], 1, rows, columns), None, stride, border, groups=x.shape[1])
     else:
         if any(even) and _has_open_sizes(x):
@@ -115,10 +115,10 @@ def _has_open_sizes(x: torch.Tensor) -> bool:
 
 def _blur_any_length(x: torch.Tensor, taps: int, stride: int, border: int, even: tuple[bool, bool]) -> torch.Tensor:
     """`_blur` without a branch: always taps + 1 taps, the last one zero for an odd length."""
-    odd = F.pad(constant_like(x, binomial_filter, 1, taps)[0], [0, 1])  # [taps + 1]
-    longer = constant_like(x, binomial_filter, 1, taps + 1)[0]
+    odd = torch.tensor([*_binomial(taps), 0.0], dtype=x.dtype, device=x.device)
+    longer = torch.tensor(_binomial(taps + 1), dtype=x.dtype, device=x.device)
     extra = [1 - x.shape[axis] % 2 if even[axis - 2] else 0 for axis in (2, 3)]  # e, an integer of the graph
-    rows, columns = (odd + (longer - odd) * e for e in extra)
+    rows, columns = (odd + (longer - odd) * e for e in extra)  # [taps + 1] each
     filters = (rows[:, None] * columns).expand(x.shape[1], 1, taps + 1, taps + 1)
     x = F.pad(x, [border, border + 1, border, border + 1])
     x = F.conv2d(x, filters, None, stride, groups=x.shape[1])
@@ -130,18 +130,20 @@ def _blur_any_length(x: torch.Tensor, taps: int, stride: int, border: int, even:
     return x
 
 
-def _binomial(taps: int) -> torch.Tensor:
-    """b [taps] float64, b_k = (taps - 1 choose k) / 2^(taps - 1); by Pascal's triangle, as TorchScript can."""
-    row = torch.ones(1, dtype=torch.float64)
+def _binomial(taps: int) -> list[float]:
+    """b_k = (taps - 1 choose k) / 2^(taps - 1), k = 0 ... taps - 1; by Pascal's triangle, for TorchScript."""
+    row = [1.0]
     for _ in range(taps - 1):
-        row = (F.pad(row, [0, 1]) + F.pad(row, [1, 0])) / 2
+        row = [0.0] + row + [0.0]  # noqa: RUF005  for TorchScript
+        row = [(row[k] + row[k + 1]) / 2 for k in range(len(row) - 1)]
     return row
 
 
 @constant
 def binomial_filter(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """[rows, columns]: the outer product of two binomial filters."""
-    return torch.outer(_binomial(rows), _binomial(columns)).to(dtype=dtype, device=device)
+    row, column = (torch.tensor(_binomial(taps), dtype=torch.float64) for taps in (columns, rows))
+    return torch.outer(column, row).to(dtype=dtype, device=device)
 
 
 _AA_LAYERS: dict[str, Callable[..., nn.Module]] = {

@@ -113,7 +113,7 @@ def test_fused(name, form):
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # inside torch.onnx
-@pytest.mark.parametrize("name", ["test_c8resnetaf", "test_d4resnet"])
+@pytest.mark.parametrize("name", ["test_c8resnetaf", pytest.param("test_d4resnet", marks=pytest.mark.slow)])
 def test_one_onnx_file_for_all_sizes(name):
     """Height and width are open; `test_dynamic_shapes.py` does the same for torch.export and torch.compile."""
     for module in ("onnx", "onnxscript"):
