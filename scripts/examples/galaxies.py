@@ -7,7 +7,9 @@ Debian's `stellarium-data` has photographs of deep-sky objects, the places of th
 with the position angle of galaxies, the direction of the long axis: together the axis of each galaxy in its photograph.
 The photographs have different licences and stay where they are. Four-fold cross-validation, all galaxies of a
 photograph in one part; axes have a period of 180 degrees, so a random one is wrong by 45 degrees in the median. Takes
-ten minutes of one core.
+ten minutes of one core. Of 194 galaxies, median error in degrees, as photographed and rotated by 0, 45, ..., 315
+degrees, one seed: moments of brightness 7.3, 7.3; plain network, trained with all rotations, 5.5, 5.3; C8 4.8, 5.3;
+D8 4.4, 4.4.
 """
 
 import argparse
@@ -33,37 +35,9 @@ from equivision_timm.layers import FieldAngle
 SIZE = 65  # pixels of a crop
 WINDOW = 1.5  # sides of a crop, in long axes of its galaxy
 STEPS, BATCH_SIZE = 200, 32
-NUMBERS = [
-    "u",
-    "u",
-    "u",
-    "u",
-    "u",
-    "u",
-    "u",
-    "u",
-    "u",
-    "u",
-    "u",
-    "u",
-    "u",
-    "u",
-    "s",
-    "u",
-    "u",
-    "s",
-    "s",
-    "s",
-    "s",
-    "s",
-    "s",
-    "s",
-    "u",
-    "u",
-    "u",
-    "u",
-    "u",
-]  # the last fields of an entry
+# An entry of the catalogue: number, right ascension, declination, two magnitudes, kind, morphology, axes, angle; then
+# redshift, parallax and distance with errors, and its numbers in 29 other catalogues. u: integer, f: double, s: string
+ENTRY = "uffff" + "us" + "ffu" + "ffffff" + "u" * 14 + "suu" + "s" * 7 + "u" * 5
 
 
 def catalogue(file: Path) -> np.ndarray:
@@ -82,7 +56,7 @@ def catalogue(file: Path) -> np.ndarray:
 
     read("s"), read("s")  # version and edition
     while at < len(data):
-        _, ra, dec, _, _, kind, _, major, minor, angle, *_ = [read(k) for k in [*"uffffusffu", *"ffffff", *NUMBERS]]
+        _, ra, dec, _, _, kind, _, major, minor, angle, *_ = [read(k) for k in ENTRY]
         if kind <= 3 and 0 < minor < 0.75 * major:  # (active, radio, interacting) galaxies with a clear axis
             galaxies.append((math.degrees(ra), math.degrees(dec), major, minor, angle))
     return np.array(galaxies)
@@ -166,7 +140,7 @@ def moments(x: torch.Tensor) -> torch.Tensor:
 
 
 def network(name: str) -> tuple[nn.Module, nn.Module]:
-    """Body and head: 'FieldAngle' for D8 or C8, or 'plain'; all about 100,000 parameters."""
+    """Body and head: 'FieldAngle' for D8 or C8, or 'plain'; 100,000 parameters, D8 208,000."""
     if name == "plain":
         body = timm.create_model("test_c1resnet", in_chans=1, num_classes=0)
         return body, Plain(body.num_features)
