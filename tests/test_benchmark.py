@@ -69,26 +69,6 @@ def test_a_process_that_ends_is_no_result(benchmark, monkeypatch, capfd):
     assert "no_such_model" in capfd.readouterr().err
 
 
-def test_a_training_step_trains(benchmark):
-    setting = benchmark.Setting(2, 65)
-    model = benchmark.build("dense", "test_c8resnet", "train", setting)
-    before = [p.clone() for p in model.parameters()]
-    benchmark.make_step(model, "dense", "train", setting)()
-    assert sum(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)) > len(before) / 2
-
-
-def test_layers(benchmark):
-    threads = torch.get_num_threads()
-    rows = benchmark.measure_layers("test_c8resnet", 1, 65, 1, 1)
-    torch.set_num_threads(threads)
-    model = timm.create_model("test_c8resnet")
-    assert sum(row["count"] for row in rows) == sum(
-        "conv" in name for name, p in model.named_parameters() if p.ndim == 4
-    )
-    assert sum(row["eval share"] for row in rows) == pytest.approx(1)
-    assert benchmark.layer_table(rows).count("\n") == len(rows) + 1
-
-
 def test_writes_what_it_measured(benchmark, tmp_path, monkeypatch, capsys):
     def in_turns(steps, repeats, setting):
         """In this process, in which only our models are at hand."""
@@ -115,24 +95,6 @@ def test_writes_what_it_measured(benchmark, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "networks.png").stat().st_size > 5000
 
 
-def test_the_picture_is_drawn_again_from_what_was_measured(benchmark, tmp_path, monkeypatch):
-    """Nothing is measured; bars are as long as the medians, timm's network among them."""
-    figures = []
-    monkeypatch.setattr(benchmark.plt, "close", figures.append)
-    monkeypatch.setattr(benchmark, "compare", lambda *_: pytest.fail("measured"))
-    written = SCRIPT.parent / "benchmarks" / "networks.json"
-    (tmp_path / "networks.json").write_bytes(written.read_bytes())
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--draw", "--out", str(tmp_path)])
-    benchmark.main()
-    assert (tmp_path / "networks.png").stat().st_size > 5000
-    results = [result for result in json.loads(written.read_text())["results"] if result["mode"] == "eval"]
-    axes = figures[0].axes[0]
-    for bars, form in zip(axes.containers, ("ours", "best dense", "timm"), strict=True):
-        expected = [result["median"][result.get(form, form)] for result in results]
-        assert [bar.get_width() for bar in bars] == pytest.approx([1e3 * seconds for seconds in expected])
-    assert [text.get_text() for text in axes.get_yticklabels()] == [result["model"] for result in results]
-
-
 @pytest.mark.parametrize(
     ("name", "rival"),
     [
@@ -147,14 +109,3 @@ def test_the_picture_is_drawn_again_from_what_was_measured(benchmark, tmp_path, 
 def test_the_rival_in_timm(benchmark, name, rival):
     assert benchmark.timms_rival(name) == rival
     assert timm.is_model(rival)
-
-
-def test_transformers_are_compared_with_timms(benchmark):
-    """As fast as timm's with fewer operations: the counts are those of the two networks, at the same size."""
-    row = {"model": "d4vit_small_patch16_224", "mode": "eval", "median": {"ours": 0.3, "timm": 0.4}}
-    row["operations"] = {
-        "ours": benchmark.complexity(row["model"])[1],
-        "timm": benchmark.complexity(benchmark.timms_rival(row["model"]))[1],
-    }
-    assert 0.5 < row["operations"]["ours"] / row["operations"]["timm"] < 0.8
-    assert "| 300 | 400 | 0.75 |" in benchmark.transformer_table([row])

@@ -1,7 +1,6 @@
 """scripts/deployment.py on a small network: forms that compute the same, and a table of what was measured."""
 
 import importlib.util
-import json
 import sys
 from pathlib import Path
 
@@ -42,17 +41,3 @@ def test_forms_compute_the_same(deployment, tmp_path: Path) -> None:
         torch.testing.assert_close(ours, expected(image), rtol=1e-4, atol=1e-4)
     assert sizes[1] < 0.5 * sizes[0]
     assert not [form for form in deployment.forms_of("resnet18") if "blocks" in form]
-
-
-@pytest.mark.slow
-def test_writes_what_it_measured(deployment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    pytest.importorskip("openvino", reason="scripts/deployment.py also measures OpenVINO, of the extra `libraries`")
-    monkeypatch.setattr(sys, "argv", ["", "test_c8resnet", "--threads", "1", "--repeats", "1", "--out", str(tmp_path)])
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "")
-    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "")
-    deployment.main()
-    (row,) = json.loads((tmp_path / "deployment.json").read_text())["results"]
-    assert set(row["ratio"]) == set(deployment.FORMS)
-    assert all(0 < ratio < 10 for ratio in row["ratio"].values())  # a tiny network against a ResNet-18
-    assert f"| {row['ratio']['OpenVINO: blocks']:.2f} |" in (tmp_path / "deployment.md").read_text()
-    assert "test_c8resnet" in capsys.readouterr().out

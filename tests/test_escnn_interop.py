@@ -50,17 +50,6 @@ def test_geometric_tensor_has_our_transform(group):
 
 
 @needs_escnn
-def test_feature_maps_as_geometric_tensors():
-    import timm
-
-    model = timm.create_model("d4resnet18_fast", features_only=True).eval()
-    with torch.no_grad():
-        maps = model(torch.randn(1, 3, 33, 33))
-    for features, fields in zip(maps, model.feature_info.get("num_fields"), strict=True):
-        assert len(to_geometric_tensor(features, "d4").type) == fields
-
-
-@needs_escnn
 @pytest.mark.parametrize("group", ["d4", "d1"])
 def test_maps_of_vision_transformers_move_as_geometric_tensors(group):
     """The map of g x is the tensor of the map of x, transformed by escnn; an escnn layer takes it.

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+from support.small_models import stirred
 from timm.models import reparameterize_model
 
 from equivision_timm import fuse
@@ -14,16 +15,8 @@ CONVOLUTIONS = 20  # of a ResNet-18
 
 
 def make(name: str) -> nn.Module:
-    """In eval mode, with statistics of random images, scales and shifts away from 1 and 0."""
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=10).train()
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.weight.uniform_(0.5, 1.5)
-                module.bias.uniform_(-0.2, 0.2)
-        model(torch.randn(4, 3, 64, 64))
-    return model.eval()
+    return stirred(timm.create_model(name, num_classes=10))
 
 
 def images(batch: int = 2) -> torch.Tensor:

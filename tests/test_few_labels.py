@@ -33,30 +33,8 @@ def test_labelled_and_test_pieces_share_no_pixel(script, monkeypatch):
     assert not used["train"] & used["test"]
 
 
-def test_pieces_are_normalised_discs_that_rotate(script):
-    pieces, _ = script.windows("test", 2, torch.Generator().manual_seed(0))
-    upright = script.images(pieces, 0)
-    inside = upright[:, 0] != 0
-    assert upright.shape == (14, 3, 65, 65)
-    assert not upright[..., 0, 0].any()  # outside the disc
-    torch.testing.assert_close(upright[:, 0].sum((1, 2)) / inside.sum((1, 2)), torch.zeros(14), atol=1e-3, rtol=0)
-    quarter = script.images(pieces.rot90(1, (2, 3)), 0)
-    torch.testing.assert_close(quarter, upright.rot90(1, (2, 3)), atol=1e-4, rtol=0)
-    rotated = script.images(pieces, 180, torch.Generator().manual_seed(0))
-    assert (rotated - upright).abs().mean() > 0.1
-    assert torch.equal(rotated, script.images(pieces, 180, torch.Generator().manual_seed(0)))
-
-
 def test_learns(script):
     """A few steps of the plain network name more upright pieces than one without training."""
     network = script.NETWORKS["plain"]
     trained, untrained = (script.accuracy(script.train(network, 10, 0, steps), 0) for steps in (30, 1))
     assert trained > 40 > untrained  # chance: 14 %
-
-
-def test_table_and_picture_of_unfinished_results(script, tmp_path):
-    runs = {"plain": {"2": {"0": {"rotated": 40.0, "upright": 60.0}, "1": {"rotated": 50.0, "upright": 60.0}}}}
-    text = script.table({"about": "today", "runs": runs})
-    assert "| plain | 45.0 (40 to 50) |" in text
-    script.picture({"runs": runs}).savefig(tmp_path / "x.png")
-    assert (tmp_path / "x.png").stat().st_size > 5000

@@ -111,12 +111,6 @@ def test_limits_that_do_not_exist(dots: Path, limit: float) -> None:
         RotatedFolder(dots, "train", training=True, limit=limit)
 
 
-def test_uniformity_test_notices_unturned_images(dots: Path) -> None:
-    plain = create_dataset("", str(dots), split="train")
-    with pytest.raises(AssertionError):
-        _assert_uniform([_angle(plain[i][0]) for i in range(200)])
-
-
 def test_timms_loader(tmp_path: Path) -> None:
     folder = write_textures(tmp_path, train=4, validation=2)
     batches = []

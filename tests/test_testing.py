@@ -109,12 +109,6 @@ def test_permutation_of_the_channels_counts():
         assert_equivariant(nn.Sequential(nn.Conv2d(8, 8, 1), GroupPool(4)), **POOL)
 
 
-def test_resampled_elements_of_smooth_fields_are_near():
-    errors = equivariance_error(GroupPool(8), 65, "c8", "regular", "trivial", in_channels=16)
-    assert errors[0] == 0
-    assert max(errors.values()) < 0.3  # corners leave the image
-
-
 def test_measuring_leaves_the_model_as_it_was():
     model = timm.create_model("test_c8resnet", zero_init_last=True).train()
     frozen = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -178,25 +172,6 @@ def test_maps_that_rotate_with_the_image(photographs):
     assert min(wrong.values()) > 0.2
     backwards = angle_error(Maps(lambda x: _fields(x).flip(1), "c8"), photographs, [45])["stage"]
     assert backwards[45] > 0.2
-
-
-def test_networks_by_stage(photographs):
-    torch.manual_seed(0)
-    equivariant, plain = timm.create_model("c8resnet18_fast"), timm.create_model("resnet18")
-    errors = {}
-    for model in (equivariant, plain):
-        calibrate_norms(model, photographs)
-        errors[model] = angle_error(model, photographs, [0, 45, 90])
-        assert list(errors[model]) == [level["module"] for level in model.feature_info]
-    for stage, by_angle in errors[equivariant].items():
-        assert by_angle[0] < 1e-6
-        assert by_angle[90] < 1e-4
-        assert errors[plain][stage][90] > 0.1
-    assert errors[equivariant]["layer4"][45] > 0.5  # aliasing
-    assert errors[equivariant]["act1"][45] < 0.3 * errors[equivariant]["layer4"][45]
-    calibrate_norms(equivariant, smooth := F.interpolate(torch.randn(2, 3, 5, 5), (97, 97), mode="bicubic"))
-    hidden = angle_error(equivariant, smooth, [45])["layer1"][45]  # smooth images hardly show it
-    assert hidden < 0.5 * errors[equivariant]["layer1"][45]
 
 
 def test_calibrated_norms_have_the_statistics_of_the_images(photographs):

@@ -130,16 +130,3 @@ def test_fused_convolution(kernel_size, dtype):
     assert fused(*nan).isnan().all()
     fused.packed.view(-1)[0] += 1  # the control
     assert (fused(*found_in).double() - exact).abs().max() > 0.1
-
-
-@pytest.mark.parametrize(("size", "kernel_size"), [(1, 3), (7, 1), (14, 3), (33, 3)])
-def test_few_images_are_shared_among_threads(size, kernel_size):
-    threads = torch.get_num_threads()
-    layer, x = SteerableConv2d(2, 3, kernel_size, "d4", strategy="native"), torch.randn(1, 16, size, size)
-    try:
-        torch.set_num_threads(4)
-        with torch.no_grad():
-            y, layer.strategy = layer(x), "expand"
-            torch.testing.assert_close(y, layer(x), rtol=1e-4, atol=1e-5)
-    finally:
-        torch.set_num_threads(threads)

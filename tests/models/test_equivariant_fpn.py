@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from support.reference_data import image
+from support.small_models import stirred
 from timm.utils import reparameterize_model
 
 from equivision_timm import EquivariantFPN, Group, equivariance_error
@@ -18,14 +19,7 @@ X = image((2, 3, 65, 65))
 def create(name="test_d4resnet", num_classes=3, fields=4, size=65, **kwargs):
     """A pyramid whose norms have statistics, scales and shifts of their own."""
     encoder = timm.create_model(name, features_only=True, **{**MODELS.get(name, {}), **kwargs})
-    model = EquivariantFPN(encoder, num_classes, fields).train()
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.weight.uniform_(0.5, 1.5)
-                module.bias.uniform_(-0.2, 0.2)
-        model(image((4, 3, size, size), seed=1))
-    return model.eval()
+    return stirred(EquivariantFPN(encoder, num_classes, fields), size)
 
 
 def errors(model, size=65, group=None):

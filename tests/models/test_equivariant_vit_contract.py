@@ -100,18 +100,6 @@ def test_features():
             create(features_only=True, feature_cls=other)
 
 
-@pytest.mark.parametrize("keywords", [{}, FULL, {"dynamic_img_size": True, "reg_tokens": 1}], ids=str)
-def test_steps_of_timms_vit(keywords):
-    model = create(**keywords)
-    x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(X))))
-    x = model.norm(nn.Sequential(*model.blocks)(x))
-    if not keywords:
-        torch.testing.assert_close(x, model.forward_features(X), rtol=0, atol=0)
-    if keywords is FULL:
-        x = model._fields(x)
-    torch.testing.assert_close(model.forward_head(x), model(X), rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("keywords", [{}, FULL], ids=str)
 def test_checkpoints_with_the_former_name_of_the_transition(keywords):
     model = create(**keywords)
@@ -242,15 +230,6 @@ def test_distillation_of_logits_and_features(kind, name):
     step = getattr(task, kind)(model, teacher, nn.CrossEntropyLoss(), task_loss_weight=0.5, verbose=False).train()
     step(X, torch.tensor([1, 2]))["loss"].backward()
     assert all(p.grad is not None for p in model.parameters())
-
-
-def test_grey_images():
-    grey, colour = create(in_chans=1), create()
-    weight = colour.patch_embed.proj.weight
-    assert grey.patch_embed.proj.weight.shape == (weight.shape[0], 1, *weight.shape[2:])
-    grey.load_state_dict({**colour.state_dict(), "patch_embed.proj.weight": weight.sum(1, keepdim=True)})
-    x = image((1, 1, 64, 64))
-    torch.testing.assert_close(grey(x), colour(x.expand(-1, 3, -1, -1)), atol=1e-5, rtol=1e-4)
 
 
 def test_position_map_is_resized_on_load_and_by_set_input_size():

@@ -111,16 +111,6 @@ def test_local_folder_also_where_arguments_name_no_other_source(arguments, conve
     assert overlay.items() <= timm.data.resolve_model_data_config(model).items()
 
 
-def test_num_classes(converted):
-    for classes in (0, 10):
-        model = timm.create_model(NAME, pretrained=True, num_classes=classes).eval()
-        assert same_weights(model, converted, without="fc.")
-        assert model(torch.randn(1, 3, 33, 33)).shape == (1, classes or converted.head_hidden_size)
-    features = timm.create_model(NAME, pretrained=True, num_classes=0, global_pool="", group_pool="").eval()
-    x = torch.randn(1, 3, 65, 65)
-    assert torch.equal(features(x), converted.forward_features(x))
-
-
 @pytest.mark.parametrize("channels", [1, 4])
 def test_in_chans(channels, converted):
     model = timm.create_model(NAME, pretrained=True, in_chans=channels)
@@ -130,14 +120,6 @@ def test_in_chans(channels, converted):
         torch.testing.assert_close(weight, original.sum(1, keepdim=True))
     else:
         torch.testing.assert_close(weight, original[:, [0, 1, 2, 0]] * 3 / 4)
-
-
-def test_features_only(converted):
-    model = timm.create_model(NAME, pretrained=True, features_only=True, out_indices=(0, 2, 4)).eval()
-    x = torch.randn(1, 3, 33, 33)
-    expected = converted.forward_intermediates(x, indices=[0, 2, 4], intermediates_only=True)
-    for found, level in zip(model(x), expected, strict=True):
-        assert torch.equal(found, level)
 
 
 def test_another_source_wins_over_the_weights_folder(converted, elsewhere):

@@ -3,8 +3,6 @@
 The processes are forks of one that has only PyTorch loaded, which is what takes long.
 """
 
-import contextlib
-import io
 import multiprocessing
 import os
 from collections.abc import Callable, Mapping
@@ -61,18 +59,3 @@ def _create_pretrained(name: str, keywords: dict) -> float | str:
     except Exception as error:  # what the test looks at
         return f"{type(error).__name__}: {error}"
     return model.fc.bias.sum().item() if hasattr(model, "fc") else 0.0
-
-
-def run_command(*arguments: str) -> tuple[int, str, str]:
-    """Exit status, output and errors of `python -m equivision_timm`."""
-    from equivision_timm.cli.main import main
-
-    with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(io.StringIO()) as errors:
-        status = main(list(arguments))
-    return status, output.getvalue(), errors.getvalue()
-
-
-def run_snippet(code: str, names: dict[str, object], wanted: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
-    """Run `code` with `names` defined; the shapes of the tensors `wanted`."""
-    exec(code, names)
-    return {name: tuple(names[name].shape) for name in wanted}

@@ -1,10 +1,9 @@
 """A small Hub on loopback: the part of the Hugging Face Hub's HTTP protocol that huggingface_hub uses for model files.
 
-Served: model info, files by revision (metadata, a redirect to another host for large files, ranges), creating
-repositories, and commits with regular and LFS files. Tokens: `TOKEN` may write and read private repositories.
+Served: model info, and files by revision (metadata, a redirect to another host for large files, ranges). Nobody may
+read private repositories.
 """
 
-import base64
 import hashlib
 import importlib
 import json
@@ -14,7 +13,6 @@ from urllib.parse import unquote
 
 from support.loopback import Loopback, requested_part, send_head
 
-TOKEN = "hf_test"
 LFS_FROM = 100_000  # bytes from which a file is stored as the Hub stores large files
 
 
@@ -48,14 +46,11 @@ class Hub(Loopback):
     Attributes:
         repositories: by id, 'organisation/name'.
         requests: (method, path) of every request so far.
-        spoil_downloads: whether the last byte of every file that is served is wrong.
     """
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
-        self.large_files: dict[str, bytes] = {}  # by sha256: uploaded, perhaps in no commit yet
         self.requests: list[tuple[str, str]] = []
-        self.spoil_downloads = False
         super().__init__(_Handler)
 
     def add(self, repository: str, files: dict[str, bytes], private: bool = False) -> str:
@@ -107,65 +102,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
-    def do_POST(self) -> None:
-        self.home.requests.append(("POST", self.path))
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        if not self._may_write():
-            return self._send_error(401, "")
-        if self.path == "/api/validate-yaml":
-            return self._send_json({"errors": [], "warnings": []})
-        if self.path == "/api/repos/create":
-            return self._create(json.loads(body))
-        if self.path.endswith(".git/info/lfs/objects/batch"):
-            return self._large_files_batch(json.loads(body))
-        _, _, _, organisation, name, verb, _ = self.path.split("/")  # /api/models/<organisation>/<name>/<verb>/<branch>
-        repository = self._readable(f"{organisation}/{name}")
-        if repository is None:
-            return None
-        if verb == "preupload":
-            return self._send_json({"files": [_upload_mode(repository, file) for file in json.loads(body)["files"]]})
-        return self._commit(f"{organisation}/{name}", [json.loads(line) for line in body.splitlines()])
-
-    def do_PUT(self) -> None:
-        self.home.requests.append(("PUT", self.path))
-        content = self.rfile.read(int(self.headers["Content-Length"]))
-        self.home.large_files[hashlib.sha256(content).hexdigest()] = content
-        return self._send_json({})
-
-    def _create(self, wanted: dict) -> None:
-        name = f"{wanted['organization']}/{wanted['name']}"
-        exists = name in self.home.repositories
-        if not exists:
-            private = wanted.get("private") or wanted.get("visibility") == "private"
-            self.home.repositories[name] = Repository(bool(private))
-        self._send_json({"url": f"{self.home.endpoint}/{name}"}, 409 if exists else 200)
-
-    def _large_files_batch(self, wanted: dict) -> None:
-        objects = []
-        for file in wanted["objects"]:
-            upload = {"upload": {"href": f"{self.home.endpoint}/upload/{file['oid']}"}}
-            objects.append({**file, **({} if file["oid"] in self.home.large_files else {"actions": upload})})
-        self._send_json({"transfer": "basic", "objects": objects})
-
-    def _commit(self, name: str, lines: list[dict]) -> None:
-        files = {}
-        for line in lines:
-            value = line["value"]
-            if line["key"] == "file":
-                files[value["path"]] = base64.b64decode(value["content"])
-            elif line["key"] == "lfsFile":
-                files[value["path"]] = self.home.large_files[value["oid"]]
-        commit = self.home.repositories[name].commit(files)
-        self._send_json({"commitUrl": f"{self.home.endpoint}/{name}/commit/{commit}", "commitOid": commit})
-
-    def _may_write(self) -> bool:
-        return self.headers.get("Authorization") == f"Bearer {TOKEN}"
-
     def _readable(self, name: str) -> Repository | None:
         """The repository, or None after an error; the Hub hides private repositories."""
         repository = self.home.repositories.get(name)
-        if repository is None or (repository.private and not self._may_write()):
-            self._send_error(404 if self._may_write() else 401, "RepoNotFound")
+        if repository is None or repository.private:
+            self._send_error(401, "RepoNotFound")
             return None
         return repository
 
@@ -176,8 +117,6 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, {"X-Error-Code": code, "X-Error-Message": code or "Unauthorized", **(headers or {})}, b"")
 
     def _send_file(self, content: bytes, headers: dict[str, str]) -> None:
-        if self.home.spoil_downloads:
-            content = content[:-1] + bytes([content[-1] ^ 1])
         start, status, part = requested_part(self, content)
         self._send(status, {"Accept-Ranges": "bytes", **headers, **part}, content[start:])
 
@@ -189,16 +128,6 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _git_sha1(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-def _upload_mode(repository: Repository, file: dict) -> dict:
-    """Answer of `preupload`: how to send the file, and what lies there already."""
-    present = repository.head_files().get(file["path"])
-    large = file["size"] >= LFS_FROM
-    oid = None
-    if present is not None:
-        oid = hashlib.sha256(present).hexdigest() if len(present) >= LFS_FROM else _git_sha1(present)
-    return {"path": file["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False, "oid": oid}
 
 
 def list_and_create_published(published: dict[str, tuple[str, str]], *models: tuple[str, dict]) -> tuple[list, list]:

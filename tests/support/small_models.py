@@ -1,4 +1,4 @@
-"""Small real data and saved models for the tests of commands: photographs of three textures from scikit-image."""
+"""Small real data, photographs of three textures from scikit-image, and models with norms that matter."""
 
 import argparse
 from pathlib import Path
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn as nn
 from PIL import Image
 from timm.models._hub import save_for_hf
 
@@ -28,6 +29,17 @@ def write_textures(folder: Path, train: int = 32, validation: int = 16, size: in
                 y, x = random.integers(0, photograph.shape[0] - size), left + random.integers(0, half - size)
                 Image.fromarray(photograph[y : y + size, x : x + size]).save(folder / split / name / f"{i:03}.png")
     return folder
+
+
+@torch.no_grad()
+def stirred(model: nn.Module, size: int = 65) -> nn.Module:
+    """`model` in eval mode, its norms with statistics of random images, and scales and shifts of their own."""
+    for module in model.train().modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight.uniform_(0.5, 1.5)
+            module.bias.uniform_(-0.2, 0.2)
+    model(torch.randn(4, 3, size, size))
+    return model.eval()
 
 
 def save_small_model(

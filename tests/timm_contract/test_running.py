@@ -1,7 +1,6 @@
 """Running and training: compile, mixed precision, memory formats, copies, EMA, sync norm, freezing."""
 
 import copy
-import pickle
 import shutil
 from functools import partial
 
@@ -12,10 +11,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from support.reference_data import image
 from timm.layers import convert_sync_batchnorm
-from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3, freeze, unfreeze
-from timm.utils.agc import adaptive_clip_grad
 from timm.utils.model import get_state_dict
 
 from equivision_timm.layers import ConvNormAct
@@ -101,19 +98,6 @@ def test_channels_last(name):
         torch.testing.assert_close(found, gradient, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_are_equal_and_independent(copied):
-    model, x = create().eval(), image((2, 3, 33, 33))
-    assert len(model.state_dict()) == len(list(model.parameters())) + 3 * 20  # three of each batch norm, no basis
-    twin = copied(model)
-    with torch.no_grad():
-        expected = model(x)
-        assert torch.equal(twin(x), expected)
-        twin.conv1.conv.weight.mul_(2)
-        assert torch.equal(model(x), expected)
-        assert not torch.allclose(twin(x), expected)
-
-
 def test_averages_of_weights_follow_through_changes_of_mode():
     model, x = create().train(), image((2, 3, 33, 33))
     ema, optimizer = ModelEmaV3(model, decay=0.5), torch.optim.SGD(model.parameters(), lr=0.1)
@@ -193,26 +177,3 @@ LAYERS = (
     "layer4.1.conv1.conv",
     "fc",
 )
-
-
-@pytest.mark.parametrize(("coarse", "number"), [(True, 6), (False, 10)])
-def test_groups_of_parameters(coarse, number):
-    model = create()
-    groups = group_parameters(model, model.group_matcher(coarse), reverse=True)
-    assert set(groups) == {name for name, _ in model.named_parameters()}
-    assert len(set(groups.values())) == number
-
-
-def test_adaptive_gradient_clipping():
-    model = create().train()
-    gradients = step(model, image((2, 3, 33, 33)))
-    adaptive_clip_grad(model.parameters(), clip_factor=1e-4)
-    clipped = [parameter.grad for parameter in model.parameters()]
-    assert sum((a.norm() < b.norm()).item() for a, b in zip(clipped, gradients, strict=True)) > 10
-
-
-@torch.no_grad()
-def test_exports_with_a_dynamic_batch():
-    model, x, batch = create("c8resnet50_fast").eval(), image((2, 3, 65, 65)), image((5, 3, 65, 65))
-    program = torch.export.export(model, (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch", min=1, max=64)}})
-    torch.testing.assert_close(program.module()(batch), model(batch), rtol=1e-4, atol=1e-5)

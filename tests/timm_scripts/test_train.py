@@ -63,29 +63,6 @@ def test_device_modules_instead_of_the_runner(scripts: Path, textures: Path, tmp
 WHOLE = ["--no-aug", "--decay-epochs", "4", "--lr", "0.02"]
 
 
-@pytest.mark.parametrize(
-    ("norm", "tolerance"),
-    [("layernorm2d", 1e-4), ("batchnorm2d", None)],
-)
-def test_two_processes_train_like_one(norm: str, tolerance: float | None, run, textures: Path, tmp_path: Path) -> None:
-    """The same data and seed, 96 images a step: the same losses up to float noise with a norm that knows no batch.
-
-    With batch norm they differ, because each process normalises with the statistics of its own half of the batch.
-    """
-    place = ["--data-dir", textures, "--output", tmp_path, "--epochs", "5", *WHOLE]
-    model = ["--model-kwargs", "width=4", f"norm_layer={norm}"]
-    run("train.py", *TRAINING, *place, *model, "-b", "96", "--experiment", "one")
-    run("train.py", *TRAINING, *place, *model, "-b", "48", "--experiment", "two", processes=2)
-    one, two = _summary(tmp_path / "one"), _summary(tmp_path / "two")
-    for name in ("train_loss", "eval_loss"):
-        losses, other = [row[name] for row in one], [row[name] for row in two]
-        assert max(losses) - min(losses) > 0.02  # a trajectory, not a constant
-        if tolerance is None:
-            assert other != pytest.approx(losses, abs=1e-4)
-        else:
-            assert other == pytest.approx(losses, abs=tolerance)
-
-
 def test_killed_and_resumed(run, scripts: Path, textures: Path, tmp_path: Path) -> None:
     """Killed without warning after some epochs, resumed from the last checkpoint: the losses of an unbroken run."""
     place = ["--data-dir", str(textures), "--output", str(tmp_path), "--epochs", "10", "-b", "96", *WHOLE]

@@ -7,7 +7,7 @@ import timm
 import torch
 from safetensors.torch import load, save
 from support.fresh_process import FreshProcess
-from support.hub_server import TOKEN, Hub, list_and_create_published
+from support.hub_server import Hub, list_and_create_published
 
 from equivision_timm.models.pretrained import HUB_ORG
 from equivision_timm.models.tensor_hash import hash_tensors
@@ -102,20 +102,3 @@ def test_errors_of_the_hub(hub, run, first, published):
     for (name, commit), answer, result in zip(commits.items(), ("404", "401", "401"), results, strict=True):
         address = f"{hub.endpoint}/{HUB_ORG}/{name}.equivision_in1k"
         assert [part for part in ("WeightsError", answer, address, commit, f"fetch {name}") if part not in result] == []
-
-
-def test_where_the_cache_lies_and_who_may_read(hub, run, first, tmp_path):
-    hub.repositories[REPOSITORY].private = True
-    environment = {"HF_HUB_CACHE": tmp_path / "cache", "HF_TOKEN": TOKEN}
-    assert run((NAME, {}), (NAME, {"cache_dir": str(tmp_path / "other")}), **environment)[1] == [bias(first)] * 2
-    for folder in ("cache", "other"):
-        assert [path.read_bytes() == first for path in (tmp_path / folder).rglob(FILE)] == [True]
-    assert not (tmp_path / "home").exists()
-
-
-def test_the_local_folder_comes_first_but_not_for_hf_hub_names(hub, run, first, second, tmp_path):
-    folder = tmp_path / "weights" / REPOSITORY.split("/")[1]
-    folder.mkdir(parents=True)
-    (folder / FILE).write_bytes(second)
-    local, named = run((NAME, {}), (f"hf-hub:{REPOSITORY}", {}), EQUIVISION_TIMM_WEIGHTS=tmp_path / "weights")[1]
-    assert (local, named) == (bias(second), bias(first))

@@ -23,11 +23,6 @@ def test_a_crop_of_each_photograph_within_bounds(tmp_path, number, expected):
     assert len({crop.sum().item() for crop in crops}) == expected  # no two alike
 
 
-def test_an_explicit_number_of_crops(tmp_path):
-    write_photographs(tmp_path, 5)
-    assert load_crops(tmp_path, 7, 33).shape == (7, 3, 33, 33)
-
-
 def test_folder_errors(tmp_path):
     with pytest.raises(ValueError, match="no-such-folder"):
         load_crops(tmp_path / "no-such-folder")

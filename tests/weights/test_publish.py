@@ -1,17 +1,15 @@
-"""Publication: the folder of an upload, and its upload to a Hub on loopback."""
+"""Publication: the folder of an upload, and its upload to a Hub in a folder."""
 
-import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 import timm
 import torch
 from PIL import Image
-from support.fresh_process import FreshProcess, create_pretrained, run_command, run_snippet
-from support.hub_server import TOKEN, Hub
 
 from equivision_timm.cli.main import main
 from equivision_timm.models.pretrained import HUB_ORG, local_folder
@@ -183,69 +181,64 @@ def test_what_was_changed_is_not_published(weights, tmp_path, monkeypatch, capsy
     assert not (tmp_path / "out").exists()
 
 
-@pytest.fixture
-def hub():
-    with Hub() as hub:
-        yield hub
+class Hub:
+    """The functions of `HfApi` that `upload` calls, with repositories in a folder.
+
+    Attributes:
+        folder: of the repositories.
+        private: whether each repository is private.
+        other_bytes: whether the Hub returns other bytes than were sent.
+    """
+
+    def __init__(self, folder):
+        self.folder, self.private, self.other_bytes = folder, {}, False
+
+    def create_repo(self, repository, private, exist_ok):
+        assert exist_ok
+        self.private.setdefault(repository, private)
+
+    def upload_folder(self, repo_id, folder_path, commit_message):
+        shutil.copytree(folder_path, self.folder / repo_id, dirs_exist_ok=True)
+        return SimpleNamespace(oid="abc", commit_url=f"https://hub/{repo_id}/commit/abc")
+
+    def hf_hub_download(self, repository, name, revision, local_dir):
+        assert revision == "abc"
+        if self.other_bytes:
+            (self.folder / repository / name).write_bytes(b"other")
+        return self.folder / repository / name
 
 
 @pytest.fixture
-def logged_in(hub, weights, tmp_path):
-    """Environment of a process that may write to the Hub; with LFS uploads, since this Hub does not implement Xet."""
-    return {
-        "HOME": tmp_path / "home",
-        "PATH": os.environ["PATH"],  # of the compiler's linker
-        "EQUIVISION_TIMM_WEIGHTS": weights,
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_TOKEN": TOKEN,
-        "HF_HUB_DISABLE_XET": 1,
-        "HF_HUB_DISABLE_PROGRESS_BARS": 1,
-    }
+def hub(tmp_path, monkeypatch):
+    hub = Hub(tmp_path / "hub")
+    monkeypatch.setattr(publish, "HfApi", lambda: hub)
+    return hub
 
 
-@pytest.fixture
-def run(logged_in):
-    """Runs a command in a process of its own: exit status, output, errors."""
-    return lambda *arguments, **variables: FreshProcess({**logged_in, **variables}, run_command, *arguments).result()
-
-
-def test_upload(hub, weights, run, logged_in):
-    status, output, errors = run("publish", "--all")
-    assert (status, errors) == (0, "")
+def test_upload(hub, weights, capsys):
+    """The files of the weights folder; the code of the card runs on them."""
+    assert main(["publish", "--all"]) == 0
+    output = capsys.readouterr().out
     for name in NAMES:
-        repository = hub.repositories[f"{HUB_ORG}/{name}.equivision_in1k"]
-        assert f"{name}: {hub.endpoint}/{HUB_ORG}/{name}.equivision_in1k/commit/{repository.head}" in output
-        assert not repository.private
-        files = repository.head_files()
+        repository = f"{HUB_ORG}/{name}.equivision_in1k"
+        assert f"{name}: https://hub/{repository}/commit/abc" in output
+        assert not hub.private[repository]
+        files = content(hub.folder / repository)
         assert sorted(files) == ["README.md", "config.json", "model.safetensors"]
         for file in ("config.json", "model.safetensors"):
             assert files[file] == (weights / f"{name}.equivision_in1k" / file).read_bytes()
-    uploads = hub.count("PUT", "/upload/")
-    assert run("publish", "--all")[:2] == (0, output)  # the same commits
-    assert hub.count("PUT", "/upload/") == uploads == len(NAMES)
-
-    elsewhere = {**logged_in, "EQUIVISION_TIMM_WEIGHTS": weights / "nothing here", "HF_TOKEN": ""}
-    models = [(f"hf-hub:{HUB_ORG}/{TAGGED}", {})]
-    expected = timm.create_model("c4resnet18", pretrained=True).fc.bias.sum().item()
-    assert FreshProcess(elsewhere, create_pretrained, *models).result() == [expected]
-    card = hub.repositories[f"{HUB_ORG}/{TAGGED}"].head_files()["README.md"].decode()
-    snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    snippet = re.search(r"```python\n(.*?)```", files["README.md"].decode(), re.DOTALL)[1]
     names = {"image": Image.new("RGB", (320, 240))}
-    shapes = FreshProcess(elsewhere, run_snippet, snippet, names, ("logits", "features")).result()
-    assert shapes["logits"] == (1, 1000)
-    assert f"# {list(shapes['features'])}\n" in snippet
+    exec(snippet.replace(f"hf-hub:{repository}", f"local-dir:{hub.folder / repository}"), names)
+    assert names["logits"].shape == (1, 1000)
+    assert f"# {list(names['features'].shape)}\n" in snippet
 
 
-def test_owners_logins_and_a_hub_that_returns_other_bytes(hub, run):
-    status, _, errors = run("publish", "c4resnet18", HF_TOKEN="hf_of_somebody_else")
-    assert status == 1
-    assert "401" in errors
-    assert hub.repositories == {}
-    assert run("publish", "c4resnet18", "--org", "someone", "--private")[0] == 0
-    repository = hub.repositories[f"someone/{TAGGED}"]
-    assert repository.private
-    assert f'"hf-hub:someone/{TAGGED}"' in repository.head_files()["README.md"].decode()
-    hub.spoil_downloads = True
-    status, _, errors = run("publish", "c4resnet18")
-    assert status == 1
-    assert "config.json" in errors
+def test_owners_and_a_hub_that_returns_other_bytes(hub, capsys):
+    assert main(["publish", "c4resnet18", "--org", "someone", "--private"]) == 0
+    assert hub.private == {f"someone/{TAGGED}": True}
+    card = (hub.folder / "someone" / TAGGED / "README.md").read_text(encoding="utf-8")
+    assert f'"hf-hub:someone/{TAGGED}"' in card
+    hub.other_bytes = True
+    assert main(["publish", "c4resnet18"]) == 1
+    assert "config.json" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from equivision_timm.models.pretrained import WeightsError
 from equivision_timm.weights import equivision
 from equivision_timm.weights.equivision import same_shapes, translate
 from equivision_timm.weights.signs import combine, half_turn, known_patterns, neighbours
-from equivision_timm.weights.statistics import Z_LIMIT, AmbiguousSigns, apply_signs, choose_signs, fit
+from equivision_timm.weights.statistics import Z_LIMIT, AmbiguousSigns, apply_signs, choose_signs
 
 pytest.importorskip("skimage", reason="photographs come with scikit-image, the extra `convert`")
 SIZE = 33  # n = 1 mod 32
@@ -181,13 +181,3 @@ def test_without_photographs(originals, monkeypatch):
     with pytest.raises(ModuleNotFoundError, match="--images"):
         translate(originals[C8], C8)
     assert "not compared" in translate(checkpoint("c4resnet18_fast"), "c4resnet18_fast").notes["statistics"]
-
-
-def test_fit_does_not_change_the_model():
-    crops = load_crops(None, 8, SIZE)
-    _, truth = trained_elsewhere("d4resnet18", "+" * 24, crops, width=8)
-    before = copy.deepcopy(truth.state_dict())
-    found = fit(truth, crops)
-    assert found.rms < 1e-3  # the same crops
-    assert all(torch.equal(value, before[key]) for key, value in truth.state_dict().items())
-    assert not truth.training
