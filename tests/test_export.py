@@ -69,12 +69,3 @@ def test_torch_export_and_onnx(name: str, tmp_path: Path) -> None:
     for size, logits in expected.items():
         (found,) = session.run(None, {session.get_inputs()[0].name: images(size).numpy()})
         assert_same(found, logits)
-
-
-@torch.no_grad()
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")  # inside
-def test_machine_code() -> None:
-    """Unfused, one graph; `timm_contract/test_running.py` compiles training steps."""
-    torch.compiler.reset()
-    model = make("test_d4resnet")
-    assert_same(torch.compile(model, fullgraph=True)(images()), model(images()))

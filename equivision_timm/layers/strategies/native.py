@@ -178,28 +178,6 @@ gradients.register_autograd(_differentiate_gradients, setup_context=_save_gradie
 fused_conv2d.register_autograd(_differentiate_fused, setup_context=_save_fused)
 
 
-def _one_by_one(operator, info, in_dims, *arguments):
-    """The rule of `torch.vmap`: the operator for each element of the batch."""
-    outputs = []
-    for index in range(info.batch_size):
-        own = [a if d is None else a.select(d, index) for a, d in zip(arguments, in_dims, strict=True)]
-        outputs.append(operator(*own))
-    if isinstance(outputs[0], torch.Tensor):
-        return torch.stack(outputs), 0
-    stacked = tuple(torch.stack(parts) for parts in zip(*outputs, strict=True))
-    return stacked, (0,) * len(stacked)
-
-
-@conv2d.register_vmap
-def _(info, in_dims, *arguments):
-    return _one_by_one(conv2d, info, in_dims, *arguments)
-
-
-@gradients.register_vmap  # of gradients whose forward pass was not transformed
-def _(info, in_dims, *arguments):
-    return _one_by_one(gradients, info, in_dims, *arguments)
-
-
 # FlopCounterMode counts the dense convolution that an operator stands for, so that all strategies count the same
 
 
