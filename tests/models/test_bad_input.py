@@ -4,7 +4,6 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from timm.layers import apply_test_time_pool
 
 import equivision_timm  # noqa: F401  registers the models
 
@@ -98,10 +97,3 @@ def test_a_classifier_on_a_map_is_refused_and_nothing_changed(keywords, argument
         model.reset_classifier(*arguments)
     assert model.num_classes == keywords["num_classes"]
     assert torch.equal(model(x), expected)
-
-
-def test_test_time_pooling_cannot_work():
-    # timm's `--test-pool` puts the classifier on the map before any pooling, where the group axis still is. timm
-    # copies the weights before it calls the model, so its own message is the only one
-    with pytest.raises(RuntimeError, match="shape"):
-        apply_test_time_pool(create(), {"input_size": (3, 257, 257)})

@@ -33,8 +33,10 @@ def relative(found, expected):
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
-@pytest.mark.parametrize("dtype", CASES)
-@pytest.mark.parametrize(("depth", "width"), [("18_fast", 8), ("50_fast", 2)])
+@pytest.mark.parametrize(
+    ("depth", "width", "dtype"),
+    [("18_fast", 8, torch.float32), ("50_fast", 2, torch.float32), ("50_fast", 2, torch.bfloat16)],
+)
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_level_and_the_logits(group, depth, width, dtype):
     model, parsed = trained_a_little(f"{group}resnet{depth}", width=width).to(dtype), Group.from_name(group)

@@ -115,8 +115,7 @@ def test_checkpoints_with_the_former_name_of_the_transition(keywords):
     wrapped.load_state_dict({f"0.{name}": value for name, value in state.items()})
 
 
-@pytest.mark.parametrize("depth", [2, 4])
-@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize(("depth", "index"), [(2, 0), (2, 1), (2, 3), (4, 1), (4, 3)])
 def test_pruned_models_have_the_same_maps(depth, index):
     model = create(equivariant_depth=depth)
     expected = model.forward_intermediates(X, [index], intermediates_only=True)[0]

@@ -158,7 +158,6 @@ def test_no_weights_anywhere(name, monkeypatch, tmp_path):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setenv("EQUIVISION_TIMM_WEIGHTS", str(tmp_path))
-    file = tmp_path / f"{name}.{get_pretrained_cfg(name).tag}" / "model.safetensors"
     with torch.device("meta"), pytest.raises(WeightsError, match=f"fetch {name}"):
         timm.create_model(name, pretrained=True)
 
