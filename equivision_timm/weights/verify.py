@@ -1,6 +1,5 @@
 """Checks of weights that are about to be used or published, one row each."""
 
-import copy
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -21,13 +20,10 @@ from equivision_timm.groups import Group
 from equivision_timm.models import EquivariantResNet, EquivariantViT
 from equivision_timm.models.pretrained import impossible_entries
 from equivision_timm.models.tensor_hash import TENSORS_SHA256, hash_tensors
-from equivision_timm.models.variants import create
 from equivision_timm.testing import equivariance_error
-from equivision_timm.weights.equivision import CLEARLY, same_shapes
 from equivision_timm.weights.folder import Adapted, Loaded, Model, load_strictly
 from equivision_timm.weights.released import released
-from equivision_timm.weights.signs import known_patterns
-from equivision_timm.weights.statistics import Z_LIMIT, PatternFits, apply_signs, fit
+from equivision_timm.weights.statistics import fit
 
 __all__ = ["Check", "as_json", "as_table", "check_files", "verify"]
 
@@ -156,7 +152,7 @@ def _equivariance(model: Model | Adapted) -> Iterator[Check]:
 
 
 def _statistics(loaded: Loaded, images: str | Path | None) -> Iterator[Check]:
-    """Running variances against those on photographs, also of models with the same names and shapes."""
+    """Running variances against those on photographs."""
     model = loaded.model
     if not isinstance(model, EquivariantResNet) or model.in_chans != 3:
         yield Check("statistics", None, "not checked: known for ResNets of RGB images only")
@@ -176,19 +172,6 @@ def _statistics(loaded: Loaded, images: str | Path | None) -> Iterator[Check]:
         f"{own.residuals[layer].square().mean().sqrt():.2g}"
     )
     yield Check("statistics", None if own.is_finite else False, finding)
-    before = copy.deepcopy(model)  # with the coefficients of the checkpoint
-    if "signs" in loaded.provenance:
-        apply_signs(before, loaded.provenance["signs"])
-    for name in same_shapes(loaded.name) if own.is_finite else ():
-        rival = create(name, EquivariantResNet, num_classes=model.num_classes)
-        rival.load_state_dict(before.state_dict())
-        patterns, fits = known_patterns(rival.group).values(), PatternFits(rival, crops)
-        others = [fits.fit(pattern) for pattern in patterns] or [fit(rival, crops)]
-        other = max(others, key=lambda one: one.log_likelihood)
-        wrong = other.lead(own) >= Z_LIMIT and other.rms <= CLEARLY * own.rms
-        finding = f"{name} has the same names and shapes, and {other.rms:.2g} rms under its best known signs"
-        finding += f": it is a checkpoint of {name}, convert it as such" if wrong else ""
-        yield Check("other model", False if wrong else None, finding)
 
 
 def _accuracy(model: Model | Adapted, data: str | Path) -> Iterator[Check]:

@@ -86,7 +86,7 @@ def test_memory_is_checked_before_c():
         assert torch.allclose(layer(negative), -expected, atol=1e-5)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(
     group=st.sampled_from(("c1", "d1", "c3", "c4", "d4", "c8", "d8", "c16")),
     kernel=st.sampled_from(((1, False), (3, False), (5, False), (5, True))),

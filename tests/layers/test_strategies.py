@@ -68,7 +68,7 @@ LAYOUTS = {
 
 
 @fast
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     group=st.sampled_from((*GROUPS, "c3", "c6", "c16")),
     kernel=st.sampled_from(((1, False), (3, False), (5, False), (5, True), (7, False), (3, True))),

@@ -13,7 +13,6 @@ from support.reference_data import checkpoint
 from timm.models import save_for_hf
 
 import equivision_timm  # noqa: F401  registers the models
-from equivision_timm.cli.demo import load_digits
 from equivision_timm.cli.main import main
 from equivision_timm.models import EquivariantResNet
 from equivision_timm.models.pretrained import read_safetensors
@@ -131,20 +130,6 @@ def test_changed_config(folder, tmp_path, change):
         config[key] = {**config[key], **value} if both else value
     (copy / "config.json").write_text(json.dumps(config))
     assert not accepted(copy)
-
-
-def test_trained_weights_under_the_name_of_another_model(tmp_path):
-    """All files agree with each other: only the running statistics differ."""
-    digits = tmp_path / "digits"  # pictures like those of the training
-    digits.mkdir()
-    for i, digit in enumerate(load_digits()[0][:40]):
-        Image.fromarray(digit.numpy()).resize((65, 65), Image.Resampling.BILINEAR).save(digits / f"{i:02}.png")
-    for truth in (OTHER, NAME):
-        state = timm.create_model(truth, pretrained=True).state_dict()
-        for name in (OTHER, NAME):
-            checks = verify(str(write(tmp_path / f"{truth} as {name}", name, state)), digits)
-            failed = [check.name for check in checks if check.ok is False]
-            assert failed == ([] if name == truth else ["other model"])
 
 
 def test_folders_of_timm(tmp_path, photographs):
