@@ -1,6 +1,9 @@
 """Small real data, photographs of three textures from scikit-image, and models with norms that matter."""
 
 import argparse
+import contextlib
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,7 @@ import torch.nn as nn
 from PIL import Image
 from timm.models._hub import save_for_hf
 
-import equivision_timm  # noqa: F401  registers the models
+from equivision_timm.models.equivariant_resnet import VARIANTS
 
 TEXTURES = ("brick", "grass", "gravel")
 
@@ -29,6 +32,16 @@ def write_textures(folder: Path, train: int = 32, validation: int = 16, size: in
                 y, x = random.integers(0, photograph.shape[0] - size), left + random.integers(0, half - size)
                 Image.fromarray(photograph[y : y + size, x : x + size]).save(folder / split / name / f"{i:03}.png")
     return folder
+
+
+@contextlib.contextmanager
+def narrow(*names: str) -> Iterator[None]:
+    """Within this context these ResNets have four fields in the first stage, so that files are small."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            variant = VARIANTS[name]
+            patch.setitem(VARIANTS, name, dataclasses.replace(variant, arguments={**variant.arguments, "width": 4}))
+        yield
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from support.small_models import narrow
 
 from equivision_timm.cli.main import main
 from equivision_timm.models.pretrained import HUB_ORG, local_folder
@@ -27,10 +28,11 @@ PROVENANCE = {"source_sha256": "ab" * 32, "signs": "+-+"}
 def weights(tmp_path_factory):
     """A weights folder with two models."""
     folder = tmp_path_factory.mktemp("weights")
-    for seed, name in enumerate(NAMES):
-        torch.manual_seed(seed)
-        write(folder, name, timm.create_model(name).state_dict())
-    return folder
+    with narrow(*NAMES):
+        for seed, name in enumerate(NAMES):
+            torch.manual_seed(seed)
+            write(folder, name, timm.create_model(name).state_dict())
+        yield folder
 
 
 def write(folder, name, state_dict, **provenance):
