@@ -40,7 +40,7 @@ def _names(unit: str) -> tuple[str, str]:
     return unit, unit.replace("conv", "bn")
 
 
-def to_equivision(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def to_equivision(state: dict[str, torch.Tensor], order: int = 8) -> dict[str, torch.Tensor]:
     """Coefficients as flat vectors, norms with the order of the group in their names."""
     result = {}
     for name, value in state.items():
@@ -48,7 +48,7 @@ def to_equivision(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if name.startswith("fc."):
             result[name] = value
         elif leaf:
-            result[f"{_names(unit)[1]}.batch_norm_[8].{leaf}"] = value  # of the groups of order 8
+            result[f"{_names(unit)[1]}.batch_norm_[{order}].{leaf}"] = value
         else:
             result[f"{_names(unit)[0]}.weights"] = value.flatten()
     return result

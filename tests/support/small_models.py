@@ -35,12 +35,12 @@ def write_textures(folder: Path, train: int = 32, validation: int = 16, size: in
 
 
 @contextlib.contextmanager
-def narrow(*names: str) -> Iterator[None]:
-    """Within this context these ResNets have four fields in the first stage, so that files are small."""
+def narrow(*names: str, width: int = 4) -> Iterator[None]:
+    """Within this context these ResNets have `width` fields in the first stage, so that files are small."""
     with pytest.MonkeyPatch.context() as patch:
         for name in names:
             variant = VARIANTS[name]
-            patch.setitem(VARIANTS, name, dataclasses.replace(variant, arguments={**variant.arguments, "width": 4}))
+            patch.setitem(VARIANTS, name, dataclasses.replace(variant, arguments={**variant.arguments, "width": width}))
         yield
 
 

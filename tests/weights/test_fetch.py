@@ -12,7 +12,9 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
+from support.equivision_data import to_equivision
 from support.reference_data import checkpoint
+from support.small_models import narrow
 
 from equivision_timm.cli.main import main
 from equivision_timm.models.pretrained import WeightsError
@@ -38,8 +40,19 @@ def saved(state_dict) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def original():
-    return checkpoint(NAME)
+def small():
+    with narrow(NAME, width=14):
+        yield
+
+
+def draw(seed=0):
+    torch.manual_seed(seed)
+    return to_equivision(timm.create_model(NAME).state_dict(), order=4)
+
+
+@pytest.fixture(scope="module")
+def original(small):
+    return draw()
 
 
 @pytest.fixture(scope="module")
@@ -116,11 +129,11 @@ def test_another_file_than_the_known_one_is_refused(drive, weights, original_fil
 
 
 def test_a_file_that_changed_between_the_parts_is_refused(drive, weights):
-    drive.break_after = 10 * MIB
+    drive.break_after = MIB
     with pytest.raises(ConnectionError):
         fetch(NAME)
     drive.break_after = None
-    drive.files[DRIVE_ID] = saved(checkpoint(NAME, seed=1))
+    drive.files[DRIVE_ID] = saved(draw(seed=1))
     with pytest.raises(WeightsError, match="checksum"):
         fetch(NAME)
     assert files(weights) == []
@@ -183,10 +196,17 @@ def test_without_gdown(drive, monkeypatch, capsys):
 
 def test_two_processes_at_once(drive, weights, tmp_path):
     """One downloads, the other waits for it; and no cookies are left in the home folder."""
-    forget = "from equivision_timm.weights.released import released; t = released(); from dataclasses import replace"
-    forget += f"; t['{NAME}'] = replace(t['{NAME}'], sha256=None)"
-    run = f"from equivision_timm.cli.main import main; raise SystemExit(main(['fetch', '{NAME}']))"
-    command = [sys.executable, "-c", f"{forget}; {run}"]
+    code = f"""
+from dataclasses import replace
+from equivision_timm.cli.main import main
+from equivision_timm.models.equivariant_resnet import VARIANTS
+from equivision_timm.weights.released import released
+variant, table = VARIANTS["{NAME}"], released()
+VARIANTS["{NAME}"] = replace(variant, arguments=dict(variant.arguments) | dict(width=14))
+table["{NAME}"] = replace(table["{NAME}"], sha256=None)
+raise SystemExit(main(["fetch", "{NAME}"]))
+"""
+    command = [sys.executable, "-c", code]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert sorted("written" in output for output in outputs) == [False, True]
