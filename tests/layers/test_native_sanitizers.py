@@ -41,13 +41,10 @@ RUNTIMES = {  # the second library, since torch throws exceptions
     for sanitizer, library in (("address", "libasan.so"), ("thread", "libtsan.so"))
 }
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        any(None in libraries for libraries in RUNTIMES.values()),
-        reason="cc has no AddressSanitizer or ThreadSanitizer to load (Debian: apt install gcc)",
-    ),
-]
+pytestmark = pytest.mark.skipif(
+    any(None in libraries for libraries in RUNTIMES.values()),
+    reason="cc has no AddressSanitizer or ThreadSanitizer to load (Debian: apt install gcc)",
+)
 
 
 @pytest.fixture(scope="module")

@@ -61,3 +61,15 @@ def test_pool_values_and_ranks():
     assert GroupPool(2)(x[..., None, None]).shape == (1, 2, 1, 1)
     with pytest.raises(ValueError, match="maximum"):
         GroupPool(4, "maximum")
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_output_is_overwritten_without_copies(memory_format):
+    """It is not a view, whose gradient would be copied; the control is a view of it."""
+    x = torch.randn(2, 8, 5, 5).contiguous(memory_format=memory_format).requires_grad_()
+    norm = random_norm(2, 4)
+    y = norm(x).relu_()
+    assert type(y.grad_fn).__name__ == "ReluBackward0"
+    assert type(norm(x).permute(0, 1, 3, 2).relu_().grad_fn).__name__ != "ReluBackward0"
+    expected = torch.autograd.grad(norm(x).relu().square().sum(), x)
+    torch.testing.assert_close(torch.autograd.grad(y.square().sum(), x), expected)

@@ -1,7 +1,5 @@
 """Checkpoints of equivision: every form in which they occur, and those that do not fit."""
 
-import random
-
 import pytest
 import torch
 from support.equivision_data import buffers, convolutions, with_buffers
@@ -92,6 +90,9 @@ def test_other_dtypes_become_float32(dtype, kinds):
     [
         ({"bn1.batch_norm_[8].weight": torch.zeros(16)}, "left over"),
         ({"fc.bias": torch.zeros(999)}, "shape"),
+        ({"layer1.0.conv1.weights": torch.zeros(3)}, "shape"),
+        ({"layer4.1.conv2.weights": None}, "missing"),
+        ({"layer4.1.bn2.batch_norm_[4].bias": None}, "missing"),
         ({"conv1.filter": torch.randn(64, 3, 7, 7)}, "group"),
         (
             {"conv1._basisexpansion.block_expansion_('irrep_0', 'regular').sampled_basis": torch.ones(18, 4, 1, 49)},
@@ -104,30 +105,15 @@ def test_other_dtypes_become_float32(dtype, kinds):
     ],
 )
 def test_entries_that_do_not_fit(changes, noun):
+    state = {key: value for key, value in {**checkpoint(NAME), **changes}.items() if value is not None}
     with pytest.raises(WeightsError, match=noun):
-        convert_original({**checkpoint(NAME), **changes}, NAME)
+        convert_original(state, NAME)
 
 
-def test_damaged_state_dicts():
-    """Every change of names and shapes is refused; the order of the entries does not matter."""
-    rng, state = random.Random(0), checkpoint("d8resnet18_fast")
-    names = list(state)
-    for trial in range(100):
-        damaged, name = dict(state), rng.choice(names)
-        value = damaged.pop(name)
-        if trial % 5 == 1:
-            damaged[name + rng.choice(["x", ".weight", " "])] = value
-        elif trial % 5 == 2:
-            damaged[name] = torch.cat([value.flatten(), value.flatten()[:1]])
-        elif trial % 5 == 3:
-            damaged[name] = value[:-1] if value.ndim else value[None]
-        elif trial % 5 == 4:
-            damaged[name] = state[rng.choice([n for n in names if state[n].numel() != value.numel()])]
-        with pytest.raises(WeightsError, match=r"missing|shape|left over|integers"):
-            convert_original(damaged, "d8resnet18_fast")
-    shuffled = convert_original({name: state[name] for name in rng.sample(names, len(names))}, "d8resnet18_fast")
-    expected = convert_original(state, "d8resnet18_fast")
-    assert all(torch.equal(shuffled[key], value) for key, value in expected.items())
+def test_the_order_of_the_entries_does_not_matter():
+    state = checkpoint(NAME)
+    found, expected = convert_original(dict(reversed(state.items())), NAME), convert_original(state, NAME)
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
     expected["fc.bias"].zero_()
     assert state["fc.bias"].any()  # a copy
 
