@@ -339,6 +339,8 @@ def main() -> None:
             result = run(ROWS[title], data, split, seed, f"{title}, {key}")
             results = load_results()  # another process may have added to it
             results["runs"].setdefault(title, {})[key] = result
+            test_part = SPLITS[split](data.strata, seed)[1].tolist()
+            results.setdefault("test images", {})[key] = " ".join(map(str, test_part))
             versions = f"torch {torch.__version__.split('+')[0]}, equivision_timm {equivision_timm.__version__}"
             results["about"] = f"{date.today().isoformat()}, {versions}"
             save(results)
