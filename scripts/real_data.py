@@ -210,8 +210,8 @@ def scores(logits: torch.Tensor, targets: torch.Tensor) -> list[float]:
     """Accuracy at probability 1/2 and area under the ROC curve, per cent, of logits [N]."""
     defective = targets > 0.5
     accuracy = ((logits > 0) == defective).double().mean()
-    positive, negative = logits[defective][:, None], logits[~defective]
-    area = (positive > negative).double().mean() + (positive == negative).double().mean() / 2
+    difference = logits[defective][:, None] - logits[~defective]
+    area = (difference.sign() + 1).double().mean() / 2
     return [round(100 * accuracy.item(), 2), round(100 * area.item(), 2)]
 
 
@@ -259,16 +259,13 @@ def table(results: dict[str, Any]) -> str:
             runs = [run for key, run in results["runs"].get(row, {}).items() if key.startswith(split)]
             if runs:
                 upright, moved = ([shown(run, kind)[part] for run in runs] for part in (0, 1))
-                first, minutes = runs[0], statistics.mean(run["training seconds"] for run in runs) / 60
-                cells = [title, str(first["pixels"]), f"{first['parameters']:,}", f"{minutes:.0f}", str(len(runs))]
+                minutes = statistics.mean(run["training seconds"] for run in runs) / 60
+                cells = [title, runs[0]["pixels"], f"{runs[0]['parameters']:,}", f"{minutes:.1f}", len(runs)]
                 cells += [ranged([pair[k] for pair in pairs]) for k in (0, 1) for pairs in (upright, moved)]
-                lines.append(f"| {' | '.join(cells)} |")
+                lines.append(f"| {' | '.join(map(str, cells))} |")
     drifts = [run["drift"] for title, runs in results["runs"].items() if "plain" not in title for run in runs.values()]
     if drifts:
-        lines += [
-            "",
-            f"Moved test images change a logit of the D4 and symmetrized networks by {max(drifts):.0e} at most.",
-        ]
+        lines += ["", f"Moving 16 images changes logits of D4 and symmetrized networks by {max(drifts):.0e} at most."]
     lines += ["", f"![The same, a dot for each seed]({RESULTS.stem}.png)"]
     return "\n".join(lines) + "\n"
 
@@ -339,8 +336,9 @@ def main() -> None:
             result = run(ROWS[title], data, split, seed, f"{title}, {key}")
             results = load_results()  # another process may have added to it
             results["runs"].setdefault(title, {})[key] = result
-            test_part = SPLITS[split](data.strata, seed)[1].tolist()
-            results.setdefault("test images", {})[key] = " ".join(map(str, test_part))
+            results.setdefault("test images", {})[key] = " ".join(
+                map(str, SPLITS[split](data.strata, seed)[1].tolist())
+            )
             versions = f"torch {torch.__version__.split('+')[0]}, equivision_timm {equivision_timm.__version__}"
             results["about"] = f"{date.today().isoformat()}, {versions}"
             save(results)
