@@ -24,7 +24,7 @@ from timm.data.dataset_factory import _search_split
 from timm.data.readers.class_map import load_class_map
 from timm.utils.misc import natural_key
 
-from equivision_timm.errors import InputError, reason
+from equivision_timm.errors import InputError, install_command, reason
 
 __all__ = [
     "ENDINGS",
@@ -321,7 +321,7 @@ def _bundled() -> list[np.ndarray]:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "no photographs: name a folder of a dozen or more (--images DIR), "
-            "or install those of scikit-image: pip install 'equivision-timm[convert]'"
+            f"or install those of scikit-image: {install_command('convert')}"
         ) from error
     grey_or_colour = [getattr(data, name)() for name in _BUNDLED] + [data.stereo_motorcycle()[0]]
     return [np.broadcast_to(a[..., None], (*a.shape, 3)) if a.ndim == 2 else a for a in grey_or_colour]

@@ -1,6 +1,10 @@
-"""The error for input that a user can correct, and text on one line."""
+"""The error for input that a user can correct, the remedy for a missing extra, and text on one line."""
 
-__all__ = ["InputError", "one_line", "reason", "shortened"]
+import importlib.metadata
+import json
+from pathlib import Path
+
+__all__ = ["InputError", "install_command", "one_line", "reason", "shortened"]
 
 
 class InputError(ValueError):
@@ -27,3 +31,18 @@ def shortened(text: str, most: int) -> str:
     """`one_line` of the text, cut to at most `most` characters."""
     text = one_line(text)
     return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def install_command(extra: str = "", options: str = "") -> str:
+    """The command that installs this package with an extra from its source: a clone, an address, or a package index."""
+    clone, extra = Path(__file__).parents[1], f"[{extra}]" if extra else ""
+    if (clone / "pyproject.toml").is_file():
+        return f"pip install{options} -e '{clone}{extra}'"
+    try:  # PEP 610: pip records the address unless the package came from an index
+        record = importlib.metadata.distribution("equivision-timm").read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:
+        record = None
+    origin = json.loads(record or "{}")
+    vcs = origin.get("vcs_info")
+    address = f"{vcs['vcs']}+{origin['url']}@{vcs['commit_id']}" if vcs else origin.get("url")
+    return f"pip install{options} 'equivision-timm{extra}{f' @ {address}' if address else ''}'"

@@ -1,13 +1,13 @@
 """Interoperability with escnn; the only file that imports it.
 
-Needs the extra: `pip install 'equivision-timm[escnn]'` (a Fortran compiler, numpy < 2). Nothing here runs when a
-model is built or used.
+Needs the extra `escnn` (a Fortran compiler, numpy < 2). Nothing here runs when a model is built or used.
 """
 
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from equivision_timm.errors import install_command
 from equivision_timm.groups import Group
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def import_escnn() -> Any:
         import escnn.nn  # pyright: ignore[reportMissingImports]  an extra
     except ImportError as error:
         raise ImportError(
-            f"escnn cannot be imported ({error}): pip install 'equivision-timm[escnn]' (needs gfortran and numpy < 2)"
+            f"escnn cannot be imported ({error}): {install_command('escnn')} (needs gfortran and numpy < 2)"
         ) from error
     return escnn
 

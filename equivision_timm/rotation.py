@@ -66,12 +66,15 @@ def rotate(images: torch.Tensor, degrees: float) -> torch.Tensor:
     return F.grid_sample(images, source, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
-def inscribed_circle(images: torch.Tensor) -> torch.Tensor:
-    """Mask [H, W] of the pixels of images [..., H, W] inside the inscribed circle, which rotations map to itself."""
+def inscribed_circle(images: torch.Tensor, part: float = 1) -> torch.Tensor:
+    """Mask [H, W] of the pixels of images [..., H, W] inside the inscribed circle, or a part of its radius.
+
+    Rotations map this disc to itself.
+    """
     height, width = images.shape[-2:]
     y = torch.arange(height, device=images.device)[:, None] - (height - 1) / 2
     x = torch.arange(width, device=images.device)[None, :] - (width - 1) / 2
-    return torch.hypot(x, y) <= min(height, width) / 2
+    return torch.hypot(x, y) <= part * min(height, width) / 2
 
 
 def rotate_image(image: Image.Image, degrees: float) -> Image.Image:

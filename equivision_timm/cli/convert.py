@@ -3,27 +3,22 @@
 import argparse
 from pathlib import Path
 
-from equivision_timm.cli.options import Parsers
+from equivision_timm.cli.options import Parsers, add_command, add_photographs
 from equivision_timm.weights.convert import convert_file
 
 __all__ = ["register"]
 
 
 def register(commands: Parsers) -> None:
-    parser = commands.add_parser(
-        "convert",
-        help="convert a foreign checkpoint",
-        description="Writes DIR/model.safetensors and DIR/config.json, which create_model('local-dir:DIR', "
-        "pretrained=True) loads, and prints where the weights come from. The signs of a D4 or D8 checkpoint without "
-        "its kernel basis are found on photographs.",
-    )
+    text = "convert a checkpoint of equivision, ReDet or octic-vits into a model folder"
+    more = """Writes DIR/model.safetensors and DIR/config.json, which create_model('local-dir:DIR',
+        pretrained=True) loads, and prints the origin of the weights."""
+    parser = add_command(commands, "convert", run, "nothing was written to {out}", text, more)
     add = parser.add_argument
-    add("checkpoint", type=Path, metavar="CKPT", help="checkpoint file of equivision, ReDet or octic-vits")
-    add("--model", required=True, metavar="NAME", help="the model, e.g. c8resnet50")
+    add("checkpoint", type=Path, metavar="CKPT", help="checkpoint file of the other project")
+    add("--model", "--models", required=True, metavar="NAME", help="model of this package, e.g. c8resnet50")
     add("--out", type=Path, required=True, metavar="DIR", help="model folder to write")
-    add("--images", type=Path, metavar="DIR", help="photographs (default: those of scikit-image)")
-    add("--signs", metavar="PATTERN", help="sign pattern of D4 or D8, by name or as '+' and '-'")
-    parser.set_defaults(run=run, interrupted="nothing was written to {out}")
+    add_photographs(parser)
 
 
 def run(args: argparse.Namespace) -> int:

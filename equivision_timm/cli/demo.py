@@ -1,14 +1,13 @@
-"""The command `demo`: rotated handwritten digits, classified by four equivariant networks and by plain ones.
+"""The command `demo`: rotated handwritten digits, classified by equivariant and plain networks.
 
-One of the equivariant networks is alias-free, made for the angles between the quarter turns, too; a vision transformer
-and a ConvNeXt are in the table only. The plain ones are the same network without the group, the same trained with
-random rotations, and the same averaged over quarter turns: what one would do without equivariance. All are in the
-package and were trained on the same digits; the ResNets have about as many parameters. The digits of the demo were held
-out. The command prints a table and what it means, and draws a picture.
+Equivariant are a ResNet for C8, an alias-free one, made for the angles between the quarter turns, too, and for D4 a
+vision transformer and a ConvNeXt, in the table only. Plain are the ResNet without the group, the same trained with random rotations, and the same averaged over
+quarter turns: the alternatives to equivariance. All weights are in the package, trained on the same digits; the ResNets
+have about as many parameters. The digits of the demo were held out.
 """
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
@@ -21,9 +20,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from equivision_timm.cli.options import Parsers
-from equivision_timm.cli.rotate_eval import averaged
+from equivision_timm.cli.options import Parsers, add_command
 from equivision_timm.errors import one_line
+from equivision_timm.models import fuse
 from equivision_timm.models.variants import DIGITS
 from equivision_timm.rotation import rotate
 
@@ -31,14 +30,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["load_digits", "measure", "predict", "register", "turn"]
+__all__ = ["classify", "load_digits", "measure", "predict", "register", "turn"]
 
 
 def register(commands: Parsers) -> None:
-    parser = commands.add_parser("demo", help="classify rotated digits with equivariant and plain networks")
-    add = parser.add_argument
-    add("--out", type=Path, default=Path("equivision_demo.png"), help="picture to write (default: %(default)s)")
-    parser.set_defaults(run=run, interrupted="{out} was not written")
+    text = "classify rotated digits with equivariant and plain networks"
+    more = """Prints a table of accuracies at 24 angles and a summary, and draws a picture. Networks and digits
+        are in the package; about half a minute on two cores."""
+    parser = add_command(commands, "demo", run, "{out} was not written", text, more)
+    out = Path("equivision_demo.png")
+    parser.add_argument("--out", type=Path, default=out, metavar="FILE", help="picture to write (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,19 +57,20 @@ class Network:
     model: str  # its name
     file: str  # its weights in the package
     colour: str = ""  # of its curve; '' if it is not in the picture
-    turns: int = 1  # its logits are averaged over so many rotations of an image
+    rotations: int = 1  # its logits are averaged over so many rotations of an image, by multiples of 90 degrees
 
 
-ALIAS_FREE = Network("test_c8resnetaf", "equivariant, alias-free", "test_c8resnetaf", "test_c8resnetaf", "#0072b2")
-EQUIVARIANT = Network("test_c8resnet", "equivariant", "test_c8resnet", "test_c8resnet", "#56b4e9")
-TRANSFORMER = Network("test_d4vit", "equivariant transformer", "test_d4vit", "test_d4vit")
-CONVNEXT = Network("test_d4convnext", "equivariant ConvNeXt", "test_d4convnext", "test_d4convnext")
-PLAIN = Network("test_c1resnet", "plain", "test_c1resnet", "test_c1resnet", "#d55e00")
-ROTATED = Network("rotated", "plain, trained with all rotations", "test_c1resnet", "test_c1resnet_rotated", "#009e73")
-AVERAGED = Network("averaged", "plain, mean of four rotations", "test_c1resnet", "test_c1resnet", "#cc79a7", turns=4)
+ALIAS_FREE = Network("C8 af", "equivariant, alias-free", "test_c8resnetaf", "test_c8resnetaf", "#0072b2")
+EQUIVARIANT = Network("C8", "equivariant", "test_c8resnet", "test_c8resnet", "#56b4e9")
+TRANSFORMER = Network("D4 ViT", "equivariant vision transformer", "test_d4vit", "test_d4vit")
+CONVNEXT = Network("ConvNeXt", "equivariant ConvNeXt", "test_d4convnext", "test_d4convnext")
+PLAIN = Network("plain", "no symmetry", "test_c1resnet", "test_c1resnet", "#d55e00")
+ROTATED = Network("rotated", "trained with all rotations", "test_c1resnet", "test_c1resnet_rotated", "#009e73")
+AVERAGED = Network("averaged", "mean of four rotations", "test_c1resnet", "test_c1resnet", "#cc79a7", 4)
 NETWORKS = (ALIAS_FREE, EQUIVARIANT, TRANSFORMER, CONVNEXT, PLAIN, ROTATED, AVERAGED)
 ANGLES = tuple(range(0, 360, 15))
 PICTURED = (2, 5, 6, 7, 9)  # the first held-out digit of each of these classes is shown
+_WIDTH = 80  # characters
 
 
 def measure(out: Path, angles: Sequence[int] = ANGLES, every: int = 1) -> None:
@@ -86,14 +88,19 @@ def measure(out: Path, angles: Sequence[int] = ANGLES, every: int = 1) -> None:
 
     check_figure_file(out)
     digits, labels = (tensor[::every] for tensor in load_digits())
-    predictions = {}
+    logits: dict[tuple[str, int], torch.Tensor] = {}  # [N, 10] for each file of weights and angle
+    predictions = {}  # [angles, N] for each network
     for network in NETWORKS:
-        model = timm.create_model(
-            network.model, num_classes=10, checkpoint_path=str(DIGITS / f"{network.file}.safetensors")
-        ).eval()
-        progress = tqdm(angles, desc=network.title, unit="angle")
-        predictions[network] = torch.stack([predict(model, digits, angle, network.turns) for angle in progress])
-    print(_table(predictions, labels, angles))  # predictions: [angles, N] each
+        weights = str(DIGITS / f"{network.file}.safetensors")
+        model = fuse(timm.create_model(network.model, num_classes=10, checkpoint_path=weights).eval())
+        # The quarter turns of a rotated digit are that digit at other angles
+        views = [[(angle + 90 * k) % 360 for k in range(network.rotations)] for angle in angles]
+        for angle in tqdm(sorted({angle for seen in views for angle in seen}), desc=network.title, unit="angle"):
+            if (network.file, angle) not in logits:
+                logits[network.file, angle] = classify(model, digits, angle)
+        means = [torch.stack([logits[network.file, angle] for angle in seen]).mean(0) for seen in views]
+        predictions[network] = torch.stack(means).argmax(2)
+    print(_table(predictions, labels, angles))
     print(_meaning(predictions, labels, angles))
     drawn = {network: predicted for network, predicted in predictions.items() if network.colour}
     with plain_text():
@@ -118,16 +125,18 @@ def turn(digits: torch.Tensor, degrees: float, size: int) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, digits: torch.Tensor, degrees: float, turns: int = 1) -> torch.Tensor:
-    """The classes [N] of digits [N, H, W], rotated by an angle; the logits are averaged over `turns` rotations."""
+def classify(model: nn.Module, digits: torch.Tensor, degrees: float) -> torch.Tensor:
+    """The logits [N, 10] of digits [N, H, W], rotated by an angle."""
     cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     channels, size, _ = cfg["input_size"]
     mean, std = (torch.tensor(cfg[key])[:, None, None] for key in ("mean", "std"))
-    classes, logits = [], averaged(model, turns)
-    for batch in turn(digits, degrees, size).split(100):
-        images = batch.expand(-1, channels, -1, -1)  # grey as RGB: [B, 3, size, size]
-        classes.append(logits((images - mean) / std).argmax(1))
-    return torch.cat(classes)
+    images = turn(digits, degrees, size).expand(-1, channels, -1, -1)  # grey as RGB: [N, 3, size, size]
+    return torch.cat([model(batch) for batch in ((images - mean) / std).split(100)])
+
+
+def predict(model: nn.Module, digits: torch.Tensor, degrees: float) -> torch.Tensor:
+    """The classes [N] of digits [N, H, W], rotated by an angle."""
+    return classify(model, digits, degrees).argmax(1)
 
 
 def _accuracy(predicted: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -143,19 +152,16 @@ def _swapped(predicted: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def _table(predictions: dict[Network, torch.Tensor], labels: torch.Tensor, angles: Sequence[int]) -> str:
-    columns = {network.title: _accuracy(p, labels) for network, p in predictions.items()}
-    columns |= {f"{network.title} 6<->9": _swapped(p, labels) for network, p in predictions.items()}
-    lines = [f"\n{len(labels)} held-out handwritten digits, in per cent: correct; 6 and 9 confused\n"]
-    lines.append("angle  " + "  ".join(columns))
-    for index, angle in enumerate(angles):
-        lines.append(_row(f"{angle}°", [values[index] for values in columns.values()], columns))
-    lines.append(_row("mean", [values.mean() for values in columns.values()], columns))
+    """Two columns for each network."""
+    figures = torch.stack([f(p, labels) for p in predictions.values() for f in (_accuracy, _swapped)])  # [columns, A]
+    lines = [f"\n{len(labels)} held-out handwritten digits, rotated; in per cent: correct, and 6 and 9 confused\n"]
+    lines += [f"{network.title:>9}  {network.model}, {network.kind}" for network in predictions]
+    lines.append("\n      " + "".join(f"{network.title:>10}" for network in predictions))
+    lines.append(" angle" + "     % 6/9" * len(predictions))
+    for title, row in zip([f"{angle}°" for angle in angles] + ["mean"], [*figures.T, figures.mean(1)], strict=True):
+        cells = (f"{correct:6.1f}{swapped:4.0f}" for correct, swapped in row.view(-1, 2).tolist())
+        lines.append(f"{title:>6}" + "".join(cells))
     return "\n".join(lines)
-
-
-def _row(title: str, values: Sequence[torch.Tensor], columns: Iterable[str]) -> str:
-    cells = (f"{value:.1f}".rjust(len(column)) for value, column in zip(values, columns, strict=True))
-    return f"{title:>5}  " + "  ".join(cells)
 
 
 def _meaning(predictions: dict[Network, torch.Tensor], labels: torch.Tensor, angles: Sequence[int]) -> str:
@@ -173,24 +179,22 @@ def _meaning(predictions: dict[Network, torch.Tensor], labels: torch.Tensor, ang
         return f"{values.mean():.1f} % on average, {values.min():.1f} % at worst ({angles[int(values.argmin())]}°)"
 
     worst = int(swapped[PLAIN].argmax())
-    c8, plain, af, vit = EQUIVARIANT.title, PLAIN.title, ALIAS_FREE.title, TRANSFORMER.title
-    convnext = CONVNEXT.title
     paragraphs = (
-        f"Quarter turns are exact: {c8} gives {same(EQUIVARIANT)} of {len(labels)} digits the same class at each of "
-        f"them, {af} {same(ALIAS_FREE)}, {vit} {same(TRANSFORMER)}, {convnext} {same(CONVNEXT)}. In between, 45° "
-        f"included, strides alias: {c8} has {figures(EQUIVARIANT)}. {af}, with smooth kernels and a low pass before "
-        f"each stride, has {figures(ALIAS_FREE)}. {vit}, a transformer for quarter turns and reflections, has "
-        f"{figures(TRANSFORMER)}, {convnext}, a ConvNeXt for the same, {figures(CONVNEXT)}.",
-        f"Alternatives to equivariance. 'rotated', {plain} trained with all rotations, which it has to learn: "
-        f"{figures(ROTATED)}, and {accuracy[ROTATED][0]:.1f} % of the upright digits, where {plain} has "
-        f"{accuracy[PLAIN][0]:.1f} % and {af} {accuracy[ALIAS_FREE][0]:.1f} %. 'averaged', the logits of {plain} over "
-        f"the four quarter turns of each image, in four times the time: {figures(AVERAGED)}.",
-        f"6 and 9: to {c8} a digit and the same digit upside down are one image, so it distinguishes them by the way "
-        f"people write them only: {swapped[EQUIVARIANT].mean():.1f} % are confused on average over the angles. {plain} "
-        f"uses the orientation, as readers do: {swapped[PLAIN][0]:.1f} % upright, {swapped[PLAIN][worst]:.1f} % at "
+        f"Quarter turns are exact: C8 gives {same(EQUIVARIANT)} of {len(labels)} digits the same class at each of "
+        f"them, C8 af {same(ALIAS_FREE)}, D4 ViT {same(TRANSFORMER)}, ConvNeXt {same(CONVNEXT)}. In between, 45° "
+        f"included, strides alias: C8 has {figures(EQUIVARIANT)}. C8 af, with smooth kernels and a low pass before "
+        f"each stride, has {figures(ALIAS_FREE)}. D4 ViT and ConvNeXt, for quarter turns and reflections, have "
+        f"{figures(TRANSFORMER)}, and {figures(CONVNEXT)}.",
+        f"Alternatives to equivariance. '{ROTATED.title}', the plain network trained with all rotations: "
+        f"{figures(ROTATED)}, and {accuracy[ROTATED][0]:.1f} % of the upright digits (plain: "
+        f"{accuracy[PLAIN][0]:.1f} %, C8 af: {accuracy[ALIAS_FREE][0]:.1f} %). '{AVERAGED.title}', the mean of the "
+        f"logits of plain over the four quarter turns of each image, in four times the time: {figures(AVERAGED)}.",
+        f"6 and 9: for C8 a digit and the same digit upside down are one image, so the handwriting is the only "
+        f"difference: {swapped[EQUIVARIANT].mean():.1f} % are confused on average over the angles. plain uses the "
+        f"orientation, as readers do: {swapped[PLAIN][0]:.1f} % upright, {swapped[PLAIN][worst]:.1f} % at "
         f"{angles[worst]}°.",
     )
-    return "\n".join("\n" + fill(paragraph, 110) for paragraph in paragraphs)
+    return "\n".join("\n" + fill(paragraph, _WIDTH) for paragraph in paragraphs)
 
 
 def _picture(
@@ -213,7 +217,7 @@ def _draw_accuracy(
     closed = torch.tensor([*angles, angles[0]]).deg2rad()
     for network, predicted in predictions.items():
         accuracy = _accuracy(predicted, labels)
-        label = f"{network.kind}: {accuracy.mean():.1f} % on average, {accuracy.min():.1f} % at worst"
+        label = f"{network.title}, {network.kind}: {accuracy.mean():.1f} % on average, {accuracy.min():.1f} % at worst"
         radius = torch.cat([accuracy, accuracy[:1]])
         axes.plot(closed, radius, "o-", color=network.colour, label=label, markersize=4, linewidth=2)
         axes.fill(closed, radius, color=network.colour, alpha=0.08)
@@ -231,6 +235,8 @@ def _draw_digits(
     angles: Sequence[int],
 ) -> None:
     """A row per digit, a column per angle, the predictions of all networks below each image."""
+    from matplotlib.patches import Patch
+
     shown = range(0, len(angles), max(1, len(angles) // 8))
     chosen = torch.stack([(labels == label).nonzero()[0, 0] for label in PICTURED])
     row_height = 1.42  # in widths of an image: the image, and the answers below it
@@ -250,3 +256,15 @@ def _draw_digits(
     axes.set(xlim=(0, len(shown)), ylim=(len(PICTURED) * row_height, -0.1), aspect="equal")
     axes.axis("off")
     axes.set_title("Predictions: filled if correct, hollow if wrong", fontweight="bold", fontsize=13, pad=16)
+    squares = [Patch(color=network.colour, label=network.title) for network in predictions]
+    axes.legend(
+        handles=squares,
+        title="squares, from left to right",
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0.0),
+        ncols=len(squares),
+        frameon=False,
+        fontsize=11,
+        handlelength=1,
+        handleheight=1,
+    )

@@ -1,7 +1,6 @@
 """The command `export`: a model as an ONNX file, checked against the model itself."""
 
 import argparse
-import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -12,78 +11,43 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from equivision_timm.cli.models import check_spec, load, read_class_map, short_name
-from equivision_timm.cli.options import Parsers, add_class_map, add_model_kwargs, add_size
+from equivision_timm.cli.models import Loaded, check_spec, load, read_class_map, short_name
+from equivision_timm.cli.options import Parsers, add_class_map, add_command, add_model, add_size
 from equivision_timm.errors import one_line
 from equivision_timm.files import check_writable, write_file
 from equivision_timm.models import fuse
 
-__all__ = ["export", "register"]
+__all__ = ["register"]
 
 _TOLERANCE = 1e-3  # of the largest logit; rounding errors are a hundred times smaller
 
 
 def register(commands: Parsers) -> None:
-    parser = commands.add_parser(
-        "export",
-        help="a model as an ONNX file, checked against the model",
-        description="Writes a classifier as an ONNX file of standard operators, block diagonal where that costs less: "
-        "images [batch, channels, height, width] -> logits [batch, classes]. Its metadata contain the preprocessing "
-        "and the names of the classes. onnxruntime must compute the logits of the model, else nothing is written.",
-    )
-    add = parser.add_argument
-    add("model", metavar="NAME[=CHECKPOINT]", help="timm model, maybe with own weights")
-    add("out", type=Path, metavar="FILE", help="ONNX file to write")
-    add_model_kwargs(parser)
+    text = "write a classifier as an ONNX file, checked against the model"
+    more = """The file consists of standard operators, block diagonal where that costs less: images [batch,
+        channels, height, width] -> logits [batch, classes]. Its metadata are plain strings: description, model,
+        group, exact, color, scale, mean, std, resize, crop, output, softmax and classes, one per line.
+        onnxruntime must compute the logits of the model, otherwise nothing is written."""
+    parser = add_command(commands, "export", run, "{out} was not written", text, more)
+    add_model(parser, option=False)
+    parser.add_argument("out", type=Path, metavar="FILE", help="ONNX file to write")
     add_size(parser)
     add_class_map(parser)
-    parser.set_defaults(run=run, interrupted="{out} was not written")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the file and print how well it agrees with the model; returns the exit status."""
-    print(export(args.model, args.out, args.size, args.class_map, args.model_kwargs))
-    return 0
-
-
-def export(
-    model: str,
-    out: Path,
-    size: int | None = None,
-    class_map: Path | None = None,
-    model_kwargs: dict[str, Any] | None = None,
-) -> str:
-    """Write a classifier as an ONNX file, images [batch, C, H, W] -> logits [batch, classes], for any batch size.
-
-    Returns its size, its largest error, and what a rotation by 90 degrees (180 of a rectangle) changes, in words.
-
-    Args:
-        model: `NAME` (pretrained weights) or `NAME=CHECKPOINT`.
-        out: the file.
-        size: side of the images in pixels; (H, W) of the checkpoint's training, or the model's own, if None.
-        class_map: names of the classes: a file with one per line, or the folder of the training images.
-        model_kwargs: further keywords of `timm.create_model`.
-
-    Raises:
-        InputError: an argument cannot be used.
-        RuntimeError: the file does not compute the logits of the model; it is not written.
-    """
+    """Write the file; print its size, its largest error, and what a rotation changes. Returns the exit status."""
     import onnx  # noqa: F401  before the work: an extra
     import onnxruntime  # noqa: F401
     import onnxscript  # noqa: F401
 
-    check_spec(model)
-    check_writable(out, make_folders=True)
-    names = None if class_map is None else read_class_map(class_map)
-    loaded = load(model, size, model_kwargs=model_kwargs)
-    network: Any = loaded.model
-    shape = loaded.input_size
+    check_spec(args.model)
+    check_writable(args.out, make_folders=True)
+    names = None if args.class_map is None else read_class_map(args.class_map)
+    loaded = load(args.model, args.size, model_kwargs=args.model_kwargs)
+    network, shape = loaded.model, loaded.input_size
     loaded.try_image(torch.zeros(shape))
-    metadata = {
-        "model": short_name(model),  # without the user's folders
-        "classes": json.dumps(loaded.class_names(names)),
-        **{key: json.dumps(loaded.config[key]) for key in ("input_size", "mean", "std", "interpolation", "crop_pct")},
-    }
+    metadata = _metadata(loaded, loaded.class_names(names))
     content = _as_onnx(fuse(network, "blocks"), shape, metadata)
     images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -94,14 +58,50 @@ def export(
     error = _difference(logits, expected)
     if not error <= _TOLERANCE:
         raise RuntimeError(
-            f"the ONNX file computes other logits than {model!r}, by {error:.1e} of the largest: not written"
+            f"the ONNX file computes other logits than {args.model!r}, by {error:.1e} of the largest: not written"
         )
-    write_file(out, content)
-    return (
-        f"{one_line(str(out))}: {len(content) / 1e6:.1f} MB, logits within {error:.0e} of the model's\n"
+    write_file(args.out, content)
+    print(f"{one_line(str(args.out))}: {len(content) / 1e6:.1f} MB, logits within {error:.0e} of the model's")
+    print(
         f"rotated by {90 * quarters} degrees at {height} x {width} pixels they change by "
         f"{_difference(rotated, logits):.0e} of the largest"
     )
+    return 0
+
+
+def _metadata(loaded: Loaded, classes: list[str]) -> dict[str, str]:
+    """Plain strings that describe the file; numbers are separated by spaces, classes by line breaks."""
+    network: Any = loaded.model
+    config, (channels, height, width) = loaded.config, loaded.input_size
+    color = {1: "grey", 3: "RGB"}.get(channels, f"{channels} channels")
+    covered = [int(side / config["crop_pct"]) for side in (height, width)]
+    rule = {
+        "squash": "aspect ratio not kept, to exactly {} x {} pixels",
+        "border": "aspect ratio kept, to the largest size inside {} x {} pixels, the rest filled with the mean",
+    }.get(config["crop_mode"], "aspect ratio kept, to the smallest size that covers {} x {} pixels")
+    name, group = short_name(loaded.spec), getattr(network, "group", "none")
+    exact = network.is_exact((height, width)) if hasattr(network, "is_exact") else None
+    symmetry = "" if group == "none" else f", equivariant under the group {group}"
+    return {
+        "description": f"Image classifier {name}{symmetry}. Input: images [batch, {channels}, {height}, {width}], "
+        f"{color}, resized and cropped as below, then (pixel * scale - mean) / std for pixels from 0 to 255. Output: "
+        f"logits [batch, {len(classes)}], whose softmax are the probabilities of the classes.",
+        "model": name,
+        "group": group,
+        "exact": {True: "yes", False: "no", None: "none"}[exact],
+        "color": color,
+        "scale": repr(1 / 255),
+        **{key: " ".join(f"{value:.9g}" for value in config[key]) for key in ("mean", "std")},
+        "resize": f"{config['interpolation']} with antialiasing, {rule.format(*covered)}",
+        "resize_height": str(covered[0]),
+        "resize_width": str(covered[1]),
+        "crop": f"{height} x {width} pixels from the centre",
+        "height": str(height),
+        "width": str(width),
+        "output": "logits",
+        "softmax": "no",
+        "classes": "\n".join(map(one_line, classes)),
+    }
 
 
 def _as_onnx(network: nn.Module, shape: tuple[int, int, int], metadata: dict[str, str]) -> bytes:
@@ -121,6 +121,7 @@ def _as_onnx(network: nn.Module, shape: tuple[int, int, int], metadata: dict[str
     proto = program.model_proto
     for key, value in metadata.items():
         proto.metadata_props.add(key=key, value=value)
+    proto.doc_string = metadata["description"]
     return proto.SerializeToString()  # at most 2 GB
 
 

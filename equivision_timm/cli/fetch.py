@@ -1,9 +1,8 @@
 """The command `fetch`: released weights into the local weights folder."""
 
 import argparse
-from pathlib import Path
 
-from equivision_timm.cli.options import Parsers, add_names, for_each
+from equivision_timm.cli.options import Parsers, add_command, add_names, add_photographs, for_each
 from equivision_timm.weights.fetch import fetch
 from equivision_timm.weights.released import released
 
@@ -11,18 +10,13 @@ __all__ = ["register"]
 
 
 def register(commands: Parsers) -> None:
-    parser = commands.add_parser(
-        "fetch",
-        help="download released weights into the local weights folder",
-        description="Downloads released checkpoints (of equivision, ReDet, octic-vits) from Google Drive, converts "
-        "them and puts them into the local weights folder ($EQUIVISION_TIMM_WEIGHTS, by default equivision_timm in "
-        "the user's cache folder), where create_model(NAME, pretrained=True) finds them. The signs of D4 and D8 "
-        "are found on photographs. The same command continues a broken download.",
-    )
+    text = "download released weights into the local weights folder"
+    more = """Downloads checkpoints of equivision, ReDet and octic-vits from Google Drive, and converts them.
+        The weights folder is $EQUIVISION_TIMM_WEIGHTS, by default equivision_timm in the user's cache folder;
+        create_model(NAME, pretrained=True) loads from it. The same command continues a broken download."""
+    parser = add_command(commands, "fetch", run, "the same command continues from there", text, more)
     add_names(parser, "every model whose checkpoint was released")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="photographs (default: those of scikit-image)")
-    parser.add_argument("--signs", metavar="PATTERN", help="sign pattern of D4 or D8, by name or as '+' and '-'")
-    parser.set_defaults(run=run, interrupted="the same command continues from there")
+    add_photographs(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,9 +1,10 @@
-"""The command `list`: the models of this package, their cost, and where their weights are."""
+"""The command `list`: the models of this package, their cost, weights and licences."""
 
 import argparse
 import difflib
 import fnmatch
 import json
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,12 +12,12 @@ import timm
 import torch
 import torch.nn as nn
 from timm.models import resolve_pretrained_cfg
-from torch.utils.flop_counter import FlopCounterMode
 
-from equivision_timm.cli.options import Parsers, integer
+from equivision_timm.cli.options import Parsers, add_command, add_json, integer
 from equivision_timm.errors import InputError
-from equivision_timm.models import Canonicalized, Symmetrized, fuse, model_names
+from equivision_timm.models import Canonicalized, EquivariantBackbone, Symmetrized, model_names
 from equivision_timm.models.pretrained import PUBLISHED, WEIGHTS_FILE, local_folder
+from equivision_timm.weights.model_card import gmacs
 from equivision_timm.weights.released import released
 
 __all__ = ["Row", "list_models", "register"]
@@ -26,31 +27,36 @@ __all__ = ["Row", "list_models", "register"]
 class Row:
     """A model."""
 
-    name: str  # what `timm.create_model` takes
+    name: str  # for `timm.create_model`
     group: str  # for example 'c8'
     fields: int  # number of regular fields of the stem
     parameters: int  # their number
-    gmacs: float  # 10^9 multiply-accumulates of one image, by PyTorch's flop counter, with dense filters
+    # 10^9 multiply-accumulates of one image as `fuse` and `export` compute them, block diagonal where that costs less;
+    # those of an adapted model on all views
+    gmacs: float
+    # those of a dense network with as many channels; of an adapted model those of the backbone on one view; None if
+    # neither this package nor timm has such a network
+    dense_gmacs: float | None
     size: int  # side of that image in pixels, the model's own
     exact_sizes: tuple[int, int]  # the largest exact size up to `--near`, and the smallest from there on
-    # where `pretrained=True` finds them: 'package', 'local folder' or 'Hub'; else 'fetch' if that command gets them,
-    # or 'none'
+    # source of `pretrained=True`: 'package', 'local folder', 'Hub', "timm's Hub"; else 'fetch' if that command
+    # downloads them, or 'none'
     weights: str
+    licence: str  # of these weights; '' without weights
 
 
 def register(commands: Parsers) -> None:
-    parser = commands.add_parser(
-        "list",
-        help="the models: size, cost, exact image sizes, where their weights are",
-        description="Fields of the stem, parameters, multiply-accumulates (GMACs) of one 224 x 224 image, or of the "
-        "model's own size if it differs, image sizes at which quarter turns and mirrors are exact, and the place "
-        "from which create_model(NAME, pretrained=True) takes weights, or `fetch` if that command gets them.",
-    )
+    text = "the models: size, operations, exact image sizes, weights, licence"
+    more = """A row for each model. fields: regular fields of the stem. GMACs: 10^9 multiply-accumulates of one
+        image of the size 'at', the model's own, as fuse and export compute them; dense: those of a dense
+        network with as many channels (of an adapted model, of its backbone on a single view). exact: image
+        sizes at which quarter turns and reflections are exact. weights: the source of create_model(NAME,
+        pretrained=True), or 'fetch' if that command downloads them; licence: of these weights."""
+    parser = add_command(commands, "list", run, "not all was counted", text, more)
     add = parser.add_argument
     add("pattern", nargs="?", default="*", metavar="PATTERN", help="names such as 'c8*' (default: all)")
     add("--near", type=integer(1, 8192), default=224, metavar="N", help="exact sizes near it (default: %(default)s)")
-    add("--json", action="store_true", help="print JSON instead of the table")
-    parser.set_defaults(run=run, interrupted="not all was counted")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -82,22 +88,27 @@ def _row(name: str, near: int) -> Row:
     except ValueError as error:
         raise InputError(f"--near {near} is not possible for {name}: {error}") from error
     fields = model.feature_info[0]["num_fields"] if hasattr(model, "feature_info") else 1
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    networks = [(model, 1)]
-    if isinstance(model, Symmetrized):  # the backbone runs once for each element of the group
-        networks = [(model.backbone, model.order)]
-    elif isinstance(model, Canonicalized):
-        networks = [(model.backbone, 1), (model.orientation, 1)]
-    gmacs = sum(times * _gmacs(network, model.in_chans, size) for network, times in networks)
-    return Row(name, model.group, fields, parameters, gmacs, size, exact, _place(name))
+    parameters, shape = sum(parameter.numel() for parameter in model.parameters()), (model.in_chans, size, size)
+    if isinstance(model, Symmetrized | Canonicalized):
+        dense = gmacs(model.backbone, shape, "dense")
+        other = gmacs(model.orientation, shape, "blocks") if isinstance(model, Canonicalized) else 0
+        computed = other + dense * (model.order if isinstance(model, Symmetrized) else 1)
+    else:
+        dense, computed = _dense(model, name, shape), gmacs(model, shape, "blocks")
+    place = _place(name)
+    licence = "" if place == "none" else resolve_pretrained_cfg(name).license or "unknown"
+    return Row(name, model.group, fields, parameters, computed, dense, size, exact, place, licence)
 
 
-def _gmacs(network: nn.Module, channels: int, size: int) -> float:
-    """10^9 multiply-accumulates of one image, with dense filters; the network is on the meta device."""
-    plain = fuse(network, "dense")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        plain(torch.empty(1, channels, size, size, device="meta"))
-    return counter.get_total_flops() / 2e9
+def _dense(model: nn.Module, name: str, shape: tuple[int, int, int]) -> float | None:
+    """10^9 multiply-accumulates of a dense network as wide: with dense filters, or timm's own if it has one."""
+    if isinstance(model, EquivariantBackbone):
+        return gmacs(model, shape, "dense")
+    plain = re.sub(r"^[cd]\d+(hybrid)?|_full", "", name)
+    if not timm.is_model(plain):
+        return None
+    with torch.device("meta"):
+        return gmacs(timm.create_model(plain).eval(), shape, "dense")
 
 
 def _place(name: str) -> str:
@@ -110,19 +121,25 @@ def _place(name: str) -> str:
     if name in PUBLISHED:
         return "Hub"
     if cfg.hf_hub_id:  # of a model of timm, whose weights are adapted
-        return f"timm's Hub, {cfg.license}"
+        return "timm's Hub"
     return "fetch" if name in released() else "none"
 
 
 def _table(rows: list[Row], near: int) -> str:
-    head = ("model", "group", "fields", "params (M)", "GMACs", "at", f"exact near {near}", "weights")
+    exact = f"exact near {near}"
+    head = ("model", "group", "fields", "params (M)", "GMACs", "dense", "at", exact, "weights", "licence")
     lines: list[tuple[str, ...]] = [head]
     for row in rows:
-        exact = ", ".join(map(str, dict.fromkeys(row.exact_sizes)))
-        figures = (str(row.fields), f"{row.parameters / 1e6:.2f}", f"{row.gmacs:.2f}", str(row.size), exact)
-        lines.append((row.name, row.group, *figures, row.weights))
+        sizes = ", ".join(map(str, dict.fromkeys(row.exact_sizes)))
+        dense = "-" if row.dense_gmacs is None else _short(row.dense_gmacs)
+        figures = (str(row.fields), _short(row.parameters / 1e6), _short(row.gmacs), dense, str(row.size), sizes)
+        lines.append((row.name, row.group, *figures, row.weights, row.licence))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    form = "  ".join(
-        f"{{:{'<' if head[i] in ('model', 'group', 'weights') else '>'}{w}}}" for i, w in enumerate(widths)
-    )
+    left = ("model", "group", "weights", "licence")
+    form = "  ".join(f"{{:{'<' if name in left else '>'}{w}}}" for name, w in zip(head, widths, strict=True))
     return "\n".join(form.format(*line).rstrip() for line in lines)
+
+
+def _short(value: float) -> str:
+    """Three digits, at least as far as the units."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

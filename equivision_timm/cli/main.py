@@ -1,12 +1,13 @@
 """The command line: `equivision-timm COMMAND ...`, or `equivision-timm SCRIPT.py ...` for a script of timm.
 
-Also `python -m equivision_timm`. Every command is a file of its own, which adds its options in `register(commands)`.
+Also `python -m equivision_timm`. Each command is a file, which adds its options in `register(commands)`.
 """
 
 import argparse
 import difflib
 import io
 import os
+import runpy
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 
 import equivision_timm
 from equivision_timm.cli import (
+    configs,
     convert,
     demo,
     export,
@@ -30,15 +32,18 @@ from equivision_timm.cli import (
     verify,
 )
 from equivision_timm.cli.options import message
-from equivision_timm.cli.run_script import check_script, run_script
-from equivision_timm.errors import InputError, one_line
+from equivision_timm.errors import InputError, install_command, one_line
 from equivision_timm.layers.strategies import native_library
 
 __all__ = ["main", "make_parser"]
 
-_COMMANDS = (demo, list_models, predict, export, rotate_eval, show, tune, fetch, publish, convert, verify)
+_COMMANDS = (demo, list_models, predict, export, rotate_eval, show, tune, configs, fetch, publish, convert, verify)
 _EXTRAS = {"matplotlib": "tools", "onnx": "export", "onnxruntime": "export", "onnxscript": "export"}
 _CONSOLE_SCRIPT = "equivision-timm"
+_WHERE = (
+    "timm's scripts are in its repository, not in its wheel: git clone "
+    "https://github.com/huggingface/pytorch-image-models, and give the path of the script"
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -63,13 +68,15 @@ def main(arguments: list[str] | None = None) -> int:
             status = args.run(args)
             sys.stdout.flush()  # here, so that a closed pipe is noticed here
             return status
-        near = difflib.get_close_matches(first.lower().replace("_", "-"), names, n=1)
-        if near and not first.endswith(".py") and not os.path.exists(first):
-            raise InputError(f"there is no command {first!r}: did you mean {near[0]!r}? (see {_program()} --help)")
-        check_script(first)
+        if not os.path.isfile(first):
+            near = difflib.get_close_matches(first.lower().replace("_", "-"), names, n=1)
+            remedy = f"did you mean {near[0]!r}?" if near else _WHERE
+            raise InputError(f"{first!r} is neither a command (see {_program()} --help) nor a script: {remedy}")
     except (Exception, KeyboardInterrupt) as error:
         return _report(label, error, args)
-    run_script(first, arguments[1:])
+    sys.argv = arguments  # as `python SCRIPT.py ...` runs it
+    sys.path[0] = str(Path(first).resolve().parent)  # where Python searches first for a script's own modules
+    runpy.run_path(first, run_name="__main__")
     return 0
 
 
@@ -112,7 +119,7 @@ def _report(label: str, error: BaseException, args: argparse.Namespace) -> int:
         return 130
     extra = _EXTRAS.get((error.name or "").partition(".")[0]) if isinstance(error, ModuleNotFoundError) else None
     if extra:
-        error = InputError(f"{error}: pip install 'equivision-timm[{extra}]'")
+        error = InputError(f"{error}: {install_command(extra)}")
     elif isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error).lower()):
         error = InputError(f"too little memory: lower --batch-size or --size; {message(error)[:120]}")
     if sys.flags.dev_mode and not isinstance(error, InputError):

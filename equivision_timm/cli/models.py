@@ -21,9 +21,9 @@ from timm.data.loader import adapt_to_chs
 from timm.models import clean_state_dict, get_pretrained_cfg
 
 from equivision_timm.data import ImageFolder
-from equivision_timm.errors import InputError, one_line, reason
+from equivision_timm.errors import InputError, one_line, reason, shortened
 
-__all__ = ["Loaded", "check_spec", "find_device", "load", "read_class_map", "short_name", "split_spec"]
+__all__ = ["Loaded", "check_spec", "class_titles", "find_device", "load", "read_class_map", "short_name", "split_spec"]
 
 
 @dataclass(frozen=True)
@@ -213,6 +213,12 @@ def _remedy(name: str, checkpoint: str) -> str:
         "Pretrained weights are downloaded once: connect, set HF_ENDPOINT" if tags else "It has no pretrained weights"
     )
     return f"{known}; or give a file, {name}=CHECKPOINT."
+
+
+def class_titles(names: list[str]) -> list[str]:
+    """Names of classes for pictures, at most 16 characters: ImageNet's first word, 'class 3' for a number."""
+    titles = [f"class {name}" if name == str(index) else name.split(",")[0] for index, name in enumerate(names)]
+    return [shortened(title, 16) for title in titles]
 
 
 def read_class_map(path: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Options that several commands have, a loop over models, the text of an error."""
+"""Options that several commands have, a loop over models, and the text of an error."""
 
 import argparse
 import contextlib
@@ -14,11 +14,15 @@ from equivision_timm.errors import InputError, one_line
 
 __all__ = [
     "Parsers",
+    "add_angles",
     "add_batches",
     "add_class_map",
-    "add_model_kwargs",
+    "add_command",
+    "add_json",
+    "add_model",
     "add_names",
     "add_num_classes",
+    "add_photographs",
     "add_size",
     "for_each",
     "integer",
@@ -29,6 +33,24 @@ __all__ = [
 Parsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # of `ArgumentParser.add_subparsers`
 
 _MOST_ANGLES = 3600
+
+
+def add_command(
+    commands: Parsers, name: str, run: Callable[[argparse.Namespace], int], interrupted: str, help: str, more: str
+) -> argparse.ArgumentParser:
+    """The parser of a command.
+
+    Args:
+        commands: of the program.
+        name: of the command.
+        run: executes the command; returns the exit status.
+        interrupted: state of the files after Ctrl-C.
+        help: one line for the list of commands, with which the description begins.
+        more: rest of the description.
+    """
+    parser = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}. {more}")
+    parser.set_defaults(run=run, interrupted=interrupted)
+    return parser
 
 
 def integer(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
@@ -46,35 +68,49 @@ def integer(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
     return parse
 
 
-def add_size(parser: argparse.ArgumentParser, **options: Any) -> None:
-    """`--size`: side of the images."""
-    text = "image size (default: that of the checkpoint's training, or the model's)"
-    parser.add_argument("--size", type=integer(1, 8192), metavar="N", help=text, **options)
-
-
-def add_model_kwargs(parser: argparse.ArgumentParser) -> None:
-    """`--model-kwargs`, as timm's scripts have it."""
+def add_model(parser: argparse.ArgumentParser, several: bool = False, option: bool = True) -> None:
+    """`--model` or `--models`, two names of one option, or the argument MODEL; and `--model-kwargs`."""
+    text = "any model of timm or of this package, with its pretrained weights or a checkpoint of timm's train.py"
+    spec: dict[str, Any] = {"metavar": "NAME[=CHECKPOINT]", "help": text}
+    if several:
+        spec |= {"dest": "models", "nargs": "+", "action": "extend", "help": f"models: {text}"}
+    if option:
+        parser.add_argument("--model", "--models", required=True, **spec)
+    else:
+        parser.add_argument("model", **spec)
     text = "further keywords of timm.create_model, such as backbone=resnet18 group=d4"
     parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE", help=text)
 
 
+def add_size(parser: argparse.ArgumentParser, default: str = "as trained, or the model's", **options: Any) -> None:
+    """`--size`: side of the images."""
+    text = f"side of the images in pixels (default: {default})"
+    parser.add_argument("--size", type=integer(1, 8192), metavar="N", help=text, **options)
+
+
 def add_num_classes(parser: argparse.ArgumentParser) -> None:
     """`--num-classes`: of the models."""
-    text = "classes of the models (default: as trained, or the model's)"
+    text = "number of classes (default: as trained, or the model's)"
     parser.add_argument("--num-classes", type=integer(1, 10**6), metavar="N", help=text)
 
 
 def add_class_map(parser: argparse.ArgumentParser) -> None:
     """`--class-map`: names of the classes."""
-    text = "names of the classes, one per line, or the training folder"
+    text = "names of the classes: a file with one per line, or the training folder (default: those of the weights)"
     parser.add_argument("--class-map", type=Path, metavar="FILE|DIR", help=text)
 
 
-def add_batches(parser: argparse.ArgumentParser, size: int) -> None:
+def add_angles(parser: argparse.ArgumentParser, default: str) -> None:
+    """`--angles`, see `parse_angles`."""
+    text = "START:STOP:STEP or A,B,C in degrees, counter-clockwise (default: %(default)s)"
+    parser.add_argument("--angles", type=parse_angles, default=default, help=text)
+
+
+def add_batches(parser: argparse.ArgumentParser, batch_size: int) -> None:
     """`--batch-size` and `--device`."""
     text = "images at a time (default: %(default)s)"
-    parser.add_argument("-b", "--batch-size", type=integer(1), default=size, metavar="N", help=text)
-    parser.add_argument("--device", help="where to compute (default: cuda if there is one, else cpu)")
+    parser.add_argument("-b", "--batch-size", type=integer(1), default=batch_size, metavar="N", help=text)
+    parser.add_argument("--device", help="device of PyTorch (default: cuda if available, else cpu)")
 
 
 def add_names(parser: argparse.ArgumentParser, meaning_of_all: str) -> None:
@@ -84,13 +120,27 @@ def add_names(parser: argparse.ArgumentParser, meaning_of_all: str) -> None:
     names.add_argument("--all", action="store_true", help=meaning_of_all)
 
 
+def add_photographs(parser: argparse.ArgumentParser, signs: bool = True) -> None:
+    """`--images` and `--signs`: how the signs of D4 and D8 checkpoints are found."""
+    text = "folder of photographs (default: those of scikit-image)"
+    parser.add_argument("--images", type=Path, metavar="DIR", help=text)
+    if signs:
+        text = "sign pattern of a D4 or D8 checkpoint, by name or as '+' and '-' (default: found on photographs)"
+        parser.add_argument("--signs", metavar="PATTERN", help=text)
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """`--json`."""
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+
+
 def parse_angles(text: str) -> list[float]:
     """The angles of 'start:stop:step' (stop included if it is met) or of a list '0,45,90', in degrees.
 
     Full turns are subtracted, and of angles that mean the same rotation the first is returned: 360 is 0, 270 is -90.
 
     Raises:
-        InputError: neither of them, or more than 3600 angles.
+        argparse.ArgumentTypeError: neither of them, or more than 3600 angles.
 
     Example:
         >>> parse_angles("0:360:90")
@@ -105,10 +155,8 @@ def parse_angles(text: str) -> list[float]:
         else:
             numbers = [float(part) for part in text.split(",")]
     if not 0 < len(numbers) <= _MOST_ANGLES or not all(map(math.isfinite, numbers)):
-        raise InputError(
-            f"{text!r} is not a list of up to {_MOST_ANGLES} angles: use START:STOP:STEP or A,B,C in degrees, as "
-            "0:360:15"
-        )
+        fault = f"{text!r} is not a list of up to {_MOST_ANGLES} angles"
+        raise argparse.ArgumentTypeError(f"{fault}: use START:STOP:STEP or A,B,C in degrees, such as 0:360:15")
     rotations: dict[float, float] = {}
     for number in numbers:
         angle = math.fmod(number, 360) + 0.0  # + 0.0: no negative zero

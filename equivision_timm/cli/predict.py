@@ -3,7 +3,9 @@
 import argparse
 import csv
 import io
+import itertools
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
@@ -14,7 +16,7 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from equivision_timm.cli.models import check_spec, find_device, load, read_class_map
-from equivision_timm.cli.options import Parsers, add_batches, add_class_map, add_model_kwargs, add_size, integer
+from equivision_timm.cli.options import Parsers, add_batches, add_class_map, add_command, add_model, add_size, integer
 from equivision_timm.data import ENDINGS, PictureError, find_pictures, open_rgb, preparation
 from equivision_timm.errors import InputError, one_line
 from equivision_timm.files import check_writable, write_file
@@ -28,30 +30,28 @@ class Prediction:
 
     file: str  # the image
     rank: int  # 1 for the most probable class
-    index: int  # number of the class
+    index: int  # number of the class, from 0: its place among the outputs of the model
     name: str  # name of the class; its number if no name is known
-    probability: float  # between 0 and 1
+    probability: float  # softmax of the logits, between 0 and 1
 
 
 def register(commands: Parsers) -> None:
-    parser = commands.add_parser(
-        "predict",
-        help="the most probable classes of image files",
-        description="Writes the most probable classes of each image. Files that cannot be read are named and left out; "
-        "the exit status is then 1. Checkpoints of timm's train.py determine number of classes, image size and "
-        "normalisation.",
-    )
+    text = "the most probable classes of image files"
+    more = """Writes a row for each image and class: file; rank, 1 for the most probable class; index, the
+        number of the class from 0, as in the outputs of the model; name, that of --class-map, of the weights or
+        of ImageNet, else the index; probability, the softmax of the logits, which over all classes sums to 1.
+        Checkpoints of timm's train.py determine number of classes, image size and normalisation. Files that
+        cannot be read are reported and left out; the exit status is then 1."""
+    parser = add_command(commands, "predict", run, "nothing was written", text, more)
     add = parser.add_argument
-    add("images", nargs="+", type=Path, metavar="IMAGE|DIR", help="files, or folders, searched at any depth")
-    add("--model", required=True, metavar="NAME[=CHECKPOINT]", help="timm model, maybe with own weights")
-    add_model_kwargs(parser)
+    add("images", nargs="+", metavar="IMAGE|DIR", help="files, or folders, searched at any depth")
+    add_model(parser)
     add_class_map(parser)
-    add("--topk", type=integer(1), metavar="K", help="classes of each image (default: 5, or all of fewer)")
-    add("--format", choices=("csv", "json"), default="csv", help="of the result (default: %(default)s)")
+    add("--topk", type=integer(1), default=5, metavar="K", help="classes of each image, or all if there are fewer (5)")
+    add("--format", choices=("csv", "json"), default="csv", help="format of the result (default: %(default)s)")
     add("--out", type=Path, metavar="FILE", help="file to write (default: print)")
     add_size(parser)
     add_batches(parser, 32)
-    parser.set_defaults(run=run, interrupted="nothing was written")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,16 +59,16 @@ def run(args: argparse.Namespace) -> int:
     check_spec(args.model)
     if args.out is not None:
         check_writable(args.out, make_folders=True)
-    files = _find(args.images)
+    files = list(dict.fromkeys(itertools.chain.from_iterable(map(_files, args.images))))
     names = None if args.class_map is None else read_class_map(args.class_map)
     device = find_device(args.device)
     loaded = load(args.model, args.size, model_kwargs=args.model_kwargs)
     batch_size = min(args.batch_size, len(files))
     loaded.try_image(torch.zeros(loaded.input_size))
     names = loaded.class_names(names)
-    if (args.topk or 1) > len(names):
-        raise InputError(f"--topk {args.topk} is not possible: give a number from 1 to {len(names)}")
-    topk = args.topk or min(5, len(names))
+    if names == [str(index) for index in range(len(names))]:
+        print("predict: the names of the classes are their numbers; others: --class-map FILE", file=sys.stderr)
+    topk = min(args.topk, len(names))
     network, prepare = loaded.model.to(device), preparation(loaded.config)
     rows: list[Prediction] = []
     with tqdm(total=len(files), unit="image", file=sys.stderr) as progress:
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
             progress.update(len(chunk))
     done = len({row.file for row in rows})
     if not done:
-        raise InputError(f"none of the {len(files)} images can be read, such as {files[0]!r}")
+        raise InputError(f"none of the {len(files)} images can be read, such as {files[0]!r}: name others")
     text = _as_json(rows) if args.format == "json" else _as_csv(rows)
     if args.out is None:
         sys.stdout.write(text)
@@ -89,24 +89,16 @@ def run(args: argparse.Namespace) -> int:
     return 0 if done == len(files) else 1
 
 
-def _find(images: list[Path]) -> list[str]:
-    """The files, and the pictures in the folders, each path once."""
-    found: dict[str, None] = {}
-    for path in images:
-        if path.is_dir():
-            inside = find_pictures(path)
-            if not inside:
-                raise InputError(f"there are no pictures ({' '.join(ENDINGS)}) in the folder {str(path)!r}")
-            found |= dict.fromkeys(inside)
-        elif path.exists():
-            found[str(path)] = None
-        else:
-            raise InputError(f"there is no image or folder {str(path)!r}")
-    return list(found)
+def _files(path: str) -> list[str]:
+    """The pictures in a folder; or the file, which may be missing: that is an error of this file only."""
+    found = find_pictures(path) if os.path.isdir(path) else [path]
+    if not found:
+        raise InputError(f"there are no pictures ({' '.join(ENDINGS)}) in the folder {path!r}: name another folder")
+    return found
 
 
 def _read(files: list[str], prepare) -> Iterator[tuple[str, torch.Tensor]]:
-    """The files that can be read, and their images [C, H, W]; the others are named on stderr."""
+    """The files that can be read, and their images [C, H, W]; the others are reported on stderr."""
     for file in files:
         try:
             yield file, prepare(open_rgb(file))

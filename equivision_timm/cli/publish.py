@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from equivision_timm.cli.options import Parsers, add_names, for_each
+from equivision_timm.cli.options import Parsers, add_command, add_names, for_each
 from equivision_timm.models.pretrained import HUB_ORG
 from equivision_timm.weights.publish import models_in_weights_folder, upload, write_publication
 
@@ -12,18 +12,15 @@ __all__ = ["register"]
 
 
 def register(commands: Parsers) -> None:
-    parser = commands.add_parser(
-        "publish",
-        help="upload weights to the Hub, or write what would be uploaded",
-        description="Uploads models of the local weights folder, or tiny test_* models, whose weights are in the "
-        "package, each as config, weights and model card, under your own login (`hf auth login`), and compares what "
-        "the Hub then returns bit by bit. The same command continues a broken upload.",
-    )
+    text = "upload weights to the Hub, or write the files of an upload"
+    more = """Of each model in the local weights folder, or of a test_* model, whose weights are in the package:
+        config, weights and model card, under your login (`hf auth login`). The files that the Hub then returns
+        are compared bit by bit. The same command continues a broken upload."""
+    parser = add_command(commands, "publish", run, "the same command continues from there", text, more)
     add_names(parser, "every model in the local weights folder")
     parser.add_argument("--to", type=Path, metavar="DIR", help="write to DIR/NAME.TAG instead of uploading")
     parser.add_argument("--org", default=HUB_ORG, help="user or organisation on the Hub (default: %(default)s)")
     parser.add_argument("--private", action="store_true", help="create private repositories")
-    parser.set_defaults(run=run, interrupted="the same command continues from there")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -33,8 +33,17 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 import equivision_timm
-from equivision_timm.cli.models import Loaded, check_spec, find_device, load
-from equivision_timm.cli.options import Parsers, add_batches, add_model_kwargs, add_num_classes, integer, parse_angles
+from equivision_timm.cli.models import Loaded, check_spec, class_titles, find_device, load
+from equivision_timm.cli.options import (
+    Parsers,
+    add_angles,
+    add_batches,
+    add_command,
+    add_model,
+    add_num_classes,
+    add_size,
+    integer,
+)
 from equivision_timm.cli.rotate_results import Result, Results, Settings
 from equivision_timm.data import ImageFolder, PictureError, preparation
 from equivision_timm.errors import InputError, one_line
@@ -43,29 +52,27 @@ from equivision_timm.models.tensor_hash import hash_tensors
 from equivision_timm.rotation import inscribed_circle, rotate
 from equivision_timm.testing import angle_error
 
-__all__ = ["averaged", "in_circle", "measure", "register"]
+__all__ = ["averaged", "measure", "register", "shown"]
 
 
 def register(commands: Parsers) -> None:
-    parser = commands.add_parser(
-        "rotate-eval",
-        help="measure accuracy against the rotation angle, for any timm models",
-        description="Top-1, top-5, agreement with the unrotated prediction and logit drift at every angle; writes "
-        "results.json, results.csv, rotation.png and report.html. The same command continues an interrupted one.",
-    )
+    text = "measure accuracy against the rotation angle, for any timm models"
+    more = """Top-1, top-5, agreement with the unrotated prediction and relative change of the logits (drift) at
+        every angle; writes results.json, results.csv, rotation.png and report.html. The same command continues
+        an interrupted one."""
+    state = "everything measured is in {out}, the same command continues from there"
+    parser = add_command(commands, "rotate-eval", run, state, text, more)
     add = parser.add_argument
-    add("--models", nargs="+", required=True, metavar="NAME[=CHECKPOINT]", help="timm models, maybe with own weights")
-    add_model_kwargs(parser)
+    add_model(parser, several=True)
     add_num_classes(parser)
     add("--data", required=True, metavar="DIR", help="folder with one sub-folder of images per class")
-    add("--angles", default="0:360:15", help="START:STOP:STEP or A,B,C in degrees (default: %(default)s)")
+    add_angles(parser, "0:360:15")
     add("--out", type=Path, default=Path("rotate_eval"), metavar="DIR", help="folder to write (default: %(default)s)")
-    size = integer(1, 8192)
-    add("--size", dest="sizes", type=size, nargs="+", metavar="N", help="sizes (default: as trained, or the model's)")
+    add_size(parser, dest="sizes", nargs="+")
     add("--corners", choices=("reflect", "circle"), default="reflect", help="reflect them, or show a circle only")
     add("--split", default="validation", help="sub-folder of DIR to look for (default: %(default)s)")
     add("--class-map", default="", metavar="FILE", help="sub-folders in the order of the model's classes")
-    add("--unlabelled", action="store_true", help="measure agreement and drift only: the folders are not classes")
+    add("--unlabelled", action="store_true", help="the folders are not classes: measure agreement and drift only")
     add_batches(parser, 256)
     workers = integer(0, 8 * (os.cpu_count() or 1))
     add("-j", "--workers", type=workers, default=4, metavar="N", help="processes that load images (default: 4)")
@@ -73,10 +80,10 @@ def register(commands: Parsers) -> None:
     add("--amp-dtype", choices=("float16", "bfloat16"), default="float16", help="its type (default: %(default)s)")
     add("--channels-last", action="store_true", help="memory format")
     add("--reparam", action="store_true", help="fold convolutions and norms first")
-    add("--by-stage", action="store_true", help="also measure how equivariant the feature maps of each stage are")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--by-stage", action="store_true", help="also measure how equivariant the maps of stages are")
     turns = "average the logits over N rotations, 1, 2 or 4"
-    add("--test-time-turns", type=int, choices=(1, 2, 4), default=1, metavar="N", help=turns)
-    parser.set_defaults(run=run, interrupted="what was measured is in {out}, the same command continues from there")
+    either.add_argument("--test-time-turns", type=int, choices=(1, 2, 4), default=1, metavar="N", help=turns)
 
 
 class _Folder(ImageFolder):
@@ -93,11 +100,6 @@ def run(args: argparse.Namespace) -> int:
     """Measure all models at all sizes and write the report; returns the exit status."""
     from equivision_timm.cli import rotate_report  # matplotlib
 
-    angles = parse_angles(args.angles)
-    if args.by_stage and args.test_time_turns > 1:
-        raise InputError(
-            f"--by-stage measures maps, --test-time-turns {args.test_time_turns} averages logits: omit one"
-        )
     for spec in args.models:
         check_spec(spec)
     for name in ("results.json", *rotate_report.FILES, *rotate_report.STAGE_FILES):
@@ -107,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
     precision = args.amp_dtype if args.amp else "float32"
     images, targets = _hash_folder(folder), "" if args.unlabelled else _hash([target for _, target in folder.samples])
     data = Path(os.path.abspath(args.data)).name
-    common = Settings(data, images, targets, len(folder), angles, args.corners, precision, args.by_stage)
+    common = Settings(data, images, targets, len(folder), args.angles, args.corners, precision, args.by_stage)
     results = Results(args.out / "results.json")
     work = list(itertools.product(dict.fromkeys(args.models), dict.fromkeys(args.sizes or [None])))
 
@@ -121,16 +123,16 @@ def run(args: argparse.Namespace) -> int:
             _check_classes(loaded, folder, args.class_map)
         loaded.try_image(torch.zeros(loaded.input_size))
         results.find(settings)
-    measured: list[Result] = []
+    measured, samples = [], rotate_report.Samples(folder, args.angles)
     try:
         for spec, size in work:
             loaded, settings = prepare(spec, size)
-            _continue(results, settings, loaded, folder, device, args)
+            _continue(results, settings, loaded, folder, device, args, samples)
     finally:
         measured = [result for result in results.read() if result.images]
         if measured:
             with results.locked():
-                rotate_report.write(measured, args.out, rotate_report.draw_samples(folder, angles, args.corners))
+                rotate_report.write(measured, args.out, samples)
     if not measured:
         raise InputError(
             f"none of the {len(folder)} images in {args.data!r} can be read, such as {folder.filename(0)!r}"
@@ -147,7 +149,7 @@ def _settings(loaded: Loaded, common: Settings, turns: int) -> Settings:
         )
     weights, options = hash_tensors(loaded.model.state_dict()), loaded.options
     own = {"model": loaded.spec, "size": width, "turns": turns, "weights": weights, "options": options}
-    return replace(common, **own, preparation=loaded.config)
+    return replace(common, **own, preparation=loaded.config, classes=loaded.num_classes)
 
 
 def _open_folder(args: argparse.Namespace) -> _Folder:
@@ -201,8 +203,12 @@ def _continue(
     folder: _Folder,
     device: torch.device,
     args: argparse.Namespace,
+    samples: Any,
 ) -> None:
-    """Continue the result under these settings to the end of the folder; it is stored after every batch."""
+    """Continue the result under these settings to the end of the folder; it is stored after every batch.
+
+    Then classify the `samples`, a `rotate_report.Samples`.
+    """
     model = reparameterize_model(loaded.model) if args.reparam else loaded.model
     model = model.to(device)
     model = model.to(memory_format=torch.channels_last) if args.channels_last else model
@@ -221,9 +227,31 @@ def _continue(
             if result.images:
                 results.put(result)
             bar.update(result.position - bar.n)
+        _classify_samples(samples, settings, model, loaded, folder, device)
     if result.unreadable:
         listed = ", ".join(map(one_line, result.unreadable[:5])) + (", ..." if len(result.unreadable) > 5 else "")
         tqdm.write(f"left out {len(result.unreadable)} unreadable image(s): {listed}")
+
+
+@torch.inference_mode()
+def _classify_samples(
+    samples: Any,
+    settings: Settings,
+    model: nn.Module,
+    loaded: Loaded,
+    folder: _Folder,
+    device: torch.device,
+) -> None:
+    """Add the predictions of a model to the samples, of which some may be left."""
+    if not samples.pictures:
+        return
+    names = loaded.class_names()
+    if settings.targets and names == [str(index) for index in range(len(names))]:  # unknown: those of the sub-folders
+        names = [{i: name for name, i in folder.class_to_idx.items()}.get(index, "") for index in range(len(names))]
+    images = torch.stack([folder.transform(picture) for picture in samples.pictures]).to(device)  # type: ignore[misc]
+    predict, titles = averaged(model, settings.turns), class_titles(names)
+    indices = [predict(shown(images, angle, settings.corners)).argmax(1).tolist() for angle in samples.angles]
+    samples.add(settings.cell, titles, indices, bool(settings.targets))
 
 
 def _typed(words: list[str]) -> str:
@@ -264,9 +292,10 @@ def averaged(model: nn.Module, turns: int) -> Callable[[torch.Tensor], torch.Ten
     return predict
 
 
-def in_circle(images: torch.Tensor) -> torch.Tensor:
-    """Images [B, C, H, W], zero outside the inscribed circle: the mean colour after normalisation."""
-    return images * inscribed_circle(images)
+def shown(images: torch.Tensor, angle: float, corners: str) -> torch.Tensor:
+    """Images [B, C, H, W] rotated, with corners as in `Settings`; zero is the mean colour after normalisation."""
+    rotated = rotate(images, angle)
+    return rotated * inscribed_circle(rotated) if corners == "circle" else rotated
 
 
 def _stages(model: nn.Module, images: torch.Tensor, settings: Settings) -> dict[str, list[float]]:
@@ -283,11 +312,10 @@ def _sums(
     settings: Settings,
 ) -> dict[str, list[float]]:
     """The sums of all metrics over one batch, by angle."""
-    show = in_circle if settings.corners == "circle" else nn.Identity()
-    reference = predict(show(images)).float()
+    reference = predict(shown(images, 0, settings.corners)).float()
     sums: dict[str, list[float]] = {}
     for angle in settings.angles:
-        logits = predict(show(rotate(images, angle))).float() if angle % 360 else reference
+        logits = predict(shown(images, angle, settings.corners)).float() if angle % 360 else reference
         for name, value in _compare(logits, reference, targets).items():
             sums.setdefault(name, []).append(value)
     return sums

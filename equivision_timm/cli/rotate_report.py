@@ -1,6 +1,7 @@
 """The report of `rotate-eval`: tables, pictures, and one HTML page that loads nothing from elsewhere."""
 
 import base64
+import contextlib
 import csv
 import html
 import io
@@ -11,22 +12,21 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MultipleLocator
-from PIL import ImageOps
+from PIL import Image, ImageOps
 from torchvision.transforms.functional import pil_to_tensor
 
 from equivision_timm.cli.figures import figure_bytes, plain_text
 from equivision_timm.cli.models import short_name
-from equivision_timm.cli.rotate_eval import in_circle
+from equivision_timm.cli.rotate_eval import shown
 from equivision_timm.cli.rotate_results import Result
 from equivision_timm.data import ImageFolder, PictureError
 from equivision_timm.errors import one_line, shortened
 from equivision_timm.files import write_file
-from equivision_timm.rotation import rotate
 
-__all__ = ["FILES", "STAGE_FILES", "draw", "draw_samples", "draw_stages", "write"]
+__all__ = ["FILES", "STAGE_FILES", "Samples", "draw", "draw_stages", "write"]
 
 FILES = ("results.csv", "rotation.png", "report.html")
 STAGE_FILES = ("stages.csv", "stages.png")  # if stages were measured
@@ -43,25 +43,55 @@ _CORNERS = {"reflect": "corners filled by reflection", "circle": "only the inscr
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#000000")
 _MARKERS = "osD^vP*"
 _LINES = ("-", "--", ":", "-.")
-_SAMPLE = 96  # pixels along a side
-_SAMPLE_IMAGES, _SAMPLE_ANGLES = 3, 5  # at most
+_LEAST_DRIFT = 0.1  # the axis ends there at least: rounding errors stay at its floor
+_SAMPLE, _SAMPLE_SIDE = 96, 1.25  # pixels and inches along a side
+_SAMPLE_IMAGES, _SAMPLE_ANGLES, _SAMPLE_MODELS = 2, 8, 6  # at most
 
 
-def write(results: list[Result], folder: Path, samples: Figure | None = None) -> None:
+class Samples:
+    """A few readable images of a folder, and the classes that models predict for them at a few of the angles."""
+
+    def __init__(self, folder: ImageFolder, angles: list[float]) -> None:
+        self.angles = [angles[i] for i in _spread(len(angles), _SAMPLE_ANGLES)]
+        self.pictures: list[Image.Image] = []
+        self.targets: list[int] = []
+        # For the model, size and turns of a result: a class title for each angle and picture, and whether it is correct
+        # (None without labels)
+        self.predictions: dict[tuple[str, int, int], list[list[tuple[str, bool | None]]]] = {}
+        for index in _spread(len(folder), 4 * _SAMPLE_IMAGES)[1::4] or [0]:
+            with contextlib.suppress(PictureError):
+                self.pictures.append(folder.picture(index))
+                self.targets.append(folder.samples[index][1])
+
+    def add(self, cell: tuple[str, int, int], titles: list[str], indices: list[list[int]], labelled: bool) -> None:
+        """Add the predicted classes [angles][pictures] of a model; `titles` of all its classes."""
+        self.titles = [titles[target] for target in self.targets] if labelled else []
+        self.predictions[cell] = [
+            [(titles[i], i == target if labelled else None) for i, target in zip(row, self.targets, strict=True)]
+            for row in indices
+        ]
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """At most so many of the indices below `count`, evenly spread."""
+    return sorted({i * count // min(count, most) for i in range(min(count, most))})
+
+
+def write(results: list[Result], folder: Path, samples: Samples) -> None:
     """Write `FILES`, and `STAGE_FILES` if stages were measured, into `folder`.
 
     Args:
         results: under settings that may stand side by side, at least one image each.
         folder: where to write.
-        samples: picture of some of the images, for the page.
+        samples: some of the images.
     """
     contents = {"results.csv": _csv(results)}
     with plain_text():
-        contents["rotation.png"] = figure_bytes(draw(results, _drawn(results)), ".png", _DPI)
+        contents["rotation.png"] = figure_bytes(draw(results, samples), ".png", _DPI)
         if results[0].stages:
             contents["stages.csv"] = _stages_csv(results)
             contents["stages.png"] = figure_bytes(draw_stages(results), ".png", _DPI)
-        contents["report.html"] = _page(results, samples).encode(errors="backslashreplace")
+    contents["report.html"] = _page(results, contents).encode(errors="backslashreplace")
     for name, content in contents.items():
         write_file(folder / name, content)
 
@@ -98,37 +128,96 @@ def _csv_bytes(rows: list[list[Any]]) -> bytes:
 # Pictures
 
 
-def draw(results: list[Result], metrics: list[str]) -> Figure:
-    """All models against the angle, a panel for each metric, with a title if there are several; one legend below."""
-    angles = results[0].settings.angles
-    figure = Figure(figsize=(4.2 * len(metrics) + 0.3, 4.2), layout="constrained")
-    panels = figure.subplots(1, len(metrics), squeeze=False)[0]
+def draw(results: list[Result], samples: Samples) -> Figure:
+    """All models against the angle, a panel for each metric; one legend; below it some images with predictions."""
+    metrics, settings = _drawn(results), results[0].settings
+    cells = [(i, result.settings.cell) for i, result in enumerate(results)]
+    predicted = [(i, cell) for i, cell in cells if cell in samples.predictions][:_SAMPLE_MODELS]
+    row_height = _SAMPLE_SIDE + 0.2 * len(predicted)
+    heights = [4.2 + 0.25 * (len(results) // 4), 0.5 + row_height * len(samples.pictures)][: 2 if predicted else 1]
+    figure = Figure(figsize=(4.2 * max(2, len(metrics)) + 0.3, sum(heights)), layout="constrained")
+    parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    panels = parts[0].subplots(1, len(metrics), squeeze=False)[0]
     for axes, metric in zip(panels, metrics, strict=True):
-        for i, result in enumerate(results):
-            axes.plot(*_curve(angles, result.mean(metric)), **_style(i, len(results)))
-        _dress(axes, angles)
-        axes.set_title(_TITLES[metric] if len(metrics) > 1 else "", fontsize=12)
-        axes.set_ylim(0, None if metric == "drift" else 102)
-    labels = [_label(result, 60 if len(metrics) > 1 else 36) for result in results]
-    fitting = int(40 * len(metrics) / (max(map(len, labels)) + 6))  # characters of a line, and those of an entry
+        means = [result.mean(metric) for result in results]
+        for i, values in enumerate(means):
+            axes.plot(*_curve(settings.angles, values), **_style(i, len(results)))
+        _dress(axes, settings.angles)
+        axes.set_title(_TITLES[metric], fontsize=12)
+        axes.set_ylim(0, max(_LEAST_DRIFT, 1.05 * max(map(max, means))) if metric == "drift" else 102)
+        if metric == "top1":
+            chance = 100 / settings.classes
+            axes.axhline(chance, color="0.4", linestyle=(0, (1, 2)))
+            axes.annotate(
+                "chance",
+                (1, chance),
+                xycoords=("axes fraction", "data"),
+                xytext=(-4, 2),
+                textcoords="offset points",
+                ha="right",
+                color="0.3",
+                fontsize=10,
+            )
+    labels = [_label(result, 60) for result in results]
+    columns = max(1, min(len(results), int(40 * len(metrics) / (max(map(len, labels)) + 6)), 4))
     lines = [Line2D([], [], **_style(i, len(results))) for i in range(len(results))]
-    columns = max(1, min(len(results), fitting, 4))
     numbers = list(map(str, range(len(results))))
-    legend = figure.legend(lines, numbers, loc="outside lower center", ncols=columns, fontsize=11, handlelength=4)
+    legend = parts[0].legend(lines, numbers, loc="outside lower center", ncols=columns, fontsize=11, handlelength=4)
     for text, words in zip(legend.get_texts(), labels, strict=True):
         text.set_text(words)  # afterwards: matplotlib omits labels that begin with '_'
-    if len(metrics) > 1:
-        figure.suptitle(shortened(_headline(results), 120), fontsize=13)
+    parts[0].suptitle(shortened(_headline(results), 120), fontsize=13)
+    if predicted:
+        _draw_samples(parts[1], samples, settings.corners, {cell: _style(i, 1)["color"] for i, cell in predicted})
     return figure
 
 
-def draw_stages(results: list[Result], worst: float | None = None) -> Figure:
-    """The error of each stage against the angle, a panel for each result; up to `worst`, or the largest error."""
+def _draw_samples(part: SubFigure, samples: Samples, corners: str, colours: dict[tuple[str, int, int], str]) -> None:
+    """A row per image, a column per angle; below each image a line per model: filled if correct, hollow if wrong."""
+    panels = part.subplots(len(samples.pictures), len(samples.angles), squeeze=False)
+    for number, (row, picture) in enumerate(zip(panels, samples.pictures, strict=True)):
+        pixels = (
+            pil_to_tensor(ImageOps.fit(picture.convert("RGB"), (_SAMPLE, _SAMPLE)))[None] / 127.5 - 1
+        )  # [1, 3, H, W]
+        for column, (axes, angle) in enumerate(zip(row, samples.angles, strict=True)):
+            image = shown(pixels, angle, corners)[0].permute(1, 2, 0)  # [H, W, 3]
+            axes.imshow((image.clamp(-1, 1) / 2 + 0.5).numpy())
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+            if number == 0:
+                axes.set_title(f"{angle:g}°", fontsize=11)
+            for line, (cell, colour) in enumerate(colours.items()):
+                title, correct = samples.predictions[cell][column][number]
+                fill = colour if correct else "white"
+                box = {
+                    "boxstyle": "round,pad=0.2",
+                    "facecolor": fill,
+                    "edgecolor": colour if correct is not None else fill,
+                }
+                axes.annotate(
+                    title,
+                    (0.5, 0),
+                    xycoords="axes fraction",
+                    xytext=(0, -10 - 14.4 * line),
+                    ha="center",
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=8,
+                    color="white" if correct else colour,
+                    bbox=box,
+                )
+        if samples.titles:
+            row[0].set_ylabel(f"true: {samples.titles[number]}", fontsize=10)
+    note = "Predictions, coloured as the curves" + (": filled if correct, hollow if wrong" if samples.titles else "")
+    part.suptitle(note, fontsize=11)
+
+
+def draw_stages(results: list[Result]) -> Figure:
+    """The error of each stage against the angle, a panel for each result, with the same scale."""
     columns = min(len(results), 3)
     rows = -(-len(results) // columns)
     figure = Figure(figsize=(0.3 + 4.2 * columns, 4.2 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
-    worst = _worst(results) if worst is None else worst
+    worst = max(max(result.stage_errors(stage)) for result in results for stage in result.stages)
     for axes, result in zip(panels, results, strict=False):
         colours = matplotlib.colormaps["viridis"](np.linspace(0.9, 0, len(result.stages)))
         for i, (stage, colour) in enumerate(zip(result.stages, colours, strict=True)):
@@ -142,35 +231,6 @@ def draw_stages(results: list[Result], worst: float | None = None) -> Figure:
     for axes in panels[len(results) :]:
         axes.set_axis_off()
     panels[0].set_ylabel("|f(g x) - g f(x)| / |g f(x)|", fontsize=11)
-    return figure
-
-
-def _worst(results: list[Result]) -> float:
-    return max(max(result.stage_errors(stage)) for result in results for stage in result.stages)
-
-
-def draw_samples(folder: ImageFolder, angles: list[float], corners: str) -> Figure | None:
-    """A few images of the folder, in rows, at a few of the angles, in columns; None if none can be read."""
-    shown = [angles[i] for i in np.unique(np.linspace(0, len(angles), _SAMPLE_ANGLES, endpoint=False).astype(int))]
-    pictures = []
-    for index in np.linspace(0, len(folder) - 1, min(len(folder), 4 * _SAMPLE_IMAGES)).astype(int).tolist():
-        try:
-            pictures.append(folder.picture(index))
-        except PictureError:  # noqa: PERF203
-            continue
-    pictures = pictures[:: max(1, -(-len(pictures) // _SAMPLE_IMAGES))]
-    if not pictures:
-        return None
-    figure = Figure(figsize=(1.2 * len(shown), 1.2 * len(pictures) + 0.3), layout="constrained")
-    panels = figure.subplots(len(pictures), len(shown), squeeze=False)
-    for row, picture in zip(panels, pictures, strict=True):
-        pixels = pil_to_tensor(ImageOps.fit(picture, (_SAMPLE, _SAMPLE)))[None] / 127.5 - 1  # [1, 3, H, W]
-        for axes, angle in zip(row, shown, strict=True):
-            image = in_circle(rotate(pixels, angle)) if corners == "circle" else rotate(pixels, angle)
-            axes.imshow((image[0].permute(1, 2, 0).clamp(-1, 1) / 2 + 0.5).numpy())
-            axes.set_axis_off()
-    for axes, angle in zip(panels[0], shown, strict=True):
-        axes.set_title(f"{angle:g}°", fontsize=11)
     return figure
 
 
@@ -220,14 +280,13 @@ def _headline(results: list[Result]) -> str:
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 1.5rem auto; padding: 0 1rem; color: #222; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.15rem; margin-top: 2rem; } h3 { font-size: 1rem; margin: 1rem 0 .3rem; }
+h1 { font-size: 1.4rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 img { max-width: 100%; height: auto; } p, .left td { overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #ddd; vertical-align: top; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 td { white-space: nowrap; } thead th { border-bottom: 2px solid #888; }
 .left td { text-align: left; white-space: normal; } .wide { overflow-x: auto; } .note { color: #555; font-size: .9rem; }
-.side { display: flex; flex-wrap: wrap; gap: 1rem 2rem; } .side > section { flex: 1 1 20rem; max-width: 36rem; }
 .names td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 9rem; }
 """
 
@@ -237,8 +296,8 @@ def _drawn(results: list[Result]) -> list[str]:
     return [metric for metric in results[0].metrics() if metric != "top5"]
 
 
-def _page(results: list[Result], samples: Figure | None) -> str:
-    """The page; `samples`: some of the images."""
+def _page(results: list[Result], contents: dict[str, bytes]) -> str:
+    """The page; `contents` of the other files."""
     title = html.escape(_headline(results))
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -247,19 +306,18 @@ def _page(results: list[Result], samples: Figure | None) -> str:
 {_notes(results)}
 <h2>Summary</h2><div class="wide names">{_summary(results)}</div>
 <h2>Against the angle</h2>
-<div class="side">{"".join(_by_angle(results, metric) for metric in _drawn(results))}</div>
+{_image(contents["rotation.png"], "Accuracy, agreement and drift against the angle; images with predictions")}
 <p class="note">Agreement: the predicted class is that of the unrotated image. Drift: |z - z0| / |z0|, z the logits
-minus their mean, z0 those of the unrotated image. Multiples of 90 degrees permute pixels, other angles resample.</p>
-{_stages(results) if results[0].stages else ""}
-{f"<h2>Some of the images</h2>{_image(samples, 'Images at several angles')}" if samples else ""}
+minus their mean, z0 those of the unrotated image. Multiples of 90 degrees permute pixels, other angles resample.
+Chance: one divided by the number of classes.</p>
+{_stages(results, contents["stages.png"]) if results[0].stages else ""}
 <h2>How it was measured</h2>{_origins(results)}</body></html>
 """
 
 
-def _image(figure: Figure, words: str) -> str:
-    """The figure as an element of the page."""
-    picture = base64.b64encode(figure_bytes(figure, ".png", _DPI)).decode()
-    return f'<img alt="{html.escape(words)}" src="data:image/png;base64,{picture}">'
+def _image(content: bytes, words: str) -> str:
+    """A PNG file as an element of the page."""
+    return f'<img alt="{html.escape(words)}" src="data:image/png;base64,{base64.b64encode(content).decode()}">'
 
 
 def _notes(results: list[Result]) -> str:
@@ -289,25 +347,16 @@ def _summary(results: list[Result]) -> str:
     return _table(head, rows)
 
 
-def _by_angle(results: list[Result], metric: str) -> str:
-    """The curves of a metric."""
-    title = _TITLES[metric].capitalize()
-    picture = _image(draw(results, [metric]), f"{title} against the angle")
-    return f"<section><h3>{title}</h3>{picture}</section>"
-
-
-def _stages(results: list[Result]) -> str:
+def _stages(results: list[Result], picture: bytes) -> str:
     """The section on the maps of the stages."""
-    rows, pictures, largest = [], [], _worst(results)
+    rows = []
     for result in results:
-        picture = _image(draw_stages([result], largest), f"Errors by stage: {_label(result)}")
-        pictures.append(f"<section>{picture}</section>")
         for stage in result.stages:
             errors = result.stage_errors(stage)
             worst = result.settings.angles[int(np.argmax(errors))]
             figures = [f"{np.mean(errors):.3f}", f"{max(errors):.3f} (at {worst:g}°)"]
             rows.append([_label(result), one_line(stage), *figures])
-    return f"""<h2>By stage</h2><div class="side">{"".join(pictures)}</div>
+    return f"""<h2>By stage</h2>{_image(picture, "Errors of the stages against the angle")}
 <div class="wide names">{_table(["model", "stage", "error, mean", "error, worst"], rows)}</div>
 <p class="note">Error: |f(g x) - g f(x)| / |g f(x)| of the maps f of a stage, in a disc of 0.8 times the inscribed
 radius, with a smooth circular mask on the image; g the rotation. 0: the map rotates with the image. 1: it has next to

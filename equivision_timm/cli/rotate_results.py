@@ -42,6 +42,7 @@ class Settings:
     weights: str = ""  # SHA-256 of the model's tensors
     options: dict[str, Any] = field(default_factory=dict)  # keywords with which the model was created
     preparation: dict[str, Any] = field(default_factory=dict)  # timm's data config: mean, std, crop, interpolation
+    classes: int = 0  # number of classes of the model
 
     def plain(self) -> dict[str, Any]:
         """As JSON has it: lists for tuples."""

@@ -4,13 +4,12 @@ For an equivariant network f and a rotation g, f(g x) = g f(x): rotating the map
 of the upright image. The picture shows, for every model and angle, the rotated image with the prediction, one feature
 map, the same map rotated back, and its distance from the upright one:
 
-    |g^-1 f(g x) - f(x)| / |f(x)|        inside the inscribed circle
+    |g^-1 f(g x) - f(x)| / |f(x)|        in a disc of 0.8 times the inscribed radius, as in `testing.angle_error`
 
-The last row shows where it differs, relative to the range of the upright map, to one scale for all models, which
-stretches small values.
-
-The map of an equivariant model is the mean over one regular field, a scalar map; that of another model is one channel.
-Shown is the field or channel with the largest variance over the upright image.
+The border is left out: there the rotated image lacks pixels. The last row shows the difference relative to the range of
+the upright map, with one linear scale for all models. The map of an equivariant model is the mean over one regular
+field, a scalar map; that of another model is one channel. Shown is the one with the largest variance over the upright
+image.
 """
 
 import argparse
@@ -21,8 +20,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from equivision_timm.cli.models import Loaded, check_spec, load, short_name
-from equivision_timm.cli.options import Parsers, add_model_kwargs, add_num_classes, add_size, parse_angles
+from equivision_timm.cli.models import Loaded, check_spec, class_titles, load, read_class_map, short_name
+from equivision_timm.cli.options import (
+    Parsers,
+    add_angles,
+    add_class_map,
+    add_command,
+    add_model,
+    add_num_classes,
+    add_size,
+)
 from equivision_timm.data import open_rgb, preparation
 from equivision_timm.errors import InputError, one_line, shortened
 from equivision_timm.groups import Group
@@ -36,25 +43,27 @@ __all__ = ["map_error", "register", "scalar_maps"]
 
 _DPI = 100
 _COLUMN, _HEIGHT = 1.75, 9.0  # inches
-_LONGEST = 16  # letters of a class name that fit over a column
+_PART = 0.8  # of the inscribed radius, inside which maps are compared
 _LEAST = 0.01  # the scale of the differences ends there at least: rounding errors stay dark
 
 
 def register(commands: Parsers) -> None:
-    parser = commands.add_parser(
-        "show", help="one picture: an image at several angles, the predictions, and the feature maps"
-    )
+    text = "one picture: an image at several angles, the predictions, and the feature maps"
+    more = """Below each rotated image: a feature map, the map rotated back, and its difference from the map of
+        the upright image, of an equivariant network zero wherever the rotation permutes the pixels. The
+        percentage above the difference is its norm, relative to that of the map; predictions are the softmax of
+        the logits."""
+    parser = add_command(commands, "show", run, "{out} was not written", text, more)
     add = parser.add_argument
     add("image", metavar="IMAGE", help="picture file")
-    add("--model", dest="models", nargs="+", required=True, metavar="NAME[=CHECKPOINT]", help="timm models")
-    add_model_kwargs(parser)
+    add_model(parser, several=True)
     add_num_classes(parser)
-    add("--angles", default="0,45,90,180", help="START:STOP:STEP or A,B,C in degrees (default: %(default)s)")
+    add_class_map(parser)
+    add_angles(parser, "0,45,90,180")
     add("--level", type=int, default=1, metavar="N", help="which feature map, 0 for the stem (default: %(default)s)")
     add_size(parser)
     out = Path("equivision_show.png")
     add("--out", type=Path, default=out, metavar="FILE", help="picture to write (default: %(default)s)")
-    parser.set_defaults(run=run, interrupted="{out} was not written")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -63,17 +72,18 @@ def run(args: argparse.Namespace) -> int:
 
     from equivision_timm.cli.figures import check_figure_file, plain_text, save_figure
 
-    models, angles = list(dict.fromkeys(args.models)), parse_angles(args.angles)
+    models, angles = list(dict.fromkeys(args.models)), args.angles
     width = (_COLUMN * len(angles) + 0.5) * len(models)  # inches
     for spec in models:
         check_spec(spec)
     check_figure_file(args.out, make_folders=True)
     picture = open_rgb(args.image)
+    names = None if args.class_map is None else read_class_map(args.class_map)
     blocks: list[list[_Column]] = []
     for spec in models:
         loaded = load(spec, args.size, args.num_classes, args.model_kwargs)
         loaded.note_inexact_size()
-        blocks.append(_measure(loaded, preparation(loaded.config)(picture), angles, args.level))
+        blocks.append(_measure(loaded, preparation(loaded.config)(picture), angles, args.level, names))
     most = max(_LEAST, *(column.difference.max() for columns in blocks for column in columns))
     with plain_text():
         figure = Figure(figsize=(width, _HEIGHT), layout="constrained")
@@ -81,8 +91,8 @@ def run(args: argparse.Namespace) -> int:
         for frame, spec, columns in zip(frames, models, blocks, strict=True):
             _draw_model(frame, columns, most)
             name = shortened(short_name(spec).partition("=")[0], 20 * len(angles))
-            title = f"{name}, {columns[0].image.shape[0]} px, level {args.level}"
-            frame.suptitle(title, fontsize=15, fontweight="bold")
+            title = f"{name}, {columns[0].image.shape[0]} px\nfeature map: {columns[0].name}"
+            frame.suptitle(title, fontsize=14, fontweight="bold")
         save_figure(figure, args.out, _DPI)
     print(one_line(str(args.out)))
     return 0
@@ -99,8 +109,8 @@ def scalar_maps(model: Any, images: torch.Tensor, level: int) -> torch.Tensor:
 
 
 def map_error(rotated_back: torch.Tensor, upright: torch.Tensor) -> float:
-    """|rotated_back - upright| / |upright| inside the inscribed circle of maps [h, w]."""
-    inside = inscribed_circle(upright)
+    """|rotated_back - upright| / |upright| of maps [h, w], without their border."""
+    inside = inscribed_circle(upright, _PART)
     return ((rotated_back - upright)[inside].norm() / upright[inside].norm()).item()
 
 
@@ -111,26 +121,32 @@ class _Column:
     title: str  # the angle and the prediction
     image: np.ndarray  # the rotated image, [H, W, C] or [H, W]
     map: np.ndarray  # its feature map, [h, w]
-    returned: np.ma.MaskedArray  # the map rotated back, masked outside the circle
-    difference: np.ma.MaskedArray  # from the upright map, relative to its range, masked outside the circle
+    name: str  # of the map: its layer, and its number
+    returned: np.ma.MaskedArray  # the map rotated back, without its border
+    difference: np.ma.MaskedArray  # from the upright map, relative to its range, without its border
     error: float  # see `map_error`
     limits: tuple[float, float]  # smallest and largest value of the upright map
 
 
 @torch.inference_mode()
-def _measure(loaded: Loaded, upright: torch.Tensor, angles: list[float], level: int) -> list[_Column]:
+def _measure(
+    loaded: Loaded, upright: torch.Tensor, angles: list[float], level: int, names: list[str] | None
+) -> list[_Column]:
     """The columns of a model, one for each angle, for an image [C, H, W]."""
-    model = loaded.model
+    model: Any = loaded.model
     loaded.try_image(upright)
     images = [rotate(upright[None], angle) for angle in angles]  # [1, C, H, W] each
     predictions = [model(x).softmax(1)[0] for x in images]
     reference = scalar_maps(model, upright[None], level)[0]  # [maps, h, w]
-    chosen = int(reference.flatten(1).var(1, correction=0).argmax())
+    count, chosen = len(reference), int(reference.flatten(1).var(1, correction=0).argmax())
     maps = [scalar_maps(model, x, level)[0, chosen] for x in images]  # [h, w] each
     reference = reference[chosen]
     limits = reference.min().item(), reference.max().item()
     extent = max(limits[1] - limits[0], torch.finfo(reference.dtype).tiny)  # a flat map has no range
-    titles, columns = class_titles(loaded), []
+    titles, columns = class_titles(loaded.class_names(names)), []
+    layer = model.feature_info[level]["module"] if hasattr(model, "feature_info") else f"level {level}"
+    kind = "field" if hasattr(model, "group") else "channel"
+    name = f"{layer}, {kind} {chosen + 1} of {count}"
     for angle, image, prediction, found in zip(angles, images, predictions, maps, strict=True):
         returned = rotate(found[None, None], -angle)[0, 0]
         best = int(prediction.argmax())
@@ -139,6 +155,7 @@ def _measure(loaded: Loaded, upright: torch.Tensor, angles: list[float], level: 
                 title=f"{angle:g}°\n{titles[best]}\n{prediction[best]:.0%}",
                 image=_pixels(image[0], loaded.config),
                 map=found.numpy(),
+                name=name,
                 returned=_masked(returned),
                 difference=_masked((returned - reference).abs() / extent),
                 error=map_error(returned, reference),
@@ -151,10 +168,10 @@ def _measure(loaded: Loaded, upright: torch.Tensor, angles: list[float], level: 
 def _draw_model(block: "SubFigure", columns: list[_Column], most: float) -> None:
     """Four rows, a column per angle: image, map, map rotated back, difference; below it its scale, from 0 to `most`."""
     from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import PowerNorm
+    from matplotlib.colors import Normalize
     from matplotlib.ticker import PercentFormatter
 
-    norm = PowerNorm(0.5, 0, most)
+    norm = Normalize(0, most)
     grid = block.add_gridspec(5, len(columns), height_ratios=(1, 1, 1, 1, 0.09))
     axes = [[block.add_subplot(grid[row, place]) for place in range(len(columns))] for row in range(4)]
     for place, column in enumerate(columns):
@@ -171,7 +188,7 @@ def _draw_model(block: "SubFigure", columns: list[_Column], most: float) -> None
         for axis in row:
             _bare(axis)
     scale = block.colorbar(ScalarMappable(norm, "inferno"), cax=block.add_subplot(grid[4, :]), orientation="horizontal")
-    scale.set_ticks([most * part for part in (0, 0.05, 0.25, 0.5, 1)])
+    scale.set_ticks([most * part for part in (0, 0.25, 0.5, 0.75, 1)])
     scale.ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0 if most > 0.2 else 2))
     scale.ax.tick_params(labelsize=12)
     scale.set_label("difference, relative to the range of the upright map", fontsize=12)
@@ -183,17 +200,10 @@ def _bare(axes: "Axes") -> None:
 
 
 def _masked(values: torch.Tensor) -> np.ma.MaskedArray:
-    return np.ma.masked_array(values.numpy(), ~inscribed_circle(values).numpy())
+    return np.ma.masked_array(values.numpy(), ~inscribed_circle(values, _PART).numpy())
 
 
 def _pixels(image: torch.Tensor, config: dict[str, Any]) -> np.ndarray:
     """A normalised image [C, H, W] as matplotlib draws it, [H, W, C] or [H, W], in 0 ... 1."""
     mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
     return (image * std + mean).clamp(0, 1).permute(1, 2, 0).squeeze(-1).numpy()
-
-
-def class_titles(loaded: Loaded) -> list[str]:
-    """Short names of the classes: ImageNet's first word, or the number."""
-    names = loaded.class_names()
-    titles = [f"class {name}" if name == str(index) else name.split(",")[0] for index, name in enumerate(names)]
-    return [shortened(title, _LONGEST) for title in titles]

@@ -1,4 +1,4 @@
-"""`tune`: measure which strategy of convolution is fastest on this machine, layer by layer."""
+"""The command `tune`: measures which strategy of convolution is fastest on this machine, layer by layer."""
 
 import argparse
 import json
@@ -7,7 +7,7 @@ import timm
 from timm.models import get_pretrained_cfg
 
 from equivision_timm.cli.models import check_spec, find_device
-from equivision_timm.cli.options import Parsers, add_batches, integer
+from equivision_timm.cli.options import Parsers, add_batches, add_command, add_size
 from equivision_timm.errors import InputError
 from equivision_timm.layers.strategies.measured import table_file
 from equivision_timm.models import EquivariantBackbone
@@ -17,23 +17,20 @@ __all__ = ["as_table", "register"]
 
 
 def register(commands: Parsers) -> None:
-    parser = commands.add_parser(
-        "tune",
-        help="measure which strategy of convolution is fastest here, layer by layer",
-        description="Measures each convolution of a model by every conv_strategy, then the model as a whole. Choices "
-        "that win are stored in the user's cache folder, where conv_strategy='auto', the default, finds them for the "
-        "same layers and input. The same command continues an interrupted one.",
-    )
+    text = "measure which strategy of convolution is fastest here, layer by layer"
+    more = """Measures each convolution with every conv_strategy, then the whole model. If the fastest choices
+        win, they are stored in the user's cache folder, where conv_strategy='auto', the default, finds them for
+        the same layers and input. The same command continues an interrupted one."""
+    stored = "the layers measured so far are stored, the same command continues from there"
+    parser = add_command(commands, "tune", _run, stored, text, more)
     add = parser.add_argument
     add("name", metavar="MODEL", help="model of this package, e.g. c8resnet50")
-    add("--size", type=integer(1, 8192), metavar="N", help="image size (default: the exact size near 224)")
+    add_size(parser, "the exact size near 224")
     add_batches(parser, 8)
     add("--amp", choices=("bfloat16", "float16"), default="", help="mixed precision (default: none)")
     add("--channels-last", action="store_true", help="memory format")
     add("--train", action="store_true", help="forward and backward (default: inference)")
-    add("--compile", dest="compiled", action="store_true", help="compile the model where it is measured as a whole")
-    stored = "the layers measured so far are stored, the same command continues from there"
-    parser.set_defaults(run=_run, interrupted=stored)
+    add("--compile", dest="compiled", action="store_true", help="compile the model for its measurement as a whole")
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -60,7 +57,7 @@ def as_table(tuning: Tuning) -> str:
         cells = [_cell(row[name], least) if name in row else "-" for name in names]
         lines.append(f"{layer:{width}}  {'  '.join(f'{cell:>15}' for cell in cells)}  {tuning.choice[layer]}")
     if not tuning.seconds:
-        return "\n".join([*lines, "\n'auto' has the fastest strategies already: there is nothing to change."])
+        return "\n".join([*lines, "\n'auto' already chooses the fastest strategies."])
     auto, expand = (tuning.seconds[name] / tuning.seconds["choice"] for name in ("auto", "expand"))
     lines.append(
         f"\nThe whole model: auto takes {auto:.2f} times, expand {expand:.2f} times the time of these choices."
@@ -68,7 +65,7 @@ def as_table(tuning: Tuning) -> str:
     if tuning.won:
         lines += ["They win. As a mapping for conv_strategy=:", json.dumps(tuning.choice)]
     else:
-        lines.append("The gain is too small: 'auto' stays as it is.")
+        lines.append("The gain is too small: 'auto' is not changed.")
     return "\n".join(lines)
 
 

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from equivision_timm.cli.options import Parsers
+from equivision_timm.cli.options import Parsers, add_command, add_json, add_photographs
 from equivision_timm.errors import InputError
 from equivision_timm.weights.verify import as_json, as_table, verify
 
@@ -12,24 +12,21 @@ __all__ = ["register"]
 
 
 def register(commands: Parsers) -> None:
-    parser = commands.add_parser(
-        "verify",
-        help="check weights: hash, origin, values, equivariance, statistics, accuracy",
-        description="Prints a table; exit status 1 if a check fails.",
-    )
+    text = "check weights: hash, origin, values, equivariance, statistics, accuracy"
+    more = "Prints a table with a row for each check; the exit status is 1 if one fails."
+    parser = add_command(commands, "verify", run, "not all was checked", text, more)
     add = parser.add_argument
     add("target", metavar="PATH_OR_NAME", help="model folder, safetensors file, or pretrained model")
-    add("--images", type=Path, metavar="DIR", help="photographs (default: those of scikit-image)")
+    add_photographs(parser, signs=False)
     add("--data", type=Path, metavar="DIR", help="labelled images, such as ImageNet's validation set")
-    add("--json", action="store_true", help="print JSON instead of the table")
-    parser.set_defaults(run=run, interrupted="not all was checked")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the checks; returns the exit status."""
     if Path(args.target).suffix in (".pth", ".pt", ".tar", ".ckpt", ".bin"):
         raise InputError(
-            f"{args.target!r} is a checkpoint, and verify checks model folders and safetensors files: convert "
+            f"{args.target!r} is a checkpoint, and verify checks model folders and safetensors files: use convert "
             f"{args.target} --model NAME --out DIR, or timm's validate.py --model NAME --checkpoint {args.target}"
         )
     checks = verify(args.target, args.images, args.data)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from equivision_timm.errors import InputError
+from equivision_timm.errors import InputError, install_command
 from equivision_timm.files import check_writable, file_sha256
 from equivision_timm.models.pretrained import WEIGHTS_FILE, WeightsError, local_folder, weights_folder
 from equivision_timm.weights.checkpoint import DamagedFile
@@ -71,7 +71,7 @@ def _download(model_name: str, drive_id: str, checkpoint: Path) -> None:
         import gdown
         import requests
     except ModuleNotFoundError as error:
-        raise InputError(f"fetch needs {error.name}: pip install 'equivision-timm[fetch]'") from error
+        raise InputError(f"fetch needs {error.name}: {install_command('fetch')}") from error
     try:
         # Without cookies, which gdown would write into the home folder
         gdown.download(id=drive_id, output=str(checkpoint), resume=True, retries=3, timeout=60, use_cookies=False)

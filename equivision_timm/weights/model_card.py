@@ -4,6 +4,7 @@ The text is in `model_card.md`. Everything that differs between models is read f
 from the table of released checkpoints.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 from textwrap import fill
@@ -11,6 +12,7 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn as nn
 from huggingface_hub import EvalResult, ModelCardData
 from timm.models import model_entrypoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,7 +23,7 @@ from equivision_timm.models import EquivariantViT, fuse
 from equivision_timm.weights.folder import Model, create_ours
 from equivision_timm.weights.released import Released, released
 
-__all__ = ["complexity", "model_card"]
+__all__ = ["complexity", "gmacs", "model_card"]
 
 
 _KINDS = {
@@ -46,7 +48,7 @@ def model_card(model_name: str, repository: str, provenance: dict[str, str], has
     model = create_ours(model_name, device="meta", **arguments).eval()
     cfg: Any = model.pretrained_cfg
     classifies, cost_size = model.num_classes > 0, cfg["input_size"][-1]
-    parameters, gmacs = complexity(model_name, cost_size, **arguments)
+    parameters, dense = complexity(model_name, cost_size, **arguments)
     size = model.exact_sizes(cost_size)[1]
     with torch.no_grad():
         features = model.forward_features(torch.empty(1, model.in_chans, size, size, device="meta"))
@@ -99,7 +101,7 @@ def model_card(model_name: str, repository: str, provenance: dict[str, str], has
         ),
         parameters=f"{parameters / 1e6:.4g}",
         cost_size=cost_size,
-        gmacs=f"{gmacs:.4g}",
+        gmacs=f"{dense:.4g}",
         reported="\n".join(accuracies),
         exact=fill(_exact_sizes(model, size), 120),
         provenance="\n".join(f"| {_cell(key)} | {_cell(value)} |" for key, value in provenance.items()),
@@ -109,18 +111,21 @@ def model_card(model_name: str, repository: str, provenance: dict[str, str], has
 
 
 def complexity(model_name: str, size: int = 224, **arguments: Any) -> tuple[int, float]:
-    """Number of parameters, and 10^9 multiply-accumulates of one image of size x size pixels; `arguments` of the model.
-
-    Counted with PyTorch's flop counter on the fused network on the meta device: convolutions with expanded filters, and
-    matrix products, attention included.
-    """
-    with torch.device("meta"), torch.no_grad():
+    """Number of parameters, and `gmacs` of the dense form; `arguments` of the model."""
+    with torch.device("meta"):
         model = timm.create_model(model_name, **arguments).eval()
-        parameters = sum(p.numel() for p in model.parameters())
-        fused = fuse(model.requires_grad_(False), "dense")  # the counter fails on tensors with gradients
-        with FlopCounterMode(display=False) as counter:
-            fused(torch.empty(1, 3, size, size))
-    return parameters, counter.get_total_flops() / 2 / 1e9
+    return sum(p.numel() for p in model.parameters()), gmacs(model, (3, size, size), "dense")
+
+
+def gmacs(model: nn.Module, input_size: Sequence[int], form: str) -> float:
+    """10^9 multiply-accumulates of one image [C, H, W], by PyTorch's flop counter, of a `form` of `fuse`.
+
+    Convolutions and matrix products are counted, attention included. The model is on the meta device.
+    """
+    fused = fuse(model.requires_grad_(False), form)  # the counter fails on tensors with gradients
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        fused(torch.empty(1, *input_size, device="meta"))
+    return counter.get_total_flops() / 2e9
 
 
 def _symmetry(model: Model) -> str:

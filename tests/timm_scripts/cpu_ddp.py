@@ -9,7 +9,7 @@ import sys
 
 from torch.nn.parallel import DistributedDataParallel
 
-from equivision_timm.cli.run_script import run_script
+from equivision_timm.cli.main import main
 
 __init__ = DistributedDataParallel.__init__
 
@@ -21,4 +21,4 @@ def _without_device_ids(self, module, device_ids=None, **options):
 
 if __name__ == "__main__":
     DistributedDataParallel.__init__ = _without_device_ids
-    run_script(sys.argv[1], sys.argv[2:])
+    main(sys.argv[1:])

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 
+from equivision_timm.errors import install_command
 from equivision_timm.layers.strategies.build_native import LEVELS, source_hash
 
 __all__ = ["CLayer", "CSparse", "describe", "library", "why_not"]
 
 FOLDER = Path(__file__).parent  # of the libraries
 _REALS = {torch.float32: "float", torch.float64: "double"}
-_REMEDY = "with a C compiler, pip install --force-reinstall --no-deps --no-cache-dir equivision-timm"
+_REMEDY = f"with a C compiler, {install_command(options=' --force-reinstall --no-deps --no-cache-dir')}"
 
 
 class CSparse(ctypes.Structure):
