@@ -14,6 +14,11 @@ settings.register_profile("no_deadline", settings(), deadline=None)  # a busy ma
 settings.load_profile("no_deadline")
 
 
+def pytest_report_header():
+    slow = "with" if os.environ.get("RUN_SLOW") == "1" else "without"
+    return f"whole suite: about 8 minutes on two cores; {slow} the tests marked slow (gigabytes, minutes): RUN_SLOW=1"
+
+
 def pytest_collection_modifyitems(items):
     if os.environ.get("RUN_SLOW") != "1":
         for item in items:

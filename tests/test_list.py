@@ -40,8 +40,24 @@ def test_operations_of_dense_convolutions_counted_by_hand(name: str) -> None:
             layer.register_forward_hook(count)
     with torch.no_grad():
         model(torch.rand(1, channels, size, size))
-    assert row(name).gmacs == pytest.approx(sum(counts) / 1e9, rel=1e-6)
+    assert row(name).dense_gmacs == pytest.approx(sum(counts) / 1e9, rel=1e-6)
     assert row(name).parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_operations_as_computed() -> None:
+    """Block diagonal: fewer than dense ones in all families; of adapted models: times the views."""
+    assert row("test_c1resnet").gmacs == row("test_c1resnet").dense_gmacs
+    for name in ("d8resnet18_fast", "d4vit_tiny_patch16_224", "d4convnext_atto"):
+        assert 0.15 * row(name).dense_gmacs < row(name).gmacs < 0.8 * row(name).dense_gmacs
+    assert row("d4vit_tiny_patch16_224").dense_gmacs == pytest.approx(1.26, rel=0.02)  # of timm's vit_tiny_patch16_224
+    views = row("c4sym_mobilenetv3_large_100")
+    assert views.gmacs == 4 * views.dense_gmacs
+    assert row("test_d4vit").dense_gmacs is None
+
+
+def test_licences() -> None:
+    assert (row("test_c8resnet").licence, row("c8resnet18_fast").licence) == ("mit", "")
+    assert row("c4sym_mobilenetv3_large_100").licence == "apache-2.0"
 
 
 def test_exact_sizes() -> None:

@@ -1,5 +1,6 @@
 """rotate-eval: correct figures, results under the settings they depend on, and clear errors."""
 
+import argparse
 import csv
 import datetime
 import json
@@ -31,7 +32,6 @@ from equivision_timm.cli.models import Loaded, load
 from equivision_timm.cli.options import parse_angles
 from equivision_timm.cli.rotate_eval import averaged
 from equivision_timm.cli.rotate_results import METRICS, Result, Settings
-from equivision_timm.errors import InputError
 from equivision_timm.models.tensor_hash import hash_tensors
 from equivision_timm.testing import angle_error
 
@@ -161,7 +161,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 
 def test_circle_hides_the_corners(textures: str, c1: str, tmp_path: Path, seen: list[torch.Tensor]) -> None:
     assert main(command([c1], textures, tmp_path, "0,30", "--corners", "circle")) == 0
-    assert len(seen) == 3
+    assert len(seen) == 5  # a trial, two angles of all images, two of the samples
     for images in seen[1:]:
         assert (images[..., :4, :4] == 0).all()
         assert (images[..., 16, :] != 0).float().mean() > 0.9
@@ -412,7 +412,7 @@ def test_too_little_memory(textures: str, c4: str, tmp_path: Path, monkeypatch: 
 def test_report_is_one_page_that_loads_nothing(measured: Path, textures: str, c4: str, c1: str) -> None:
     text = (measured / "report.html").read_text()
     page = Page(text)
-    assert [load[:22] for load in page.loads] == 4 * ["data:image/png;base64,"]  # three metrics, samples
+    assert [load[:22] for load in page.loads] == ["data:image/png;base64,"]
     assert "http" not in text
     assert "@import" not in text
     assert page.rows == (1 + 4) + (3 + 4)  # summary, how it was measured
@@ -426,22 +426,42 @@ def test_report_is_one_page_that_loads_nothing(measured: Path, textures: str, c4
         assert page.words.count(hash_tensors(timm.create_model(name, pretrained=True).state_dict())) == 2  # sizes
 
 
-def test_samples_are_rotated_images(textures: str) -> None:
-    folder, angles = data.ImageFolder(textures, "validation"), parse_angles("0:360:90")
-    reflected, circle = (rotate_report.draw_samples(folder, angles, corners) for corners in ("reflect", "circle"))
-    assert [axes.get_title() for axes in reflected.axes[:4]] == ["0°", "90°", "180°", "270°"]
-    assert len(reflected.axes) == 3 * 4  # an image of each class
-    upright, quarter = (axes.images[0].get_array() for axes in reflected.axes[:2])
+@pytest.mark.parametrize("corners", ["reflect", "circle"])
+def test_samples_are_rotated_images_with_predictions(corners: str, textures: str) -> None:
+    samples = rotate_report.Samples(data.ImageFolder(textures, "validation"), parse_angles("0:360:90"))
+    found = stored(["c8resnet18", "other"], samples.angles, [0.5] * 4, corners=corners)
+    count = len(samples.pictures)
+    indices = [[target] * count for target in (samples.targets[0], 1, 2, 1)]
+    samples.add(found[0].settings.cell, ["brick", "grass", "gravel"], indices, labelled=True)
+    figure = rotate_report.draw(found, samples)
+    _, part = figure.subfigs
+    assert [axes.get_title() for axes in part.axes[:4]] == ["0°", "90°", "180°", "270°"]
+    assert len(part.axes) == count * 4
+    upright, quarter = (axes.images[0].get_array() for axes in part.axes[:2])
     assert np.array_equal(quarter, np.rot90(upright))
     assert not np.array_equal(quarter, upright)
-    assert (circle.axes[0].images[0].get_array()[0, 0] == 0.5).all()
-    assert not np.array_equal(reflected.axes[0].images[0].get_array(), reflected.axes[4].images[0].get_array())
+    assert (upright[0, 0] == 0.5).all() is np.bool_(corners == "circle")
+    first, *others = part.axes[0].texts
+    assert not others  # the other model has no predictions
+    assert first.get_text() == "brick"
+    assert first.get_bbox_patch().get_facecolor()[:3] != (1, 1, 1)  # filled: correct
+    assert part.axes[1].texts[0].get_bbox_patch().get_facecolor()[:3] == (1, 1, 1)
 
 
-def stored(models: list[str], angles: list[float], values: list[float], name: str = "data") -> list[Result]:
+def test_axes_of_the_picture() -> None:
+    """Rounding errors do not fill the axis of the drift; chance is one of the classes."""
+    top1, _, drift = rotate_report.draw(stored(["c8resnet18"], [0.0, 90.0], [1e-6, 2e-6])).axes
+    assert drift.get_ylim() == (0, 0.1)
+    assert top1.lines[-1].get_ydata()[0] == pytest.approx(100 / 3)
+    assert top1.texts[0].get_text() == "chance"
+
+
+def stored(
+    models: list[str], angles: list[float], values: list[float], name: str = "data", corners: str = "reflect"
+) -> list[Result]:
     common = {"data": name, "images": "0", "targets": "0", "files": 1, "angles": angles}
     settings = [
-        Settings(**common, corners="reflect", precision="float32", by_stage=False, model=model, size=33)
+        Settings(**common, corners=corners, precision="float32", by_stage=False, model=model, size=33, classes=3)
         for model in models
     ]
     return [Result(s, 1, 1, [], dict.fromkeys(METRICS, values)) for s in settings]
@@ -460,7 +480,7 @@ def test_mean_over_a_full_rotation_counts_zero_once(tmp_path: Path) -> None:
 def test_curves_close_if_they_go_round() -> None:
     curves = []
     for angles in ([0.0, 90.0, 180.0, 270.0], [90.0, 0.0, -90.0]):
-        (axes,) = rotate_report.draw(stored(["c8resnet18"], angles, [0.1, 0.2, 0.3, 0.4][: len(angles)]), ["top1"]).axes
+        axes = rotate_report.draw(stored(["c8resnet18"], angles, [0.1, 0.2, 0.3, 0.4][: len(angles)])).axes[0]
         curves.append([values.tolist() for values in axes.lines[0].get_data()])
     assert curves[0] == [[0, 90, 180, 270, 360], pytest.approx([10, 20, 30, 40, 10])]
     assert curves[1] == [[-90, 0, 90], pytest.approx([30, 20, 10])]
@@ -478,10 +498,10 @@ def test_text_is_text_in_every_file(tmp_path: Path) -> None:
     for name in ("$\\nosuch$", "_hidden", "<script>alert(1)</script>", "a\\nb\\udcff", "<b>$\\frac$\\n\\udcff"):
         assert name in words
     with plain_text():
-        (legend,) = rotate_report.draw(found, ["top1"]).legends
+        (legend,) = rotate_report.draw(found).subfigs[0].legends
     labels = [entry.get_text() for entry in legend.get_texts()]
     assert labels[:2] == ["$\\nosuch$, 33 px", "_hidden, 33 px"]
-    assert labels[-1] == "x" * 28 + "…, 33 px"  # 36 characters
+    assert labels[-1] == "x" * 52 + "…, 33 px"  # 60 characters
 
 
 # Input
@@ -521,7 +541,7 @@ def test_classifier_of_a_distilled_model(tmp_path: Path) -> None:
     "text", ["", "0:360", "0:9:0", "0:9:-1", "90:0:-15", "90:0:15", "1:2:3:4", "0,,9", "nan", "0:inf:1", "0:9:1e-9"]
 )
 def test_angles_that_cannot_be_used(text: str) -> None:
-    with pytest.raises(InputError, match="angles"):
+    with pytest.raises(argparse.ArgumentTypeError, match="angles"):
         parse_angles(text)
 
 

@@ -113,4 +113,5 @@ def test_class_names_are_drawn_as_they_stand(name: str, photograph: str, tmp_pat
         assert main(["show", photograph, "--model", f"local-dir:{folder}", "--angles", "0,90", "--out", str(out)]) == 0
     drawn = html.unescape(out.read_text())
     assert one_line(name)[:15] in drawn
-    assert "$\\x$, 33 px, level 1" in drawn
+    assert "$\\x$, 33 px" in drawn
+    assert "feature map: layer1, field" in drawn

@@ -154,7 +154,7 @@ def _swapped(predicted: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def _table(predictions: dict[Network, torch.Tensor], labels: torch.Tensor, angles: Sequence[int]) -> str:
     """Two columns for each network."""
     figures = torch.stack([f(p, labels) for p in predictions.values() for f in (_accuracy, _swapped)])  # [columns, A]
-    lines = [f"\n{len(labels)} held-out handwritten digits, rotated; in per cent: correct, and 6 and 9 confused\n"]
+    lines = [f"\n{len(labels)} held-out digits, rotated: per cent correct; 6/9: of 6 and 9, confused\n"]
     lines += [f"{network.title:>9}  {network.model}, {network.kind}" for network in predictions]
     lines.append("\n      " + "".join(f"{network.title:>10}" for network in predictions))
     lines.append(" angle" + "     % 6/9" * len(predictions))
@@ -217,7 +217,7 @@ def _draw_accuracy(
     closed = torch.tensor([*angles, angles[0]]).deg2rad()
     for network, predicted in predictions.items():
         accuracy = _accuracy(predicted, labels)
-        label = f"{network.title}, {network.kind}: {accuracy.mean():.1f} % on average, {accuracy.min():.1f} % at worst"
+        label = f"{network.title}, {network.kind}: {accuracy.mean():.1f} %, at worst {accuracy.min():.1f} %"
         radius = torch.cat([accuracy, accuracy[:1]])
         axes.plot(closed, radius, "o-", color=network.colour, label=label, markersize=4, linewidth=2)
         axes.fill(closed, radius, color=network.colour, alpha=0.08)

@@ -66,8 +66,6 @@ def run(args: argparse.Namespace) -> int:
     batch_size = min(args.batch_size, len(files))
     loaded.try_image(torch.zeros(loaded.input_size))
     names = loaded.class_names(names)
-    if names == [str(index) for index in range(len(names))]:
-        print("predict: the names of the classes are their numbers; others: --class-map FILE", file=sys.stderr)
     topk = min(args.topk, len(names))
     network, prepare = loaded.model.to(device), preparation(loaded.config)
     rows: list[Prediction] = []
@@ -86,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.write(text)
     else:
         write_file(args.out, text.encode())
+    if names == [str(index) for index in range(len(names))]:
+        print("predict: the classes have no names, only numbers; --class-map FILE gives names", file=sys.stderr)
     return 0 if done == len(files) else 1
 
 

