@@ -1,4 +1,4 @@
-"""What makes a network equivariant between the quarter turns: each choice by itself, on photographs and on digits.
+"""Ablation of the design choices that make a network equivariant between the quarter turns.
 
     pip install '.[test,train]'
     python scripts/ablate_angle.py photographs   # errors by stage, random weights: a minute or two
@@ -6,7 +6,7 @@
     python scripts/ablate_angle.py cost          # time on the CPU, one thread
 
 Each writes its part of scripts/benchmarks/angle.json, and all parts as a table to angle.md and a picture to angle.png
-beside it. What the digits have already is not trained again.
+beside it. Results of digits that are in the file are not trained again.
 """
 
 import argparse
@@ -113,14 +113,14 @@ def measure_photographs(results: dict[str, Any]) -> None:
 
 @torch.inference_mode()
 def accuracy(model: nn.Module, digits: torch.Tensor, labels: torch.Tensor, degrees: float) -> float:
-    """Per cent of digits [N, 28, 28] uint8, turned by an angle, that are read rightly."""
+    """Accuracy in per cent on digits [N, 28, 28] uint8, rotated by an angle."""
     images = turn(digits, degrees, model.pretrained_cfg["input_size"][-1]).split(250)
     right = [(model(batch.expand(-1, 3, -1, -1)).argmax(1)) for batch in images]  # grey as RGB
     return 100 * (torch.cat(right) == labels).double().mean().item()
 
 
 def measure_digits(results: dict[str, Any], titles: list[str], seeds: list[int], keep: Callable[[], None]) -> None:
-    """Accuracy on the held-out digits at every angle, by seed; kept after each."""
+    """Accuracy on the held-out digits at every angle, by seed; stored after each."""
     parts = load_digits()
     digits, labels = (torch.from_numpy(parts["held_out"].digits), torch.from_numpy(parts["held_out"].labels).long())
     for seed in seeds:
@@ -135,7 +135,7 @@ def measure_digits(results: dict[str, Any], titles: list[str], seeds: list[int],
 
 
 def measure_cost(results: dict[str, Any]) -> None:
-    """Seconds of one thread for two images of 225 x 225 pixels: the best of five, the models by turns."""
+    """Seconds of one thread for two images of 225 x 225 pixels: the best of five, the models interleaved."""
     torch.set_num_threads(1)
     models = {title: timm.create_model(title.split()[0], **arguments) for title, arguments in COST.items()}
     images = torch.randn(2, 3, SIZE, SIZE)
@@ -179,9 +179,9 @@ def table(results: dict[str, Any]) -> str:
         lines += [
             "## Digits",
             "",
-            "Held-out handwritten digits at 24 angles, per cent read rightly; networks of the size of `test_c8resnet` "
+            "Held-out handwritten digits at 24 angles, accuracy in per cent; networks of the size of `test_c8resnet` "
             "(about 100,000 parameters), 12 epochs of batches of 128 where nothing else is "
-            "said; mean over the seeds.",
+            "stated; mean over the seeds.",
             "",
             "| network and training | seeds | upright | mean over angles | worst angle |",
             "|---|---:|---:|---:|---:|",
@@ -249,7 +249,7 @@ def picture(results: dict[str, Any]) -> Figure:
             right.plot(angles, [*mean, mean[0]], line, color=colour, label=label, linewidth=2)
     right.set_xticks(range(0, 361, 45), [f"{angle}°" for angle in range(0, 361, 45)])
     right.set_ylim(0, 102)
-    right.set_ylabel("digits read rightly, %")
+    right.set_ylabel("accuracy on digits, %")
     right.set_title("Held-out digits, rotated", fontsize=11, loc="left")
     right.legend(frameon=False, loc="center", bbox_to_anchor=(0.5, 0.56), fontsize=9)  # where no curve is
     for axes in (left, right):
@@ -266,7 +266,7 @@ def main() -> None:
     mine = _read()[args.part] if args.part == "digits" else {}
 
     def keep() -> None:
-        """Write this part beside what the file now holds of the others."""
+        """Write this part, and the other parts as they now are in the file."""
         results = _read()
         if args.part in results:
             results[args.part] = mine

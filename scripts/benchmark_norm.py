@@ -3,8 +3,8 @@
     python scripts/benchmark_norm.py
     python scripts/benchmark_norm.py --device cuda --dtype bfloat16 --batch-size 128
 
-Maps of the stages of c8resnet50, channels-last, forward and backward with ReLU, in turns; medians, and their ratios to
-the plain batch norm of as many channels.
+Maps of the stages of c8resnet50, channels-last, forward and backward with ReLU, interleaved; medians, and their ratios
+to the plain batch norm of as many channels.
 """
 
 import argparse

@@ -1,15 +1,15 @@
-"""Time our networks and timm's ResNets as they are deployed: PyTorch, onnxruntime and OpenVINO, one image at a time.
+"""Inference time of networks of this package and of timm's ResNets in PyTorch, onnxruntime and OpenVINO, batch size 1.
 
     pip install '.[export]' openvino
     python scripts/deployment.py                                 # the models of the README's table, one and two threads
     python scripts/deployment.py c8resnet18 --threads 1
 
 Forms of a network: `eager`, as `create_model` makes it; `dense` and `blocks`, those of `equivision_timm.fuse`, a plain
-network and a block-diagonal one. The latter two also as ONNX files, in
-onnxruntime and OpenVINO. Each runs in a process of its own, and they take turns, as in `benchmark.py`, two steps each,
-of which the second counts; with several threads after a pause, since those of the one before go on looking for work.
-Ratios are to timm's ResNet-18 as an ONNX file in onnxruntime. Images have 225 pixels a side for ours, an exact size,
-and 224 for timm's.
+network and a block-diagonal one. The latter two also as ONNX files, in onnxruntime and OpenVINO. Each runs in a process
+of its own; the processes alternate, as in `benchmark.py`, two steps each, of which the second is timed, with several
+threads after a pause, because the threads of the previous process still spin.
+Ratios are to timm's ResNet-18 as an ONNX file in onnxruntime. Images have 225 x 225 pixels, an exact size,
+and for timm's networks 224 x 224.
 
 Writes deployment.json and deployment.md into --out (default: scripts/benchmarks), after each model.
 """
@@ -56,12 +56,12 @@ PAUSE = 0.5  # seconds
 
 
 def forms_of(name: str) -> list[str]:
-    """Those that a network has: timm's have no blocks."""
+    """Forms of a network: those of timm have no block-diagonal one."""
     return [form for form in FORMS if name in model_names() or not form.endswith("blocks")]
 
 
 def image_of(name: str) -> torch.Tensor:
-    """A random image, of an exact size for ours."""
+    """A random image, of an exact size for networks of this package."""
     size = 225 if name in model_names() else 224
     return torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
 
@@ -93,7 +93,7 @@ def onnx_file(name: str, form: str, folder: str) -> Path:
 
 
 def prepare(name: str, form: str, folder: str, threads: int) -> Callable[[], Any]:
-    """What is timed: the network on one image, in the runtime that `form` begins with."""
+    """A timed step: the network on one image, in the runtime that `form` begins with."""
     runtime = form.split(":")[0]
     if runtime == "PyTorch":
         model, image = build(name, form)
@@ -120,7 +120,7 @@ def prepare(name: str, form: str, folder: str, threads: int) -> Callable[[], Any
 
 
 def measure(name: str, threads: int, repeats: int, folder: str) -> dict[str, Any]:
-    """Median seconds of every form of a network and of the reference, all by turns."""
+    """Median seconds of every form of a network and of the reference, interleaved."""
     setting = Setting(batch_size=1, threads=threads)
     plan = {form: (name, form) for form in forms_of(name)} | {"reference": (REFERENCE, "onnxruntime: dense")}
     sizes = {form: write_onnx(*of, folder) for form, of in plan.items() if not of[1].startswith("PyTorch")}
@@ -151,7 +151,7 @@ def table(about: dict[str, str], results: list[dict[str, Any]]) -> str:
         "# Deployed on a CPU",
         "",
         "Written by `scripts/deployment.py`. One image at a time; time as a multiple of what timm's ResNet-18 takes as "
-        "an ONNX file in onnxruntime, measured by turns. Smaller is faster.",
+        "an ONNX file in onnxruntime, interleaved measurements. Smaller is faster.",
         "",
         ", ".join(about.values()),
     ]
@@ -184,7 +184,7 @@ def main() -> None:
     args = parser.parse_args()
     unknown = [name for name in args.models if not timm.is_model(name)]
     if unknown:
-        parser.error(f"timm knows no model {', '.join(unknown)}")
+        parser.error(f"unknown models of timm: {', '.join(unknown)}")
     os.environ.update(ALLOCATOR)
     packages = ("torch", "timm", "onnxruntime", "openvino")
     about = {

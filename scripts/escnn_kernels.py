@@ -42,7 +42,7 @@ def sample_kernels(kernel: Kernel) -> dict[str, Any]:
 
 
 def signs(kernel: Kernel, found: torch.Tensor) -> torch.Tensor:
-    """[n_basis] of +1 and -1, the sign of escnn's kernels relative to ours; the kernels must agree otherwise."""
+    """[n_basis] of +1 and -1, the sign of escnn's kernels relative to this package's, which otherwise must agree."""
     expected = load_kernel_basis(kernel).sample()
     result = torch.sign((found * expected).flatten(1).sum(1))
     error = (found * result.view(-1, 1, 1, 1, 1) - expected).abs().max().item()

@@ -1,7 +1,7 @@
-"""Accuracy against the number of labels where orientation means nothing: which surface is this a piece of?
+"""Accuracy against the number of labels, for textures without a preferred orientation.
 
     pip install '.[test]'
-    python scripts/few_labels.py             # half an hour of one core; the same call goes on where it was interrupted
+    python scripts/few_labels.py             # half an hour of one core; the same call continues an interrupted one
     python scripts/few_labels.py --table     # only write the table and the picture again
 
 Seven photographs that scikit-image ships: brick, grass, gravel, a cell and a retina (CC0), galaxies (NASA, public
@@ -10,7 +10,7 @@ deviation 1, so that form decides and brightness does not. Labelled pieces come 
 test pieces from the right half. The labelled ones lie as photographed, all in one orientation; the test pieces are
 rotated by any angle.
 
-The networks have as many parameters, the same optimiser and the same number of steps. What comes out is kept in
+The networks have as many parameters, the same optimiser and the same number of steps. Results are written to
 scripts/benchmarks/few_labels.json, with a table and a picture beside it.
 """
 
@@ -47,7 +47,7 @@ STEPS, BATCH_SIZE, LEARNING_RATE = 150, 32, 5e-3
 
 @dataclass(frozen=True)
 class Network:
-    """One of those compared.
+    """A network of the comparison.
 
     Attributes:
         model: its name.
@@ -141,7 +141,7 @@ def train(network: Network, labels_of_each: int, seed: int, steps: int = STEPS) 
 
 @torch.inference_mode()
 def accuracy(model: nn.Module, limit: float) -> float:
-    """Per cent of the test pieces, rotated by up to `limit` degrees, named rightly; the same pieces for all models."""
+    """Per cent of the test pieces, rotated by up to `limit` degrees, classified correctly; the same for all models."""
     generator = torch.Generator().manual_seed(2**31)
     pieces, labels = windows("test", TEST_PIECES, generator)
     inputs = images(pieces, limit, generator)
@@ -194,7 +194,7 @@ def picture(results: dict[str, dict]) -> Figure:
     axes.set_xscale("log")
     axes.set_xticks(LABELS, [str(count) for count in LABELS])
     axes.minorticks_off()
-    axes.set(xlabel="labelled pieces of each surface", ylabel="rotated test pieces named rightly, %")
+    axes.set(xlabel="labelled pieces of each surface", ylabel="accuracy on rotated test pieces, %")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     return figure

@@ -6,7 +6,7 @@ pattern is recorded as `signs` in `equivision_timm/weights/released.json`.
 
 From the best known pattern and from random ones, single groups, irreps and pairs of the weakest groups are changed as
 long as the fit of the first stage improves. Then the neighbours of the winner, the known patterns and the other optima
-challenge it on all stages, with as many crops as it takes.
+are compared with it on all stages, with more crops until the result is clear.
 
     python scripts/find_signs.py d4resnet18.ckpt --model d4resnet18 --images photographs/
 """
@@ -74,7 +74,7 @@ def find_signs(model: EquivariantResNet, batches: Iterable[torch.Tensor], restar
         AmbiguousSigns: two patterns with different logits fit alike.
     """
     if not sign_groups(model.group):
-        raise ValueError(f"the basis of {model.group} is the same on every machine: there are no signs to find")
+        raise ValueError(f"the basis of {model.group} is the same on every machine: only D4 and D8 have signs to find")
     batches = iter(itertools.islice(batches, MOST_BATCHES))
     fits, generator = Progress(model, next(batches)), torch.Generator().manual_seed(0)
     known = {fits.canonical(pattern): name for name, pattern in known_patterns(model.group).items()}

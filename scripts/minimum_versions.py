@@ -3,7 +3,7 @@
     python scripts/minimum_versions.py > lowest.txt
     pip install -c lowest.txt '.[test,escnn]'
 
-The checks run with these too, so that every lower bound is one that was tried. Needs Python 3.11.
+The checks run with these too, so that every lower bound has been tested. Needs Python 3.11.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ EXTRAS = ("test", "escnn")
 
 
 def lowest(requirements: list[str], project: dict) -> list[str]:
-    """`name==bound` for each `name>=bound`, none where there is no lower bound; our own extras are followed."""
+    """`name==bound` for each `name>=bound`, none without a lower bound; extras of this package are expanded."""
     pins = []
     for requirement in map(Requirement, requirements):
         if requirement.name == project["name"]:

@@ -1,19 +1,18 @@
-"""A new user's way, step by step and timed: a folder of images, fine-tuned, predicted, exported, deployed.
+"""The steps of a new user, timed: images in folders, fine-tuning, prediction, export, deployment.
 
-    pip install 'equivision-timm[export]' scikit-image
+    pip install '.[export]' scikit-image
     python scripts/new_user.py                                       # fine-tunes by the plain loop below
     python scripts/new_user.py --train-script CLONE/train.py         # by timm's script, with configs/finetune.yaml
     python scripts/new_user.py --model test_c1resnet                 # the plain twin, which fails at the last step
 
 The images are pieces of three photographs of scikit-image, trained on their left halves, tested on their right halves.
-A model of the package starts from its weights, which know handwritten digits. What is deployed is an ONNX file, run
-without PyTorch. Turned by 90, 180 and 270 degrees the images must get the same probabilities to 1e-4, from
+A model of the package starts from its weights, trained on handwritten digits. An ONNX file is deployed, and run without
+PyTorch. Rotated by 90, 180 and 270 degrees the images must get the same probabilities to 1e-4, from
 `equivision-timm predict` and from the ONNX file: exit status 1 where they do not.
 """
 
 import argparse
 import csv
-import json
 import subprocess
 import sys
 import time
@@ -45,14 +44,14 @@ CONFIG = Path(__file__).parents[1] / "configs" / "finetune.yaml"
 
 @contextmanager
 def step(title: str) -> Iterator[list[str]]:
-    """Print how many seconds the body took, with what it appends to the list."""
-    said, start = [], time.perf_counter()
-    yield said
-    print(f"{title:12} {time.perf_counter() - start:5.1f} s  {' '.join(said)}", flush=True)
+    """Print the seconds that the body took, and the notes that it appends to the list."""
+    notes, start = [], time.perf_counter()
+    yield notes
+    print(f"{title:12} {time.perf_counter() - start:5.1f} s  {' '.join(notes)}", flush=True)
 
 
 def write_pictures(folder: Path) -> None:
-    """`folder`/train and `folder`/val with a folder for each class; `folder`/new/ANGLE/CLASS: those of val, turned."""
+    """`folder`/train and `folder`/val with a folder for each class; `folder`/new/ANGLE/CLASS: those of val, rotated."""
     random = np.random.default_rng(0)
     for name in CLASSES:
         photograph = getattr(data, name)()  # [512, 512]
@@ -103,7 +102,7 @@ def fine_tune(name: str, folder: Path) -> Path:
 
 
 def fine_tune_by_timm(train_script: Path, name: str, folder: Path) -> Path:
-    """The same by timm's train.py, as configs/finetune.yaml says."""
+    """The same by timm's train.py, with configs/finetune.yaml."""
     command = [sys.executable, str(train_script), "--config", str(CONFIG), "--data-dir", ".", "--model", name]
     command += ["--num-classes", str(len(CLASSES)), "--experiment", "first", "--device", "cpu"]
     command += ["--img-size", str(SIZE), "--epochs", str(EPOCHS), "--warmup-epochs", "1", "-b", str(BATCH_SIZE)]
@@ -133,15 +132,17 @@ def export(name: str, checkpoint: Path, folder: Path) -> Path:
 
 
 def deployed(path: Path, files: list[Path]) -> np.ndarray:
-    """Probabilities [files, CLASSES] of an ONNX file, which says all that is needed; without PyTorch."""
+    """Probabilities [files, CLASSES] of an ONNX file, prepared by its metadata; without PyTorch."""
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     about = session.get_modelmeta().custom_metadata_map
-    mean, std = (np.float32(json.loads(about[key])) for key in ("mean", "std"))
-    images = np.stack([np.asarray(Image.open(file).convert("RGB"), np.float32) / 255 for file in files])
-    batch = np.ascontiguousarray(((images - mean) / std).transpose(0, 3, 1, 2))  # [B, 3, H, W]
+    mean, std = (np.array(about[key].split(), np.float32) for key in ("mean", "std"))
+    images = np.stack([np.asarray(Image.open(file).convert("RGB"), np.float32) for file in files])
+    batch = np.ascontiguousarray(
+        ((images * np.float32(about["scale"]) - mean) / std).transpose(0, 3, 1, 2)
+    )  # [B, 3, H, W]
     (logits,) = session.run(["logits"], {"images": batch})
     exponential = np.exp(logits - logits.max(1, keepdims=True))
-    order = [json.loads(about["classes"]).index(name) for name in CLASSES]
+    order = [about["classes"].splitlines().index(name) for name in CLASSES]
     return (exponential / exponential.sum(1, keepdims=True))[:, order]
 
 
@@ -151,9 +152,9 @@ def accuracy(probabilities: dict[str, np.ndarray]) -> float:
 
 
 def change_under_rotation(probabilities: dict[str, np.ndarray]) -> float:
-    """The largest difference of a probability between a turned image and the image as it was."""
-    turned = [(row, probabilities["0/" + file.partition("/")[2]]) for file, row in probabilities.items()]
-    return max(np.abs(row - upright).max().item() for row, upright in turned)
+    """The largest difference of a probability between a rotated image and the unrotated image."""
+    rotated = [(row, probabilities["0/" + file.partition("/")[2]]) for file, row in probabilities.items()]
+    return max(np.abs(row - upright).max().item() for row, upright in rotated)
 
 
 def main() -> int:
@@ -162,34 +163,34 @@ def main() -> int:
     parser.add_argument("--train-script", type=Path, help="timm's train.py (default: a plain loop)")
     args = parser.parse_args()
     if args.train_script and not args.train_script.is_file():
-        parser.error(f"--train-script {args.train_script} is no file: give train.py of a clone of timm's repository")
+        parser.error(f"--train-script {args.train_script} does not exist: give train.py of a clone of timm")
 
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        with step("pictures") as said:
+        with step("pictures") as notes:
             write_pictures(folder)
-            said.append(f"{len(list(folder.rglob('train/*/*')))} of {', '.join(CLASSES)}")
-        with step("fine-tune") as said:
+            notes.append(f"{len(list(folder.rglob('train/*/*')))} of {', '.join(CLASSES)}")
+        with step("fine-tune") as notes:
             if args.train_script:
                 checkpoint = fine_tune_by_timm(args.train_script.resolve(), args.model, folder)
             else:
                 checkpoint = fine_tune(args.model, folder)
-            said.append(f"{args.model}, {EPOCHS} epochs")
-        with step("predict") as said:
+            notes.append(f"{args.model}, {EPOCHS} epochs")
+        with step("predict") as notes:
             predicted = predict(args.model, checkpoint, folder)
-            said.append(f"{accuracy(predicted):.1%} of {len(predicted)} new images right")
-        with step("export") as said:
+            notes.append(f"{accuracy(predicted):.1%} of {len(predicted)} new images correct")
+        with step("export") as notes:
             path = export(args.model, checkpoint, folder)
-            said.append(f"{path.name}, {path.stat().st_size / 1e6:.1f} MB")
-        with step("deploy") as said:
+            notes.append(f"{path.name}, {path.stat().st_size / 1e6:.1f} MB")
+        with step("deploy") as notes:
             files = [folder / "new" / file for file in predicted]
             answers = dict(zip(predicted, deployed(path, files), strict=True))
             apart = max(np.abs(answers[file] - predicted[file]).max() for file in predicted)
-            said.append(f"{accuracy(answers):.1%} right, probabilities {apart:.1e} from those of predict")
+            notes.append(f"{accuracy(answers):.1%} correct, probabilities {apart:.1e} from those of predict")
     changes = {"predict": change_under_rotation(predicted), "deploy": change_under_rotation(answers)}
-    print("turned images: probabilities change by " + ", ".join(f"{v:.1e} in {k}" for k, v in changes.items()))
+    print("rotated images: probabilities change by " + ", ".join(f"{v:.1e} in {k}" for k, v in changes.items()))
     if max(*changes.values(), apart) > TOLERANCE:
-        print(f"turned images do not get the same probabilities to {TOLERANCE:g}", file=sys.stderr)
+        print(f"rotated images do not get the same probabilities to {TOLERANCE:g}", file=sys.stderr)
         return 1
     return 0
 

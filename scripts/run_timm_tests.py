@@ -1,16 +1,15 @@
-"""Run timm's own model tests, unmodified, on our models.
+"""Run timm's own model tests, unmodified, on the models of this package.
 
     python scripts/run_timm_tests.py                               # every registered model
     python scripts/run_timm_tests.py d4resnet18 'c8*' --sdist timm-1.0.31.tar.gz
     GITHUB_ACTIONS=1 python scripts/run_timm_tests.py              # as timm's CI: some heavy tests are left out
 
 The tests come from the sdist of the installed timm (downloaded with pip unless given). timm picks the models for its
-tests of intermediates and pruning by the module that defines them, so our names are added to its module `resnet`; it
-tells ViTs, which give tokens for maps, by the start of their names, so where it looks for 'vit_*' it finds ours. Its
-tests of pretrained models find random weights in a local weights folder made for the occasion, and those of adapted
-models, which take timm's weights, in a cache of the Hub. One
-test is left out, and the summary says so: `test_model_inference` fetches the expected outputs of timm's own `test_*`
-models from timm's Hub repositories, which ours do not have.
+tests of intermediates and pruning by the module that defines them, so the names are added to its module `resnet`; it
+recognises ViTs, which return tokens instead of maps, by the start of their names, so a filter 'vit_*' also matches ViTs
+of this package. Its tests of pretrained models load random weights from a temporary weights folder, those of adapted
+models, which load timm's weights, from a temporary cache of the Hub. One test is left out, and listed in the summary:
+`test_model_inference` downloads the expected outputs of timm's own `test_*` models from the Hub.
 """
 
 import argparse
@@ -24,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read on import: a test that needed the network would fail, not hang
+os.environ["HF_HUB_OFFLINE"] = "1"  # read on import: a test that needs the network fails at once
 
 import pytest
 import timm
@@ -42,7 +41,7 @@ VITS = ["d1vit_*", "d4vit_*", "d4hybridvit_*", "test_d4vit*"]
 
 
 class Selection:
-    """pytest plugin: keeps the tests parametrised by one of `names`, counts them, and reports both."""
+    """pytest plugin: selects the tests parametrised by one of `names`, and reports their numbers."""
 
     def __init__(self, names: list[str]) -> None:
         self.names = names
@@ -53,10 +52,10 @@ class Selection:
         selected, others = [], []
         for item in items:
             name = item.callspec.params.get("model_name", "") if hasattr(item, "callspec") else ""
-            ours = isinstance(name, str) and name.split(".")[0] in self.names  # 'c8resnet50.untrained' -> 'c8resnet50'
+            own = isinstance(name, str) and name.split(".")[0] in self.names  # 'c8resnet50.untrained' -> 'c8resnet50'
             needs_hub = item.originalname == NEEDS_TIMM_HUB
-            (selected if ours and not needs_hub else others).append(item)
-            if ours and needs_hub:
+            (selected if own and not needs_hub else others).append(item)
+            if own and needs_hub:
                 self.left_out.append(item.nodeid)
         self.counts.update(item.originalname for item in selected)
         config.hook.pytest_deselected(items=others)
@@ -72,7 +71,7 @@ class Selection:
 
 
 def unpack_tests(sdist: Path, folder: Path) -> Path:
-    """Extract timm's tests and their pytest settings, not its code: the installed one is what is tested."""
+    """Extract timm's tests and their pytest settings, not its code: the installed timm is tested."""
     with tarfile.open(sdist) as archive:
         root = archive.getnames()[0].split("/")[0]
         wanted = [m for m in archive if m.name == f"{root}/pyproject.toml" or m.name.startswith(f"{root}/tests/")]
@@ -103,7 +102,7 @@ def write_hub_cache(names: list[str], folder: Path) -> None:
 
 
 def _with_our_vits(list_models: Callable[..., list[str]]) -> Callable[..., list[str]]:
-    """`list_models` with our ViTs wherever a filter names timm's."""
+    """`list_models` with the ViTs of this package for every filter that matches timm's."""
 
     def also_ours(filters: str | list[str]) -> str | list[str]:
         return [*filters, *VITS] if "vit_*" in filters else filters
@@ -122,7 +121,7 @@ def download_sdist(folder: Path) -> Path:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("patterns", nargs="*", default=["*"], help="names or patterns of our models (default: all)")
+    parser.add_argument("patterns", nargs="*", default=["*"], help="names or patterns of models (default: all)")
     parser.add_argument("--sdist", type=Path, help=f"timm-{timm.__version__}.tar.gz (default: download it with pip)")
     args = parser.parse_args()
 

@@ -125,7 +125,7 @@ def test_segment(example, tmp_path: Path) -> None:
     """The mask rotates with the image, that of the U-Net does not; both learn, at equal parameters."""
     segment = example("segment", needs=["segmentation_models_pytorch", "skimage"])
     torch.manual_seed(0)
-    models = {"U-Net": segment.unet(), "EquivariantFPN": segment.ours()}
+    models = {"U-Net": segment.unet(), "EquivariantFPN": segment.equivariant()}
     plain, equivariant = (sum(p.numel() for p in model.parameters()) for model in models.values())
     assert abs(equivariant - plain) < 0.05 * plain
     for model in models.values():

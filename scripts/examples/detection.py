@@ -4,7 +4,7 @@ The maps of the backbone rotate with the image, exactly by quarter turns, for ev
 here have 289 x 193 pixels, and the detector leaves them as they are. The pyramid and the heads are torchvision's
 ordinary ones; ReDet puts rotated regions of interest there.
 
-pip install 'equivision-timm[examples]'
+pip install '.[examples]'
 python scripts/examples/detection.py c8reresnet50         # or c8resnet50_fast, or any other backbone of timm
 """
 

@@ -2,7 +2,7 @@
 
 Needs the extra `escnn` (a Fortran compiler, numpy < 2).
 
-    pip install 'equivision-timm[escnn]'
+    pip install '.[escnn]'
     python scripts/examples/escnn_head.py
 """
 
@@ -15,7 +15,7 @@ from equivision_timm.escnn_interop import field_type, to_geometric_tensor
 
 
 class VectorHead(torch.nn.Module):
-    """Predicts one vector a pixel that turns with the image, say the direction of growth: [B, 2, H / 32, W / 32].
+    """Predicts one vector a pixel that rotates with the image, such as the direction of growth: [B, 2, H / 32, W / 32].
 
     Args:
         name: one of our models.

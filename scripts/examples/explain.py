@@ -6,7 +6,7 @@ only permutes. Shown is the largest difference after a quarter turn, relative to
 gradients jump where a ReLU opens, and float noise decides when. A perfectly flat ground would make ties in max pooling,
 whose gradient goes to the pixel that comes first; a little noise, as every camera has it, breaks them.
 
-    pip install equivision-timm
+    pip install .
     python scripts/examples/explain.py test_c8resnet test_c1resnet
 
 Sources: Selvaraju et al., Grad-CAM (2017); Sundararajan et al., Axiomatic Attribution for Deep Networks (2017).

@@ -2,10 +2,10 @@
 
 The network is folded, exported and quantised. Its convolutions then sum integers, exactly and so in any order: what
 float noise is elsewhere is zero here. Two things have to be seen to. The mean over space must be taken of integers,
-too, so it becomes a GlobalAveragePool, which onnxruntime knows in 8 bits. And the head behind it stays in float: the
+too, so it becomes a GlobalAveragePool, which onnxruntime has in 8 bits. The head after it stays in float: the
 quantiser would give every element of the group a scale of its own, and break their symmetry.
 
-    pip install 'equivision-timm[export]'
+    pip install '.[export]'
     python scripts/examples/int8.py test_c8resnet test_c1resnet
 """
 
@@ -71,7 +71,7 @@ def run(path: Path, images: torch.Tensor) -> np.ndarray:
 
 
 def compare(name: str, folder: Path, count: int = 100) -> dict[str, float]:
-    """How many logits change under quarter turns, in float and in 8 bits; how often both name the same class."""
+    """How many logits change under quarter turns, in float and in 8 bits; how often both predict the same class."""
     model = timm.create_model(name, pretrained=True)
     images, path = digits(model, count), folder / f"{name}.onnx"
     export(model, images, path)

@@ -2,10 +2,10 @@
 
 Of a ResNet the features are the pooled map, of a vision transformer the class token. The networks were trained on
 MNIST's digits; here they see those of the UCI repository, which scikit-learn ships (8 x 8 pixels). Classifiers are
-fitted on upright digits, and tested on upright, rotated and reflected ones: D4 leaves the features alone under both,
-C8 under rotations, c1 under nothing.
+fitted on upright digits, and tested on upright, rotated and reflected ones: the features of D4
+do not change under either, those of C8 under rotations, those of c1 under none.
 
-    pip install 'equivision-timm[examples]'
+    pip install '.[examples]'
     python scripts/examples/probe.py test_d4vit test_c8resnet test_c1resnet
 """
 

@@ -2,12 +2,12 @@
 
 Both learn from the upper half of one photograph, which scikit-image ships, and find the vessels of the lower half,
 which mirrors it: those that rise above fall below. The labels are made by a classical method, as dark ridges narrower
-than 17 pixels: scores say how well a network learns that method, not how well it sees what an eye doctor sees.
-Both networks have 550 thousand parameters; ours takes twice the time. Shown are the intersection over union with the
-labels, upright and rotated by quarter turns; the smallest of the mask of a rotated image with the rotated mask; and the
-largest difference between their logits, relative to the largest logit.
+than 17 pixels: scores measure how well a network learns that method, not its agreement with an ophthalmologist.
+Both networks have 550 thousand parameters; the equivariant one takes twice the time. Shown are the intersection over
+union with the labels, upright and rotated by quarter turns; the smallest of the mask of a rotated image with the
+rotated mask; and the largest difference between their logits, relative to the largest logit.
 
-pip install 'equivision-timm[examples]'
+pip install '.[examples]'
 python scripts/examples/segment.py
 """
 
@@ -30,7 +30,7 @@ QUARTERS = (0, 1, 2, 3)
 RATE = 4e-3  # of 1.5e-3, 4e-3 and 1e-2 the best for the U-Net
 
 
-def ours() -> EquivariantFPN:
+def equivariant() -> EquivariantFPN:
     """D4, 550 thousand parameters."""
     encoder = timm.create_model("d4resnet18_fast", width=6, features_only=True)
     return EquivariantFPN(encoder, num_classes=1, fields=8)
@@ -55,7 +55,7 @@ def retina() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def side(model: nn.Module, pixels: int) -> int:
-    """How many pixels the model takes: 1 modulo 32 for ours, which is exact there, 0 for the U-Net."""
+    """Number of pixels along a side: 1 modulo 32 for the equivariant network, an exact size, 0 for the U-Net."""
     return pixels // 32 * 32 + isinstance(model, EquivariantFPN)
 
 
@@ -138,7 +138,7 @@ def draw(models: dict[str, nn.Module], path: Path) -> None:
 
 
 def compare(upright: torch.Tensor, rotated: torch.Tensor) -> torch.Tensor:
-    """[H, W, 3]: what both masks hold is white, what the second lacks orange, what it alone holds blue."""
+    """[H, W, 3]: white in both masks, orange in the first only, blue in the second only."""
     both = torch.stack([upright & rotated, upright & ~rotated, ~upright & rotated], -1).float()
     return both @ torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.5, 0.0], [0.2, 0.6, 1.0]])
 
@@ -162,7 +162,7 @@ def main() -> None:
         draw(models, args.picture)
 
 
-NETWORKS = (("U-Net", unet, False), ("U-Net, augmented", unet, True), ("EquivariantFPN", ours, False))
+NETWORKS = (("U-Net", unet, False), ("U-Net, augmented", unet, True), ("EquivariantFPN", equivariant, False))
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,6 @@
 """An equivariant encoder in segmentation_models.pytorch, which takes timm's models as `tu-NAME`: a U-Net for coins.
 
-pip install 'equivision-timm[examples]'
+pip install '.[examples]'
 python scripts/examples/segmentation.py
 """
 
