@@ -20,6 +20,9 @@ from timm.loss import BinaryCrossEntropy
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
+import equivision_timm
+from equivision_timm.cli.configs import find_configs
+from equivision_timm.cli.main import main
 from equivision_timm.rotation import RotatedFolder
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -87,6 +90,30 @@ def _commands(config: Path) -> list[list[str]]:
     head = re.split(r"^[^#]", config.read_text(), maxsplit=1, flags=re.MULTILINE)[0]
     lines = re.sub(r"\\\n#", " ", head).splitlines()
     return [line.removeprefix("#").split() for line in lines if line.startswith("#   ")]
+
+
+def test_command_copies_the_recipes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Into a new folder, again into the same; an edited recipe is not replaced."""
+    folder = tmp_path / "new"
+    for _ in range(2):
+        assert main(["configs", str(folder)]) == 0
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == {p.name: p.read_bytes() for p in CONFIGS}
+    assert str(folder / "finetune.yaml") in capsys.readouterr().out.splitlines()
+    (folder / "scratch.yaml").write_text("lr: 1")
+    assert main(["configs", str(folder)]) == 2
+    assert "scratch.yaml" in capsys.readouterr().err
+    assert (folder / "scratch.yaml").read_text() == "lr: 1"
+
+
+def test_recipes_in_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder inside the package, where the build puts it, comes before one beside the package."""
+    pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert '[tool.hatch.build.targets.wheel.force-include]\n"configs" = "equivision_timm/configs"' in pyproject
+    monkeypatch.setattr(equivision_timm, "__file__", str(tmp_path / "equivision_timm" / "__init__.py"))
+    for folder in (tmp_path / "configs", tmp_path / "equivision_timm" / "configs"):
+        folder.mkdir(parents=True)
+        (folder / "one.yaml").touch()
+        assert find_configs() == [folder / "one.yaml"]
 
 
 # The smallest run: what is given last counts

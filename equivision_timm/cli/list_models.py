@@ -105,7 +105,7 @@ def _dense(model: nn.Module, name: str, shape: tuple[int, int, int]) -> float | 
     if isinstance(model, EquivariantBackbone):
         return gmacs(model, shape, "dense")
     plain = re.sub(r"^[cd]\d+(hybrid)?|_full", "", name)
-    if not timm.is_model(plain):
+    if plain == name or not timm.is_model(plain):
         return None
     with torch.device("meta"):
         return gmacs(timm.create_model(plain).eval(), shape, "dense")
