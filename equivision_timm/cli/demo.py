@@ -1,9 +1,9 @@
 """The command `demo`: rotated handwritten digits, classified by equivariant and plain networks.
 
 Equivariant are a ResNet for C8, an alias-free one, made for the angles between the quarter turns, too, and for D4 a
-vision transformer and a ConvNeXt, in the table only. Plain are the ResNet without the group, the same trained with random rotations, and the same averaged over
-quarter turns: the alternatives to equivariance. All weights are in the package, trained on the same digits; the ResNets
-have about as many parameters. The digits of the demo were held out.
+vision transformer and a ConvNeXt, in the table only. Plain are the ResNet without the group, the same trained with
+random rotations, and the same averaged over quarter turns: the alternatives to equivariance. All weights are in the
+package, trained on the same digits; the ResNets have about as many parameters. The digits of the demo were held out.
 """
 
 import argparse
@@ -190,8 +190,8 @@ def _meaning(predictions: dict[Network, torch.Tensor], labels: torch.Tensor, ang
         f"{accuracy[PLAIN][0]:.1f} %, C8 af: {accuracy[ALIAS_FREE][0]:.1f} %). '{AVERAGED.title}', the mean of the "
         f"logits of plain over the four quarter turns of each image, in four times the time: {figures(AVERAGED)}.",
         f"6 and 9: for C8 a digit and the same digit upside down are one image, so the handwriting is the only "
-        f"difference: {swapped[EQUIVARIANT].mean():.1f} % are confused on average over the angles. plain uses the "
-        f"orientation, as readers do: {swapped[PLAIN][0]:.1f} % upright, {swapped[PLAIN][worst]:.1f} % at "
+        f"difference: {swapped[EQUIVARIANT].mean():.1f} % are confused on average over the angles. The plain "
+        f"network uses the orientation, as readers do: {swapped[PLAIN][0]:.1f} % upright, {swapped[PLAIN][worst]:.1f} % at "
         f"{angles[worst]}°.",
     )
     return "\n".join("\n" + fill(paragraph, _WIDTH) for paragraph in paragraphs)
