@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from equivision_timm.cli.options import Parsers, add_command, add_photographs
+from equivision_timm.cli.options import Parsers, add_command, add_options
 from equivision_timm.weights.convert import convert_file
 
 __all__ = ["register"]
@@ -18,7 +18,7 @@ def register(commands: Parsers) -> None:
     add("checkpoint", type=Path, metavar="CKPT", help="checkpoint file of the other project")
     add("--model", "--models", required=True, metavar="NAME", help="model of this package, e.g. c8resnet50")
     add("--out", type=Path, required=True, metavar="DIR", help="model folder to write")
-    add_photographs(parser)
+    add_options(parser, "images", "signs")
 
 
 def run(args: argparse.Namespace) -> int:

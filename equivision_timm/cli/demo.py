@@ -191,8 +191,8 @@ def _meaning(predictions: dict[Network, torch.Tensor], labels: torch.Tensor, ang
         f"logits of plain over the four quarter turns of each image, in four times the time: {figures(AVERAGED)}.",
         f"6 and 9: for C8 a digit and the same digit upside down are one image, so the handwriting is the only "
         f"difference: {swapped[EQUIVARIANT].mean():.1f} % are confused on average over the angles. The plain "
-        f"network uses the orientation, as readers do: {swapped[PLAIN][0]:.1f} % upright, {swapped[PLAIN][worst]:.1f} % at "
-        f"{angles[worst]}°.",
+        f"network uses the orientation, as readers do: {swapped[PLAIN][0]:.1f} % upright, "
+        f"{swapped[PLAIN][worst]:.1f} % at {angles[worst]}°.",
     )
     return "\n".join("\n" + fill(paragraph, _WIDTH) for paragraph in paragraphs)
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 
 from equivision_timm.cli.models import Loaded, check_spec, load, read_class_map, short_name
-from equivision_timm.cli.options import Parsers, add_class_map, add_command, add_model, add_size
+from equivision_timm.cli.options import Parsers, add_command, add_model, add_options
 from equivision_timm.errors import one_line
 from equivision_timm.files import check_writable, write_file
 from equivision_timm.models import fuse
@@ -31,8 +31,7 @@ def register(commands: Parsers) -> None:
     parser = add_command(commands, "export", run, "{out} was not written", text, more)
     add_model(parser, option=False)
     parser.add_argument("out", type=Path, metavar="FILE", help="ONNX file to write")
-    add_size(parser)
-    add_class_map(parser)
+    add_options(parser, "size", "class-map")
 
 
 def run(args: argparse.Namespace) -> int:

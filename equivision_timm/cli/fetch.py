@@ -2,7 +2,7 @@
 
 import argparse
 
-from equivision_timm.cli.options import Parsers, add_command, add_names, add_photographs, for_each
+from equivision_timm.cli.options import Parsers, add_command, add_names, add_options, for_each
 from equivision_timm.weights.fetch import fetch
 from equivision_timm.weights.released import released
 
@@ -16,7 +16,7 @@ def register(commands: Parsers) -> None:
         create_model(NAME, pretrained=True) loads from it. The same command continues a broken download."""
     parser = add_command(commands, "fetch", run, "the same command continues from there", text, more)
     add_names(parser, "every model whose checkpoint was released")
-    add_photographs(parser)
+    add_options(parser, "images", "signs")
 
 
 def run(args: argparse.Namespace) -> int:

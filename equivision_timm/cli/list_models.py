@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 from timm.models import resolve_pretrained_cfg
 
-from equivision_timm.cli.options import Parsers, add_command, add_json, integer
+from equivision_timm.cli.options import Parsers, add_command, add_options, integer
 from equivision_timm.errors import InputError
 from equivision_timm.models import Canonicalized, EquivariantBackbone, Symmetrized, model_names
 from equivision_timm.models.pretrained import PUBLISHED, WEIGHTS_FILE, local_folder
@@ -56,7 +56,7 @@ def register(commands: Parsers) -> None:
     add = parser.add_argument
     add("pattern", nargs="?", default="*", metavar="PATTERN", help="names such as 'c8*' (default: all)")
     add("--near", type=integer(1, 8192), default=224, metavar="N", help="exact sizes near it (default: %(default)s)")
-    add_json(parser)
+    add_options(parser, "json")
 
 
 def run(args: argparse.Namespace) -> int:

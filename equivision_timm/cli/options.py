@@ -14,16 +14,10 @@ from equivision_timm.errors import InputError, one_line
 
 __all__ = [
     "Parsers",
-    "add_angles",
-    "add_batches",
-    "add_class_map",
     "add_command",
-    "add_json",
     "add_model",
     "add_names",
-    "add_num_classes",
-    "add_photographs",
-    "add_size",
+    "add_options",
     "for_each",
     "integer",
     "message",
@@ -82,56 +76,11 @@ def add_model(parser: argparse.ArgumentParser, several: bool = False, option: bo
     parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE", help=text)
 
 
-def add_size(parser: argparse.ArgumentParser, default: str = "as trained, or the model's", **options: Any) -> None:
-    """`--size`: side of the images."""
-    text = f"side of the images in pixels (default: {default})"
-    parser.add_argument("--size", type=integer(1, 8192), metavar="N", help=text, **options)
-
-
-def add_num_classes(parser: argparse.ArgumentParser) -> None:
-    """`--num-classes`: of the models."""
-    text = "number of classes (default: as trained, or the model's)"
-    parser.add_argument("--num-classes", type=integer(1, 10**6), metavar="N", help=text)
-
-
-def add_class_map(parser: argparse.ArgumentParser) -> None:
-    """`--class-map`: names of the classes."""
-    text = "names of the classes: a file with one per line, or the training folder (default: those of the weights)"
-    parser.add_argument("--class-map", type=Path, metavar="FILE|DIR", help=text)
-
-
-def add_angles(parser: argparse.ArgumentParser, default: str) -> None:
-    """`--angles`, see `parse_angles`."""
-    text = "START:STOP:STEP or A,B,C in degrees, counter-clockwise (default: %(default)s)"
-    parser.add_argument("--angles", type=parse_angles, default=default, help=text)
-
-
-def add_batches(parser: argparse.ArgumentParser, batch_size: int) -> None:
-    """`--batch-size` and `--device`."""
-    text = "images at a time (default: %(default)s)"
-    parser.add_argument("-b", "--batch-size", type=integer(1), default=batch_size, metavar="N", help=text)
-    parser.add_argument("--device", help="device of PyTorch (default: cuda if available, else cpu)")
-
-
 def add_names(parser: argparse.ArgumentParser, meaning_of_all: str) -> None:
     """Names of models, or `--all`."""
     names = parser.add_mutually_exclusive_group(required=True)
     names.add_argument("names", nargs="*", default=[], metavar="NAME", help="models, e.g. c8resnet50")
     names.add_argument("--all", action="store_true", help=meaning_of_all)
-
-
-def add_photographs(parser: argparse.ArgumentParser, signs: bool = True) -> None:
-    """`--images` and `--signs`: how the signs of D4 and D8 checkpoints are found."""
-    text = "folder of photographs (default: those of scikit-image)"
-    parser.add_argument("--images", type=Path, metavar="DIR", help=text)
-    if signs:
-        text = "sign pattern of a D4 or D8 checkpoint, by name or as '+' and '-' (default: found on photographs)"
-        parser.add_argument("--signs", metavar="PATTERN", help=text)
-
-
-def add_json(parser: argparse.ArgumentParser) -> None:
-    """`--json`."""
-    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
 
 
 def parse_angles(text: str) -> list[float]:
@@ -162,6 +111,43 @@ def parse_angles(text: str) -> list[float]:
         angle = math.fmod(number, 360) + 0.0  # + 0.0: no negative zero
         rotations.setdefault(round(angle % 360, 6) % 360, angle)
     return list(rotations.values())
+
+
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "angles": {"type": parse_angles, "help": "START:STOP:STEP or A,B,C in degrees (default: %(default)s)"},
+    "batch-size": {"type": integer(1), "metavar": "N", "help": "images at a time (default: %(default)s)"},
+    "class-map": {
+        "type": Path,
+        "metavar": "FILE|DIR",
+        "help": "names of the classes: a file, one per line, or the training folder (default: those of the weights)",
+    },
+    "device": {"help": "device of PyTorch (default: cuda if available, else cpu)"},
+    "images": {"type": Path, "metavar": "DIR", "help": "folder of photographs (default: those of scikit-image)"},
+    "json": {"action": "store_true", "help": "print JSON instead of the table"},
+    "num-classes": {
+        "type": integer(1, 10**6),
+        "metavar": "N",
+        "help": "number of classes (default: as trained, or the model's)",
+    },
+    "signs": {
+        "metavar": "PATTERN",
+        "help": "sign pattern of a D4 or D8 checkpoint, by name or as '+' and '-' (default: found on photographs)",
+    },
+    "size": {
+        "type": integer(1, 8192),
+        "metavar": "N",
+        "help": "side of the images in pixels (default: as trained, or the model's)",
+    },
+}
+
+
+def add_options(parser: argparse.ArgumentParser, *names: str, **defaults: Any) -> None:
+    """Options that several commands have, `names` without '--', with defaults that differ from None."""
+    for name in names:
+        short = ["-b"] if name == "batch-size" else []
+        dest = name.replace("-", "_")
+        keywords = {"default": defaults[dest]} if dest in defaults else {}
+        parser.add_argument(*short, f"--{name}", **_OPTIONS[name], **keywords)
 
 
 def for_each(names: Iterable[str], action: Callable[[str], object]) -> int:

@@ -16,7 +16,7 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from equivision_timm.cli.models import check_spec, find_device, load, read_class_map
-from equivision_timm.cli.options import Parsers, add_batches, add_class_map, add_command, add_model, add_size, integer
+from equivision_timm.cli.options import Parsers, add_command, add_model, add_options, integer
 from equivision_timm.data import ENDINGS, PictureError, find_pictures, open_rgb, preparation
 from equivision_timm.errors import InputError, one_line
 from equivision_timm.files import check_writable, write_file
@@ -46,12 +46,10 @@ def register(commands: Parsers) -> None:
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE|DIR", help="files, or folders, searched at any depth")
     add_model(parser)
-    add_class_map(parser)
     add("--topk", type=integer(1), default=5, metavar="K", help="classes of each image, or all if there are fewer (5)")
     add("--format", choices=("csv", "json"), default="csv", help="format of the result (default: %(default)s)")
     add("--out", type=Path, metavar="FILE", help="file to write (default: print)")
-    add_size(parser)
-    add_batches(parser, 32)
+    add_options(parser, "class-map", "size", "batch-size", "device", batch_size=32)
 
 
 def run(args: argparse.Namespace) -> int:

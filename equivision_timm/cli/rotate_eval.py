@@ -34,16 +34,7 @@ from tqdm import tqdm
 
 import equivision_timm
 from equivision_timm.cli.models import Loaded, check_spec, class_titles, find_device, load
-from equivision_timm.cli.options import (
-    Parsers,
-    add_angles,
-    add_batches,
-    add_command,
-    add_model,
-    add_num_classes,
-    add_size,
-    integer,
-)
+from equivision_timm.cli.options import Parsers, add_command, add_model, add_options, integer
 from equivision_timm.cli.rotate_results import Result, Results, Settings
 from equivision_timm.data import ImageFolder, PictureError, preparation
 from equivision_timm.errors import InputError, one_line
@@ -64,16 +55,15 @@ def register(commands: Parsers) -> None:
     parser = add_command(commands, "rotate-eval", run, state, text, more)
     add = parser.add_argument
     add_model(parser, several=True)
-    add_num_classes(parser)
     add("--data", required=True, metavar="DIR", help="folder with one sub-folder of images per class")
-    add_angles(parser, "0:360:15")
     add("--out", type=Path, default=Path("rotate_eval"), metavar="DIR", help="folder to write (default: %(default)s)")
-    add_size(parser, dest="sizes", nargs="+")
+    sizes = "sides of the images in pixels (default: as trained, or the model's)"
+    add("--size", dest="sizes", type=integer(1, 8192), nargs="+", metavar="N", help=sizes)
     add("--corners", choices=("reflect", "circle"), default="reflect", help="reflect them, or show a circle only")
     add("--split", default="validation", help="sub-folder of DIR to look for (default: %(default)s)")
     add("--class-map", default="", metavar="FILE", help="sub-folders in the order of the model's classes")
     add("--unlabelled", action="store_true", help="the folders are not classes: measure agreement and drift only")
-    add_batches(parser, 256)
+    add_options(parser, "num-classes", "angles", "batch-size", "device", angles="0:360:15", batch_size=256)
     workers = integer(0, 8 * (os.cpu_count() or 1))
     add("-j", "--workers", type=workers, default=4, metavar="N", help="processes that load images (default: 4)")
     add("--amp", action="store_true", help="mixed precision")

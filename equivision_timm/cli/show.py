@@ -21,15 +21,7 @@ import numpy as np
 import torch
 
 from equivision_timm.cli.models import Loaded, check_spec, class_titles, load, read_class_map, short_name
-from equivision_timm.cli.options import (
-    Parsers,
-    add_angles,
-    add_class_map,
-    add_command,
-    add_model,
-    add_num_classes,
-    add_size,
-)
+from equivision_timm.cli.options import Parsers, add_command, add_model, add_options
 from equivision_timm.data import open_rgb, preparation
 from equivision_timm.errors import InputError, one_line, shortened
 from equivision_timm.groups import Group
@@ -57,11 +49,8 @@ def register(commands: Parsers) -> None:
     add = parser.add_argument
     add("image", metavar="IMAGE", help="picture file")
     add_model(parser, several=True)
-    add_num_classes(parser)
-    add_class_map(parser)
-    add_angles(parser, "0,45,90,180")
+    add_options(parser, "num-classes", "class-map", "angles", "size", angles="0,45,90,180")
     add("--level", type=int, default=1, metavar="N", help="which feature map, 0 for the stem (default: %(default)s)")
-    add_size(parser)
     out = Path("equivision_show.png")
     add("--out", type=Path, default=out, metavar="FILE", help="picture to write (default: %(default)s)")
 

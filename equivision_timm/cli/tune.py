@@ -7,7 +7,7 @@ import timm
 from timm.models import get_pretrained_cfg
 
 from equivision_timm.cli.models import check_spec, find_device
-from equivision_timm.cli.options import Parsers, add_batches, add_command, add_size
+from equivision_timm.cli.options import Parsers, add_command, add_options
 from equivision_timm.errors import InputError
 from equivision_timm.layers.strategies.measured import table_file
 from equivision_timm.models import EquivariantBackbone
@@ -25,8 +25,7 @@ def register(commands: Parsers) -> None:
     parser = add_command(commands, "tune", _run, stored, text, more)
     add = parser.add_argument
     add("name", metavar="MODEL", help="model of this package, e.g. c8resnet50")
-    add_size(parser, "the exact size near 224")
-    add_batches(parser, 8)
+    add_options(parser, "size", "batch-size", "device", batch_size=8)
     add("--amp", choices=("bfloat16", "float16"), default="", help="mixed precision (default: none)")
     add("--channels-last", action="store_true", help="memory format")
     add("--train", action="store_true", help="forward and backward (default: inference)")

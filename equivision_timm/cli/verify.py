@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from equivision_timm.cli.options import Parsers, add_command, add_json, add_photographs
+from equivision_timm.cli.options import Parsers, add_command, add_options
 from equivision_timm.errors import InputError
 from equivision_timm.weights.verify import as_json, as_table, verify
 
@@ -17,9 +17,8 @@ def register(commands: Parsers) -> None:
     parser = add_command(commands, "verify", run, "not all was checked", text, more)
     add = parser.add_argument
     add("target", metavar="PATH_OR_NAME", help="model folder, safetensors file, or pretrained model")
-    add_photographs(parser, signs=False)
     add("--data", type=Path, metavar="DIR", help="labelled images, such as ImageNet's validation set")
-    add_json(parser)
+    add_options(parser, "images", "json")
 
 
 def run(args: argparse.Namespace) -> int:
