@@ -217,7 +217,7 @@ def test_stages(textures: str, c4: str, c1: str, tmp_path: Path, capsys: pytest.
         assert len(picture.convert("L").getcolors()) > 50
     page = Page((tmp_path / "report.html").read_text())
     assert len(page.loads) == 2  # metrics with samples, stages
-    assert page.rows == (1 + 2) + (1 + 2 * len(stages)) + (3 + 2)
+    assert page.rows == (1 + 2) + (3 + 2)
     assert main(words) == 0  # everything is there already
     assert main([*words, "--out", str(tmp_path / "other"), "--test-time-turns", "4"]) == 2
     assert not (tmp_path / "other").exists()

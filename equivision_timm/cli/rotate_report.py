@@ -55,9 +55,9 @@ class Samples:
         self.angles = [angles[i] for i in _spread(len(angles), _SAMPLE_ANGLES)]
         self.pictures: list[Image.Image] = []
         self.targets: list[int] = []
-        # For the model, size and turns of a result: a class title for each angle and picture, and whether it is correct
-        # (None without labels)
-        self.predictions: dict[tuple[str, int, int], list[list[tuple[str, bool | None]]]] = {}
+        self.titles: list[str] = []  # of their classes; [] without labels
+        # For the model, size and turns of a result: a class title for each angle and picture
+        self.predictions: dict[tuple[str, int, int], list[list[str]]] = {}
         for index in _spread(len(folder), 4 * _SAMPLE_IMAGES)[1::4] or [0]:
             with contextlib.suppress(PictureError):
                 self.pictures.append(folder.picture(index))
@@ -66,10 +66,7 @@ class Samples:
     def add(self, cell: tuple[str, int, int], titles: list[str], indices: list[list[int]], labelled: bool) -> None:
         """Add the predicted classes [angles][pictures] of a model; `titles` of all its classes."""
         self.titles = [titles[target] for target in self.targets] if labelled else []
-        self.predictions[cell] = [
-            [(titles[i], i == target if labelled else None) for i, target in zip(row, self.targets, strict=True)]
-            for row in indices
-        ]
+        self.predictions[cell] = [[titles[index] for index in row] for row in indices]
 
 
 def _spread(count: int, most: int) -> list[int]:
@@ -99,27 +96,25 @@ def write(results: list[Result], folder: Path, samples: Samples | None = None) -
 def _csv(results: list[Result]) -> bytes:
     """A row per model, size, number of turns and angle: per cent except for the drift."""
     metrics = results[0].metrics()
-    rows: list[list[Any]] = [["model", "size", "turns", "angle", "images", *metrics]]
+    rows: list[tuple] = [("model", "size", "turns", "angle", "images", *metrics)]
     for result in results:
-        settings, means = result.settings, [result.mean(metric) for metric in metrics]
-        for angle, *values in zip(settings.angles, *means, strict=True):
-            figures = [settings.size, settings.turns, f"{angle:g}", result.images, *(f"{v:.6g}" for v in values)]
-            rows.append([settings.model, *figures])
+        for angle, *values in zip(result.settings.angles, *map(result.mean, metrics), strict=True):
+            rows.append((*result.settings.cell, f"{angle:g}", result.images, *(f"{v:.6g}" for v in values)))
     return _csv_bytes(rows)
 
 
 def _stages_csv(results: list[Result]) -> bytes:
     """A row per model, size, stage and angle."""
-    rows: list[list[Any]] = [["model", "size", "stage", "angle", "images", "error"]]
+    rows: list[tuple] = [("model", "size", "stage", "angle", "images", "error")]
     for result in results:
-        model, size = result.settings.model, result.settings.size
+        model, size, _ = result.settings.cell
         for stage in result.stages:
-            for angle, error in zip(result.settings.angles, result.stage_errors(stage), strict=True):
-                rows.append([model, size, stage, f"{angle:g}", result.images, f"{error:.6g}"])
+            errors = zip(result.settings.angles, result.stage_errors(stage), strict=True)
+            rows += [(model, size, stage, f"{angle:g}", result.images, f"{error:.6g}") for angle, error in errors]
     return _csv_bytes(rows)
 
 
-def _csv_bytes(rows: list[list[Any]]) -> bytes:
+def _csv_bytes(rows: list[tuple]) -> bytes:
     file = io.StringIO(newline="")
     csv.writer(file).writerows(rows)
     return file.getvalue().encode(errors="backslashreplace")
@@ -149,16 +144,8 @@ def draw(results: list[Result], samples: Samples | None = None) -> Figure:
         if metric == "top1":
             chance = 100 / settings.classes
             axes.axhline(chance, color="0.4", linestyle=(0, (1, 2)))
-            axes.annotate(
-                "chance",
-                (1, chance),
-                xycoords=("axes fraction", "data"),
-                xytext=(-4, 2),
-                textcoords="offset points",
-                ha="right",
-                color="0.3",
-                fontsize=10,
-            )
+            place = {"xycoords": ("axes fraction", "data"), "xytext": (-4, 2), "textcoords": "offset points"}
+            axes.annotate("chance", (1, chance), ha="right", color="0.3", fontsize=10, **place)
     labels = [_label(result, 60) for result in results]
     columns = max(1, min(len(results), int(40 * len(metrics) / (max(map(len, labels)) + 6)), 4))
     lines = [Line2D([], [], **_style(i, len(results))) for i in range(len(results))]
@@ -176,9 +163,8 @@ def _draw_samples(part: SubFigure, samples: Samples, corners: str, colours: dict
     """A row per image, a column per angle; below each image a line per model: filled if correct, hollow if wrong."""
     panels = part.subplots(len(samples.pictures), len(samples.angles), squeeze=False)
     for number, (row, picture) in enumerate(zip(panels, samples.pictures, strict=True)):
-        pixels = (
-            pil_to_tensor(ImageOps.fit(picture.convert("RGB"), (_SAMPLE, _SAMPLE)))[None] / 127.5 - 1
-        )  # [1, 3, H, W]
+        square = ImageOps.fit(picture.convert("RGB"), (_SAMPLE, _SAMPLE))
+        pixels = pil_to_tensor(square)[None] / 127.5 - 1  # [1, 3, H, W]
         for column, (axes, angle) in enumerate(zip(row, samples.angles, strict=True)):
             image = shown(pixels, angle, corners)[0].permute(1, 2, 0)  # [H, W, 3]
             axes.imshow((image.clamp(-1, 1) / 2 + 0.5).numpy())
@@ -187,25 +173,13 @@ def _draw_samples(part: SubFigure, samples: Samples, corners: str, colours: dict
             if number == 0:
                 axes.set_title(f"{angle:g}°", fontsize=11)
             for line, (cell, colour) in enumerate(colours.items()):
-                title, correct = samples.predictions[cell][column][number]
-                fill = colour if correct else "white"
-                box = {
-                    "boxstyle": "round,pad=0.2",
-                    "facecolor": fill,
-                    "edgecolor": colour if correct is not None else fill,
-                }
-                axes.annotate(
-                    title,
-                    (0.5, 0),
-                    xycoords="axes fraction",
-                    xytext=(0, -10 - 14.4 * line),
-                    ha="center",
-                    textcoords="offset points",
-                    va="center",
-                    fontsize=8,
-                    color="white" if correct else colour,
-                    bbox=box,
-                )
+                title = samples.predictions[cell][column][number]
+                correct = bool(samples.titles) and title == samples.titles[number]
+                edge, fill = colour if samples.titles else "white", colour if correct else "white"
+                box = {"boxstyle": "round,pad=0.2", "facecolor": fill, "edgecolor": edge}
+                style = {"fontsize": 8, "color": "white" if correct else colour, "bbox": box}
+                place = {"xycoords": "axes fraction", "xytext": (0, -10 - 14.4 * line), "textcoords": "offset points"}
+                axes.annotate(title, (0.5, 0), ha="center", va="center", **place, **style)
         if samples.titles:
             row[0].set_ylabel(f"true: {samples.titles[number]}", fontsize=10)
     note = "Predictions, coloured as the curves" + (": filled if correct, hollow if wrong" if samples.titles else "")
@@ -299,7 +273,12 @@ def _drawn(results: list[Result]) -> list[str]:
 
 def _page(results: list[Result], contents: dict[str, bytes]) -> str:
     """The page; `contents` of the other files."""
-    title = html.escape(_headline(results))
+    title, stages = html.escape(_headline(results)), ""
+    if results[0].stages:
+        stages = f"""<h2>By stage</h2>{_image(contents["stages.png"], "Errors of the stages against the angle")}
+<p class="note">Error: |f(g x) - g f(x)| / |g f(x)| of the maps f of a stage, in a disc of 0.8 times the inscribed
+radius, with a smooth circular mask on the image; g the rotation; figures in stages.csv. 0: the map rotates with the
+image. 1: it has next to nothing in common with the rotated map.</p>"""
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>{_STYLE}</style></head><body>
@@ -311,7 +290,7 @@ def _page(results: list[Result], contents: dict[str, bytes]) -> str:
 <p class="note">Agreement: the predicted class is that of the unrotated image. Drift: |z - z0| / |z0|, z the logits
 minus their mean, z0 those of the unrotated image. Multiples of 90 degrees permute pixels, other angles resample.
 Chance: one divided by the number of classes.</p>
-{_stages(results, contents["stages.png"]) if results[0].stages else ""}
+{stages}
 <h2>How it was measured</h2>{_origins(results)}</body></html>
 """
 
@@ -346,23 +325,6 @@ def _summary(results: list[Result]) -> str:
             angle = f"{result.settings.angles[worst]:g}°"
             rows[-1] += [f"{np.mean(values):{digits}}", f"{values[worst]:{digits}} (at {angle})"]
     return _table(head, rows)
-
-
-def _stages(results: list[Result], picture: bytes) -> str:
-    """The section on the maps of the stages."""
-    rows = []
-    for result in results:
-        for stage in result.stages:
-            errors = result.stage_errors(stage)
-            worst = result.settings.angles[int(np.argmax(errors))]
-            figures = [f"{np.mean(errors):.3f}", f"{max(errors):.3f} (at {worst:g}°)"]
-            rows.append([_label(result), one_line(stage), *figures])
-    return f"""<h2>By stage</h2>{_image(picture, "Errors of the stages against the angle")}
-<div class="wide names">{_table(["model", "stage", "error, mean", "error, worst"], rows)}</div>
-<p class="note">Error: |f(g x) - g f(x)| / |g f(x)| of the maps f of a stage, in a disc of 0.8 times the inscribed
-radius, with a smooth circular mask on the image; g the rotation. 0: the map rotates with the image. 1: it has next to
-nothing in common with the rotated map.</p>
-"""
 
 
 def _origins(results: list[Result]) -> str:
