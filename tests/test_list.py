@@ -80,7 +80,7 @@ def test_the_first_place_with_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_all_models_within_seconds(capsys: pytest.CaptureFixture) -> None:
     start = time.process_time()
     assert main(["list"]) == 0
-    assert time.process_time() - start < 60  # on a busy machine
+    assert time.process_time() - start < 90  # on a busy machine
     head, *lines = capsys.readouterr().out.splitlines()
     assert head.split()[:3] == ["model", "group", "fields"]
     assert [line.split()[0] for line in lines] == model_names()

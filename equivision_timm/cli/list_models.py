@@ -6,6 +6,7 @@ import fnmatch
 import json
 import re
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import timm
@@ -90,7 +91,7 @@ def _row(name: str, near: int) -> Row:
     fields = model.feature_info[0]["num_fields"] if hasattr(model, "feature_info") else 1
     parameters, shape = sum(parameter.numel() for parameter in model.parameters()), (model.in_chans, size, size)
     if isinstance(model, Symmetrized | Canonicalized):
-        dense = gmacs(model.backbone, shape, "dense")
+        dense = _plain_gmacs(model.backbone.pretrained_cfg["architecture"], shape)
         other = gmacs(model.orientation, shape, "blocks") if isinstance(model, Canonicalized) else 0
         computed = other + dense * (model.order if isinstance(model, Symmetrized) else 1)
     else:
@@ -105,10 +106,13 @@ def _dense(model: nn.Module, name: str, shape: tuple[int, int, int]) -> float | 
     if isinstance(model, EquivariantBackbone):
         return gmacs(model, shape, "dense")
     plain = re.sub(r"^[cd]\d+(hybrid)?|_full", "", name)
-    if plain == name or not timm.is_model(plain):
-        return None
+    return _plain_gmacs(plain, shape) if plain != name and timm.is_model(plain) else None
+
+
+@cache  # several adapted models have one backbone
+def _plain_gmacs(name: str, shape: tuple[int, int, int]) -> float:
     with torch.device("meta"):
-        return gmacs(timm.create_model(plain).eval(), shape, "dense")
+        return gmacs(timm.create_model(name).eval(), shape, "dense")
 
 
 def _place(name: str) -> str:
