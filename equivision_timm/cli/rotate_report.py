@@ -178,12 +178,13 @@ def _draw_samples(part: SubFigure, samples: Samples, corners: str, colours: dict
                 edge, fill = colour if samples.titles else "white", colour if correct else "white"
                 box = {"boxstyle": "round,pad=0.2", "facecolor": fill, "edgecolor": edge}
                 style = {"fontsize": 8, "color": "white" if correct else colour, "bbox": box}
-                place = {"xycoords": "axes fraction", "xytext": (0, -10 - 14.4 * line), "textcoords": "offset points"}
+                place = {"xycoords": "axes fraction", "xytext": (0, -11 - 14.4 * line), "textcoords": "offset points"}
                 axes.annotate(title, (0.5, 0), ha="center", va="center", **place, **style)
         if samples.titles:
             row[0].set_ylabel(f"true: {samples.titles[number]}", fontsize=10)
     note = "Predictions, coloured as the curves" + (": filled if correct, hollow if wrong" if samples.titles else "")
     part.suptitle(note, fontsize=11)
+    part.supxlabel(" ", fontsize=6)  # distance from the lower edge
 
 
 def draw_stages(results: list[Result]) -> Figure:
