@@ -6,7 +6,7 @@ from pathlib import Path
 import equivision_timm
 from equivision_timm.cli.options import Parsers, add_command
 from equivision_timm.errors import InputError, one_line
-from equivision_timm.files import write_file
+from equivision_timm.files import check_writable, write_file
 
 __all__ = ["find_configs", "register"]
 
@@ -22,6 +22,7 @@ def register(commands: Parsers) -> None:
 def run(args: argparse.Namespace) -> int:
     """Copy the recipes and print their paths; returns the exit status."""
     copies = {args.folder / recipe.name: recipe.read_bytes() for recipe in find_configs()}
+    check_writable(next(iter(copies)), make_folders=True)
     edited = [str(path) for path, content in copies.items() if path.exists() and path.read_bytes() != content]
     if edited:
         raise InputError(f"{edited[0]!r} differs from the recipe of this package: name another folder")
