@@ -47,10 +47,10 @@ class EquivariantFPN(nn.Module):
     the interpolation to the size of the image.
 
     The elements of the group that map the pixel grid onto itself are exact at the exact sizes of the backbone
-    (`exact_sizes`). For a ResNet that is n = 1 mod 32, where every stride of 2 sees an odd size 2m - 1 and keeps m
-    pixels, both borders among them: 225, 113, 57, 29, 15, 8. Other sizes work, but there a stride keeps one border
-    and not the other: with random weights the logits of `test_d4resnet` change by .3 of their largest value under a
-    quarter turn at 224 pixels, by 1e-6 at 225.
+    (`exact_sizes`): all for a ResNet with `even`, n = 1 mod 32 for another, where every stride of 2 sees an odd size
+    2m - 1 and keeps m pixels, both borders among them: 225, 113, 57, 29, 15, 8. Other sizes work, but there a stride
+    keeps one border and not the other: with random weights the logits of `test_d4resnet` change by .3 of their largest
+    value under a quarter turn at 224 pixels, by 1e-6 at 225.
 
     Args:
         encoder: a model of this package made with `features_only=True`; its `out_indices` are the levels.

@@ -107,6 +107,8 @@ def test_sizes_that_are_not_exact():
     with torch.no_grad():
         assert model(image((1, 3, 64, 70))).shape == (1, 3, 64, 70)
     assert max(errors(model, 64)) > 1e-3
+    box = create(even="box")
+    assert max(max(errors(box, size)) for size in (64, 65, 70)) < 1e-5
 
 
 @pytest.mark.parametrize(
