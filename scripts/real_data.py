@@ -44,8 +44,7 @@ from equivision_timm.layers.views import act, act_each, shrink
 from equivision_timm.models import Symmetrized
 
 RESULTS = Path(__file__).parent / "benchmarks" / "real.json"
-VIEWS = 8  # elements of D4
-BATCH_SIZE = 32
+VIEWS, BATCH_SIZE = 8, 32  # elements of D4; images of a step
 
 
 class Grey(nn.Module):
@@ -106,11 +105,11 @@ ROWS = {
     "lite0, frozen": Row(partial(pretrained, 7), 161, epochs=0),
     "lite0, fine-tuned": Row(partial(pretrained, 2), 224, epochs=10, small=129, small_epochs=6, learning_rate=1e-3),
 }
-ONE, ALL = "one view", "all views"
-LINES = {  # of the table: row, and the views that the prediction takes
+ONE, ALL = "one view", "all views"  # that a prediction takes
+LINES = {  # of the table
     "plain ResNet": ("plain ResNet", ONE),
     "plain ResNet, D4 augmentation": ("plain ResNet, D4 augmentation", ONE),
-    "the same, averaged over 8 views": ("plain ResNet, D4 augmentation", ALL),
+    "the same, mean of 8 views": ("plain ResNet, D4 augmentation", ALL),
     "D4 ResNet": ("D4 ResNet", ONE),
     "D4 alias-free ResNet": ("D4 alias-free ResNet", ONE),
     "D4 ConvNeXt": ("D4 ConvNeXt", ONE),
@@ -263,10 +262,11 @@ def table(results: dict[str, Any]) -> str:
                 cells = [title, runs[0]["pixels"], f"{runs[0]['parameters']:,}", f"{minutes:.1f}", len(runs)]
                 cells += [ranged([pair[k] for pair in pairs]) for k in (0, 1) for pairs in (upright, moved)]
                 lines.append(f"| {' | '.join(map(str, cells))} |")
-    drifts = [run["drift"] for title, runs in results["runs"].items() if "plain" not in title for run in runs.values()]
-    if drifts:
-        lines += ["", f"Moving 16 images changes logits of D4 and symmetrized networks by {max(drifts):.0e} at most."]
-    lines += ["", f"![The same, a dot for each seed]({RESULTS.stem}.png)"]
+        missing = {row for row in ROWS if not any(key.startswith(split) for key in results["runs"].get(row, {}))}
+        lines += ["", f"Not run: {'; '.join(sorted(missing))}."] if missing else []
+    exact = [run["drift"] for title, runs in results["runs"].items() if "plain" not in title for run in runs.values()]
+    drift = f"Moving 16 images changes logits of D4 and symmetrized networks by {max(exact, default=0):.0e}."
+    lines += ["", drift, "", f"![The random split, a dot for each seed]({RESULTS.stem}.png)"]
     return "\n".join(lines) + "\n"
 
 
@@ -285,7 +285,7 @@ def ranged(values: list[float]) -> str:
 def picture(results: dict[str, Any]) -> Figure:
     """Accuracy of each line of the table on the random split: a filled dot for a seed upright, an open one moved."""
     lines = {title: line for title, line in LINES.items() if line[0] in results["runs"]}
-    figure = Figure(figsize=(7.6, 0.6 + 0.36 * len(lines)), layout="constrained")
+    figure = Figure(figsize=(8.4, 0.6 + 0.36 * len(lines)), layout="constrained")
     axes = figure.subplots()
     for place, (row, kind) in enumerate(lines.values()):
         for key, run in results["runs"][row].items():
@@ -299,7 +299,8 @@ def picture(results: dict[str, Any]) -> Figure:
     axes.plot([], [], "o", mfc="none", mec="#d55e00", label="rotated and reflected")
     axes.set(xlabel="accuracy, %", ylim=(len(lines) - 0.5, -1))
     axes.xaxis.set_major_locator(MultipleLocator(5))
-    axes.set_yticks(range(len(lines)), lines)
+    pixels = [next(iter(results["runs"][row].values()))["pixels"] for row, _ in lines.values()]
+    axes.set_yticks(range(len(lines)), [f"{title}, {n} px" for title, n in zip(lines, pixels, strict=True)])
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", alpha=0.3)
     axes.legend(frameon=False, loc="lower left")
