@@ -4,6 +4,7 @@
     python scripts/benchmark.py c8resnet50 'd8*' --modes eval --batch-size 4 --size 225
     python scripts/benchmark.py c8resnet50 --escnn                   # and the escnn network (extra `escnn`)
     python scripts/benchmark.py d4vit_base_patch16_224               # against timm's ViT of the same size
+    python scripts/benchmark.py d4convnext_tiny --name convnext      # against timm's ConvNeXt of the same size
     python scripts/benchmark.py c8resnet50 --layers                  # every layer, every strategy
     python scripts/benchmark.py --draw                               # only the picture, of what was measured before
     python scripts/benchmark.py c8resnet50 --device cuda --amp bfloat16 --channels-last --compile --batch-size 128
@@ -146,9 +147,16 @@ def in_place(model: nn.Module) -> nn.Module:
     return model
 
 
+def family(name: str) -> str:
+    """Of timm's rival: only ResNets are also compared with the dense network."""
+    return "ConvNeXt" if "convnext" in name else "ViT" if "vit_" in name else "ResNet"
+
+
 def timms_rival(name: str) -> str:
-    """timm's network of the same depth, and of the same width where it is a transformer."""
-    if "vit_" in name:
+    """timm's network of the same depth, and of the same width unless it is a ResNet."""
+    if family(name) == "ConvNeXt":
+        return "test_convnext" if name.startswith("test_") else name[name.index("convnext") :]
+    if family(name) == "ViT":
         size, patch = name[name.index("vit_") :].split("_")[1:3]
         return f"vit_{size}_{patch}_224"
     if name.startswith("test_"):
@@ -314,8 +322,10 @@ def compare(name: str, mode: str, dense: list[str], others: list[str], repeats: 
     result = {"model": name, "mode": mode, "median": median, "best dense": best, "ratio": ratio}
     if best:
         result |= {"memory": {"ours": memory["ours"], "dense": memory[best]}, "dense forms, alone": tried}
-    if "vit_" in name:
-        result["operations"] = {"ours": complexity(name)[1], "timm": complexity(timms_rival(name))[1]}
+    if family(name) != "ResNet":
+        for key, index in (("parameters", 0), ("operations", 1)):
+            result[key] = {"ours": complexity(name)[index], "timm": complexity(timms_rival(name))[index]}
+        result["memory"] = {form: memory[form] for form in ("ours", "timm")}
     return {**result, "seconds": seconds}
 
 
@@ -427,14 +437,15 @@ def result_table(results: list[dict]) -> str:
 
 
 def transformer_table(results: list[dict]) -> str:
-    """Ours as a multiple of timm's ViT of the same size: measured time, and 10^9 multiply-accumulates of an image."""
-    columns = ["model", "mode", "ours, ms", "timm's ViT, ms", "**time, of timm's**", "operations, of timm's"]
+    """Ours as a multiple of timm's network of the same size: time, memory, 10^9 multiply-accumulates of an image."""
+    columns = ["model", "mode", "ours, ms", "timm's, ms", "**time, of timm's**", "memory", "operations, of timm's"]
     rows = []
     for result in results:
         median, operations = result["median"], result["operations"]
         row = [f"`{result['model']}`", result["mode"], f"{1e3 * median['ours']:.0f}", f"{1e3 * median['timm']:.0f}"]
         counts = f"{operations['ours']:.1f} / {operations['timm']:.1f} = {operations['ours'] / operations['timm']:.2f}"
-        rows.append([*row, f"{median['ours'] / median['timm']:.2f}", counts])
+        memory = result["memory"]["ours"] / result["memory"]["timm"]
+        rows.append([*row, f"{median['ours'] / median['timm']:.2f}", f"{memory:.2f}", counts])
     return markdown(columns, rows)
 
 
@@ -484,8 +495,7 @@ def picture(results: list[dict], path: Path, title: str) -> None:
 
 def rivals(names: list[str]) -> str:
     """What timm's networks are called beside ours."""
-    families = {"ViT" if "vit_" in name else "ResNet" for name in names}
-    return f"timm's {' or '.join(sorted(families))} of the same depth"
+    return f"timm's {' or '.join(sorted(set(map(family, names))))} of the same depth"
 
 
 def processor() -> str:
@@ -565,7 +575,7 @@ def main() -> None:
     for name in (progress := tqdm(names)):
         for mode in args.modes:
             progress.set_description(f"{name} {mode}")
-            dense = [] if mode == "create" or "vit_" in name else list(DENSE_FORMS[: 2 if args.eager else 4])
+            dense = [] if mode == "create" or family(name) != "ResNet" else list(DENSE_FORMS[: 2 if args.eager else 4])
             if mode == "eval" and dense:
                 dense += ["dense folded", "dense folded channels-last"]
             also = [*(["escnn"] if args.escnn and mode != "create" else []), "timm"]

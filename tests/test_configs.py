@@ -16,7 +16,7 @@ import torch
 import yaml
 from support.small_models import TEXTURES, write_textures
 from timm.data import Mixup, create_dataset, create_transform
-from timm.loss import BinaryCrossEntropy
+from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
@@ -196,7 +196,9 @@ def _train_one_step(built: SimpleNamespace, args: SimpleNamespace | argparse.Nam
     if getattr(args, "mixup", 0):
         mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=10)
         images, targets = mixup(images, targets)
-        loss_function = BinaryCrossEntropy(target_threshold=args.bce_target_thresh)
+        loss_function = SoftTargetCrossEntropy()
+        if getattr(args, "bce_loss", False):
+            loss_function = BinaryCrossEntropy(target_threshold=args.bce_target_thresh)
     built.scheduler.step(args.warmup_epochs)
     before = built.model.conv1.conv.weight.clone()
     loss = loss_function(built.model(images), targets)

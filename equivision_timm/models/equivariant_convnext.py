@@ -307,8 +307,8 @@ class EquivariantConvNeXt(nn.Module):
     """ConvNeXt on regular fields: images [B, in_chans, H, W] -> logits [B, num_classes], unchanged by the group.
 
     `forward_features` returns the map [B, num_features, H / 32, W / 32], regular fields, field-major. Not available:
-    timm's `conv_mlp` (a way to compute), `norm_layer`, overlapping stems and `output_stride`, whose strides are exact
-    at other sizes than those of the patches.
+    timm's `conv_mlp` (a way to compute), `norm_layer`, `head_norm_first`, `head_hidden_size`; `stem_type` (overlapping
+    stems) and `output_stride`, whose even kernels and paddings no size keeps equivariant beside whole patches.
 
     Args: as of timm's ConvNeXt, but for
         group: name of the group: 'd4', 'd1', 'c4', or another one that maps the pixel grid onto itself.

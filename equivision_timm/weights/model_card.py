@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from equivision_timm.errors import one_line
 from equivision_timm.groups import Group
-from equivision_timm.models import EquivariantViT, fuse
+from equivision_timm.models import EquivariantConvNeXt, EquivariantViT, fuse
 from equivision_timm.weights.folder import Model, create_ours
 from equivision_timm.weights.released import Released, released
 
@@ -111,18 +111,20 @@ def model_card(model_name: str, repository: str, provenance: dict[str, str], has
 
 
 def complexity(model_name: str, size: int = 224, **arguments: Any) -> tuple[int, float]:
-    """Number of parameters, and `gmacs` of the dense form; `arguments` of the model."""
+    """Number of parameters, and `gmacs` of the dense form, of ConvNeXts as they are; `arguments` of the model."""
     with torch.device("meta"):
         model = timm.create_model(model_name, **arguments).eval()
-    return sum(p.numel() for p in model.parameters()), gmacs(model, (3, size, size), "dense")
+    form = None if isinstance(model, EquivariantConvNeXt) else "dense"
+    return sum(p.numel() for p in model.parameters()), gmacs(model, (3, size, size), form)
 
 
-def gmacs(model: nn.Module, input_size: Sequence[int], form: str) -> float:
-    """10^9 multiply-accumulates of one image [C, H, W], by PyTorch's flop counter, of a `form` of `fuse`.
+def gmacs(model: nn.Module, input_size: Sequence[int], form: str | None) -> float:
+    """10^9 multiply-accumulates of one image [C, H, W], by PyTorch's flop counter, of a `form` of `fuse`; None: as it is.
 
     Convolutions and matrix products are counted, attention included. The model is on the meta device.
     """
-    fused = fuse(model.requires_grad_(False), form)  # the counter fails on tensors with gradients
+    model.requires_grad_(False)  # the counter fails on tensors with gradients
+    fused = fuse(model, form) if form else model
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         fused(torch.empty(1, *input_size, device="meta"))
     return counter.get_total_flops() / 2e9
