@@ -76,7 +76,7 @@ def test_the_rooms_exist():
 
 
 def test_translators_of_foreign_formats_do_not_know_each_other():
-    formats = {"equivision", "octic", "redet"}
+    formats = {"equivision", "flopping", "octic", "redet"}
     for path in FILES:
         imported = {module.split(".")[2] for module in imports(path) if module.startswith("equivision_timm.weights.")}
         allowed = {"convert.py": formats}.get(path.name, {path.stem})

@@ -28,8 +28,9 @@ from equivision_timm.layers import ElementMajor, GroupPool, InvariantPool, check
 from equivision_timm.layers.conv import constant_conv, is_watched
 from equivision_timm.layers.field_mlp import FieldLayerNorm, FieldMlp
 from equivision_timm.layers.grid_conv import DepthwiseConv2d, PatchConv2d
+from equivision_timm.layers.irrep_maps import MirrorDepthwiseConv2d, OnTokens
 from equivision_timm.layers.irreps import Device, DType, irreps_matrix, irreps_of
-from equivision_timm.layers.tokens import IrrepLinear
+from equivision_timm.layers.tokens import IrrepLinear, IrrepMlp, IrrepNorm, IrrepScale
 from equivision_timm.models.backbone import CheckImage, init_weights
 from equivision_timm.models.pretrained import build_pretrained
 from equivision_timm.models.variants import Variant, digits_cfg, register_family
@@ -183,6 +184,40 @@ class EquivariantConvNeXtBlock(nn.Module):
             self.add_module("mlp", BlockMlp(self.mlp) if element_major else DenseMlp(self.mlp))
 
 
+class MirrorBlock(nn.Module):
+    """The block of flopping-for-flops, of group d1, in the irreps basis: tokens [B, H, W, 2 * fields] -> the same.
+
+    Arguments as of `EquivariantConvNeXtBlock`.
+    """
+
+    def __init__(
+        self,
+        fields: int,
+        group: str,
+        kernel_size: int = 7,
+        mlp_ratio: float = 4.0,
+        conv_bias: bool = True,
+        ls_init_value: float | None = 1e-6,
+        act_layer: Callable[..., nn.Module] = nn.GELU,
+        norm_eps: float = 1e-6,
+        drop_path: float = 0.0,
+        device: Device = None,
+        dtype: DType = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.conv_dw: MirrorDepthwiseConv2d = MirrorDepthwiseConv2d(fields, kernel_size, conv_bias, **dd)
+        self.norm: IrrepNorm = IrrepNorm(fields, group, norm_eps, **dd)
+        self.mlp: IrrepMlp = IrrepMlp(fields, int(mlp_ratio * fields), group, act_layer, **dd)
+        scale = ls_init_value is not None
+        self.ls: nn.Module = IrrepScale(fields, group, ls_init_value or 0.0, **dd) if scale else nn.Identity()
+        self.drop_path: nn.Module = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv_dw(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return x + self.drop_path(self.ls(self.mlp(self.norm(y))))
+
+
 class EquivariantConvNeXtStage(nn.Module):
     """Norm and 2 x 2 patches if `downsample`, then the blocks: [B, in_fields * |G|, H, W] -> [B, fields * |G|, ...]."""
 
@@ -195,24 +230,26 @@ class EquivariantConvNeXtStage(nn.Module):
         drop_path_rates: Sequence[float],
         conv_bias: bool = True,
         norm_eps: float = 1e-6,
+        mirror: bool = False,
         device: Device = None,
         dtype: DType = None,
         **block: Any,
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        order = irreps_of(group).order
         self.grad_checkpointing: bool = False
         self.downsample: nn.Module = nn.Identity()
         if downsample or in_fields != fields:
             self.downsample = nn.Sequential(
-                FieldLayerNorm2d(in_fields, order, norm_eps, **dd),
-                PatchConv2d(in_fields * order, fields, 2 if downsample else 1, group, True, conv_bias, **dd),
+                _norm(in_fields, group, norm_eps, mirror, **dd),
+                PatchConv2d(
+                    in_fields * irreps_of(group).order, fields, 2 if downsample else 1, group, True, conv_bias, **dd
+                ),
             )
         shared: dict[str, Any] = dict(conv_bias=conv_bias, norm_eps=norm_eps, **block, **dd)
-        self.blocks: nn.Sequential = nn.Sequential(
-            *[EquivariantConvNeXtBlock(fields, group, drop_path=rate, **shared) for rate in drop_path_rates]
-        )
+        make = MirrorBlock if mirror else EquivariantConvNeXtBlock
+        blocks = [make(fields, group, drop_path=rate, **shared) for rate in drop_path_rates]
+        self.blocks: nn.Sequential = nn.Sequential(*[OnTokens(b, group) if mirror else b for b in blocks])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.downsample(x)
@@ -242,6 +279,13 @@ class EquivariantConvNeXtStage(nn.Module):
         if form == "blocks":
             self.add_module("blocks", ElementMajor(self.blocks, blocks[0].order))
         return self
+
+
+def _norm(fields: int, group: str, eps: float, mirror: bool, **dd: Any) -> nn.Module:
+    """The norm of regular fields [B, fields * |G|, H, W]."""
+    if mirror:
+        return OnTokens(IrrepNorm(fields, group, eps, **dd), group)
+    return FieldLayerNorm2d(fields, irreps_of(group).order, eps, **dd)
 
 
 def _is_unchanged(block: Any) -> bool:
@@ -316,6 +360,8 @@ class EquivariantConvNeXt(nn.Module):
         group_pool: over the group, after that over space: 'max' or 'avg'; '' keeps the group axis, NOT invariant.
         map_pool: 'max' or 'avg' for invariant maps of one channel a field, with num_classes=0; '' for regular fields.
         dims: channels of the stages, multiples of |G|.
+        mirror: whether norms, LayerScale and depthwise filters act on the irreps of d1, as in flopping-for-flops;
+            without GRN, with group_pool='avg'.
         act_layer: activation, a timm name or a class; must be pointwise.
 
     Raises:
@@ -338,6 +384,7 @@ class EquivariantConvNeXt(nn.Module):
         head_init_scale: float = 1.0,
         conv_bias: bool = True,
         use_grn: bool = False,
+        mirror: bool = False,
         act_layer: str | Callable[..., nn.Module] = "gelu",
         norm_eps: float = 1e-6,
         drop_rate: float = 0.0,
@@ -353,6 +400,10 @@ class EquivariantConvNeXt(nn.Module):
             raise ValueError(f"dims {list(dims)} must be multiples of {order}, the order of {group}, unlike {wrong[0]}")
         if map_pool and num_classes:
             raise ValueError(f"map_pool {map_pool!r} is for maps: use num_classes=0, or map_pool=''")
+        if mirror and (group, group_pool, use_grn) != ("d1", "avg", False):
+            raise ValueError(
+                f"mirror=True needs group='d1', group_pool='avg' and no GRN, but got {group!r}, {group_pool!r}"
+            )
         fields = [dim // order for dim in dims]
         self.group = group
         self.num_classes: int = num_classes
@@ -361,9 +412,11 @@ class EquivariantConvNeXt(nn.Module):
         self.check_image: CheckImage = CheckImage(in_chans)
         self.stem: nn.Sequential = nn.Sequential(
             PatchConv2d(in_chans, fields[0], patch_size, group, False, conv_bias, **dd),
-            FieldLayerNorm2d(fields[0], order, norm_eps, **dd),
+            _norm(fields[0], group, norm_eps, mirror, **dd),
         )
-        shared: dict[str, Any] = dict(conv_bias=conv_bias, use_grn=use_grn, ls_init_value=ls_init_value, **dd)
+        shared: dict[str, Any] = dict(conv_bias=conv_bias, mirror=mirror, ls_init_value=ls_init_value, **dd)
+        if use_grn:
+            shared["use_grn"] = True
         shared.update(act_layer=check_pointwise(act_layer), norm_eps=norm_eps)
         rates = cast(list[list[float]], calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True))
         self.stages: nn.Sequential = nn.Sequential(
@@ -383,8 +436,8 @@ class EquivariantConvNeXt(nn.Module):
         self.map_pool: GroupPool = GroupPool(order, map_pool)
         self.num_features: int = fields[-1] * channels
         self.head: InvariantHead = InvariantHead(
-            fields[-1], num_classes, global_pool, channels, group_pool, drop_rate, norm_eps, **dd
-        )
+            fields[-1], num_classes, global_pool, channels, group_pool, drop_rate, norm_eps / (2 if mirror else 1), **dd
+        )  # the mean over the group is the symmetric channel / sqrt(2)
         self.head_hidden_size: int = self.head.in_features
         self.init_weights()
 

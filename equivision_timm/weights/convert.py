@@ -10,7 +10,7 @@ from equivision_timm.errors import InputError
 from equivision_timm.files import file_sha256
 from equivision_timm.models.pretrained import WeightsError
 from equivision_timm.models.tensor_hash import TENSORS_SHA256, hash_tensors
-from equivision_timm.weights import equivision, octic, redet
+from equivision_timm.weights import equivision, flopping, octic, redet
 from equivision_timm.weights.checkpoint import Translation, read_checkpoint
 from equivision_timm.weights.folder import check_model_folder, write_model_folder
 from equivision_timm.weights.released import released
@@ -18,7 +18,7 @@ from equivision_timm.weights.signs import parse_signs
 
 __all__ = ["check_options", "convert_file"]
 
-_FORMATS = (equivision, redet, octic)
+_FORMATS = (equivision, redet, octic, flopping)
 
 
 def convert_file(
@@ -28,7 +28,7 @@ def convert_file(
     images: str | Path | None = None,
     signs: str | None = None,
 ) -> dict[str, str]:
-    """Convert a checkpoint of equivision, ReDet or octic-vits; nothing is written unless everything succeeds.
+    """Convert a checkpoint of equivision, ReDet, octic-vits or flopping-for-flops, and write all or nothing.
 
     Args:
         checkpoint: file of `torch.save` or safetensors.
