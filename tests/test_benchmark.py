@@ -104,6 +104,7 @@ def test_writes_what_it_measured(benchmark, tmp_path, monkeypatch, capsys):
         ("c8reresnet101", "resnet101"),
         ("d4vit_base_patch16_full_224", "vit_base_patch16_224"),
         ("d4hybridvit_huge_patch14_224", "vit_huge_patch14_224"),
+        ("d4convnextv2_tiny", "convnextv2_tiny"),
     ],
 )
 def test_the_rival_in_timm(benchmark, name, rival):

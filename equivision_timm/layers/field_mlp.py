@@ -144,16 +144,20 @@ class FieldMlp(nn.Module):
         else:
             return _in_chunks(self._mlp, x) if self.grn is None else self._mlp(x)
 
-    def columns(self, layer: IrrepLinear, channels: int) -> torch.Tensor:
-        """A linear layer on regular fields, [1 + channels, out]: its bias, then each column of its matrix plus that."""
-        return self.to_regular(layer(self.to_irreps(_units(layer.weight, channels))))
+    def fc1_columns(self) -> torch.Tensor:
+        """fc1 on regular fields, [1 + channels, out]: its bias, then each column of its matrix plus that."""
+        return self.to_regular(self.fc1(self.to_irreps(_units(self.fc1.weight, self.channels))))
+
+    def fc2_columns(self) -> torch.Tensor:
+        """As `fc1_columns`, of fc2."""
+        return self.to_regular(self.fc2(self.to_irreps(_units(self.fc2.weight, self.hidden_channels))))
 
     def _mlp(self, x: torch.Tensor) -> torch.Tensor:
         if self.narrow and torch.is_grad_enabled() and not torch.jit.is_tracing():
-            x = self.act(_dense(x, self.columns(self.fc1, self.channels)))
+            x = self.act(_dense(x, self.fc1_columns()))
             if self.grn is not None:
                 x = self.grn(x, field_major=True)
-            return _dense(x, self.columns(self.fc2, self.hidden_channels))
+            return _dense(x, self.fc2_columns())
         x = self.fc1(self.to_irreps(x))  # [|G|, B, H, W, hidden_fields]
         x = self.act(self.hidden_to_regular(x))
         if self.grn is not None:

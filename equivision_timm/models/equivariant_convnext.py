@@ -54,10 +54,10 @@ class DenseMlp(nn.Module):
 
     def __init__(self, mlp: FieldMlp) -> None:
         super().__init__()
-        self.fc1: nn.Linear = _dense_linear(mlp, mlp.fc1, mlp.channels)
+        self.fc1: nn.Linear = _dense_linear(mlp.fc1_columns())
         self.act: nn.Module = mlp.act
         self.grn: nn.Module | None = mlp.grn
-        self.fc2: nn.Linear = _dense_linear(mlp, mlp.fc2, mlp.hidden_channels)
+        self.fc2: nn.Linear = _dense_linear(mlp.fc2_columns())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.act(self.fc1(x))
@@ -66,9 +66,8 @@ class DenseMlp(nn.Module):
         return self.fc2(x)
 
 
-def _dense_linear(mlp: FieldMlp, layer: IrrepLinear, channels: int) -> nn.Linear:
-    columns = mlp.columns(layer, channels)
-    linear = nn.Linear(channels, columns.shape[1], device="meta")
+def _dense_linear(columns: torch.Tensor) -> nn.Linear:
+    linear = nn.Linear(len(columns) - 1, columns.shape[1], device="meta")
     linear.weight = nn.Parameter((columns[1:] - columns[0]).t().contiguous(), requires_grad=False)
     linear.bias = nn.Parameter(columns[0].clone(), requires_grad=False)
     return linear

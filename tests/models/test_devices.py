@@ -53,7 +53,7 @@ class Record(TorchDispatchMode):
 
 def record(name: str, dtype: torch.dtype, train: bool, memory_format: torch.memory_format, autocast=None) -> Record:
     """A network as on a GPU, all its parameters there, run once."""
-    model = timm.create_model(name, num_classes=1000, **MODELS[name]).train(train)
+    model = timm.create_model(name, num_classes=1000, **MODELS.get(name, {})).train(train)
     with FakeTensorMode():
 
         def move(tensor):
@@ -93,6 +93,15 @@ def test_maps_keep_their_format(name, dtype, memory_format, train):
     found = record(name, dtype, train, memory_format)
     assert not found.copied()
     assert not found.not_in(memory_format)
+
+
+def test_maps_of_convnexts_keep_their_format(train):
+    """Those of convolutions and shortcuts; a norm between permutations has the channels last in its shape."""
+    found = record("test_d4convnext", torch.float16, train, LAST)
+    assert not found.copied()
+    maps = [t for name, t in found.maps if name.startswith(("aten.convolution", "aten.add")) and t.shape[2] > 1]
+    assert len(maps) == 1 + 3 + 2 * 5  # stem, downsampling, blocks
+    assert all(t.is_contiguous(memory_format=LAST) for t in maps)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, LAST], ids=["contiguous", "channels_last"])

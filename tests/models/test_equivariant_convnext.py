@@ -231,6 +231,26 @@ def test_graphs(kind, grad):
         torch.testing.assert_close(torch.jit.trace(model, X)(X), expected, atol=1e-4, rtol=1e-4)
 
 
+def test_memory_of_training():
+    """Bytes that autograd stores, without the parameters, as a multiple of those of timm's network."""
+    stored = []
+    for name in ("d4convnext_tiny", "convnext_tiny"):
+        model = timm.create_model(name)
+        own, sizes, tensors = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}, []
+
+        def store(tensor, own=own, sizes=sizes, tensors=tensors):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                sizes[storage.data_ptr()] = storage.nbytes()
+                tensors.append(tensor)  # so that no other storage gets its address
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(store, lambda tensor: tensor):
+            model(image((1, 3, 224, 224)))
+        stored.append(sum(sizes.values()))
+    assert stored[0] < 1.1 * stored[1]
+
+
 def test_meta_device_types_and_channels_last():
     with torch.device("meta"):
         model = timm.create_model("d4convnext_atto", **SMALL)
