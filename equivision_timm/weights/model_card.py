@@ -119,7 +119,7 @@ def complexity(model_name: str, size: int = 224, **arguments: Any) -> tuple[int,
 
 
 def gmacs(model: nn.Module, input_size: Sequence[int], form: str | None) -> float:
-    """10^9 multiply-accumulates of an image [C, H, W], by PyTorch's flop counter, of a `form` of `fuse`; None: as it is.
+    """10^9 multiply-accumulates of an image [C, H, W] by PyTorch's flop counter, of a `form` of `fuse`; None: as it is.
 
     Convolutions and matrix products are counted, attention included. The model is on the meta device.
     """
