@@ -78,6 +78,8 @@ def is_channels_last(x: torch.Tensor) -> bool:
 def unrecorded_view(x: torch.Tensor) -> torch.Tensor:
     """x without autograd's record that it is a view: to overwrite a view costs its gradient two copies.
 
-    x must be the only tensor with this memory.
+    x must be the only tensor with this memory. Without a gradient nothing is recorded, and x is returned.
     """
+    if not x.requires_grad:
+        return x
     return torch.ops.aten._unsafe_view(x, x.shape)

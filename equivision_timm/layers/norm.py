@@ -165,7 +165,8 @@ class FieldNorm(nn.Module):
         B, C, H, W = x.shape
         if isinstance(self.per_field, BatchNorm):  # all positions of all images alike: no copy
             pixels = x.permute(0, 2, 3, 1).reshape(B * H * W, self.fields, self.order, 1)  # [B, H, W, m * |G|]
-            return self._unrecorded(self.per_field(pixels).reshape(B, H, W, C).permute(0, 3, 1, 2))
+            y = self.per_field(pixels).reshape(B, H, W, C).permute(0, 3, 1, 2)
+            return y if B == 1 else self._unrecorded(y)  # which changes the stride of an axis of length 1
         fields = x.reshape(B, self.fields, self.order * H, W)
         return self.per_field(fields).reshape(B, C, H, W).contiguous(memory_format=torch.channels_last)
 

@@ -70,6 +70,7 @@ def test_output_is_overwritten_without_copies(memory_format):
     norm = random_norm(2, 4)
     y = norm(x).relu_()
     assert type(y.grad_fn).__name__ == "ReluBackward0"
+    assert [norm(image).stride() for image in (x, x[:1], x[:1].detach())] == [t.stride() for t in (x, x[:1], x[:1])]
     assert type(norm(x).permute(0, 1, 3, 2).relu_().grad_fn).__name__ != "ReluBackward0"
     expected = torch.autograd.grad(norm(x).relu().square().sum(), x)
     torch.testing.assert_close(torch.autograd.grad(y.square().sum(), x), expected)
