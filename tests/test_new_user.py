@@ -51,4 +51,4 @@ def test_the_plain_twin_is_told_apart(tmp_path: Path) -> None:
     done = _run(tmp_path, "--model", "test_c1resnet")
     assert done.returncode == 1
     assert min(_changes(done)) > 0.01
-    assert done.stderr.endswith("turned images do not get the same probabilities to 0.0001\n")
+    assert done.stderr.endswith("rotated images do not get the same probabilities to 0.0001\n")
