@@ -4,12 +4,11 @@
     python scripts/deployment.py                                 # the models of the README's table, one and two threads
     python scripts/deployment.py c8resnet18 --threads 1
 
-Forms of a network: `eager`, as `create_model` makes it; `dense` and `blocks`, those of `equivision_timm.fuse`, a plain
-network and a block-diagonal one. The latter two also as ONNX files, in onnxruntime and OpenVINO. Each runs in a process
-of its own; the processes alternate, as in `benchmark.py`, two steps each, of which the second is timed, with several
-threads after a pause, because the threads of the previous process still spin.
-Ratios are to timm's ResNet-18 as an ONNX file in onnxruntime. Images have 225 x 225 pixels, an exact size,
-and for timm's networks 224 x 224.
+Forms of a network: `eager`, as `create_model` makes it; `fused`, the default of `equivision_timm.fuse`; its `dense` and
+`blocks`, a plain network and a block-diagonal one, also as ONNX files in onnxruntime and OpenVINO. Each runs in a
+process of its own; the processes alternate, as in `benchmark.py`, two steps each, of which the second is timed, with
+several threads after a pause, because the threads of the previous process still spin. Ratios are to timm's ResNet-50 as
+an ONNX file in onnxruntime. Images have the size of the model's `pretrained_cfg`.
 
 Writes deployment.json and deployment.md into --out (default: scripts/benchmarks), after each model.
 """
@@ -40,11 +39,12 @@ from tqdm import tqdm
 from equivision_timm import fuse
 from equivision_timm.models import model_names
 
-MODELS = ("c8resnet50", "c8resnet18", "d8resnet18", "c4resnet18", "c8resnet50_fast", "c8resnet18_fast")
-MODELS += ("c8resnetaf18_fast", "d4resnet18_fast", "resnet50")
-REFERENCE = "resnet18"
+MODELS = ("c8resnet50", "d4resnet50", "c8resnet18", "d8resnet18", "c4resnet18", "c8resnet50_fast", "c8resnet18_fast")
+MODELS += ("c8resnetaf18_fast", "d4convnext_tiny", "convnext_tiny", "resnet18")
+REFERENCE = "resnet50"
 FORMS = (
     "PyTorch: eager",
+    "PyTorch: fused",
     "PyTorch: dense",
     "PyTorch: blocks",
     "onnxruntime: dense",
@@ -56,14 +56,14 @@ PAUSE = 0.5  # seconds
 
 
 def forms_of(name: str) -> list[str]:
-    """Forms of a network: those of timm have no block-diagonal one."""
-    return [form for form in FORMS if name in model_names() or not form.endswith("blocks")]
+    """The forms of a network; timm's are neither fused nor block diagonal."""
+    return [form for form in FORMS if name in model_names() or not form.endswith(("fused", "blocks"))]
 
 
 def image_of(name: str) -> torch.Tensor:
-    """A random image, of an exact size for networks of this package."""
-    size = 225 if name in model_names() else 224
-    return torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    """A random image [1, 3, H, W] of the model's size."""
+    size = timm.get_pretrained_cfg(name).input_size
+    return torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
 
 
 def build(name: str, form: str) -> tuple[nn.Module, torch.Tensor]:
@@ -71,7 +71,9 @@ def build(name: str, form: str) -> tuple[nn.Module, torch.Tensor]:
     torch.manual_seed(0)
     model = timm.create_model(name).eval()
     kind = form.split(": ")[1]
-    return model if kind == "eager" else fuse(model, kind), image_of(name)
+    if kind != "eager":
+        model = fuse(model, None if kind == "fused" else kind)
+    return model, image_of(name)
 
 
 def write_onnx(name: str, form: str, folder: str) -> int:
@@ -150,7 +152,7 @@ def table(about: dict[str, str], results: list[dict[str, Any]]) -> str:
     lines = [
         "# Deployed on a CPU",
         "",
-        "Written by `scripts/deployment.py`. One image at a time; time as a multiple of what timm's ResNet-18 takes as "
+        "Written by `scripts/deployment.py`. One image at a time; time as a multiple of what timm's ResNet-50 takes as "
         "an ONNX file in onnxruntime, interleaved measurements. Smaller is faster.",
         "",
         ", ".join(about.values()),
@@ -191,7 +193,7 @@ def main() -> None:
         "date": date.today().isoformat(),
         "machine": processor(),
         "versions": ", ".join(f"{name} {version(name)}" for name in packages),
-        "images": "1 x 3 x 225 x 225 (timm's: 224 x 224), float32",
+        "images": "one image of the model's size (225 or 224 pixels a side), float32",
     }
     results: list[dict[str, Any]] = []
     args.out.mkdir(parents=True, exist_ok=True)
