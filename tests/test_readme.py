@@ -1,8 +1,8 @@
-"""The README is right: its Python runs, top to bottom, and its commands exist.
+"""The README and the pages in scripts/docs are right: their Python runs, their commands and files exist.
 
-Python blocks share one namespace, as a reader pastes them one after the other. They run in an empty folder that holds
-the `FILES`; models are replaced by small ones of the same group, `STAND_INS`. A block that imports a library of
-`EXTRAS` which is not installed is skipped, and said to be.
+The README's Python blocks share one namespace, as a reader pastes them one after the other. They run in a folder that
+holds image.jpg and model.onnx; models are replaced by small ones, `STAND_INS`; a line that ends in `# True` must be
+true. A block that imports a library of `EXTRAS` which is not installed is skipped, visibly.
 """
 
 import importlib.util
@@ -15,18 +15,18 @@ import pytest
 import torch
 from PIL import Image
 
-from equivision_timm.cli.main import make_parser
+from equivision_timm.cli.main import main, make_parser
 from equivision_timm.errors import InputError
 from equivision_timm.models import model_names
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-STAND_INS = {  # names of models -> a small one
-    r"c1resnet\w+": "test_c1resnet",
-    r"c8resnet\w+": "test_c8resnet",
-    r"d4resnet\w+": "test_d4resnet",
+PAGES = [ROOT / "README.md", *sorted((ROOT / "scripts" / "docs").glob("*.md"))]
+TEXT = "\n".join(path.read_text(encoding="utf-8") for path in PAGES)
+STAND_INS = {  # models -> small ones of the same group
+    r"\bc8resnet\w+": "test_c8resnet",
+    '"d4sym_resnet50", pretrained=True': '"symmetrized", backbone="test_resnet", group_pool="prob"',
 }
-FILES = ("image.png", "image.jpg")  # a picture each
 EXTRAS = ("onnx", "onnxscript", "onnxruntime", "openvino", "sklearn", "skimage", "escnn")
 COMMANDS = ("equivision-timm", "python -m equivision_timm")
 PLACEHOLDERS = {"N": "3"}  # words of commands that stand for numbers
@@ -63,7 +63,8 @@ def run_python(markdown: str) -> list[str]:
             continue
         text = block.text
         for pattern, name in STAND_INS.items():
-            text = re.sub(rf"\b{pattern}", name, text)
+            text = re.sub(pattern, name, text)
+        text = re.sub(r"^(\S.*\S) +# True$", r"assert \1", text, flags=re.MULTILINE)
         exec(compile("\n" * (block.line - 1) + text, "README.md", "exec"), namespace)
     return skipped
 
@@ -101,10 +102,11 @@ def check_commands(markdown: str) -> int:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with the pictures."""
+    """The current folder, with a picture and a model."""
     monkeypatch.chdir(tmp_path)
-    for name in FILES:
-        Image.radial_gradient("L").convert("RGB").save(name)
+    Image.radial_gradient("L").convert("RGB").save("image.jpg")
+    if all(importlib.util.find_spec(name) for name in EXTRAS[:3]):
+        assert main(["export", "test_c8resnet", "model.onnx"]) == 0
     return tmp_path
 
 
@@ -118,14 +120,17 @@ def test_python_runs(folder: Path) -> None:
 
 
 def test_commands_are_commands() -> None:
-    assert check_commands(README) > 0
+    assert check_commands(TEXT) > 0
 
 
 def test_files_that_it_names_exist() -> None:
     """In commands and links: recipes, scripts, pictures of this repository."""
-    named = set(re.findall(r"(?<![\w/.-])((?:configs|scripts|tests|equivision_timm)/[\w./-]*\w)", README))
+    named = set(re.findall(r"(?<![\w/.-])((?:configs|scripts|tests|equivision_timm)/[\w./-]*\w)", TEXT))
+    pages = {page: page.read_text(encoding="utf-8") for page in PAGES[1:]}
+    links = [page.parent / link for page, text in pages.items() for link in re.findall(r"\]\((\.[^)]+)\)", text)]
     assert named
-    assert not [name for name in sorted(named) if not (ROOT / name).exists()]
+    assert links
+    assert not [path for path in [*(ROOT / name for name in sorted(named)), *links] if not path.exists()]
 
 
 def test_pictures_are_there_and_none_lies_unused() -> None:
@@ -142,7 +147,7 @@ def test_pictures_are_there_and_none_lies_unused() -> None:
 
 
 def test_models_that_it_names_exist() -> None:
-    named = set(re.findall(r"`((?:test_)?[cd]\d+(?:re)?resnet\w*)`", README))
+    named = set(re.findall(r"`((?:test_)?[cd]\d+(?:re)?resnet\w*)`", TEXT))
     assert named
     assert not named - set(model_names())
 
@@ -156,6 +161,8 @@ def test_a_block_that_fails_is_noticed(folder: Path) -> None:
         run_python(text)  # x is the stand-in, in the second block, too
     assert failed.traceback[-1].lineno + 1 == 7
     run_python(text.replace("assert", "assert not"))
+    with pytest.raises(AssertionError):
+        run_python("```python\n1 > 2  # True\n```\n")
 
 
 @pytest.mark.parametrize(
