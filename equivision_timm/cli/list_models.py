@@ -13,6 +13,7 @@ import timm
 import torch
 import torch.nn as nn
 from timm.models import resolve_pretrained_cfg
+from tqdm import tqdm
 
 from equivision_timm.cli.options import Parsers, add_command, add_options, integer
 from equivision_timm.errors import InputError
@@ -77,7 +78,7 @@ def list_models(pattern: str = "*", near: int = 224) -> list[Row]:
     if not names:
         close = difflib.get_close_matches(pattern.strip("*"), model_names(), n=3)
         raise InputError(f"no model is called {pattern!r}: did you mean {', '.join(close) or 'c8*'}?")
-    return [_row(name, near) for name in names]
+    return [_row(name, near) for name in tqdm(names, desc="counting", unit="model", leave=False, delay=5)]
 
 
 def _row(name: str, near: int) -> Row:
