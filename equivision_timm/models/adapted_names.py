@@ -167,11 +167,13 @@ def _getter(backbone: str, features: dict[str, Any], options: dict[str, Any]) ->
 def _cfgs() -> dict[str, Any]:
     """timm's configurations by name and tag, the default one first."""
     cfgs: dict[str, Any] = {name: dict(first_conv="backbone.conv1", classifier="backbone.fc") for name in _GENERIC}
+    pretrained = list_pretrained()
     for name, variant in _NAMES.items():
         backbone = variant.arguments["backbone"]
         default = f"{backbone}.{_cfg(backbone).tag}"
-        for tagged in [default, *(other for other in list_pretrained(f"{backbone}.*") if other != default)]:
-            cfg = {k: v for k, v in asdict(_cfg(tagged)).items() if k not in _IDENTITY}
+        others = [tagged for tagged in pretrained if tagged.startswith(f"{backbone}.") and tagged != default]
+        for tagged in [default, *others]:
+            cfg = {k: v for k, v in vars(_cfg(tagged)).items() if k not in _IDENTITY}
             cfgs[f"{name}.{tagged.partition('.')[2]}"] = _renamed(cfg, lambda name: f"backbone.{name}")
     return cfgs
 
@@ -197,11 +199,12 @@ _GENERIC = {
     "canonicalized": Variant("A model of timm on images put upright; see Canonicalized", {"network": Canonicalized}),
 }
 _NAMES = _names()
+_CFGS = _cfgs()
 for _network in (Symmetrized, Canonicalized):
     register_family(
         __name__,
         _network,
         _create,
         {name: v for name, v in {**_GENERIC, **_NAMES}.items() if v.arguments["network"] is _network},
-        cfgs=_cfgs(),
+        cfgs=_CFGS,
     )
