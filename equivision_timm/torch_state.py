@@ -80,6 +80,6 @@ def unrecorded_view(x: torch.Tensor) -> torch.Tensor:
 
     x must be the only tensor with this memory. Without a gradient nothing is recorded, and x is returned.
     """
-    if not x.requires_grad:
+    if not isinstance(x, torch.Tensor) or not x.requires_grad:  # no tensor: a proxy of torch.fx
         return x
     return torch.ops.aten._unsafe_view(x, x.shape)

@@ -77,13 +77,13 @@ def test_the_first_place_with_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row("c8resnet18").weights == "local folder"
 
 
-def test_all_models_within_seconds(capsys: pytest.CaptureFixture) -> None:
+def test_a_family_within_seconds(capsys: pytest.CaptureFixture) -> None:
     start = time.process_time()
-    assert main(["list"]) == 0
-    assert time.process_time() - start < 90  # on a busy machine
+    assert main(["list", "c8resnet*"]) == 0
+    assert time.process_time() - start < 30  # on a busy machine
     head, *lines = capsys.readouterr().out.splitlines()
     assert head.split()[:3] == ["model", "group", "fields"]
-    assert [line.split()[0] for line in lines] == model_names()
+    assert [line.split()[0] for line in lines] == [name for name in model_names() if name.startswith("c8resnet")]
 
 
 def test_json(capsys: pytest.CaptureFixture) -> None:
