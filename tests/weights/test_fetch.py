@@ -17,6 +17,7 @@ from support.reference_data import checkpoint
 from support.small_models import narrow
 
 from equivision_timm.cli.main import main
+from equivision_timm.errors import install_command
 from equivision_timm.models.pretrained import WeightsError
 from equivision_timm.weights import equivision
 from equivision_timm.weights import fetch as fetch_module
@@ -191,7 +192,7 @@ def test_what_is_known_before_the_download(drive, weights, tmp_path, monkeypatch
 def test_without_gdown(drive, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gdown", None)
     assert main(["fetch", NAME]) == 2
-    assert "[fetch]'" in capsys.readouterr().err
+    assert install_command("fetch") in capsys.readouterr().err
 
 
 def test_two_processes_at_once(drive, weights, tmp_path):
