@@ -52,7 +52,7 @@ class Samples:
     """A few readable images of a folder, and the classes that models predict for them at a few of the angles."""
 
     def __init__(self, folder: ImageFolder, angles: list[float]) -> None:
-        self.angles = [angles[i] for i in _spread(len(angles), _SAMPLE_ANGLES)]
+        self.angles: list[float] = [angles[i] for i in _spread(len(angles), _SAMPLE_ANGLES)]
         self.pictures: list[Image.Image] = []
         self.targets: list[int] = []
         self.titles: list[str] = []  # of their classes; [] without labels

@@ -146,4 +146,6 @@ class DepthwiseConv2d(_GridConv2d):
         super().__init__(fields, 1, kernel_size, group, False, bias, device, dtype)
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size {kernel_size} has no centre: use an odd one")
-        self.stride, self.padding, self.conv_groups = 1, kernel_size // 2, fields * self.order
+        self.stride: int = 1
+        self.padding: int = kernel_size // 2
+        self.conv_groups: int = fields * self.order

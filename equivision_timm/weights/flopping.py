@@ -4,6 +4,8 @@ Their layers hold one tensor for each pair of irreps, 'sym' and 'asym', and of a
 not repeat. The files lie in a folder that only a browser opens; `fetch` has none of them.
 """
 
+from typing import Any
+
 import torch
 
 from equivision_timm.models.equivariant_convnext import EquivariantConvNeXt
@@ -13,7 +15,7 @@ from equivision_timm.weights.checkpoint import Entries, Translation
 __all__ = ["models", "translate", "translate_to"]
 
 _PATHS = ("sym_to_sym", "asym_to_sym", "sym_to_asym", "asym_to_asym")
-KEYWORDS = {"mirror": True, "group_pool": "avg"}
+KEYWORDS: dict[str, Any] = {"mirror": True, "group_pool": "avg"}
 
 
 def models() -> list[str]:
