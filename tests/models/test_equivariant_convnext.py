@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+from packaging.version import Version
 from support.reference_data import image
 from timm.layers.grn import GlobalResponseNorm
 from timm.optim import create_optimizer_v2
@@ -342,6 +343,7 @@ def test_changes_by_hand_count_when_fused(path, form):
         torch.testing.assert_close(fuse(model, form)(X), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.9"), reason="its ONNX exporter cannot write these graphs")
 @torch.no_grad()
 def test_blocks_in_onnxruntime(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
