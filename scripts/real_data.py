@@ -1,6 +1,6 @@
 """Solar cells, defective or not, in any orientation: networks from scratch and a pretrained one, plain and equivariant.
 
-    pip install 'equivision-timm[real]'
+    pip install '.[real]'
     python scripts/real_data.py              # one seed, networks from scratch at 97 pixels: 20 minutes of one core
     python scripts/real_data.py --full       # all rows, seeds and splits: hours
     python scripts/real_data.py --table      # train nothing, write the table and the picture again

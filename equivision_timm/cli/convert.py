@@ -10,7 +10,7 @@ __all__ = ["register"]
 
 
 def register(commands: Parsers) -> None:
-    text = "convert a checkpoint of equivision, ReDet or octic-vits into a model folder"
+    text = "convert a checkpoint of equivision, ReDet, octic-vits or flopping-for-flops into a model folder"
     more = """Writes DIR/model.safetensors and DIR/config.json, which create_model('local-dir:DIR',
         pretrained=True) loads, and prints the origin of the weights."""
     parser = add_command(commands, "convert", run, "nothing was written to {out}", text, more)

@@ -186,28 +186,25 @@ class EquivariantConvNeXtBlock(nn.Module):
 class MirrorBlock(nn.Module):
     """The block of flopping-for-flops, of group d1, in the irreps basis: tokens [B, H, W, 2 * fields] -> the same.
 
-    Arguments as of `EquivariantConvNeXtBlock`.
+    Arguments as of `EquivariantConvNeXtBlock`; `dd`: device and type.
     """
 
     def __init__(
         self,
         fields: int,
         group: str,
-        kernel_size: int = 7,
-        mlp_ratio: float = 4.0,
-        conv_bias: bool = True,
-        ls_init_value: float | None = 1e-6,
-        act_layer: Callable[..., nn.Module] = nn.GELU,
-        norm_eps: float = 1e-6,
-        drop_path: float = 0.0,
-        device: Device = None,
-        dtype: DType = None,
+        kernel_size: int,
+        conv_bias: bool,
+        ls_init_value: float | None,
+        act_layer: Callable[..., nn.Module],
+        norm_eps: float,
+        drop_path: float,
+        **dd: Any,
     ) -> None:
         super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv_dw: MirrorDepthwiseConv2d = MirrorDepthwiseConv2d(fields, kernel_size, conv_bias, **dd)
         self.norm: IrrepNorm = IrrepNorm(fields, group, norm_eps, **dd)
-        self.mlp: IrrepMlp = IrrepMlp(fields, int(mlp_ratio * fields), group, act_layer, **dd)
+        self.mlp: IrrepMlp = IrrepMlp(fields, 4 * fields, group, act_layer, **dd)
         scale = ls_init_value is not None
         self.ls: nn.Module = IrrepScale(fields, group, ls_init_value or 0.0, **dd) if scale else nn.Identity()
         self.drop_path: nn.Module = DropPath(drop_path) if drop_path else nn.Identity()

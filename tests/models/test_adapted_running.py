@@ -1,14 +1,12 @@
 """Adapted models under autocast, torch.compile, ONNX, checkpointing and DDP; the backbone is the control throughout."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from packaging.version import Version
+from support.two_processes import run_in_two
 
 from equivision_timm.models import Canonicalized, Symmetrized
 
@@ -122,16 +120,9 @@ for name, value in model.named_parameters():
     dist.all_gather(both, value.detach())
     assert torch.equal(*both), name
     assert not torch.equal(value, before[name]), name
-dist.barrier()
-dist.destroy_process_group()
-os._exit(0)  # threads of PyTorch that still run would abort the process, now and then
 """
 
 
 @pytest.mark.parametrize("kind", ["one", "hard", "soft"])
 def test_two_processes(kind, tmp_path):
-    script = tmp_path / "ddp.py"
-    script.write_text(DDP)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, kind]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
+    run_in_two(DDP, tmp_path, kind)

@@ -1,9 +1,7 @@
 """Two processes: models wrapped by FSDP (by convolution, by unit, by size) infer after a step; DDP broadcasts."""
 
-import subprocess
-import sys
-
 import pytest
+from support.two_processes import run_in_two
 
 SCRIPT = """
 import copy, functools, os, sys
@@ -53,16 +51,9 @@ for name, value in model.state_dict().items():
     dist.all_gather(both, value)
     own = name.endswith(("running_mean", "running_var"))  # of the last batch
     assert torch.equal(*both) is not own, name
-dist.barrier()
-dist.destroy_process_group()
-os._exit(0)  # threads of PyTorch that still run would abort the process, now and then
 """
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_c8resnet"])  # the control first
 def test_two_processes(name, tmp_path):
-    script = tmp_path / "fsdp.py"
-    script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, name]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
+    run_in_two(SCRIPT, tmp_path, name)
