@@ -432,8 +432,8 @@ class EquivariantConvNeXt(nn.Module):
         self.map_pool: GroupPool = GroupPool(order, map_pool)
         self.num_features: int = fields[-1] * channels
         self.head: InvariantHead = InvariantHead(
-            fields[-1], num_classes, global_pool, channels, group_pool, drop_rate, norm_eps / (2 if mirror else 1), **dd
-        )  # the mean over the group is the symmetric channel / sqrt(2)
+            fields[-1], num_classes, global_pool, channels, group_pool, drop_rate, norm_eps, **dd
+        )
         self.head_hidden_size: int = self.head.in_features
         self.init_weights()
 
