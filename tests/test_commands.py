@@ -73,7 +73,7 @@ BAD = [
     ([*ROTATE_EVAL, "--class-map", "map.pkl"], "map.pkl"),
     ([*ROTATE_EVAL, "--class-map", "map.txt"], r"class \d+, and .* classes 0 to 2"),
     ([*ROTATE_EVAL, "--data", "damaged"], "none of the 3 images in 'damaged'"),
-    ([*ROTATE_EVAL, "--data", "flat"], "class folders"),
+    ([*ROTATE_EVAL, "--data", "flat"], "the folder 0 sub-folders"),
     ([*ROTATE_EVAL, "--data", "text"], "no folder 'text'"),
     ([*ROTATE_EVAL, "--out", "text"], "cannot write text"),
     ([*ROTATE_EVAL, "--out", "results"], "is a folder"),
@@ -84,6 +84,7 @@ BAD = [
     ([*ROTATE_EVAL, "--models", "test_resnet="], "there is no file ''"),
     ([*ROTATE_EVAL, "--models", "local-dir:nowhere"], "'local-dir:nowhere'"),
     ([*ROTATE_EVAL, "--models", "two\nlines"], r"unknown model 'two\\nlines'"),
+    ([*ROTATE_EVAL, "--models", "resnet10t"], "resnet10t=CHECKPOINT"),
     ([*ROTATE_EVAL, "--models", "c8resnet19"], "did you mean c8resnet18"),
     ([*ROTATE_EVAL, "--models", "resnet10t.no_such_tag"], "tags are resnet10t.c3_in1k"),
     ([*SHOW, "--model", "c8resnet18"], "fetch c8resnet18`.*give a file, c8resnet18="),
@@ -126,6 +127,7 @@ def test_bad_input_is_one_line(arguments: list[str], message: str, folder: Path,
     monkeypatch.setattr(demo, "predict", lambda *_: pytest.fail("work was done in vain"))
     monkeypatch.setattr(show, "_draw_model", lambda *_: pytest.fail("work was done in vain"))
     monkeypatch.setenv("EQUIVISION_TIMM_WEIGHTS", "no weights")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "no cache")
     before = sorted(folder.rglob("*"))
     assert main(arguments) == 2
     progress = re.compile(r"^\s*$|\d/\d \[|left out")

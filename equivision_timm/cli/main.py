@@ -13,10 +13,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
-import timm
-import torch
-
-import equivision_timm
 from equivision_timm.cli import (
     configs,
     convert,
@@ -31,7 +27,7 @@ from equivision_timm.cli import (
     tune,
     verify,
 )
-from equivision_timm.cli.options import message
+from equivision_timm.cli.options import libraries, message
 from equivision_timm.errors import InputError, install_command, one_line
 from equivision_timm.layers.strategies import native_library
 
@@ -88,8 +84,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, Iterable[str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"{_program()} SCRIPT.py ... runs a script of timm with the models registered.",
     )
-    versions = f"equivision_timm {equivision_timm.__version__}, timm {timm.__version__}, torch {torch.__version__}"
-    versions += f"\nconv_strategy 'native': {native_library.describe()}"
+    versions = f"{libraries()}\nconv_strategy 'native': {native_library.describe()}"
     parser.add_argument("--version", action="version", version=versions, help="print the versions and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in _COMMANDS:

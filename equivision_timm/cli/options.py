@@ -8,8 +8,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import timm
+import torch
 from timm.utils import ParseKwargs
 
+import equivision_timm
 from equivision_timm.errors import InputError, one_line
 
 __all__ = [
@@ -20,6 +23,7 @@ __all__ = [
     "add_options",
     "for_each",
     "integer",
+    "libraries",
     "message",
     "parse_angles",
 ]
@@ -162,6 +166,11 @@ def for_each(names: Iterable[str], action: Callable[[str], object]) -> int:
             print(f"{one_line(name)}: {type(error).__name__}: {message(error)}", file=sys.stderr)
             status = 1
     return status
+
+
+def libraries() -> str:
+    """The versions of this package, timm and PyTorch."""
+    return f"equivision_timm {equivision_timm.__version__}, timm {timm.__version__}, torch {torch.__version__}"
 
 
 def message(error: BaseException) -> str:

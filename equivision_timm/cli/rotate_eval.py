@@ -7,8 +7,8 @@ image under the same treatment of the corners is the reference:
     agreement    the first class is that of the reference
     drift        |z - z_0| / |z_0|, z the logits minus their mean, which the softmax ignores, z_0 those of the reference
 
-`--by-stage` adds `equivision_timm.testing.angle_error` of the feature maps. `rotate_results.py` stores the results
-under their settings, `rotate_report.py` makes tables and pictures of them.
+`--by-stage` adds `equivision_timm.testing.angle_error` of the feature maps. `rotate_report.py` makes tables and
+pictures of the results.
 """
 
 import argparse
@@ -19,31 +19,35 @@ import json
 import os
 import re
 import shlex
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-import timm
 import torch
 import torch.nn as nn
 from timm.utils import reparameterize_model
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-import equivision_timm
-from equivision_timm.cli.models import Loaded, check_spec, class_titles, find_device, load
-from equivision_timm.cli.options import Parsers, add_command, add_model, add_options, integer
-from equivision_timm.cli.rotate_results import Result, Results, Settings
+from equivision_timm.cli.models import Loaded, check_spec, find_device, load
+from equivision_timm.cli.options import Parsers, add_command, add_model, add_options, integer, libraries
 from equivision_timm.data import ImageFolder, PictureError, preparation
 from equivision_timm.errors import InputError, one_line
-from equivision_timm.files import check_writable, file_sha256
+from equivision_timm.files import check_writable, file_sha256, write_file
 from equivision_timm.models.tensor_hash import hash_tensors
 from equivision_timm.rotation import inscribed_circle, rotate
 from equivision_timm.testing import angle_error
 
-__all__ = ["averaged", "measure", "register", "shown"]
+__all__ = ["METRICS", "Result", "Settings", "averaged", "find_result", "measure", "read_results", "register", "shown"]
+
+METRICS = ("top1", "top5", "agreement", "drift")
+# In these settings the results of one file, hence of one report, agree
+_SHARED = ("data", "images", "targets", "files", "angles", "corners", "precision", "by_stage")
+
+Predict: TypeAlias = Callable[[torch.Tensor], torch.Tensor]  # images [B, C, H, W] -> logits [B, classes]
 
 
 def register(commands: Parsers) -> None:
@@ -76,6 +80,90 @@ def register(commands: Parsers) -> None:
     either.add_argument("--test-time-turns", type=int, choices=(1, 2, 4), default=1, metavar="N", help=turns)
 
 
+# Results, and what they depend on
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that the figures of a result depend on, as JSON has it: the key under which it is stored."""
+
+    data: str  # name of the folder of images
+    images: str  # SHA-256 of the names and contents of its files
+    targets: str  # SHA-256 of their classes; '' without labels
+    files: int  # their number
+    angles: list[float]  # in degrees, counter-clockwise
+    corners: str  # 'reflect': continued by its reflection; 'circle': only the inscribed circle, on the mean colour
+    precision: str  # 'float32', or the type of mixed precision
+    by_stage: bool  # whether the feature maps of each stage are measured
+    model: str = ""  # its spec
+    size: int = 0  # side of the images in pixels
+    turns: int = 1  # the logits are averaged over so many rotations of each image, 360 / turns degrees apart
+    weights: str = ""  # SHA-256 of the model's tensors
+    options: dict[str, Any] = field(default_factory=dict)  # keywords with which the model was created
+    preparation: dict[str, Any] = field(default_factory=dict)  # timm's data config: mean, std, crop, interpolation
+    classes: int = 0  # number of classes of the model
+
+    @property
+    def cell(self) -> tuple[str, int, int]:
+        """Model, size and turns: a file holds one result of each."""
+        return self.model, self.size, self.turns
+
+
+@dataclass(frozen=True)
+class Result:
+    """Sums over the images measured so far under some settings."""
+
+    settings: Settings
+    position: int = 0  # number of files taken
+    images: int = 0  # number of images measured
+    unreadable: list[str] = field(default_factory=list)  # names of the other files
+    # by name, then by angle: of each of `METRICS` (without labels no top1 and top5), and of the error of each stage
+    sums: dict[str, list[float]] = field(default_factory=dict)
+    command: str = ""  # what the user typed
+    versions: str = ""  # of the libraries, and the device
+    date: str = ""  # of the last run
+
+    def mean(self, name: str) -> list[float]:
+        """The mean over the images of a metric (in per cent, except the drift) or of a stage's error, by angle."""
+        scale = 100.0 if name in METRICS and name != "drift" else 1.0
+        return [scale * value / self.images for value in self.sums[name]]
+
+    def add(self, images: int, unreadable: list[str], sums: dict[str, list[float]]) -> "Result":
+        """The result after one more batch; `sums` is empty if it has no images."""
+        position, images = self.position + images + len(unreadable), self.images + images
+        if self.sums and sums:
+            sums = {name: [a + b for a, b in zip(self.sums[name], sums[name], strict=True)] for name in sums}
+        unreadable = [*self.unreadable, *unreadable]
+        return replace(self, position=position, images=images, unreadable=unreadable, sums=sums or self.sums)
+
+
+def read_results(path: Path) -> list[Result]:
+    """The results in a JSON file, none if it does not exist. Raises InputError if it holds something else."""
+    try:
+        entries = json.loads(path.read_bytes())["results"]
+        return [Result(**{**entry, "settings": Settings(**entry["settings"])}) for entry in entries]
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} holds no results of this rotate-eval ({error}): choose another --out") from error
+
+
+def find_result(stored: list[Result], settings: Settings, out: Path) -> Result:
+    """The result under these settings, or an empty one. Raises InputError if one of those stored does not belong."""
+    here = asdict(settings)
+    for other in stored:
+        there = asdict(other.settings)
+        names = here if other.settings.cell == settings.cell else _SHARED
+        names = [name for name in names if there[name] != here[name]]
+        differ = [f"{name}: {there[name]!s:.60} there, {here[name]!s:.60} here" for name in names]
+        if differ:
+            raise InputError(f"{out} was measured with other settings ({'; '.join(differ)}): choose another --out")
+    return next((other for other in stored if other.settings == settings), Result(settings))
+
+
+# The run
+
+
 class _Folder(ImageFolder):
     """Images prepared for a model; an unreadable one is returned as its name."""
 
@@ -92,43 +180,58 @@ def run(args: argparse.Namespace) -> int:
 
     for spec in args.models:
         check_spec(spec)
-    for name in ("results.json", *rotate_report.FILES, *rotate_report.STAGE_FILES):
-        check_writable(args.out / name, make_folders=True)
-    folder = _open_folder(args)
-    device = find_device(args.device)
-    precision = args.amp_dtype if args.amp else "float32"
-    images, targets = _hash_folder(folder), "" if args.unlabelled else _hash([target for _, target in folder.samples])
-    data = Path(os.path.abspath(args.data)).name
-    common = Settings(data, images, targets, len(folder), args.angles, args.corners, precision, args.by_stage)
-    results = Results(args.out / "results.json")
+    file = args.out / "results.json"
+    for path in (file, *(args.out / name for name in rotate_report.FILES)):
+        check_writable(path, make_folders=True)
+    folder, device = _Folder(args.data, args.split, args.class_map), find_device(args.device)
+    if args.split != "validation" and os.path.samefile(folder.root, args.data):  # the default may be missing
+        raise InputError(f"{args.data!r} has no sub-folder {args.split!r}: name another --split, or leave it out")
+    common, stored = _common_settings(args, folder), read_results(file)
     work = list(itertools.product(dict.fromkeys(args.models), dict.fromkeys(args.sizes or [None])))
 
-    def prepare(spec: str, size: int | None) -> tuple[Loaded, Settings]:
+    def prepare(spec: str, size: int | None) -> tuple[Loaded, Result]:
         loaded = load(spec, size, args.num_classes, args.model_kwargs, test_size=True)
-        return loaded, _settings(loaded, common, args.test_time_turns)
+        return loaded, find_result(stored, _settings(loaded, common, args.test_time_turns), args.out)
 
     for spec, size in work:  # errors come before the work
-        loaded, settings = prepare(spec, size)
+        loaded, _ = prepare(spec, size)
         if not args.unlabelled:
             _check_classes(loaded, folder, args.class_map)
         loaded.try_image(torch.zeros(loaded.input_size))
-        results.find(settings)
-    measured, samples = [], rotate_report.Samples(folder, args.angles)
+    samples, written = rotate_report.Samples(folder, args.angles), _content(file)
     try:
         for spec, size in work:
-            loaded, settings = prepare(spec, size)
-            _continue(results, settings, loaded, folder, device, args, samples)
+            loaded, result = prepare(spec, size)
+            others = [other for other in stored if other.settings != result.settings]
+            for after in _measured(result, loaded, folder, device, args, samples):
+                if _content(file) != written:
+                    raise InputError(f"another run changed {file} in the meantime: choose another --out")
+                stored = [*others, after]
+                written = json.dumps({"results": [asdict(other) for other in stored]}, indent=1).encode()
+                write_file(file, written)
     finally:
-        measured = [result for result in results.read() if result.images]
-        if measured:
-            with results.locked():
-                rotate_report.write(measured, args.out, samples)
-    if not measured:
-        raise InputError(
-            f"none of the {len(folder)} images in {args.data!r} can be read, such as {folder.filename(0)!r}"
-        )
+        if stored:
+            rotate_report.write(stored, args.out, samples)
     print(one_line(f"{args.out}/report.html"))
     return 0
+
+
+def _content(file: Path) -> bytes:
+    return file.read_bytes() if file.exists() else b""
+
+
+def _common_settings(args: argparse.Namespace, folder: _Folder) -> Settings:
+    """The settings in which all models of a run agree."""
+    digest = hashlib.sha256()
+    for index in tqdm(range(len(folder)), desc="reading", unit="image", leave=False, delay=5):
+        digest.update(os.fsencode(folder.filename(index)) + b"\0")
+        with contextlib.suppress(OSError):  # a file that cannot be read
+            digest.update(file_sha256(folder.filename(index, absolute=True)).encode())
+    classes = repr([target for _, target in folder.samples]).encode()
+    targets = "" if args.unlabelled else hashlib.sha256(classes).hexdigest()
+    data, images = Path(os.path.abspath(args.data)).name, digest.hexdigest()
+    precision = args.amp_dtype if args.amp else "float32"
+    return Settings(data, images, targets, len(folder), args.angles, args.corners, precision, args.by_stage)
 
 
 def _settings(loaded: Loaded, common: Settings, turns: int) -> Settings:
@@ -137,149 +240,86 @@ def _settings(loaded: Loaded, common: Settings, turns: int) -> Settings:
         raise InputError(
             f"{loaded.spec!r} was trained on {height} x {width} pixels, rotations need squares: give --size N"
         )
-    weights, options = hash_tensors(loaded.model.state_dict()), loaded.options
-    own = {"model": loaded.spec, "size": width, "turns": turns, "weights": weights, "options": options}
-    return replace(common, **own, preparation=loaded.config, classes=loaded.num_classes)
-
-
-def _open_folder(args: argparse.Namespace) -> _Folder:
-    folder = _Folder(args.data, args.split, args.class_map)
-    found = folder.root.rstrip(os.sep) != args.data.rstrip(os.sep) or Path(args.data, args.split).is_dir()
-    if not found and args.split != "validation":  # the default may be missing
-        raise InputError(f"{args.data!r} has no sub-folder {args.split!r}: name another --split, or leave it out")
-    if not args.unlabelled and not any(folder.class_to_idx):
-        raise InputError(
-            f"the images of {args.data!r} are not in class folders: put them into one sub-folder per class, "
-            "or pass --unlabelled to measure agreement and drift only"
-        )
-    return folder
-
-
-def _hash_folder(folder: _Folder) -> str:
-    """SHA-256 of the names and contents of all files."""
-    digests = []
-    for index in tqdm(range(len(folder)), desc="reading", unit="image", leave=False, delay=5):
-        content = ""  # of a file that cannot be read
-        with contextlib.suppress(OSError):
-            content = file_sha256(folder.filename(index, absolute=True))
-        digests.append((folder.filename(index).encode(errors="surrogateescape").hex(), content))
-    return _hash(digests)
-
-
-def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
+    weights = hash_tensors(loaded.model.state_dict())
+    given = json.loads(json.dumps({"options": loaded.options, "preparation": loaded.config}, default=str))
+    own = {"model": loaded.spec, "size": width, "turns": turns, "weights": weights, "classes": loaded.num_classes}
+    return replace(common, **own, **given)
 
 
 def _check_classes(loaded: Loaded, folder: _Folder, class_map: str) -> None:
+    """Raise InputError if the classes of the folder are not those of the model."""
     classes, found = loaded.num_classes, [name for name in folder.class_to_idx if name]
-    if class_map:
-        wrong = [t for t in folder.class_to_idx.values() if not isinstance(t, int) or not 0 <= t < classes]
-        if wrong:
-            raise InputError(
-                f"--class-map {class_map!r} gives class {wrong[0]!r}, and {loaded.spec!r} has the classes 0 to "
-                f"{classes - 1}: list the sub-folders in the order of the model's classes"
-            )
-    elif classes != len(found):
+    wrong = [t for t in folder.class_to_idx.values() if not isinstance(t, int) or not 0 <= t < classes]
+    if class_map and wrong:
         raise InputError(
-            f"{loaded.spec!r} has {classes} classes, the folder {len(found)}: give --class-map FILE (sub-folders in "
-            "the order of the model's classes), or --unlabelled for agreement and drift only"
+            f"--class-map {class_map!r} gives class {wrong[0]!r}, and {loaded.spec!r} has the classes 0 to "
+            f"{classes - 1}: list the sub-folders in the order of the model's classes"
+        )
+    if not class_map and classes != len(found):
+        raise InputError(
+            f"{loaded.spec!r} has {classes} classes, the folder {len(found)} sub-folders: give --class-map FILE, those "
+            "in the order of the model's classes, or --unlabelled for agreement and drift only"
         )
 
 
-def _continue(
-    results: Results,
-    settings: Settings,
-    loaded: Loaded,
-    folder: _Folder,
-    device: torch.device,
-    args: argparse.Namespace,
-    samples: Any,
-) -> None:
-    """Continue the result under these settings to the end of the folder; it is stored after every batch.
-
-    Then classify the `samples`, a `rotate_report.Samples`.
-    """
-    model = reparameterize_model(loaded.model) if args.reparam else loaded.model
-    model = model.to(device)
+def _measured(
+    result: Result, loaded: Loaded, folder: _Folder, device: torch.device, args: argparse.Namespace, samples: Any
+) -> Iterator[Result]:
+    """The result after each batch to the end of the folder; then the `rotate_report.Samples` are classified."""
+    model = (reparameterize_model(loaded.model) if args.reparam else loaded.model).to(device)
     model = model.to(memory_format=torch.channels_last) if args.channels_last else model
     folder.transform = preparation(loaded.config)
-    libraries = f"equivision_timm {equivision_timm.__version__}, timm {timm.__version__}, torch {torch.__version__}"
-    versions = f"{libraries}; {torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}"
-    origin = {"command": _typed(args.typed), "versions": versions, "date": date.today().isoformat()}
-    result = replace(results.find(settings), **origin)
+    versions = f"{libraries()}; {torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}"
+    # The report may be passed on: of absolute paths it has the last part
+    command = shlex.join(re.sub(r"(^|[=:])([A-Za-z]:)?[\\/].*[\\/](?=[^\\/])", r"\1", word) for word in args.typed)
+    result = replace(result, command=command, versions=versions, date=date.today().isoformat())
     rest = Subset(folder, range(result.position, len(folder)))
     batches = DataLoader(rest, args.batch_size, num_workers=args.workers, collate_fn=list)
+    settings = result.settings
     autocast = torch.autocast(device.type, dtype=getattr(torch, settings.precision), enabled=args.amp)
     label = f"{settings.model} {settings.size}px"
     with tqdm(total=len(folder), initial=result.position, unit="image", desc=label) as bar, autocast:
         for after in measure(result, model, batches, device):
             result = after
             if result.images:
-                results.put(result)
+                yield result
             bar.update(result.position - bar.n)
-        _classify_samples(samples, settings, model, loaded, folder, device)
+        samples.classify(settings, averaged(model, settings.turns), loaded, folder, device)
+    if not result.images:
+        fault = f"none of the {len(folder)} images in {args.data!r} can be read"
+        raise InputError(f"{fault}, such as {folder.filename(0)!r}: name another folder")
     if result.unreadable:
         listed = ", ".join(map(one_line, result.unreadable[:5])) + (", ..." if len(result.unreadable) > 5 else "")
         tqdm.write(f"left out {len(result.unreadable)} unreadable image(s): {listed}")
 
 
-@torch.inference_mode()
-def _classify_samples(
-    samples: Any,
-    settings: Settings,
-    model: nn.Module,
-    loaded: Loaded,
-    folder: _Folder,
-    device: torch.device,
-) -> None:
-    """Add the predictions of a model to the samples, of which some may be left."""
-    if not samples.pictures:
-        return
-    names = loaded.class_names()
-    if settings.targets and names == [str(index) for index in range(len(names))]:  # unknown: those of the sub-folders
-        names = [{i: name for name, i in folder.class_to_idx.items()}.get(index, "") for index in range(len(names))]
-    images = torch.stack([folder.transform(picture) for picture in samples.pictures]).to(device)  # type: ignore[misc]
-    predict, titles = averaged(model, settings.turns), class_titles(names)
-    indices = [predict(shown(images, angle, settings.corners)).argmax(1).tolist() for angle in samples.angles]
-    samples.add(settings.cell, titles, indices, bool(settings.targets))
-
-
-def _typed(words: list[str]) -> str:
-    """The command for the report, without the user's folders: of absolute paths the last part."""
-    return shlex.join(re.sub(r"(^|[=:])([A-Za-z]:)?[\\/].*[\\/](?=[^\\/])", r"\1", word) for word in words)
-
-
 def measure(result: Result, model: nn.Module, batches: DataLoader[Any], device: torch.device) -> Iterator[Result]:
-    """Continue a result; yields it anew after every batch.
+    """Continue a result with a model in eval mode on `device`; yields it anew after every batch.
 
-    Args:
-        result: what was measured so far; its settings say how.
-        model: images [B, C, H, W] -> logits [B, classes], in eval mode, on `device`.
-        batches: the remaining images, lists of (image [C, H, W], target) and of names of unreadable files.
-        device: where to compute.
+    `batches` are lists of images with targets, ([C, H, W], int), and of names of unreadable files.
     """
-    settings, predict = result.settings, averaged(model, result.settings.turns)
+    settings = result.settings
+    predict = averaged(model, settings.turns)
     for batch in batches:
+        unreadable = [sample for sample in batch if isinstance(sample, str)]
         good = [sample for sample in batch if not isinstance(sample, str)]
-        sums, stages = {}, {}
+        sums: dict[str, list[float]] = {}
         if good:
             images = torch.stack([image for image, _ in good]).to(device)
             targets = torch.tensor([target for _, target in good], device=device) if settings.targets else None
             sums = _sums(predict, images, targets, settings)
-            stages = _stages(model, images, settings) if settings.by_stage else {}
-        result = result.add(len(good), [sample for sample in batch if isinstance(sample, str)], sums, stages)
+            if settings.by_stage:
+                errors = angle_error(model, images, settings.angles)
+                sums |= {stage: [len(good) * value for value in by.values()] for stage, by in errors.items()}
+        result = result.add(len(good), unreadable, sums)
         yield result
 
 
-def averaged(model: nn.Module, turns: int) -> Callable[[torch.Tensor], torch.Tensor]:
+def averaged(model: nn.Module, turns: int) -> Predict:
     """images -> the mean of the logits over `turns` rotations of each, 360 / turns degrees apart."""
     if turns == 1:
         return model
-
-    def predict(images: torch.Tensor) -> torch.Tensor:
-        return torch.stack([model(rotate(images, 360 / turns * k)) for k in range(turns)]).mean(0)
-
-    return predict
+    return lambda images: torch.stack([model(rotate(images, 360 / turns * k)) for k in range(turns)]).mean(0)
 
 
 def shown(images: torch.Tensor, angle: float, corners: str) -> torch.Tensor:
@@ -288,38 +328,23 @@ def shown(images: torch.Tensor, angle: float, corners: str) -> torch.Tensor:
     return rotated * inscribed_circle(rotated) if corners == "circle" else rotated
 
 
-def _stages(model: nn.Module, images: torch.Tensor, settings: Settings) -> dict[str, list[float]]:
-    """The sums of the errors of every stage over one batch, by angle."""
-    errors = angle_error(model, images, settings.angles)
-    return {stage: [len(images) * value for value in by_angle.values()] for stage, by_angle in errors.items()}
-
-
 @torch.inference_mode()
 def _sums(
-    predict: Callable[[torch.Tensor], torch.Tensor],
-    images: torch.Tensor,
-    targets: torch.Tensor | None,
-    settings: Settings,
+    predict: Predict, images: torch.Tensor, targets: torch.Tensor | None, settings: Settings
 ) -> dict[str, list[float]]:
     """The sums of all metrics over one batch, by angle."""
-    reference = predict(shown(images, 0, settings.corners)).float()
-    sums: dict[str, list[float]] = {}
+    sums: dict[str, list[float]] = defaultdict(list)
+    reference = predict(shown(images, 0, settings.corners)).float()  # [B, classes]
+    centred_reference = reference - reference.mean(1, keepdim=True)
+    length = centred_reference.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)  # zero with a single class
     for angle in settings.angles:
         logits = predict(shown(images, angle, settings.corners)).float() if angle % 360 else reference
-        for name, value in _compare(logits, reference, targets).items():
-            sums.setdefault(name, []).append(value)
-    return sums
-
-
-def _compare(logits: torch.Tensor, reference: torch.Tensor, targets: torch.Tensor | None) -> dict[str, float]:
-    """The sums of all metrics over one batch of logits [B, classes]."""
-    first = logits.argmax(1)
-    centred, centred_reference = (z - z.mean(1, keepdim=True) for z in (logits, reference))
-    length = centred_reference.norm(dim=1).clamp_min(torch.finfo(reference.dtype).tiny)  # zero with a single class
-    drift = (centred - centred_reference).norm(dim=1) / length
-    sums = {"agreement": (first == reference.argmax(1)).sum().item(), "drift": drift.sum().item()}
-    if targets is not None:
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # [B, 5]
-        sums["top1"] = (first == targets).sum().item()
-        sums["top5"] = (best == targets[:, None]).any(1).sum().item()
-    return sums
+        first = logits.argmax(1)
+        if targets is not None:
+            best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # [B, 5]
+            sums["top1"].append((first == targets).sum().item())
+            sums["top5"].append((best == targets[:, None]).any(1).sum().item())
+        sums["agreement"].append((first == reference.argmax(1)).sum().item())
+        centred = logits - logits.mean(1, keepdim=True)
+        sums["drift"].append(((centred - centred_reference).norm(dim=1) / length).sum().item())
+    return dict(sums)

@@ -6,35 +6,34 @@ import csv
 import html
 import io
 import sys
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MultipleLocator
 from PIL import Image, ImageOps
 from torchvision.transforms.functional import pil_to_tensor
 
 from equivision_timm.cli.figures import figure_bytes, plain_text
-from equivision_timm.cli.models import short_name
-from equivision_timm.cli.rotate_eval import shown
-from equivision_timm.cli.rotate_results import Result
+from equivision_timm.cli.models import Loaded, class_titles, short_name
+from equivision_timm.cli.rotate_eval import METRICS, Predict, Result, Settings, shown
 from equivision_timm.data import ImageFolder, PictureError
 from equivision_timm.errors import one_line, shortened
 from equivision_timm.files import write_file
 
-__all__ = ["FILES", "STAGE_FILES", "Samples", "draw", "draw_stages", "write"]
+__all__ = ["FILES", "Samples", "draw", "draw_stages", "write"]
 
-FILES = ("results.csv", "rotation.png", "report.html")
-STAGE_FILES = ("stages.csv", "stages.png")  # if stages were measured
+FILES = ("results.csv", "rotation.png", "report.html", "stages.csv", "stages.png")  # the last two if measured
 
 _DPI = 110
-_TITLES = {
+_TITLES = {  # of the metrics that are drawn
     "top1": "top-1 accuracy (%)",
-    "top5": "top-5 accuracy (%)",
     "agreement": "same class as unrotated (%)",
     "drift": "relative change of the logits",
 }
@@ -63,10 +62,22 @@ class Samples:
                 self.pictures.append(folder.picture(index))
                 self.targets.append(folder.samples[index][1])
 
-    def add(self, cell: tuple[str, int, int], titles: list[str], indices: list[list[int]], labelled: bool) -> None:
-        """Add the predicted classes [angles][pictures] of a model; `titles` of all its classes."""
-        self.titles = [titles[target] for target in self.targets] if labelled else []
-        self.predictions[cell] = [[titles[index] for index in row] for row in indices]
+    @torch.inference_mode()
+    def classify(
+        self, settings: Settings, predict: Predict, loaded: Loaded, folder: ImageFolder, device: torch.device
+    ) -> None:
+        """Add the predictions of a model, which lies on `device`, for images as `folder` prepares them."""
+        if not self.pictures:
+            return
+        names = loaded.class_names()
+        if settings.targets and names == [str(index) for index in range(len(names))]:  # unknown: the sub-folders'
+            own = {index: name for name, index in folder.class_to_idx.items()}
+            names = [own.get(index, "") for index in range(len(names))]
+        titles = class_titles(names)
+        images = torch.stack([folder.transform(picture) for picture in self.pictures]).to(device)  # type: ignore[misc]
+        indices = [predict(shown(images, angle, settings.corners)).argmax(1).tolist() for angle in self.angles]
+        self.titles = [titles[target] for target in self.targets] if settings.targets else []
+        self.predictions[settings.cell] = [[titles[index] for index in row] for row in indices]
 
 
 def _spread(count: int, most: int) -> list[int]:
@@ -75,49 +86,38 @@ def _spread(count: int, most: int) -> list[int]:
 
 
 def write(results: list[Result], folder: Path, samples: Samples | None = None) -> None:
-    """Write `FILES`, and `STAGE_FILES` if stages were measured, into `folder`.
-
-    Args:
-        results: under settings that may stand side by side, at least one image each.
-        folder: where to write.
-        samples: some of the images.
-    """
-    contents = {"results.csv": _csv(results)}
+    """Write `FILES` into `folder`, of results that agree in their images and angles, with at least one image each."""
+    metrics = [name for name in METRICS if name in results[0].sums]
+    rows: list[tuple] = [("model", "size", "turns", "angle", "images", *metrics)]
+    by_stage: list[tuple] = [("model", "size", "stage", "angle", "images", "error")]
+    for result in results:
+        model, size, turns = result.settings.cell
+        means = {name: [f"{value:.6g}" for value in result.mean(name)] for name in result.sums}
+        for i, angle in enumerate(result.settings.angles):
+            rows.append((model, size, turns, f"{angle:g}", result.images, *(means[name][i] for name in metrics)))
+        for name in _stages(result):
+            angles = zip(result.settings.angles, means[name], strict=True)
+            by_stage += [(model, size, name, f"{angle:g}", result.images, error) for angle, error in angles]
+    contents = {"results.csv": _csv(rows)}
     with plain_text():
         contents["rotation.png"] = figure_bytes(draw(results, samples), ".png", _DPI)
-        if results[0].stages:
-            contents["stages.csv"] = _stages_csv(results)
+        if results[0].settings.by_stage:
+            contents["stages.csv"] = _csv(by_stage)
             contents["stages.png"] = figure_bytes(draw_stages(results), ".png", _DPI)
     contents["report.html"] = _page(results, contents).encode(errors="backslashreplace")
     for name, content in contents.items():
         write_file(folder / name, content)
 
 
-def _csv(results: list[Result]) -> bytes:
-    """A row per model, size, number of turns and angle: per cent except for the drift."""
-    metrics = results[0].metrics()
-    rows: list[tuple] = [("model", "size", "turns", "angle", "images", *metrics)]
-    for result in results:
-        for angle, *values in zip(result.settings.angles, *map(result.mean, metrics), strict=True):
-            rows.append((*result.settings.cell, f"{angle:g}", result.images, *(f"{v:.6g}" for v in values)))
-    return _csv_bytes(rows)
-
-
-def _stages_csv(results: list[Result]) -> bytes:
-    """A row per model, size, stage and angle."""
-    rows: list[tuple] = [("model", "size", "stage", "angle", "images", "error")]
-    for result in results:
-        model, size, _ = result.settings.cell
-        for stage in result.stages:
-            errors = zip(result.settings.angles, result.stage_errors(stage), strict=True)
-            rows += [(model, size, stage, f"{angle:g}", result.images, f"{error:.6g}") for angle, error in errors]
-    return _csv_bytes(rows)
-
-
-def _csv_bytes(rows: list[tuple]) -> bytes:
+def _csv(rows: list[tuple]) -> bytes:
     file = io.StringIO(newline="")
     csv.writer(file).writerows(rows)
     return file.getvalue().encode(errors="backslashreplace")
+
+
+def _stages(result: Result) -> list[str]:
+    """The stages measured, from the stem on."""
+    return [name for name in result.sums if name not in METRICS]
 
 
 # Pictures
@@ -125,37 +125,33 @@ def _csv_bytes(rows: list[tuple]) -> bytes:
 
 def draw(results: list[Result], samples: Samples | None = None) -> Figure:
     """All models against the angle, a panel for each metric; one legend; below it some images with predictions."""
-    metrics, settings = _drawn(results), results[0].settings
-    cells = [(i, result.settings.cell) for i, result in enumerate(results)]
-    predicted = [(i, cell) for i, cell in cells if samples and cell in samples.predictions][:_SAMPLE_MODELS]
+    metrics, settings = [name for name in _TITLES if name in results[0].sums], results[0].settings
+    styles = {result.settings.cell: _style(i, len(results)) for i, result in enumerate(results)}
+    predicted = [cell for cell in styles if samples and cell in samples.predictions][:_SAMPLE_MODELS]
     heights = [4.2 + 0.25 * (len(results) // 4)]
     if samples and predicted:
         heights.append(0.6 + (_SAMPLE_SIDE + 0.2 * len(predicted)) * len(samples.pictures))
     figure = Figure(figsize=(4.2 * max(2, len(metrics)) + 0.3, sum(heights)), layout="constrained")
     parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     panels = parts[0].subplots(1, len(metrics), squeeze=False)[0]
+    labels = [f"\u200b{_label(result, 60)}" for result in results]  # matplotlib omits labels that begin with '_'
     for axes, metric in zip(panels, metrics, strict=True):
         means = [result.mean(metric) for result in results]
-        for i, values in enumerate(means):
-            axes.plot(*_curve(settings.angles, values), **_style(i, len(results)))
+        for values, label, style in zip(means, labels, styles.values(), strict=True):
+            axes.plot(*_curve(settings.angles, values), label=label, **style)
         _dress(axes, settings.angles)
         axes.set_title(_TITLES[metric], fontsize=12)
         axes.set_ylim(0, max(_LEAST_DRIFT, 1.05 * max(map(max, means))) if metric == "drift" else 102)
         if metric == "top1":
             chance = 100 / settings.classes
             axes.axhline(chance, color="0.4", linestyle=(0, (1, 2)))
-            place = {"xycoords": ("axes fraction", "data"), "xytext": (-4, 2), "textcoords": "offset points"}
-            axes.annotate("chance", (1, chance), ha="right", color="0.3", fontsize=10, **place)
-    labels = [_label(result, 60) for result in results]
+            axes.annotate("chance", (1, chance), (-4, 2), ("axes fraction", "data"), "offset points", ha="right")
     columns = max(1, min(len(results), int(40 * len(metrics) / (max(map(len, labels)) + 6)), 4))
-    lines = [Line2D([], [], **_style(i, len(results))) for i in range(len(results))]
-    numbers = list(map(str, range(len(results))))
-    legend = parts[0].legend(lines, numbers, loc="outside lower center", ncols=columns, fontsize=11, handlelength=4)
-    for text, words in zip(legend.get_texts(), labels, strict=True):
-        text.set_text(words)  # afterwards: matplotlib omits labels that begin with '_'
+    handles = panels[0].get_legend_handles_labels()
+    parts[0].legend(*handles, loc="outside lower center", ncols=columns, fontsize=11, handlelength=4)
     parts[0].suptitle(shortened(_headline(results), 120), fontsize=13)
     if samples and predicted:
-        _draw_samples(parts[1], samples, settings.corners, {cell: _style(i, 1)["color"] for i, cell in predicted})
+        _draw_samples(parts[1], samples, settings.corners, {cell: styles[cell]["color"] for cell in predicted})
     return figure
 
 
@@ -178,8 +174,8 @@ def _draw_samples(part: SubFigure, samples: Samples, corners: str, colours: dict
                 edge, fill = colour if samples.titles else "white", colour if correct else "white"
                 box = {"boxstyle": "round,pad=0.2", "facecolor": fill, "edgecolor": edge}
                 style = {"fontsize": 8, "color": "white" if correct else colour, "bbox": box}
-                place = {"xycoords": "axes fraction", "xytext": (0, -11 - 14.4 * line), "textcoords": "offset points"}
-                axes.annotate(title, (0.5, 0), ha="center", va="center", **place, **style)
+                place = (0.5, 0), (0, -11 - 14.4 * line), "axes fraction", "offset points"
+                axes.annotate(title, *place, ha="center", va="center", **style)
         if samples.titles:
             row[0].set_ylabel(f"true: {samples.titles[number]}", fontsize=10)
     note = "Predictions, coloured as the curves" + (": filled if correct, hollow if wrong" if samples.titles else "")
@@ -189,17 +185,16 @@ def _draw_samples(part: SubFigure, samples: Samples, corners: str, colours: dict
 
 def draw_stages(results: list[Result]) -> Figure:
     """The error of each stage against the angle, a panel for each result, with the same scale."""
-    columns = min(len(results), 3)
-    rows = -(-len(results) // columns)
+    columns, rows = min(len(results), 3), -(-len(results) // 3)
     figure = Figure(figsize=(0.3 + 4.2 * columns, 4.2 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
-    worst = max(max(result.stage_errors(stage)) for result in results for stage in result.stages)
+    worst = max(max(result.mean(stage)) for result in results for stage in _stages(result))
     for axes, result in zip(panels, results, strict=False):
-        colours = matplotlib.colormaps["viridis"](np.linspace(0.9, 0, len(result.stages)))
-        for i, (stage, colour) in enumerate(zip(result.stages, colours, strict=True)):
-            angles, errors = _curve(result.settings.angles, result.stage_errors(stage))
-            (line,) = axes.plot(angles, errors, **{**_style(i, len(result.stages)), "color": colour})
-            line.set_label(f"\u200b{one_line(stage)}")  # matplotlib omits labels that begin with '_'
+        stages = _stages(result)
+        colours = matplotlib.colormaps["viridis"](np.linspace(0.9, 0, len(stages)))
+        for i, (stage, colour) in enumerate(zip(stages, colours, strict=True)):
+            style = {**_style(i, len(stages)), "color": colour}
+            axes.plot(*_curve(result.settings.angles, result.mean(stage)), label=one_line(stage), **style)
         _dress(axes, result.settings.angles)
         axes.set_title(_label(result, 42), fontsize=11)
         axes.set_ylim(0, 1.05 * worst or 1)
@@ -231,13 +226,12 @@ def _dress(axes: Axes, angles: list[float]) -> None:
     axes.grid(alpha=0.3)
 
 
-def _curve(angles: list[float], values: list[float]) -> tuple[list[float], list[float]]:
-    """Angles and values in order; if they cover the full circle, the first point is repeated 360 degrees further."""
-    angles, values = map(list, zip(*sorted(zip(angles, values, strict=True)), strict=True))
-    steps = np.diff(angles)
-    if len(steps) and angles[0] + 360 - angles[-1] <= 1.001 * max(steps):
-        return [*angles, angles[0] + 360], [*values, values[0]]
-    return angles, values
+def _curve(angles: list[float], values: list[float]) -> np.ndarray:
+    """Angles and values in order, [2, A]; of a full circle the first point is repeated 360 degrees further."""
+    points = np.array(sorted(zip(angles, values, strict=True))).T  # [2, A]
+    steps = np.diff(points[0])
+    goes_round = len(steps) and points[0, 0] + 360 - points[0, -1] <= 1.001 * max(steps)
+    return np.column_stack([points, points[:, 0] + [360, 0]]) if goes_round else points
 
 
 def _label(result: Result, most: int = sys.maxsize) -> str:
@@ -267,19 +261,13 @@ td { white-space: nowrap; } thead th { border-bottom: 2px solid #888; }
 """
 
 
-def _drawn(results: list[Result]) -> list[str]:
-    """The metrics that have a picture."""
-    return [metric for metric in results[0].metrics() if metric != "top5"]
-
-
 def _page(results: list[Result], contents: dict[str, bytes]) -> str:
     """The page; `contents` of the other files."""
     title, stages = html.escape(_headline(results)), ""
-    if results[0].stages:
+    if "stages.png" in contents:
         stages = f"""<h2>By stage</h2>{_image(contents["stages.png"], "Errors of the stages against the angle")}
-<p class="note">Error: |f(g x) - g f(x)| / |g f(x)| of the maps f of a stage, in a disc of 0.8 times the inscribed
-radius, with a smooth circular mask on the image; g the rotation; figures in stages.csv. 0: the map rotates with the
-image. 1: it has next to nothing in common with the rotated map.</p>"""
+<p class="note">Error: |f(g x) - g f(x)| / |g f(x)| of the maps f of a stage under the rotation g; figures
+in stages.csv. 0: the map rotates with the image. 1: it has next to nothing in common with the rotated map.</p>"""
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>{_STYLE}</style></head><body>
@@ -314,26 +302,24 @@ def _notes(results: list[Result]) -> str:
 
 
 def _summary(results: list[Result]) -> str:
-    """Mean and worst value of every metric that has a picture."""
-    head, rows = ["model", "images"], []
-    for metric in _drawn(results):
-        head += [f"{metric}, mean", f"{metric}, worst"]
-    for result in results:
-        rows.append([_label(result), str(result.images)])
-        for metric in _drawn(results):
+    """Mean and worst value of every metric that is drawn."""
+    metrics = [name for name in _TITLES if name in results[0].sums]
+    head = ["model", "images", *(f"{metric}, {what}" for metric in metrics for what in ("mean", "worst"))]
+    rows = [[_label(result), str(result.images)] for result in results]
+    for row, result in zip(rows, results, strict=True):
+        for metric in metrics:
             values, digits = result.mean(metric), ".3g" if metric == "drift" else ".2f"
             worst = int(np.argmax(values) if metric == "drift" else np.argmin(values))
             angle = f"{result.settings.angles[worst]:g}°"
-            rows[-1] += [f"{np.mean(values):{digits}}", f"{values[worst]:{digits}} (at {angle})"]
+            row += [f"{np.mean(values):{digits}}", f"{values[worst]:{digits}} (at {angle})"]
     return _table(head, rows)
 
 
 def _origins(results: list[Result]) -> str:
     """The commands, days, versions and weights of the figures."""
     tables = []
-    for origin in dict.fromkeys((result.command, result.date, result.versions) for result in results):
+    for origin, measured in groupby(results, attrgetter("command", "date", "versions")):
         rows = [list(row) for row in zip(("command", "date", "versions"), map(one_line, origin), strict=True)]
-        measured = [result for result in results if (result.command, result.date, result.versions) == origin]
         rows += [[f"weights (SHA-256) of {_label(result)}", result.settings.weights] for result in measured]
         tables.append(f'<div class="left">{_table([], rows)}</div>')
     return "<br>".join(tables)
