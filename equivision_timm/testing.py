@@ -115,9 +115,8 @@ def assert_equivariant(module: nn.Module, size: int = 225, tolerance: float = 1e
 
 def _exact_sizes(module: Any, size: int) -> str:
     """The exact sizes next to `size` in words, '' if it is one or the module does not know them."""
-    if not hasattr(module, "exact_sizes") or module.is_exact(size):
-        return ""
-    return f"exact sizes are {' and '.join(map(str, module.exact_sizes(size)))}; "
+    sizes = module.exact_sizes(size) if hasattr(module, "exact_sizes") else (size,)
+    return "" if size in sizes else f"exact sizes are {' and '.join(map(str, sizes))}; "
 
 
 @torch.no_grad()

@@ -153,6 +153,7 @@ def resampling(model: torch.nn.Module, images: torch.Tensor, upright: torch.Tens
     return {name: 100 * found.float().mean().item() for name, found in agreement.items()}
 
 
+@torch.inference_mode()
 def timings(backbone: torch.nn.Module, repeats: int = 20) -> dict[str, float]:
     """Processor time for one image on one thread, as a multiple of the backbone's; the median of interleaved ratios."""
     torch.set_num_threads(1)

@@ -86,7 +86,7 @@ def _row(name: str, near: int) -> Row:
         model: Any = timm.create_model(name).eval().requires_grad_(False)
     size = model.pretrained_cfg["input_size"][-1]
     try:
-        exact = model.exact_sizes(near) if hasattr(model, "exact_sizes") else (near, near)  # adapted models: all sizes
+        exact = model.exact_sizes(near) if hasattr(model, "exact_sizes") else (near, near)  # orientation: all
     except ValueError as error:
         raise InputError(f"--near {near} is not possible for {name}: {error}") from error
     fields = model.feature_info[0]["num_fields"] if hasattr(model, "feature_info") else 1

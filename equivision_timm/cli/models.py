@@ -10,7 +10,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -81,11 +81,13 @@ class Loaded:
 
     def note_inexact_size(self) -> None:
         """Print to stderr if rotations by 90 degrees are not exact at the size of the images, and where they are."""
-        size, exact_sizes = self.input_size[1:], getattr(self.model, "exact_sizes", None)
-        if exact_sizes is not None and not self.model.is_exact(size):  # type: ignore[operator]  of a family
-            sizes = " or ".join(map(str, dict.fromkeys(exact_sizes(max(size)))))
-            text = f"{self.spec!r} is not exactly equivariant at {size[0]} x {size[1]} pixels: --size {sizes} is exact"
-            print(one_line(text), file=sys.stderr)
+        size, model = self.input_size[1:], cast(Any, self.model)
+        if not hasattr(model, "exact_sizes") or model.is_exact(size):
+            return
+        sizes = dict.fromkeys(model.exact_sizes(max(size)))
+        if size[0] != size[1] or size[0] not in sizes:  # else the group has rotations by 45 degrees, too
+            text = f"{self.spec!r} is not exactly equivariant at {size[0]} x {size[1]} pixels: --size "
+            print(one_line(f"{text}{' or '.join(map(str, sizes))} is exact"), file=sys.stderr)
 
 
 def load(

@@ -78,7 +78,9 @@ def _eighth_turn(x: torch.Tensor) -> torch.Tensor:
 
 def shrink(x: torch.Tensor, size: int) -> torch.Tensor:
     """x [B, C, H, W] -> [B, C, size, size]: bilinear with antialiasing, as two products with matrices."""
-    return _shrinking(x.shape[-2], size, x) @ x @ _shrinking(x.shape[-1], size, x).transpose(0, 1)
+    rows = _shrinking(x.shape[-2], size, x)
+    columns = rows if x.shape[-1] == x.shape[-2] else _shrinking(x.shape[-1], size, x)
+    return rows @ x @ columns.transpose(0, 1)
 
 
 def _shrinking(source: int, size: int, like: torch.Tensor) -> torch.Tensor:

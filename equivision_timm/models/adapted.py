@@ -1,14 +1,11 @@
-"""Any model of timm made equivariant, its weights untouched: symmetrized (averaged over views) or canonicalized.
+"""Any model of timm made equivariant, its weights untouched.
 
 **Symmetrized**: the model f runs on g^-1 x for every g of the group, F(x)[g] = g f(g^-1 x). The maps F are regular
-fields, [B, C * |G|, H, W], channel = c * |G| + g; the logits are pooled over the group. It costs |G| passes.
+fields, channel = c * |G| + g; the logits are pooled over the group. It costs |G| passes.
 
 **Canonicalized**: a small orientation network scores the elements, the image is moved by the inverse of the best one,
-f runs once, and its maps are moved back. It costs one pass and a bit. `choice="soft"` unites the two: all views,
-weighted by the softmax of the scores; the orientation network then learns with f.
-
-Quarter turns and reflections are exact at every size that f takes; rotations by 45 degrees resample. The names without
-keywords, such as `d4sym_resnet50`, take timm's own weights from the Hub.
+f runs once, and its maps are moved back. `choice="soft"` unites the two: all views, weighted by the softmax of the
+scores; the orientation network then learns with f.
 
 Sources: Puny et al., Frame Averaging for Invariant and Equivariant Network Design (2022); Basu et al., Equi-Tuning
 (2023); Kaba et al., Equivariance with Learned Canonicalization Functions (2023).
@@ -17,7 +14,7 @@ Sources: Puny et al., Frame Averaging for Invariant and Equivariant Network Desi
 import math
 import re
 from collections.abc import Callable, Sequence
-from functools import partial, reduce
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -32,8 +29,8 @@ from equivision_timm.layers.views import act, act_each, check_square
 
 __all__ = ["Canonicalized", "Symmetrized"]
 
-Views = list[torch.Tensor]  # one map, seen from every element of the group
-Run = Callable[[torch.Tensor], tuple[list[torch.Tensor], list[torch.Tensor]]]  # images -> levels, last features
+Views = Sequence[torch.Tensor]  # one map, seen from every element of the group
+Run = Callable[[torch.Tensor], list[torch.Tensor]]  # images -> maps or tokens
 GROUPS = ("c2", "c4", "c8", "d1", "d2", "d4", "d8")
 torch.fx.wrap("check_square")  # asks for sizes: one node in a graph of torch.fx
 
@@ -49,11 +46,8 @@ class _Adapted(nn.Module):
             raise ValueError(f"unknown group {group!r}: use one of {', '.join(GROUPS)}")
         if group_pool not in ("avg", "prob", "max"):
             raise ValueError(f"unknown group_pool {group_pool!r}: use 'avg', 'prob' or 'max'")
-        if chunk < 0:
-            raise ValueError(f"chunk={chunk!r} is not a number of views: use 1 or more, or 0 for all")
         if not isinstance(backbone, str) and options:
             raise TypeError(f"{sorted(options)} are keywords of the backbone, which is a module: create it with them")
-        pool = options.get("global_pool")
         network = create_model(backbone, **options) if isinstance(backbone, str) else backbone
         if getattr(network, "group", "c1") != "c1":
             raise ValueError(f"{type(network).__name__} is equivariant under {network.group} already: use it unadapted")
@@ -63,12 +57,19 @@ class _Adapted(nn.Module):
         self.chunk: int = chunk
         self.order: int = Group.from_name(group).order
         self.rotations: int = Group.from_name(group).rotations
-        self.num_classes: int = getattr(network, "num_classes", 0)
         self.in_chans: int = getattr(network, "in_chans", 3)
         self.output_fmt: str = str(getattr(network, "output_fmt", "NCHW"))  # of `forward_features`, unless tokens
-        self.has_head: bool = hasattr(network, "num_classes") and (self.num_classes > 0 or pool != "")  # not maps
+        self._read_head()
         if group_pool == "prob" and self.num_classes < 2:
             raise ValueError(f"group_pool='prob' averages probabilities of {self.num_classes} class(es): use 'avg'")
+
+    def _read_head(self) -> None:
+        """Note how many classes the backbone has, and whether it returns vectors: logits or an embedding."""
+        self.num_classes: int = getattr(self.backbone, "num_classes", 0)
+        head = getattr(self.backbone, "head", None)
+        pool = getattr(self.backbone, "global_pool", getattr(head, "global_pool", None))
+        returns_maps = self.num_classes == 0 and getattr(pool, "pool_type", pool) == ""
+        self.has_head: bool = hasattr(self.backbone, "num_classes") and not returns_maps
 
     @property
     def head_hidden_size(self) -> int:
@@ -91,7 +92,7 @@ class _Adapted(nn.Module):
         return self.order if self.training or self.chunk == 0 else min(self.chunk, self.order)
 
     def view_logits(self, x: torch.Tensor) -> torch.Tensor:
-        """The backbone's output for every view, [|G|, B, ...]."""
+        """The backbone's output for every view, [|G|, B, C]."""
         outputs: list[torch.Tensor] = []
         count = self.views_at_once()
         for first in range(0, self.order, count):
@@ -99,24 +100,27 @@ class _Adapted(nn.Module):
             outputs.append(self.backbone(self.views(x, first, n)).unflatten(0, [n, -1]))
         return torch.cat(outputs)
 
-    def view_features(self, run: "Run", x: torch.Tensor) -> tuple[list[Views], list[Views]]:
-        """The levels and the last features that `run` returns, each as the list of its views, moved back."""
-        count, views = self.views_at_once(), []
+    def view_features(self, run: Run, x: torch.Tensor) -> list[Views]:
+        """What `run` returns, each map or token sequence as the list of its views, moved back."""
+        count, by_view = self.views_at_once(), []
         for first in range(0, self.order, count):
             n = min(count, self.order - first)
-            levels, last = run(self.views(x, first, n))
-            chunks = [[output.chunk(n) for output in outputs] for outputs in (levels, last)]
-            views += [[[output[i] for output in outputs] for outputs in chunks] for i in range(n)]
-        moved = [[[self.move(output, g) for output in part] for part in view] for g, view in enumerate(views)]
-        levels, last = ([list(views) for views in zip(*parts, strict=True)] for parts in zip(*moved, strict=True))
-        return levels, last
+            chunks = [output.chunk(n) for output in run(self.views(x, first, n))]
+            by_view += [[self.move(chunk[i], first + i) for chunk in chunks] for i in range(n)]
+        return list(zip(*by_view, strict=True))
+
+    def move_images(self, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        """g[b]^-1 x[b]."""
+        return act_each(x, g, self.rotations, self.order > self.rotations, inverse=True)
 
     def move(self, x: torch.Tensor, g: int | torch.Tensor, inverse: bool = False) -> torch.Tensor:
-        """g x or g^-1 x of features as the backbone returns them; g is one element, or one for each image, [B]."""
+        """g x or g^-1 x of what the backbone returns; g is one element, or one for each image, [B]."""
         if isinstance(g, int):
             mover = partial(act, g=g, n=self.rotations, inverse=inverse)
         else:
             mover = partial(act_each, g=g, n=self.rotations, reflections=self.order > self.rotations, inverse=inverse)
+        if x.ndim == 2:
+            return x  # logits of a module without `num_classes`
         if x.ndim == 3:
             grid = self._grid(x.shape[1])
             prefix = x.shape[1] - grid[0] * grid[1]  # class token, registers: they do not move
@@ -131,22 +135,24 @@ class _Adapted(nn.Module):
     def _grid(self, tokens: int) -> tuple[int, int]:
         """Rows and columns of the grid in `tokens`."""
         count = tokens - getattr(self.backbone, "num_prefix_tokens", 0)
-        fixed = getattr(getattr(self.backbone, "patch_embed", None), "grid_size", None) or (0, 0)
-        side = math.isqrt(count)
-        if fixed[0] * fixed[1] != count and side * side != count:
+        height, width = getattr(getattr(self.backbone, "patch_embed", None), "grid_size", None) or (0, 0)
+        if height * width != count:  # of other images than the backbone's own
+            height = width = math.isqrt(count)
+        if height * width != count:
             raise ValueError(f"{tokens} tokens are not a square grid: use images of the backbone's own size")
-        return (fixed[0], fixed[1]) if fixed[0] * fixed[1] == count else (side, side)
+        return height, width
 
-    def fields(self, views: Sequence[torch.Tensor]) -> torch.Tensor:
+    def fields(self, views: Views) -> torch.Tensor:
         """The moved features of all views as regular fields: C * |G| channels."""
         axis = self.axis(views[0])
         return torch.stack(list(views), axis + 1).flatten(axis, axis + 1)
 
-    def unmoved(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """The views that `fields` was made of, before they were moved."""
+    def view_heads(self, x: torch.Tensor, pre_logits: bool) -> list[torch.Tensor]:
+        """What the backbone's head makes of the views in regular fields, moved to where it was trained."""
         axis = self.axis(x)
         views = x.unflatten(axis, (-1, self.order)).unbind(axis + 1)
-        return [self.move(view, g, inverse=True) for g, view in enumerate(views)]
+        moved = (self.move(view, g, inverse=True) for g, view in enumerate(views))
+        return [self.backbone.forward_head(view, pre_logits=pre_logits) for view in moved]
 
     def levels(self, copies: int) -> list[dict[str, Any]]:
         """timm's description of the backbone's levels, with `copies` times the channels."""
@@ -160,41 +166,51 @@ class _Adapted(nn.Module):
 
     # timm's contract
 
-    def combine(self, run: Run, x: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """The levels and last features that `run` computes from the views of x, for the image itself."""
+    def combine(self, run: Run, x: torch.Tensor, for_head: int = 0) -> list[torch.Tensor]:
+        """What `run` computes of the views of x, for the image itself; the last `for_head` are for `forward_head`."""
         raise NotImplementedError
+
+    def pool(self, outputs: torch.Tensor, log_weights: torch.Tensor, group_pool: str) -> torch.Tensor:
+        """Logits or embeddings of the views, [|G|, B, C], pooled under weights [|G|, B]: [B, C]."""
+        if self.num_classes > 0 and group_pool == "prob":
+            return (outputs.float().log_softmax(-1) + log_weights.unsqueeze(-1)).logsumexp(0).to(outputs.dtype)
+        if self.num_classes > 0 and group_pool == "max":
+            return outputs.amax(0)
+        return (outputs * log_weights.exp().unsqueeze(-1)).sum(0).to(outputs.dtype)
 
     @torch.jit.unused
     def forward_maps(self, x: torch.Tensor) -> torch.Tensor:
         """The output of a model without a head."""
-        return self.combine(lambda views: ([self.backbone(views)], []), x)[0][0]
+        return self.combine(lambda views: [self.backbone(views)], x)[0]
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """The backbone's last features; see the class for their channels."""
-        return self.combine(lambda views: ([], [self.backbone.forward_features(views)]), x)[1][0]
+        return self.combine(lambda views: [self.backbone.forward_features(views)], x, int(self.has_head))[0]
 
     def forward_intermediates(
         self,
         x: torch.Tensor,
         indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
+        *,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
+        **options: Any,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
         """The backbone's levels and last features; arguments as in timm."""
 
-        def run(views: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-            options = dict(norm=norm, stop_early=stop_early, intermediates_only=intermediates_only)
-            out = self.backbone.forward_intermediates(views, indices=indices, output_fmt="NCHW", **options)
-            levels, last = (out, []) if intermediates_only else (out[1], [out[0]])
-            return [nchw_to(level, Format(self.output_fmt)) for level in levels], last
+        options |= dict(indices=indices, output_fmt="NCHW", intermediates_only=intermediates_only)
 
-        levels, last = self.combine(run, x)
+        def run(views: torch.Tensor) -> list[torch.Tensor]:
+            out = self.backbone.forward_intermediates(views, **options)
+            levels, last = (out, []) if intermediates_only else (out[1], [out[0]])
+            return [*(nchw_to(level, Format(self.output_fmt)) for level in levels), *last]
+
+        levels = self.combine(run, x, 0 if intermediates_only else int(self.has_head))
+        last = [] if intermediates_only else [levels.pop()]
         if self.output_fmt == "NHWC":
             levels = [nhwc_to(level, Format.NCHW) for level in levels]
         levels = [nchw_to(level, Format(output_fmt)) for level in levels]
-        return levels if intermediates_only else (last[0], levels)
+        return (last[0], levels) if last else levels
 
     @torch.jit.unused
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -228,11 +244,8 @@ class _Adapted(nn.Module):
     @torch.jit.unused
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the backbone's classifier. `group_pool` 'prob', for trained classifiers, becomes 'avg'."""
-        if global_pool is None:
-            self.backbone.reset_classifier(num_classes)
-        else:
-            self.backbone.reset_classifier(num_classes, global_pool)
-        self._reset(num_classes, self.has_head if global_pool is None else num_classes > 0 or global_pool != "")
+        self.backbone.reset_classifier(num_classes, **({} if global_pool is None else {"global_pool": global_pool}))
+        self._read_new_head()
 
     @torch.jit.unused
     def prune_intermediate_layers(
@@ -241,11 +254,11 @@ class _Adapted(nn.Module):
         """Remove the backbone's layers after the last of `indices`; returns the levels that stay."""
         taken = self.backbone.prune_intermediate_layers(indices, prune_norm, prune_head)
         if self.num_classes != self.backbone.num_classes or prune_head:
-            self._reset(self.backbone.num_classes, False)
+            self._read_new_head()
         return taken
 
-    def _reset(self, num_classes: int, has_head: bool) -> None:
-        self.num_classes, self.has_head = num_classes, has_head
+    def _read_new_head(self) -> None:
+        self._read_head()
         if self.group_pool == "prob":
             self.group_pool = "avg"
             self._model_args = {**getattr(self, "_model_args", {}), "group_pool": "avg"}  # for save_for_hf
@@ -257,6 +270,8 @@ class _Adapted(nn.Module):
         for network in networks:
             network.init_weights()
 
+    # Exact sizes
+
     @torch.jit.unused
     def is_exact(self, size: int | tuple[int, int]) -> bool:
         """Whether the whole group acts on images of this size, n or (height, width), without any resampling.
@@ -264,7 +279,26 @@ class _Adapted(nn.Module):
         False for groups with rotations by 45 degrees, of which the quarter turns are exact all the same.
         """
         height, width = (size, size) if isinstance(size, int) else size
-        return self.rotations <= 2 or (self.rotations == 4 and height == width)
+        only = self._only_size()
+        return self.rotations <= 4 and (self.rotations <= 2 or height == width) and only in (None, (height, width))
+
+    @torch.jit.unused
+    def exact_sizes(self, near: int = 224) -> tuple[int, int]:
+        """The square sizes next to `near` at which quarter turns and reflections are exact, (near, near) in general.
+
+        Raises:
+            ValueError: the backbone only accepts a rectangle.
+        """
+        height, width = self._only_size() or (near, near)
+        if height != width:
+            raise ValueError(f"the backbone only accepts {height} x {width} pixels: no square size is exact")
+        return height, width
+
+    def _only_size(self) -> tuple[int, int] | None:
+        """(height, width) of the images, if the backbone takes no others, as most vision transformers."""
+        patches = getattr(self.backbone, "patch_embed", None)
+        size = getattr(patches, "img_size", None) if getattr(patches, "strict_img_size", False) else None
+        return size and (size[0], size[1])
 
 
 class Symmetrized(_Adapted):
@@ -278,8 +312,8 @@ class Symmetrized(_Adapted):
     from `forward(x)`; use the latter.
 
     Args:
-        backbone: name of a model of timm, with or without a tag; or the model. A module without `num_classes`, such as
-            a segmentation network, returns maps.
+        backbone: name of a model of timm, with or without a tag; or the model. Of a module without `num_classes` maps
+            become regular fields, as those of a segmentation network; logits are averaged.
         group: 'c2', 'c4', 'c8', 'd1', 'd2', 'd4' or 'd8'. Rotations by 90 degrees need square images.
         group_pool: of the logits over the group: their mean 'avg', the logarithm of the mean probability 'prob' (for
             pretrained classifiers that were not fine-tuned), or 'max'. Embeddings are always averaged.
@@ -326,30 +360,25 @@ class Symmetrized(_Adapted):
             return self.forward_maps(x)
         self.check(x)
         if self.training and self.train_views == 1:
-            g = torch.randint(self.order, (x.shape[0],), device=x.device)
-            return self.backbone(act_each(x, g, self.rotations, self.order > self.rotations, inverse=True))
-        return self.pool(self.view_logits(x))
+            return self.backbone(self.move_images(x, torch.randint(self.order, (x.shape[0],), device=x.device)))
+        return self.pool(self.view_logits(x), self.log_weights(x), self.group_pool)
 
-    def pool(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits or embeddings of the views, [|G|, B, C], pooled over the group: [B, C]."""
-        if self.num_classes > 0 and self.group_pool == "prob":
-            return (logits.float().log_softmax(-1).logsumexp(0) - math.log(self.order)).to(logits.dtype)
-        if self.num_classes > 0 and self.group_pool == "max":
-            return logits.amax(0)
-        return logits.mean(0)
+    def log_weights(self, x: torch.Tensor) -> torch.Tensor:
+        """The same for every view, [1, 1]."""
+        return x.new_full([1, 1], -math.log(self.order), dtype=torch.float32)
 
-    def combine(self, run: Run, x: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Regular fields."""
+    def combine(self, run: Run, x: torch.Tensor, for_head: int = 0) -> list[torch.Tensor]:
+        """Regular fields; the mean of vectors."""
         self.check(x)
-        levels, last = self.view_features(run, x)
-        return [self.fields(views) for views in levels], [self.fields(views) for views in last]
+        found = self.view_features(run, x)
+        return [torch.stack(list(v)).mean(0) if v[0].ndim == 2 else self.fields(v) for v in found]
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Logits of the backbone's head on the maps of the views, moved back to them, pooled over the group."""
-        outputs = [self.backbone.forward_head(view, pre_logits=pre_logits) for view in self.unmoved(x)]
+        """Logits of the backbone's head on the maps of the views, pooled over the group."""
+        outputs = self.view_heads(x, pre_logits)
         if not self.has_head:
             return self.fields([self.move(output, g) for g, output in enumerate(outputs)])
-        return torch.stack(outputs).mean(0) if pre_logits else self.pool(torch.stack(outputs))
+        return self.pool(torch.stack(outputs), self.log_weights(x), "avg" if pre_logits else self.group_pool)
 
 
 class Canonicalized(_Adapted):
@@ -363,7 +392,7 @@ class Canonicalized(_Adapted):
     Of an image that is symmetric itself two elements score alike: its maps may jump, its logits do not.
 
     Args:
-        backbone: as in `Symmetrized`.
+        backbone: as in `Symmetrized`; maps of a module without `num_classes` are moved back.
         group: as in `Symmetrized`.
         group_pool: with `choice="soft"`, the weighted mean of logits 'avg' or of probabilities 'prob', whose loss is
             -log sum_g p_g q_g(y) in training.
@@ -398,20 +427,17 @@ class Canonicalized(_Adapted):
             raise ValueError(f"gate={gate!r} with choice={choice!r}: use 0 to 1 with 'hard', 0 with 'soft'")
         self.choice: str = choice
         self.gate: float = gate
-        self.orientation: nn.Module = self._create_orientation(orientation, options)
-        found = getattr(self.orientation, "group", None), getattr(self.orientation, "num_classes", None)
+        if orientation is None and group not in ("c4", "c8"):
+            raise ValueError(f"the package has no orientation network of {group}: name one by orientation=")
+        own = {name: options[name] for name in ("pretrained", "device", "dtype") if name in options}
+        if not isinstance(orientation, nn.Module):
+            orientation = create_model(orientation or f"{group}orient_tiny", in_chans=self.in_chans, **own)
+        self.orientation: nn.Module = orientation
+        found = getattr(orientation, "group", None), getattr(orientation, "num_classes", None)
         if found != (group, self.order):
             raise ValueError(f"an orientation network of {found[0]} with {found[1]} scores is not for {group}: use one")
         if choice == "hard":
             _freeze(self.orientation.eval())
-
-    def _create_orientation(self, orientation: str | nn.Module | None, options: dict[str, Any]) -> nn.Module:
-        if isinstance(orientation, nn.Module):
-            return orientation
-        if orientation is None and self.group not in ("c4", "c8"):
-            raise ValueError(f"the package has no orientation network of {self.group}: name one by orientation=")
-        own = {name: options[name] for name in ("pretrained", "device", "dtype") if name in options}
-        return create_model(orientation or f"{self.group}orient_tiny", in_chans=self.in_chans, **own)
 
     def train(self, mode: bool = True) -> "Canonicalized":
         """As in PyTorch; but a frozen orientation network stays in eval mode, since batch statistics change it."""
@@ -436,61 +462,45 @@ class Canonicalized(_Adapted):
         """As in `Symmetrized`; not with a gate."""
         return self.gate == 0 and super().is_exact(size)
 
-    def element(self, x: torch.Tensor) -> torch.Tensor:
-        """The element [B] by whose inverse a hard choice moves each image."""
-        p = self.orientation(x).float().softmax(1)
-        best = p.argmax(1)
-        return torch.where(p.amax(1) < self.gate, torch.zeros_like(best), best) if self.gate > 0 else best
-
-    def log_weights(self, x: torch.Tensor) -> torch.Tensor:
-        """The logarithm of the weight of each element in a soft choice, [|G|, B]."""
-        return self.orientation(x).float().log_softmax(1).transpose(0, 1)
-
-    def move_images(self, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-        """g[b]^-1 x[b]."""
-        return act_each(x, g, self.rotations, self.order > self.rotations, inverse=True)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.has_head:
             return self.forward_maps(x)
         self.check(x)
         if self.choice == "hard":
             return self.backbone(self.move_images(x, self.element(x)))
-        return self.pool(self.view_logits(x), self.log_weights(x))
+        return self.pool(self.view_logits(x), self.log_weights(x), self.group_pool)
 
-    def pool(self, logits: torch.Tensor, log_weights: torch.Tensor) -> torch.Tensor:
-        """Logits or embeddings of the views, [|G|, B, C], pooled under weights [|G|, B]: [B, C]."""
-        if self.num_classes > 0 and self.group_pool == "prob":
-            return (logits.float().log_softmax(-1) + log_weights.unsqueeze(-1)).logsumexp(0).to(logits.dtype)
-        return (logits * log_weights.exp().unsqueeze(-1)).sum(0).to(logits.dtype)
+    def element(self, x: torch.Tensor) -> torch.Tensor:
+        """The best element [B] of a hard choice; the identity for images below the gate."""
+        p = self.orientation(x).float().softmax(1)
+        best = p.argmax(1)
+        return torch.where(p.amax(1) < self.gate, torch.zeros_like(best), best) if self.gate > 0 else best
 
-    def combine(self, run: Run, x: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Levels that move with the image; the last features with the weights."""
+    def log_weights(self, x: torch.Tensor) -> torch.Tensor:
+        """The logarithms of the weights of a soft choice, [|G|, B]."""
+        return self.orientation(x).float().log_softmax(1).transpose(0, 1)
+
+    def combine(self, run: Run, x: torch.Tensor, for_head: int = 0) -> list[torch.Tensor]:
+        """Features that move with the image; those for `forward_head` with the weights, and of a soft choice fields."""
         self.check(x)
         if self.choice == "hard":
             g = self.element(x)
-            levels, last = ([self.move(y, g) for y in outputs] for outputs in run(self.move_images(x, g)))
-            weights = F.one_hot(g, self.order)
+            found = [self.move(y, g) for y in run(self.move_images(x, g))]
+            weights, split = F.one_hot(g, self.order).T, len(found) - for_head
         else:
-            weights = self.log_weights(x).exp().T  # [B, |G|]
-            view_levels, view_last = self.view_features(run, x)
-            levels = [self._weighted(views, weights) for views in view_levels]
-            last = [self.fields(views) if self.has_head else self._weighted(views, weights) for views in view_last]
-        return levels, [self._with_weights(y, weights) for y in last] if self.has_head else last
-
-    def _weighted(self, views: Views, weights: torch.Tensor) -> torch.Tensor:
-        shape = (-1, *[1] * (views[0].ndim - 1))
-        terms = (view * w.view(shape).to(view.dtype) for view, w in zip(views, weights.T, strict=True))
-        return reduce(torch.add, terms)
+            weights, views = self.log_weights(x).exp(), self.view_features(run, x)  # [|G|, B]
+            split = len(views) - for_head
+            found = [
+                torch.einsum("gb...,gb->b...", torch.stack(list(v)), weights.to(v[0].dtype)) for v in views[:split]
+            ]
+            found += [self.fields(v) for v in views[split:]]
+        return found[:split] + [self._with_weights(y, weights) for y in found[split:]]
 
     def _with_weights(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """x and |G| channels more, constant over space."""
         axis = self.axis(x)
-        shape = [x.shape[0], *[1] * (x.ndim - 1)]
-        shape[axis] = self.order
-        sizes = list(x.shape)
-        sizes[axis] = self.order
-        return torch.cat([x, weights.to(x.dtype).view(shape).expand(sizes)], dim=axis)
+        spread = weights.T.to(x.dtype).view(x.shape[0], *[1] * (x.ndim - 2), self.order)
+        return torch.cat([x, spread.expand(*x.movedim(axis, -1).shape[:-1], -1).movedim(-1, axis)], axis)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Logits of the backbone's head on the maps in the views that the weights name."""
@@ -498,14 +508,12 @@ class Canonicalized(_Adapted):
             return x
         axis = self.axis(x)
         maps, constant = x.split([x.shape[axis] - self.order, self.order], dim=axis)
-        weights = constant.movedim(axis, -1).flatten(1, -2)[:, 0]  # [B, |G|]
+        weights = constant.movedim(axis, -1).flatten(1, -2)[:, 0].T  # [|G|, B]
         if self.choice == "hard":
-            view = self.move(maps, weights.argmax(1), inverse=True)
+            view = self.move(maps, weights.argmax(0), inverse=True)
             return self.backbone.forward_head(view, pre_logits=pre_logits)
-        outputs = torch.stack([self.backbone.forward_head(view, pre_logits=pre_logits) for view in self.unmoved(maps)])
-        if pre_logits:
-            return (outputs * weights.T.unsqueeze(-1)).sum(0)
-        return self.pool(outputs, weights.float().log().T)
+        outputs = torch.stack(self.view_heads(maps, pre_logits))
+        return self.pool(outputs, weights.float().log(), "avg" if pre_logits else self.group_pool)
 
 
 def _freeze(network: nn.Module) -> None:
