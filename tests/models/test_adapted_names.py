@@ -173,7 +173,6 @@ def test_weights_come_from_timms_repositories(tmp_path):
         ("symmetrized", {"group_pool": "prob", "num_classes": 1}, ValueError, "prob"),
         ("symmetrized", {"group_pool": "median"}, ValueError, "median"),
         ("symmetrized", {"train_views": 2}, ValueError, "train_views"),
-        ("symmetrized", {"chunk": -1}, ValueError, "chunk"),
         ("symmetrized", {"widht": 3}, TypeError, "widht"),
         ("symmetrized", {"backbone": torch.nn.Identity()}, TypeError, "name"),
         ("canonicalized", {"group": "d4"}, ValueError, "orientation"),
