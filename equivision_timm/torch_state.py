@@ -7,12 +7,14 @@ import torch
 import torch.nn as nn
 from torch._C._functorch import peek_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor  # go through our operators although they dispatch in Python
+from torch._subclasses.functional_tensor import FunctionalTensor  # what torch.compile differentiates
 from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import has_static_value  # whether torch.compile knows a size
 
 __all__ = [
     "BatchNorm",
     "FakeTensor",
+    "FunctionalTensor",
     "has_hooks",
     "has_sizes",
     "has_static_value",

@@ -56,7 +56,7 @@ def test_memory_is_checked_before_c():
     operator, backward, fused = operators.native_conv2d, operators.native_conv2d_backward, operators.native_fused_conv2d
     with torch.no_grad():
         weight, expected = layer.weight.detach(), layer(x)
-        packed, bias = native_call.pack(weight, name), torch.zeros(1)
+        packed, blocks, bias = native_call.pack(weight, name), block_weights(weight, name), torch.zeros(1)
         assert torch.allclose(operator(x, weight, name, 1, 1), expected, atol=1e-5)
         assert torch.allclose(fused(x, packed, bias, None, False, name, 1, 1, 1), expected, atol=1e-5)
         freed, other_tile = x.clone(), packed.reshape(-1, 2)
@@ -70,9 +70,10 @@ def test_memory_is_checked_before_c():
             (lambda: operator(torch.cat([x, x], 1), weight, name, 1, 1), "weight"),
             (lambda: operator(x[:, :, :0], weight, name, 1, 1), "pixels"),
             (lambda: operator(x, weight, name, 0, 1), "stride"),
-            (lambda: operator(freed, weight, name, 1, 1), "freed"),
-            (lambda: backward(x[..., :4], x, weight, name, 1, 1, True, True), "200"),
-            (lambda: backward(x.double(), x, weight, name, 1, 1, True, True), "same"),
+            (lambda: operator(freed, weight, name, 1, 1), "memory"),
+            (lambda: backward(x[..., :4], x, blocks, name, 1, 1, True, True), "dy"),
+            (lambda: backward(x.double(), x, blocks, name, 1, 1, True, True), "dy"),
+            (lambda: backward(x, x, blocks[1:], name, 1, 1, True, True), "weights"),
             (lambda: fused(x, packed[:-1], bias, None, False, name, 1, 1, 1), "packed"),
             (lambda: fused(x, other_tile, bias, None, False, name, 1, 1, 1), "processor"),
             (lambda: fused(x, packed, torch.zeros(7), None, False, name, 1, 1, 1), "bias"),

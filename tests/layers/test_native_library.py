@@ -33,8 +33,7 @@ def folder(tmp_path, monkeypatch):
 
 def forget():
     """As in a new process."""
-    caches = (native_library._load, native_library.library, native_call._call, native_call._call_for, auto.decide)
-    for cached in caches:
+    for cached in (native_library._load, native_call._call, auto.decide):
         cached.cache_clear()
 
 

@@ -113,9 +113,9 @@ def random_layers(count):
 def packed_too_short(_):
     """A size that overflows; then a product with packed weights that lack a column, of 14 rows at most."""
     x = torch.randn(1, 24, 9, 9)
-    call = native_call._call_for("c8-3-regular", x.dtype, 5, 1, 1, *x.shape, 1)
+    call = native_call._call("c8-3-regular", x.dtype, 5, 1, 1, x.shape, 1)
     layer, library, threads = call.layer, native_library.library(x.dtype), ctypes.c_long(1)
-    packed = torch.zeros(call.packed - 14)
+    packed = torch.zeros(call.sizes["packed"] - 14)
     layer.in_fields = 2**62
     library.sums_size(ctypes.byref(layer))
     layer.in_fields = 3

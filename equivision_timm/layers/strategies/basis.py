@@ -8,7 +8,7 @@ from equivision_timm.constants import constant, constant_like
 from equivision_timm.irreps_basis import block_coefficients, load_irreps_basis
 from equivision_timm.kernel_basis import sample_kernels
 from equivision_timm.kernels import Kernel
-from equivision_timm.torch_state import FakeTensor, leaves_python
+from equivision_timm.torch_state import FakeTensor, FunctionalTensor, leaves_python
 
 __all__ = ["basis_for", "block_shapes", "block_weights", "lifting_filter", "named_kernel"]
 
@@ -29,7 +29,8 @@ def basis_for(like: torch.Tensor, kernel: str, form: str) -> torch.Tensor:
             regular input in the irreps basis, block diagonal; 'lifting', the filter of `lifting_filter`; or
             'fourier', Q [|G|, |G|].
     """
-    if torch.compiler.is_dynamo_compiling() and not leaves_python():  # as a node of the graph, on every device
+    traced = torch.compiler.is_compiling() or isinstance(like, FunctionalTensor)  # the latter also in torch 2.8
+    if traced and not leaves_python():  # as a node of the graph, on every device
         return torch.ops.equivision_timm.kernel_basis(like.detach(), kernel, form)
     if isinstance(like, FakeTensor) or torch.compiler.is_compiling():
         return constant_like(like, _basis, kernel, form)

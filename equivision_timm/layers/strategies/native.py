@@ -19,7 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 from equivision_timm.groups import group_order
 from equivision_timm.layers.strategies import native_call, native_library
 from equivision_timm.layers.strategies.basis import basis_for, block_weights, named_kernel
-from equivision_timm.layers.strategies.contract import Layer, Strategy, register
+from equivision_timm.layers.strategies.contract import STRATEGIES, Layer, Strategy, register
 
 __all__ = ["Native"]
 
@@ -55,43 +55,21 @@ def _conv2d(x, weight, kernel, stride, dilation):
     return native_call.convolve(x, weight, kernel, stride, dilation)
 
 
-def _gradients(grad, x, weight, kernel, stride, dilation, for_x, for_weight):
-    """The gradients with respect to x and the coefficients; one that is not wanted is empty."""
-    if not grad.dtype == x.dtype == weight.dtype:
-        raise RuntimeError(f"types {grad.dtype} of grad, {x.dtype} of x, {weight.dtype} of weight should be the same")
-    weights = block_weights(weight, kernel)
-    dx, dw = native_call.backward(grad, x, weights, kernel, stride, dilation, for_x, for_weight)
-    if for_weight:
-        dw = dw.flatten(1).T @ basis_for(dw, kernel, "blocks").T  # [O * I, entries] @ [entries, n_basis]
-        dw = dw.reshape(weight.shape)
-    return dx, dw
-
-
-def _fused_gradient(grad, x, packed, kernel, out_fields, stride, dilation):
-    weights = native_call.unpack(packed, kernel, out_fields)
-    return native_call.backward(grad, x, weights, kernel, stride, dilation, True, False)[0]
-
-
 def _operator(name: str, function: Callable[..., Any], schema: str) -> Any:
     return torch.library.custom_op(f"equivision_timm::{name}", function, mutates_args=(), schema=schema)
 
 
 conv2d: Any = _operator("native_conv2d", _conv2d, f"(Tensor x, Tensor weight, {_LAYER}) -> Tensor")
-gradients: Any = _operator(
-    "native_conv2d_backward",
-    _gradients,
-    f"(Tensor grad, Tensor x, Tensor weight, {_LAYER}, bool for_x, bool for_weight) -> (Tensor, Tensor)",
-)
 fused_conv2d: Any = _operator(
     "native_fused_conv2d",
     native_call.forward,
     "(Tensor x, Tensor packed, Tensor? bias, Tensor? shortcut, bool relu, str kernel, int out_fields, int stride,"
     " int dilation) -> Tensor",
 )
-fused_gradient: Any = _operator(
-    "native_fused_gradient",
-    _fused_gradient,
-    "(Tensor grad, Tensor x, Tensor packed, str kernel, int out_fields, int stride, int dilation) -> Tensor",
+gradients: Any = _operator(  # with respect to x and the block weights W; one that is not wanted is empty
+    "native_conv2d_backward",
+    native_call.backward,
+    f"(Tensor grad, Tensor x, Tensor weights, {_LAYER}, bool for_x, bool for_weights) -> (Tensor, Tensor)",
 )
 
 
@@ -105,19 +83,14 @@ def _(x, weight, kernel, stride, dilation):
     return _empty_output(x, weight.shape[0], kernel, stride)
 
 
-@gradients.register_fake
-def _(grad, x, weight, kernel, stride, dilation, for_x, for_weight):
-    return x.new_empty(x.shape if for_x else 0), weight.new_empty(weight.shape if for_weight else 0)
-
-
-@fused_gradient.register_fake
-def _(grad, x, packed, kernel, out_fields, stride, dilation):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
 @fused_conv2d.register_fake
 def _(x, packed, bias, shortcut, relu, kernel, out_fields, stride, dilation):
     return _empty_output(x, out_fields, kernel, stride)
+
+
+@gradients.register_fake
+def _(grad, x, weights, kernel, stride, dilation, for_x, for_weights):
+    return x.new_empty(x.shape if for_x else 0), weights.new_empty(weights.shape if for_weights else 0)
 
 
 def _save(ctx, inputs, output):
@@ -127,35 +100,19 @@ def _save(ctx, inputs, output):
 
 def _differentiate(ctx, grad):
     x, weight = ctx.saved_tensors
+    kernel, stride, dilation = ctx.layer
+    if torch.is_grad_enabled():  # the gradient is to be differentiated: by operations that PyTorch differentiates
+        layer = Layer(named_kernel(kernel), weight.shape[1], weight.shape[0], stride, dilation, x.dtype)
+        y = STRATEGIES["block_diagonal"].conv2d(x, weight, layer)
+        found = iter(torch.autograd.grad(y, [t for t in (x, weight) if t.requires_grad], grad, create_graph=True))
+        dx, dw = (next(found) if t.requires_grad else None for t in (x, weight))
+        return dx, dw, None, None, None
     for_x, for_weight = ctx.needs_input_grad[:2]
-    dx, dw = gradients(grad, x, weight, *ctx.layer, for_x, for_weight)
+    dx, dw = gradients(grad, x, block_weights(weight, kernel), kernel, stride, dilation, for_x, for_weight)
+    if for_weight:
+        dw = dw.flatten(1).T @ basis_for(dw, kernel, "blocks").T  # [O * I, entries] @ [entries, n_basis]
+        dw = dw.reshape(weight.shape)
     return dx if for_x else None, dw if for_weight else None, None, None, None
-
-
-def _save_gradients(ctx, inputs, output):
-    grad, x, weight, *ctx.layer, ctx.for_x, ctx.for_weight = inputs
-    ctx.save_for_backward(grad, x, weight)
-
-
-def _differentiate_gradients(ctx, u, v):
-    """With C(x, W) the convolution, A(g, W) and B(g, x) its gradients with respect to x and W for a gradient g,
-
-    <u, A(g, W)> = <g, C(u, W)> and <v, B(g, x)> = <g, C(x, v)>: the derivative of the output of `gradients`, for the
-    gradients u of A and v of B, is C(u, W) + C(x, v) for g, A(g, v) for x, B(g, u) for W.
-    """
-    grad, x, weight = ctx.saved_tensors
-    for_grad, second_x, second_weight = ctx.needs_input_grad[:3]
-    u, v = u if ctx.for_x else None, v if ctx.for_weight else None
-    of_grad = of_x = of_weight = None
-    if for_grad:
-        parts = [(u, weight)] if u is not None else []
-        parts += [(x, v)] if v is not None else []
-        of_grad = sum(conv2d(a, b, *ctx.layer) for a, b in parts) if parts else None
-    if second_x and v is not None:
-        of_x, _ = gradients(grad, x, v, *ctx.layer, True, False)
-    if second_weight and u is not None:
-        _, of_weight = gradients(grad, u, weight, *ctx.layer, False, True)
-    return of_grad, of_x, of_weight, *[None] * 5
 
 
 def _save_fused(ctx, inputs, output):
@@ -169,34 +126,27 @@ def _differentiate_fused(ctx, grad):
     grad = torch.where(y > 0, grad, 0.0) if ctx.relu else grad
     dx = None
     if ctx.needs_input_grad[0]:
-        dx = fused_gradient(grad, x, packed, ctx.kernel, ctx.out_fields, *ctx.steps)
+        weights = native_call.unpack(packed, ctx.kernel, ctx.out_fields)
+        dx = gradients(grad, x, weights, ctx.kernel, *ctx.steps, True, False)[0]
     return dx, None, None, grad if ctx.needs_input_grad[3] else None, *[None] * 5
 
 
 conv2d.register_autograd(_differentiate, setup_context=_save)
-gradients.register_autograd(_differentiate_gradients, setup_context=_save_gradients)
 fused_conv2d.register_autograd(_differentiate_fused, setup_context=_save_fused)
 
 
 # FlopCounterMode counts the dense convolution that an operator stands for, so that all strategies count the same
 
 
-def _dense(pixels, pairs, kernel):
-    kernels = named_kernel(kernel)
-    return 2 * pixels * pairs * (group_order(kernels.group) * kernels.size) ** 2
+def _dense(x, y, kernel):
+    return 2 * math.prod(y) * x[1] * named_kernel(kernel).size ** 2
 
 
-@register_flop_formula(torch.ops.equivision_timm.native_conv2d)
-def _(x, weight, kernel, stride, dilation, *, out_shape, **kwargs):
-    return _dense(out_shape[0] * math.prod(out_shape[2:]), weight[0] * weight[1], kernel)
+@register_flop_formula([torch.ops.equivision_timm.native_conv2d, torch.ops.equivision_timm.native_fused_conv2d])
+def _(x, *arguments, out_shape, **kwargs):
+    return _dense(x, out_shape, next(value for value in arguments if isinstance(value, str)))
 
 
 @register_flop_formula(torch.ops.equivision_timm.native_conv2d_backward)
-def _(grad, x, weight, kernel, stride, dilation, for_x, for_weight, *, out_shape, **kwargs):
-    return (for_x + for_weight) * _dense(grad[0] * math.prod(grad[2:]), weight[0] * weight[1], kernel)
-
-
-@register_flop_formula(torch.ops.equivision_timm.native_fused_conv2d)
-def _(x, packed, bias, shortcut, relu, kernel, out_fields, stride, dilation, *, out_shape, **kwargs):
-    in_fields = x[1] // group_order(named_kernel(kernel).group)
-    return _dense(out_shape[0] * math.prod(out_shape[2:]), out_fields * in_fields, kernel)
+def _(grad, x, weights, kernel, stride, dilation, for_x, for_weights, **kwargs):
+    return (for_x + for_weights) * _dense(x, grad, kernel)

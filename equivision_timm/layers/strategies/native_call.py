@@ -11,8 +11,8 @@ from functools import lru_cache
 import torch
 
 from equivision_timm.constants import constant
-from equivision_timm.irreps_basis import IrrepsBasis, load_irreps_basis, sums_and_differences
-from equivision_timm.kernels import Kernel
+from equivision_timm.groups import group_order
+from equivision_timm.irreps_basis import load_irreps_basis, sums_and_differences
 from equivision_timm.layers.strategies.basis import named_kernel
 from equivision_timm.layers.strategies.native_library import CLayer, CSparse, library
 
@@ -26,17 +26,13 @@ def pack(weight: torch.Tensor, kernel: str) -> torch.Tensor:
     """The block weights of the coefficients `weight` [O, I, n_basis, 1] in the order of native.c, [n, tile_rows].
 
     `tile_rows` depends on the processor: weights packed for another one have another shape.
-
-    Raises:
-        ValueError: another number of coefficients than these kernels have.
     """
     weight = _readable(weight)
-    out_fields, in_fields, n_basis = weight.shape[:3]
-    call = _call(kernel, weight.dtype, out_fields, in_fields)
-    if n_basis != call.layer.n_basis:
-        raise ValueError(f"{kernel!r} has {call.layer.n_basis} coefficients, but got {list(weight.shape)}")
-    packed = weight.new_empty(call.packed)
-    _run("pack_coefficients", call.layer, {"weights": weight, "packed": packed}, {})
+    out_fields, in_fields = weight.shape[:2]
+    shape = (1, in_fields * group_order(named_kernel(kernel).group), 1, 1)
+    call = _call(kernel, weight.dtype, out_fields, 1, 1, shape, torch.get_num_threads())
+    packed = weight.new_empty(call.sizes["packed"])
+    call.run("pack_coefficients", weight=weight, packed=packed)
     return packed.view(-1, call.tile_rows)
 
 
@@ -56,16 +52,11 @@ def unpack(packed: torch.Tensor, kernel: str, out_fields: int) -> torch.Tensor:
 
 
 def convolve(x: torch.Tensor, weight: torch.Tensor, kernel: str, stride: int, dilation: int) -> torch.Tensor:
-    """K(w) * x, [B, O * |G|, H', W'], of the type of x, for the coefficients `weight` [O, I, n_basis, 1].
-
-    Raises:
-        ValueError: shapes that do not fit.
-    """
+    """K(w) * x, [B, O * |G|, H', W'], of the type of x, for the coefficients `weight` [O, I, n_basis, 1]."""
     dtype, x, weight = x.dtype, _readable(x), _readable(weight)
-    call = _call_for(kernel, x.dtype, weight.shape[0], stride, dilation, *x.shape, torch.get_num_threads())
+    call = _call(kernel, x.dtype, weight.shape[0], stride, dilation, x.shape, torch.get_num_threads())
     y = x.new_empty(call.shape)
-    sizes = {"weight": weight.shape[0] * call.layer.in_fields * call.layer.n_basis}
-    _run("convolve", call.layer, {"x": x, "weight": weight, "y": y}, sizes)
+    call.run("convolve", x=x, weight=weight, y=y)
     return y.to(dtype)
 
 
@@ -90,14 +81,14 @@ def forward(
         relu: whether to end with ReLU.
         kernel: name of the kernels.
         out_fields: O.
-        stride: of the convolution.
-        dilation: of the convolution.
+        stride: as in `nn.Conv2d`.
+        dilation: as in `nn.Conv2d`.
 
     Raises:
-        ValueError: a shape that does not fit, or weights packed for another processor.
+        ValueError: weights packed for another processor.
     """
     dtype, x = x.dtype, _readable(x)
-    call = _call_for(kernel, x.dtype, out_fields, stride, dilation, *x.shape, torch.get_num_threads())
+    call = _call(kernel, x.dtype, out_fields, stride, dilation, x.shape, torch.get_num_threads())
     if packed.shape[1] != call.tile_rows:
         raise ValueError(
             f"weights packed in tiles of {packed.shape[1]} rows cannot be used on this processor, which has "
@@ -106,9 +97,7 @@ def forward(
     y = x.new_empty(call.shape)
     if shortcut is not None:
         shortcut = shortcut.to(x.dtype).expand(call.shape).resolve_neg().contiguous()
-    sizes = {"packed": call.packed, "bias": out_fields, "shortcut": y.numel()}
-    tensors = {"x": x, "packed": packed, "bias": bias, "shortcut": shortcut, "relu": int(relu), "y": y}
-    _run("forward", call.layer, tensors, sizes)
+    call.run("forward", x=x, packed=packed, bias=bias, shortcut=shortcut, relu=int(relu), y=y)
     return y.to(dtype)
 
 
@@ -125,17 +114,11 @@ def backward(
     """The gradients with respect to x and the block weights [entries, O, I]; one that is not wanted is empty."""
     dtype = x.dtype
     grad, x, weights = _readable(grad), _readable(x), _readable(weights)
-    threads = torch.get_num_threads()
-    call = _call_for(kernel, x.dtype, weights.shape[1], stride, dilation, *x.shape, threads)
-    dx = sums = dw = None
-    if for_x:
-        dx = x.new_empty(x.shape)
-    if for_weights:
-        sums = x.new_empty(threads, call.sums)
-        dw = weights.new_empty(weights.shape)
-    sizes = {"dy": math.prod(call.shape), "weights": weights.shape[1] * call.layer.in_fields * call.layer.n_entries}
-    tensors = {"dy": grad, "x": x, "weights": weights, "dx": dx, "sums": sums, "dw": dw}
-    _run("backward", call.layer, tensors, sizes)
+    call = _call(kernel, x.dtype, weights.shape[1], stride, dilation, x.shape, torch.get_num_threads())
+    dx = torch.empty_like(x) if for_x else None
+    sums = x.new_empty(call.sizes["sums"]) if for_weights else None
+    dw = torch.empty_like(weights) if for_weights else None
+    call.run("backward", dy=grad, x=x, weights=weights, dx=dx, sums=sums, dw=dw)
     empty = x.new_empty(0, dtype=dtype)
     return empty if dx is None else dx.to(dtype), empty.clone() if dw is None else dw.to(dtype)
 
@@ -167,88 +150,107 @@ def _plan(name: str, dtype: torch.dtype) -> _Plan:
         return tensors[-1].data_ptr()
 
     def sparse(matrix: torch.Tensor) -> CSparse:
+        matrix = torch.where(matrix.abs() < 1e-12, 0.0, matrix)
         rows, columns = matrix.nonzero(as_tuple=True)
         starts = torch.searchsorted(rows, torch.arange(len(matrix) + 1, device="cpu"))
         return CSparse(address(starts), address(columns), address(matrix[rows, columns].to(dtype)))
 
+    e = sums_and_differences(kernel.size)  # [n, k]: the sums along an axis that native.c makes of the pixels around one
+    blurred = kernel.low_pass and kernel.size == 5
+    if blurred:  # three of them: [1, 2, 1] * those of k = 3
+        rows = [[0, 1, 2, 1, 0], [1, 2, 2, 2, 1], [-1, -2, 0, 2, 1]]
+        e = torch.tensor(rows, dtype=torch.float64, device="cpu")
+    # c of T = c E, E = e_a(y) e_b(x) * f^: rows (block, copy, function, row of the block), columns (a, b, s)
+    phi = basis.functions.flatten(1) @ torch.linalg.pinv(torch.kron(e, e))  # [J, n * n]
+    order = len(basis.fourier)
+    terms = basis.coupling @ torch.kron(phi, torch.eye(order, dtype=torch.float64, device="cpu"))  # S = kron(...) E
+
     sizes, copies = zip(*basis.blocks, strict=True)
-    fourier, terms = basis.fourier.to(dtype), _terms(basis, _sums_of_neighbours(kernel))
+    fourier, functions = basis.fourier.to(dtype), len(basis.functions)
     n_basis, n_entries = basis.coefficients.shape
-    entries = torch.where(basis.coefficients.abs() < 1e-12, 0.0, basis.coefficients).T.contiguous()
-    fields: dict[str, int | CSparse] = {"order": len(fourier), "kernel_size": kernel.size}
-    fields |= {"n_blocks": len(sizes), "functions": len(basis.functions), "n_basis": n_basis, "n_entries": n_entries}
+    fields: dict[str, int | CSparse] = {"order": order, "kernel_size": kernel.size, "low_pass": int(blurred)}
+    fields |= {"n_blocks": len(sizes), "functions": functions, "n_basis": n_basis, "n_entries": n_entries}
     fields |= {name: address(torch.tensor(t, device="cpu")) for name, t in (("sizes", sizes), ("copies", copies))}
-    fields |= {"fourier": address(fourier), "fourier_transposed": address(fourier.T), "entries": sparse(entries)}
-    fields |= {"terms": sparse(terms), "terms_transposed": sparse(terms.T.contiguous())}
-    fields["low_pass"] = int(_is_blurred(kernel))
-    return _Plan(len(fourier), len(basis.functions), sizes, fields, tensors)
-
-
-def _is_blurred(kernel: Kernel) -> bool:
-    """Whether native.c makes three sums over 5 pixels along each axis, not five."""
-    return kernel.low_pass and kernel.size == 5
-
-
-def _sums_of_neighbours(kernel: Kernel) -> torch.Tensor:
-    """e [n, k], the sums and differences that native.c makes of the k pixels around one, along each axis."""
-    if not _is_blurred(kernel):
-        return sums_and_differences(kernel.size)
-    rows = [[0, 1, 2, 1, 0], [1, 2, 2, 2, 1], [-1, -2, 0, 2, 1]]  # [1, 2, 1] * those of k = 3
-    return torch.tensor(rows, dtype=torch.float64, device="cpu")
-
-
-def _terms(basis: IrrepsBasis, e: torch.Tensor) -> torch.Tensor:
-    """c of T = c E, E = e_a(y) e_b(x) * f^: rows (block, copy, function, row of the block), columns (a, b, s)."""
-    inverse = torch.linalg.pinv(torch.kron(e, e))  # [k * k, n * n]
-    every = torch.eye(len(basis.fourier), dtype=torch.float64, device="cpu")
-    terms = basis.coupling @ torch.kron(basis.functions.flatten(1) @ inverse, every)  # S = kron(...) E
-    return torch.where(terms.abs() < 1e-12, 0.0, terms)
+    fields |= {"fourier": address(fourier), "fourier_transposed": address(fourier.T)}
+    fields |= {"entries": sparse(basis.coefficients.T), "terms": sparse(terms), "terms_transposed": sparse(terms.T)}
+    return _Plan(order, functions, sizes, fields, tensors)
 
 
 @dataclass(frozen=True)
 class _Call:
-    """A layer as native.c sees it, and the sizes of the arrays that it needs."""
+    """A layer as native.c sees it, for maps of one size.
 
+    Attributes:
+        code: the functions of native.c.
+        layer: their first argument.
+        dtype: of all arrays.
+        threads: their number, the last argument.
+        shape: of the output.
+        tile_rows: of packed weights.
+        sizes: the number of values of each array.
+    """
+
+    code: ctypes.CDLL
     layer: CLayer
-    shape: tuple[int, ...]  # of the output
-    packed: int
-    sums: int  # for each thread
+    dtype: torch.dtype
+    threads: int
+    shape: tuple[int, ...]
     tile_rows: int
+    sizes: dict[str, int]
+
+    def run(self, function: str, **arguments: torch.Tensor | int | None) -> None:
+        """Call a function of native.c in all threads; Python's global lock is released meanwhile.
+
+        Args:
+            function: its name.
+            **arguments: those between the layer and the number of threads, in order.
+
+        Raises:
+            ValueError: a tensor that C could not read or write, or would read or write past its end.
+            MemoryError: no memory for the work.
+        """
+        values = []
+        for name, value in arguments.items():
+            if not isinstance(value, torch.Tensor):
+                values.append(ctypes.c_void_p(None) if value is None else ctypes.c_long(value))
+                continue
+            size, held = self.sizes[name], value.untyped_storage().nbytes()
+            fits = value.dtype == self.dtype and value.numel() == size and value.is_contiguous()
+            if not fits or value.device.type != "cpu" or held < value.nbytes:
+                raise ValueError(
+                    f"conv_strategy 'native' takes {size} contiguous values of {self.dtype} on the CPU as {name}, "
+                    f"not {list(value.shape)} of {value.dtype} on {value.device}, strides {value.stride()}, "
+                    f"{held} bytes of memory: use 'auto'"
+                )
+            values.append(ctypes.c_void_p(value.data_ptr()))
+        status = getattr(self.code, function)(ctypes.byref(self.layer), *values, ctypes.c_long(self.threads))
+        if status == 1:
+            raise MemoryError(f"no memory for a convolution in chunks of {self.layer.images} x {self.layer.rows} rows")
+        if status:
+            raise ValueError(f"native.c has no kernels of {self.layer.kernel_size} x {self.layer.kernel_size} pixels")
 
 
 @lru_cache(maxsize=1024)
 def _call(
-    kernel: str, dtype: torch.dtype, out_fields: int, in_fields: int, shape: tuple[int, ...] = (), **geometry: int
-) -> _Call:
-    code = library(dtype)
-    layer = CLayer(out_fields=out_fields, in_fields=in_fields, **_plan(kernel, dtype).fields, **geometry)
-    packed = code.packed_size(ctypes.byref(layer), ctypes.c_long(0))
-    return _Call(layer, shape, packed, code.sums_size(ctypes.byref(layer)), code.tile_rows())
-
-
-@lru_cache(maxsize=1024)
-def _call_for(
     kernel: str,
     dtype: torch.dtype,
     out_fields: int,
     stride: int,
     dilation: int,
-    batch: int,
-    channels: int,
-    height: int,
-    width: int,
+    shape: tuple[int, ...],
     threads: int,
 ) -> _Call:
-    """The call for maps of this size, cut into chunks for the threads."""
-    plan = _plan(kernel, dtype)
+    """The call for maps x of this shape, cut into chunks for the threads."""
+    plan, code = _plan(kernel, dtype), library(dtype)
+    batch, channels, height, width = shape
     in_fields = channels // plan.order
     if channels % plan.order or min(in_fields, out_fields, stride, dilation, height, width) < 1:
         raise ValueError(
             f"a convolution of {kernel!r} takes fields [B, fields * {plan.order}, H, W] of at least 1 x 1 pixels, "
-            f"stride and dilation of at least 1, but got {[batch, channels, height, width]}, {stride} and {dilation}"
+            f"stride and dilation of at least 1, but got {list(shape)}, {stride} and {dilation}"
         )
     out_height, out_width = ((size - 1) // stride + 1 for size in (height, width))
-    shape = (batch, out_fields * plan.order, out_height, out_width)
+    out_shape = (batch, out_fields * plan.order, out_height, out_width)
     at_once = min(_PIXELS, -(-out_height * out_width * batch // threads))  # so that all threads have some
     if plan.fields["kernel_size"] == stride == 1:  # no neighbours: the pixels may be cut into rows of any length
         pixels = height * width
@@ -263,44 +265,10 @@ def _call_for(
         rows = -(-out_height // chunks)
     geometry = {"stride": stride, "dilation": dilation, "batch": batch, "images": images, "rows": rows}
     geometry |= {"in_height": height, "in_width": width, "out_height": out_height, "out_width": out_width}
-    return _call(kernel, dtype, out_fields, in_fields, shape, **geometry)
-
-
-def _run(name: str, layer: CLayer, arguments: dict[str, torch.Tensor | int | None], sizes: dict[str, int]) -> None:
-    """Call a function of native.c in all threads; Python's global lock is released meanwhile.
-
-    Args:
-        name: of the function.
-        layer: the layer.
-        arguments: those after the layer, by name and in order.
-        sizes: how many values some of the tensors must hold; the others are made here, of the layer's own sizes.
-
-    Raises:
-        ValueError: a tensor that C could not read or write, or would read or write past its end; or kernels that
-            native.c does not have.
-        MemoryError: no memory for the work.
-    """
-    dtype, values = None, []
-    for argument, value in arguments.items():
-        if not isinstance(value, torch.Tensor):
-            values.append(ctypes.c_void_p(None) if value is None else ctypes.c_long(value))
-            continue
-        dtype = dtype or value.dtype
-        size = sizes.get(argument, value.numel())
-        if value.device.type != "cpu":
-            raise ValueError(f"conv_strategy 'native' runs on the CPU, but a tensor is on {value.device}: use 'auto'")
-        if value.dtype != dtype or value.numel() != size or not value.is_contiguous():
-            raise ValueError(
-                f"conv_strategy 'native' expects {size} contiguous values of {dtype} as {argument}, but got "
-                f"{list(value.shape)} of {value.dtype}, strides {value.stride()}"
-            )
-        held = value.untyped_storage().nbytes() // value.itemsize - value.storage_offset()
-        if size and (held < size or not value.data_ptr()):
-            raise ValueError(f"conv_strategy 'native' expects {size} values as {argument}, but its memory was freed")
-        values.append(ctypes.c_void_p(value.data_ptr()))
-    assert dtype is not None
-    code = getattr(library(dtype), name)(ctypes.byref(layer), *values, ctypes.c_long(torch.get_num_threads()))
-    if code == 1:
-        raise MemoryError(f"no memory for a convolution in chunks of {layer.images} x {layer.rows} rows")
-    if code:
-        raise ValueError(f"native.c has no kernels of {layer.kernel_size} x {layer.kernel_size} pixels")
+    layer = CLayer(in_fields=in_fields, out_fields=out_fields, **plan.fields, **geometry)
+    pairs = in_fields * out_fields
+    sizes = dict.fromkeys(("x", "dx"), math.prod(shape)) | dict.fromkeys(("y", "dy", "shortcut"), math.prod(out_shape))
+    sizes |= {"weight": pairs * layer.n_basis, "weights": pairs * layer.n_entries, "dw": pairs * layer.n_entries}
+    sizes |= {"packed": code.packed_size(ctypes.byref(layer), ctypes.c_long(0)), "bias": out_fields}
+    sizes["sums"] = threads * code.sums_size(ctypes.byref(layer))
+    return _Call(code, layer, dtype, threads, out_shape, code.tile_rows(), sizes)

@@ -18,13 +18,13 @@ _REMEDY = f"with a C compiler, {install_command(options=' --force-reinstall --no
 
 
 class CSparse(ctypes.Structure):
-    """A sparse matrix, row by row, as native.c sees it."""
+    """`Sparse` of native.c."""
 
     _fields_ = [(name, ctypes.c_void_p) for name in ("starts", "columns", "values")]
 
 
 class CLayer(ctypes.Structure):
-    """A layer, as native.c sees it."""
+    """`Layer` of native.c."""
 
     _fields_ = [
         *((name, ctypes.c_long) for name in ("order", "in_fields", "out_fields")),
@@ -50,13 +50,8 @@ def describe() -> str:
     return why_not() or f"compiled for {_find('float').stem.split('-')[2]}"
 
 
-@cache
 def library(dtype: torch.dtype) -> ctypes.CDLL:
-    """The functions of `native.c` for arrays of `dtype`, float32 or float64.
-
-    Raises:
-        RuntimeError: they cannot be used here.
-    """
+    """The functions of `native.c` for arrays of `dtype`, float32 or float64; RuntimeError if they cannot be used."""
     loaded = _load(dtype)
     if isinstance(loaded, str):
         raise RuntimeError(f"conv_strategy 'native' cannot run: {loaded}")
