@@ -105,7 +105,7 @@ def test_auto_needs_no_cache_folder(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pwd.getpwuid", lambda user: {}[user])
-    assert measured.measured_choice(Layer(Kernel("c4", 3), 2, 2), (1, 8, 9, 9), training=False) is None
+    assert measured.measured_choice(Layer(Kernel("c4", 3), 2, 2), (1, 8, 9, 9), False, False, 1) is None
 
 
 @pytest.mark.parametrize("train", [False, True])

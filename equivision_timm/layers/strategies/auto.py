@@ -8,8 +8,10 @@ from functools import lru_cache
 
 import torch
 
+from equivision_timm.layers.strategies.basis import named_kernel
 from equivision_timm.layers.strategies.contract import STRATEGIES, Layer
 from equivision_timm.layers.strategies.measured import measured_choice
+from equivision_timm.torch_state import has_static_value
 
 __all__ = ["choose", "decide", "rule"]
 
@@ -21,15 +23,25 @@ def choose(layer: Layer, shape: tuple[int, ...], training: bool) -> str:
 
     In torch.compile it is chosen once for each graph, and by the rule if the graph leaves the shape open.
     """
-    if torch.compiler.is_compiling() or not type(shape[0]) is type(shape[2]) is type(shape[3]) is int:
-        return measured_choice(layer, shape, training) or rule(layer)
-    return decide(layer, tuple(shape), training, torch.get_num_threads())
+    fields = layer.kernel.name, layer.in_fields, layer.out_fields, layer.stride, layer.dilation
+    values = (*fields, layer.dtype, layer.device, layer.memory_format)  # what torch.compile can take as constants
+    if torch.compiler.is_compiling():
+        fixed = all([has_static_value(length) for length in shape])  # a list, which torch.compile can read
+        return _decide_in_graph(values, tuple(shape) if fixed else (), training)
+    fixed = type(shape[0]) is type(shape[2]) is type(shape[3]) is int
+    return decide(values, tuple(shape) if fixed else (), training, False, torch.get_num_threads())
+
+
+@torch.compiler.assume_constant_result
+def _decide_in_graph(values: tuple, shape: tuple[int, ...], training: bool) -> str:
+    return decide(values, shape, training, True, torch.get_num_threads())
 
 
 @lru_cache(4096)
-def decide(layer: Layer, shape: tuple[int, ...], training: bool, threads: int) -> str:
+def decide(values: tuple, shape: tuple[int, ...], training: bool, compiled: bool, threads: int) -> str:
     """`choose` with constants; `decide.cache_clear()` after a change of the table."""
-    return measured_choice(layer, shape, training) or rule(layer)
+    layer = Layer(named_kernel(values[0]), *values[1:])
+    return measured_choice(layer, shape, training, compiled, threads) or rule(layer)
 
 
 def rule(layer: Layer) -> str:

@@ -20,14 +20,11 @@ def named_kernel(name: str) -> Kernel:
 
 
 def basis_for(like: torch.Tensor, kernel: str, form: str) -> torch.Tensor:
-    """A constant, not to be changed in place.
+    """A constant in the type and on the device of `like`, not to be changed in place.
 
-    Args:
-        like: whose type and device it gets.
-        kernel: name of the kernels.
-        form: 'pixels', the kernels [n_basis, |G|, H, k, k]; 'blocks', the coefficients [n_basis, entries] of those for
-            regular input in the irreps basis, block diagonal; 'lifting', the filter of `lifting_filter`; or
-            'fourier', Q [|G|, |G|].
+    `form` is 'pixels', the kernels [n_basis, |G|, H, k, k]; 'blocks', the coefficients [n_basis, entries] of those for
+    regular input in the irreps basis, block diagonal; 'lifting', the filter of `lifting_filter`; or 'fourier', Q
+    [|G|, |G|].
     """
     traced = torch.compiler.is_compiling() or isinstance(like, FunctionalTensor)  # the latter also in torch 2.8
     if traced and not leaves_python():  # as a node of the graph, on every device
@@ -38,12 +35,7 @@ def basis_for(like: torch.Tensor, kernel: str, form: str) -> torch.Tensor:
 
 
 def block_weights(weight: torch.Tensor, kernel: str) -> torch.Tensor:
-    """W [entries, O, I], for each block [size (row), n, size (column), O, I] flattened; differentiable.
-
-    Args:
-        weight: w [O, I, n_basis, 1].
-        kernel: name of the kernels, for regular input.
-    """
+    """W [entries, O, I], for each block [size (row), n, size (column), O, I] flattened, of w [O, I, n_basis, 1]."""
     coefficients = basis_for(weight, kernel, "blocks")
     w = weight.flatten(0, 1).squeeze(-1)  # [O * I, n_basis]
     entries = coefficients.T @ w.T  # W = sum_b w_b coefficients_b: [entries, O * I]

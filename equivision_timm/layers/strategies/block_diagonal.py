@@ -5,7 +5,7 @@
     y = Q^T y^            back to regular fields
 
 `irreps_basis.py` derives it, `basis.lifting_filter` is P, and the matrices W hold the learnt coefficients.
-The filters W are |G| times smaller than the dense one. `native.c` is this algorithm, a few pixels at a time.
+`native.c` is this algorithm, a few pixels at a time.
 """
 
 import math

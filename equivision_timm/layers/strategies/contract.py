@@ -5,8 +5,7 @@ For coefficients w and K the dense filter of `expand.py`, the definition:
     conv2d(x, w, layer) = K(w) * x                                                  differentiable, up to float noise
 
 A new strategy is a file with a subclass of `Strategy`, decorated with `register` and imported in `__init__.py` (or by
-your own code): the names that a layer takes, the candidates of `tune`, the tests and the columns of the benchmark
-follow from `STRATEGIES`. "auto" takes it for a layer only after `tune` has measured it as the fastest.
+your own code). "auto" takes it for a layer only after `tune` has measured it as the fastest.
 """
 
 from abc import ABC, abstractmethod
@@ -26,11 +25,8 @@ class Layer:
     """A steerable convolution as a strategy sees it: everything but the coefficients and the size of the maps.
 
     Attributes:
-        kernel: the kernels, with the group and the type of the input.
-        in_fields: I, number of input fields.
-        out_fields: O, number of output fields, regular ones.
-        stride: as in `nn.Conv2d`.
-        dilation: as in `nn.Conv2d`; the padding is dilation * (kernel.size // 2).
+        in_fields: I.
+        out_fields: O.
         dtype: in which to compute.
         device: of x and the coefficients.
         memory_format: in which to convolve densely: on the CPU always `torch.channels_last`, which is faster there;
@@ -74,15 +70,12 @@ class Strategy(ABC):
 
     @abstractmethod
     def conv2d(self, x: torch.Tensor, weight: torch.Tensor, layer: Layer) -> torch.Tensor:
-        """The convolution, differentiable with respect to x and `weight`.
+        """The convolution [B, O * |G|, height', width'], differentiable with respect to x and `weight`.
 
         Args:
             x: [B, I * H, height, width], of the type `layer.dtype`.
             weight: w [O, I, n_basis, 1]; under autocast of a wider type.
             layer: the layer.
-
-        Returns:
-            [B, O * |G|, height', width'].
         """
 
 
@@ -90,11 +83,7 @@ STRATEGIES: dict[str, Strategy] = {}
 
 
 def register(strategy: type[Strategy]) -> type[Strategy]:
-    """Make a strategy available under its name; `del STRATEGIES[name]` removes it.
-
-    Raises:
-        ValueError: the name is taken.
-    """
+    """Make a strategy available under its name, which must not be taken; `del STRATEGIES[name]` removes it."""
     if strategy.name == "auto" or strategy.name in STRATEGIES:
         raise ValueError(f"there is a conv_strategy {strategy.name!r} already: use another name")
     STRATEGIES[strategy.name] = strategy()

@@ -22,40 +22,23 @@ from filelock import FileLock
 from equivision_timm.files import cache_folder, write_file
 from equivision_timm.layers.strategies import native_library
 from equivision_timm.layers.strategies.contract import STRATEGIES, Layer
-from equivision_timm.torch_state import has_static_value
 
 __all__ = ["conditions", "layer_key", "measured_choice", "read_choices", "read_table", "table_file", "update_table"]
 
 
-def measured_choice(layer: Layer, shape: tuple[int, ...], training: bool) -> str | None:
-    """The strategy that won for `layer` and an input of `shape`; None if there is none, or the shape is open."""
-    if not all([has_static_value(length) for length in shape]):  # a list, which torch.compile can read
-        return None
-    name = _look_up(_values(layer, shape, training), torch.compiler.is_compiling())
+def measured_choice(layer: Layer, shape: tuple[int, ...], training: bool, compiled: bool, threads: int) -> str | None:
+    """The strategy that won for `layer` and an input of `shape`; None if there is none."""
+    name = read_choices(layer.device, threads).get(layer_key(layer, shape, training, compiled))
     return name if name in STRATEGIES and STRATEGIES[name].supports(layer) is None else None
-
-
-@torch.compiler.assume_constant_result  # torch.compile calls it with plain values
-def _look_up(values: tuple, compiled: bool) -> str | None:
-    return read_choices(values[0], torch.get_num_threads()).get(_key(values, compiled))
-
-
-def _values(layer: Layer, shape: tuple[int, ...], training: bool) -> tuple:
-    fields = (layer.kernel.name, layer.in_fields, layer.out_fields, layer.stride, layer.dilation)
-    return layer.device, layer.dtype, layer.memory_format, *fields, tuple(shape), training
 
 
 def layer_key(layer: Layer, shape: tuple[int, ...], training: bool, compiled: bool = False) -> str:
     """The name of a layer in the table: what its time depends on besides the conditions."""
-    return _key(_values(layer, shape, training), compiled)
-
-
-def _key(values: tuple, compiled: bool) -> str:
-    device, dtype, memory_format, kernel, in_fields, out_fields, stride, dilation, shape, training = values
-    parts = [kernel, f"{in_fields}->{out_fields}", f"stride {stride}", f"dilation {dilation}"]
-    parts += [str(dtype).removeprefix("torch."), "x".join(map(str, shape)), "train" if training else "eval"]
-    if device.type != "cpu":  # where the format of a map follows from the strategy of the layer before
-        parts.append("nhwc" if memory_format == torch.channels_last else "nchw")
+    parts = [layer.kernel.name, f"{layer.in_fields}->{layer.out_fields}", f"stride {layer.stride}"]
+    parts += [f"dilation {layer.dilation}", str(layer.dtype).removeprefix("torch.")]
+    parts += ["x".join(map(str, shape)), "train" if training else "eval"]
+    if layer.device.type != "cpu":  # where the format of a map follows from the strategy of the layer before
+        parts.append("nhwc" if layer.memory_format == torch.channels_last else "nchw")
     return ", ".join(parts + ["compiled"] * compiled)
 
 

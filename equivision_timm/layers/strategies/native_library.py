@@ -41,7 +41,7 @@ class CLayer(ctypes.Structure):
 
 @torch.compiler.assume_constant_result
 def why_not() -> str | None:
-    """Why the compiled code cannot be used here, and the remedy; None if it can."""
+    """The reason why the compiled code cannot be used here, and the remedy; None if it can."""
     return next((found for found in map(_load, _REALS) if isinstance(found, str)), None)
 
 
