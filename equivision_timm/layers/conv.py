@@ -3,7 +3,7 @@
 import copy
 import math
 from functools import lru_cache, partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.fx
@@ -29,10 +29,6 @@ def steerable_conv2d(
     """`SteerableConv2d` as a function of the coefficients `weight` [out_fields, in_fields, n_basis, 1].
 
     `kernel` is the name of the kernels, `Kernel.name`; other arguments and shapes as there.
-
-    Raises:
-        ValueError: x has another shape than the coefficients need; or the strategy cannot compute this layer.
-        RuntimeError: x and `weight` differ in type or device; or the strategy cannot be differentiated in this way.
     """
     if not x.is_meta and torch.is_autocast_enabled(x.device.type) and weight.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -45,11 +41,11 @@ def steerable_conv2d(
     last = not plain and not exported and (x.device.type == "cpu" or x.is_contiguous(memory_format=torch.channels_last))
     memory_format = torch.channels_last if last else torch.contiguous_format
     description = kernel, weight.shape[1], weight.shape[0], stride, dilation, x.dtype, x.device, memory_format
-    layer, channels = (_describe if torch.compiler.is_compiling() else _cached_description)(*description)
-    if has_sizes(x) and (x.ndim != 4 or x.shape[1] != channels or x.shape[2] == 0 or x.shape[3] == 0):
+    layer = (_describe if torch.compiler.is_compiling() else _cached_description)(*description)
+    if has_sizes(x) and (x.ndim != 4 or x.shape[1] != layer.in_channels or x.shape[2] == 0 or x.shape[3] == 0):
         raise ValueError(
-            f"a convolution of {layer.in_fields} fields takes [B, {channels}, H, W], at least 1 x 1 pixels, but got "
-            f"{list(x.shape)}"
+            f"a convolution of {layer.in_fields} fields takes [B, {layer.in_channels}, H, W], at least 1 x 1 pixels, "
+            f"but got {list(x.shape)}"
         )
     if exported or (plain and strategy == "auto"):
         strategy = "expand"
@@ -64,20 +60,8 @@ def steerable_conv2d(
     return STRATEGIES[strategy].conv2d(x, weight, layer)
 
 
-def _describe(
-    kernel: str,
-    in_fields: int,
-    out_fields: int,
-    stride: int,
-    dilation: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    memory_format: torch.memory_format,
-) -> tuple[Layer, int]:
-    """The layer, and the channels of its input."""
-    kernels = named_kernel(kernel)
-    channels = in_fields * (group_order(kernels.group) if kernels.input_type == "regular" else 1)
-    return Layer(kernels, in_fields, out_fields, stride, dilation, dtype, device, memory_format), channels
+def _describe(kernel: str, *fields: Any) -> Layer:
+    return Layer(named_kernel(kernel), *fields)
 
 
 _cached_description = lru_cache(maxsize=4096)(_describe)
@@ -91,7 +75,6 @@ class SteerableConv2d(nn.Module):
     dilation * (kernel_size // 2): stride 1 keeps the size, stride 2 halves it, rounded up. Rotations by 90 degrees
     and reflections in the group are exact where stride 1 is used or height = width is odd; other elements up to
     resampling.
-    A dilation spreads the taps of the same kernel, as in `nn.Conv2d`.
 
     `weight` has the shape [out_fields, in_fields, n_basis, 1]: two-dimensional and more, so that weight decay applies
     to it; the input second, so that timm can adapt it to other numbers of image channels; the last axis because a
@@ -101,19 +84,13 @@ class SteerableConv2d(nn.Module):
     Python (TorchScript, `torch.export`, ONNX) contain the definition, 'expand', in standard operators.
 
     Args:
-        in_fields: number of input fields.
-        out_fields: number of output fields.
         kernel_size: any odd number.
         group: name of the group, for example 'c8'.
         input_type: 'regular' or 'trivial'.
-        stride: as in `nn.Conv2d`.
-        dilation: as in `nn.Conv2d`.
         strategy: a name from `STRATEGIES`: 'expand', 'block_diagonal' or 'native' (these for regular input); or 'auto',
             the fastest as measured by `tune`, or by a rule (`strategies/auto.py`).
         cutoff: up to which angular frequencies, on rings around the centre, the kernels go; see `Kernel`.
         low_pass: whether they are convolved with a binomial filter of 3 x 3 pixels, see `Kernel`.
-        device: where to create the parameters.
-        dtype: their type.
 
     Raises:
         ValueError: no such kernels, or a strategy that does not exist or cannot compute this layer here.
@@ -141,6 +118,9 @@ class SteerableConv2d(nn.Module):
         self.in_fields = in_fields
         self.out_fields = out_fields
         self.kernel: Kernel = Kernel(group, kernel_size, input_type, cutoff, low_pass)
+        self.group = group
+        self.input_type = input_type
+        self.kernel_size = kernel_size
         self.stride = stride
         self.dilation = dilation
         self.padding: int = dilation * (kernel_size // 2)
@@ -153,23 +133,6 @@ class SteerableConv2d(nn.Module):
         self.strategy = strategy
         self.reset_parameters()
 
-    __jit_unused_properties__: ClassVar[list[str]] = ["group", "input_type", "kernel_size"]
-
-    @property
-    def group(self) -> str:
-        """Its name."""
-        return self.kernel.group
-
-    @property
-    def input_type(self) -> str:
-        """'regular' or 'trivial'."""
-        return self.kernel.input_type
-
-    @property
-    def kernel_size(self) -> int:
-        """k, pixels along a side."""
-        return self.kernel.size
-
     @torch.jit.unused
     def describe(self, device: torch.device, dtype: torch.dtype) -> Layer:
         """The layer, as strategies see it, computed on `device` in `dtype`."""
@@ -177,7 +140,7 @@ class SteerableConv2d(nn.Module):
 
     @torch.jit.unused
     def check_strategy(self, strategy: str) -> None:
-        """Raises ValueError where `strategy` does not exist or cannot compute this layer on this machine."""
+        """Raises ValueError if `strategy` does not exist or cannot compute this layer on this machine."""
         if strategy == "auto":
             return
         if strategy not in STRATEGIES:
@@ -244,12 +207,7 @@ def is_watched(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def conv_input_shapes(model: nn.Module, image: torch.Tensor) -> dict[str, torch.Size]:
-    """The shape of the input of each `SteerableConv2d` of `model` in eval mode, {name: shape}; `model` is not changed.
-
-    Args:
-        model: any module that contains such layers.
-        image: its input.
-    """
+    """{name: shape of the input} of each `SteerableConv2d` of `model` in eval mode; `model` is not changed."""
     shapes: dict[str, torch.Size] = {}
 
     def note(name: str, _: nn.Module, args: tuple[torch.Tensor]) -> None:

@@ -21,26 +21,15 @@ class ConvNormAct(nn.Module):
     """Convolution, norm, attention, drop, shortcut, activation: act(drop(attn(norm(conv(x)))) + shortcut).
 
     Input [B, in_fields * H, height, width], output [B, out_fields * |G|, height', width'], as `SteerableConv2d`; the
-    shortcut has the shape of the output.
+    shortcut has the shape of the output. Arguments that are not listed are those of `SteerableConv2d`.
 
     Args:
-        in_fields: number of input fields.
-        out_fields: number of output fields.
-        kernel_size: pixels along a side of the kernel.
-        group: name of the group.
-        input_type: 'regular', or 'trivial' for an image.
-        stride: of the convolution.
-        dilation: of the convolution.
         norm_layer: normalisation wrapped by `FieldNorm`.
         act_layer: pointwise activation; None for none.
         attn: attention of the output fields before the shortcut, such as `FieldAttention`; None for none.
         drop: drops parts of the branch in training, such as timm's `DropPath`; None for none.
-        cutoff: of the kernels, see `SteerableConv2d`.
-        low_pass: whether the kernels are smooth, see `SteerableConv2d`.
         even: whether, for a stride of 2, a map of even length n becomes one of n - 1 first, by the mean of neighbours,
             so that the stride keeps the outermost pixels on both sides; along the axes that the group reverses.
-        device: where to create the parameters.
-        dtype: their type.
     """
 
     def __init__(

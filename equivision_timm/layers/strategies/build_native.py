@@ -63,8 +63,7 @@ def compile_library(path: Path, real: str, level: str, command: list[str], optio
         flags = [flag.replace("x86-64", "x86_64") for flag in flags]
     macros = [f"-DREAL={real}", f'-DSOURCE_HASH="{source_hash()}"']
     line = [*command, *FLAGS, *flags, *macros, "-o", str(path), str(SOURCE), *options]
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    subprocess.run(line, check=True, text=True, errors="replace", **pipes)
+    subprocess.run(line, check=True, capture_output=True, text=True, errors="replace")
 
 
 def build(folder: Path) -> tuple[list[Path], str]:
@@ -80,7 +79,7 @@ def build(folder: Path) -> tuple[list[Path], str]:
         try:
             compile_library(folder / f"native-{'-'.join(which)}.so", *which, command)
         except (OSError, subprocess.CalledProcessError) as error:
-            return f"{error}\n{getattr(error, 'output', '')}"
+            return f"{error}\n{getattr(error, 'stderr', '')}"
         return ""
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:

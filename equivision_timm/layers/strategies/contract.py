@@ -32,6 +32,7 @@ class Layer:
         memory_format: in which to convolve densely: on the CPU always `torch.channels_last`, which is faster there;
             elsewhere the format of x.
         order: |G|.
+        in_channels: I * H.
         padding: pixels on each side, dilation * (kernel.size // 2): stride 1 keeps the size.
     """
 
@@ -45,10 +46,13 @@ class Layer:
     memory_format: torch.memory_format = torch.contiguous_format
 
     order: int = field(init=False, repr=False, compare=False)
+    in_channels: int = field(init=False, repr=False, compare=False)
     padding: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "order", group_order(self.kernel.group))
+        of_field = self.order if self.kernel.input_type == "regular" else 1
+        object.__setattr__(self, "in_channels", self.in_fields * of_field)
         object.__setattr__(self, "padding", self.dilation * (self.kernel.size // 2))
 
 
