@@ -127,13 +127,18 @@ def fine_tune_by_timm(train_script: Path, name: str, folder: Path) -> Path:
     return folder / "output" / "train" / "first" / "model_best.pth.tar"
 
 
+def equivision_timm_command(*words: str) -> str:
+    """What `equivision-timm WORDS` prints."""
+    command = [sys.executable, "-m", "equivision_timm", *words]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
 def predict(name: str, checkpoint: Path, folder: Path) -> dict[str, np.ndarray]:
     """{ANGLE/CLASS/FILE: probabilities [classes]} of `folder`/new, by `equivision-timm predict`."""
-    command = [sys.executable, "-m", "equivision_timm", "predict", str(folder / "new")]
-    command += ["--model", f"{name}={checkpoint}", "--class-map", str(folder / "train"), "--device", "cpu"]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    model = ["--model", f"{name}={checkpoint}", "--class-map", str(folder / "train"), "--device", "cpu"]
+    printed = equivision_timm_command("predict", str(folder / "new"), *model)
     probabilities: dict[str, np.ndarray] = {}
-    for row in csv.DictReader(done.stdout.splitlines()):
+    for row in csv.DictReader(printed.splitlines()):
         file = Path(row["file"]).relative_to(folder / "new").as_posix()
         probabilities.setdefault(file, np.zeros(len(CLASSES)))[CLASSES.index(row["name"])] = float(row["probability"])
     return probabilities
@@ -142,8 +147,7 @@ def predict(name: str, checkpoint: Path, folder: Path) -> dict[str, np.ndarray]:
 def export(name: str, checkpoint: Path, folder: Path) -> Path:
     """The ONNX file that `equivision-timm export` writes."""
     path = folder / "model.onnx"
-    command = [sys.executable, "-m", "equivision_timm", "export", f"{name}={checkpoint}", str(path)]
-    subprocess.run([*command, "--class-map", str(folder / "train")], check=True, stdout=subprocess.DEVNULL)
+    equivision_timm_command("export", f"{name}={checkpoint}", str(path), "--class-map", str(folder / "train"))
     return path
 
 

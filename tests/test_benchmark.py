@@ -1,32 +1,19 @@
 """scripts/benchmark.py on a tiny network: its rival is dense and as wide, and it writes the measured figures."""
 
-import importlib.util
 import json
 import sys
 import timeit
 from functools import partial
-from pathlib import Path
 
+import benchmark
 import pytest
 import timm
 import torch
 import torch.nn as nn
-
-import equivision_timm  # noqa: F401  registers the models
-
-SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
+from support.fresh_process import context
 
 
-@pytest.fixture(scope="module")
-def benchmark():
-    spec = importlib.util.spec_from_file_location("benchmark", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["benchmark"] = module  # processes that measure import it by this name
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_dense_twin_is_plain_and_as_wide(benchmark):
+def test_the_dense_twin_is_plain_and_as_wide():
     model = timm.create_model("test_c8resnet")
     twin = benchmark.dense_twin(model)
     x = torch.randn(2, 3, 65, 65)
@@ -45,8 +32,9 @@ def test_the_dense_twin_is_plain_and_as_wide(benchmark):
         assert any(isinstance(m, nn.BatchNorm2d) for m in ours.modules()) == norms
 
 
-def test_forms_take_turns(benchmark, monkeypatch):
-    monkeypatch.syspath_prepend(SCRIPT.parent)  # the processes import it
+def test_forms_take_turns(monkeypatch, capfd):
+    """In a process each; one that ends is not a result."""
+    monkeypatch.setattr(benchmark, "get_context", lambda _: context)  # forks of a process that has PyTorch loaded
     taken = []
     step = benchmark.Runner.step
     monkeypatch.setattr(benchmark.Runner, "step", lambda self: taken.append(self.form) or step(self))
@@ -58,20 +46,16 @@ def test_forms_take_turns(benchmark, monkeypatch):
     assert taken == ["ours", "dense"] * 2
     assert all(len(values) == 2 and min(values) > 0 for values in seconds.values())
     assert all(1 < memory[form] < 2000 for form in ("ours", "dense"))  # MB
-
-
-def test_a_process_that_ends_is_no_result(benchmark, monkeypatch, capfd):
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    setting = benchmark.Setting(1, 65)
-    step = partial(benchmark.prepare_step, "ours", "no_such_model", "eval", setting)
     with pytest.raises(RuntimeError, match="--batch-size"):
-        benchmark.in_turns({"ours": step}, 1, setting)
+        benchmark.in_turns(
+            {"ours": partial(benchmark.prepare_step, "ours", "no_such_model", "eval", setting)}, 1, setting
+        )
     assert "no_such_model" in capfd.readouterr().err
 
 
-def test_writes_what_it_measured(benchmark, tmp_path, monkeypatch, capsys):
+def test_writes_what_it_measured(tmp_path, monkeypatch, capsys):
     def in_turns(steps, repeats, setting):
-        """In this process, in which only our models are at hand."""
+        """In this process, the dense network as timm's."""
         seconds = {}
         for form, prepare in steps.items():
             _, name, mode, _ = prepare.args
@@ -107,6 +91,6 @@ def test_writes_what_it_measured(benchmark, tmp_path, monkeypatch, capsys):
         ("d4convnextv2_tiny", "convnextv2_tiny"),
     ],
 )
-def test_the_rival_in_timm(benchmark, name, rival):
+def test_the_rival_in_timm(name, rival):
     assert benchmark.timms_rival(name) == rival
     assert timm.is_model(rival)

@@ -1,31 +1,16 @@
 """scripts/few_labels.py: labelled and test pieces share no pixel, all networks see the same, and it learns."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
-import pytest
+import few_labels
 import torch
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "few_labels.py"
 
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("few_labels", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["few_labels"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_labelled_and_test_pieces_share_no_pixel(script, monkeypatch):
+def test_labelled_and_test_pieces_share_no_pixel(monkeypatch):
     """Every pixel gets its column as its value, so that a piece says where it comes from."""
-    columns = torch.arange(script.SIDE).float().expand(script.SIDE, -1)
-    monkeypatch.setattr(script, "photographs", lambda: {"a": columns, "b": columns})
+    columns = torch.arange(few_labels.SIDE).float().expand(few_labels.SIDE, -1)
+    monkeypatch.setattr(few_labels, "photographs", lambda: {"a": columns, "b": columns})
     used = {}
     for part in ("train", "test"):
-        pieces, labels = script.windows(part, 40, torch.Generator().manual_seed(0))
+        pieces, labels = few_labels.windows(part, 40, torch.Generator().manual_seed(0))
         assert labels.tolist() == [0] * 40 + [1] * 40
         used[part] = set(pieces.unique().tolist())
     assert len(used["train"]) > 200
@@ -33,8 +18,8 @@ def test_labelled_and_test_pieces_share_no_pixel(script, monkeypatch):
     assert not used["train"] & used["test"]
 
 
-def test_learns(script):
+def test_learns():
     """A few steps of the plain network name more upright pieces than one without training."""
-    network = script.NETWORKS["plain"]
-    trained, untrained = (script.accuracy(script.train(network, 10, 0, steps), 0) for steps in (30, 1))
+    network = few_labels.NETWORKS["plain"]
+    trained, untrained = (few_labels.accuracy(few_labels.train(network, 10, 0, steps), 0) for steps in (30, 1))
     assert trained > 40 > untrained  # chance: 14 %

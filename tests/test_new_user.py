@@ -1,55 +1,68 @@
-"""scripts/new_user.py in a process and a folder of its own: every step works, and rotated images are alike."""
+"""scripts/new_user.py: every step works, and rotated images get the same probabilities."""
 
-import os
+import contextlib
+import io
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from equivision_timm.cli.main import main
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),  # inside torch.onnx
+    pytest.mark.filterwarnings("ignore:unclosed file"),  # inside timm's datasets
+]
 STEPS = ["pictures", "adapt", "fine-tune", "predict", "export", "deploy"]
 
 
-def _run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    pytest.importorskip("skimage", reason="the pictures of scripts/new_user.py come from scikit-image")
-    variables = {"OMP_NUM_THREADS": "1", "TMPDIR": str(folder), "TEMP": str(folder)}  # where it makes its own
-    command = [sys.executable, str(ROOT / "scripts" / "new_user.py"), *arguments]
-    done = subprocess.run(command, cwd=folder, env={**os.environ, **variables}, capture_output=True, text=True)
-    print(done.stdout, done.stderr[-3000:])
-    return done
+def command(*words: str) -> str:
+    """What `equivision-timm WORDS` prints, here instead of in a new process, which would import PyTorch again."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main(list(words)) == 0
+    return printed.getvalue()
 
 
-def _changes(done: subprocess.CompletedProcess) -> list[float]:
-    """How much the probabilities of rotated images change: adapted, in predict, deployed."""
-    changes = [float(value) for value in re.findall(r"[\d.]+e[+-]\d+(?= in )", done.stdout)]
-    assert len(changes) == 3
-    return changes
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """`run(*arguments)`: exit status, accuracies of predict and of what is deployed in percent, changes of the
+    probabilities of rotated images: adapted, in predict, deployed."""
+    for library in ("onnx", "onnxscript", "onnxruntime", "skimage"):
+        pytest.importorskip(library, reason=f"scripts/new_user.py needs {library}")
+    import new_user
+
+    def start(*arguments: str, epochs: int = new_user.EPOCHS) -> tuple[int, list[float], list[float]]:
+        monkeypatch.setattr(new_user, "EPOCHS", epochs)
+        monkeypatch.setattr(new_user, "equivision_timm_command", command)
+        monkeypatch.setattr(sys, "argv", ["new_user.py", *arguments])
+        status = new_user.main()
+        printed = capsys.readouterr().out
+        assert re.findall(r"^(\S+) +[\d.]+ s  ", printed, re.MULTILINE) == STEPS
+        accuracies, changes = (re.findall(pattern, printed) for pattern in (r"([\d.]+)%", r"[\d.]+e[+-]\d+(?= in )"))
+        return status, [float(value) for value in accuracies], [float(value) for value in changes]
+
+    return start
 
 
-def _check(done: subprocess.CompletedProcess) -> None:
-    assert done.returncode == 0
-    assert re.findall(r"^(\S+) +[\d.]+ s  ", done.stdout, re.MULTILINE) == STEPS
-    accuracies = [float(value) for value in re.findall(r"([\d.]+)%", done.stdout)]
-    assert len(accuracies) == 2  # of predict and of what is deployed
+def test_from_a_folder_of_images_to_a_deployed_model(run) -> None:
+    status, accuracies, changes = run()
+    assert status == 0
+    assert len(accuracies) == 2
     assert min(accuracies) > 60  # of three classes
-    assert max(_changes(done)) < 1e-4
+    assert len(changes) == 3
+    assert max(changes) < 1e-4
 
 
-def test_from_a_folder_of_images_to_a_deployed_model(tmp_path: Path) -> None:
-    _check(_run(tmp_path))
+def test_with_timms_own_script(timm_scripts: Path, run) -> None:
+    status, accuracies, changes = run("--train-script", str(timm_scripts / "train.py"))
+    assert status == 0
+    assert min(accuracies) > 60
+    assert max(changes) < 1e-4
 
 
-def test_with_timms_own_script(tmp_path: Path) -> None:
-    if "TIMM_SCRIPTS" not in os.environ:
-        pytest.skip("needs timm's scripts: set TIMM_SCRIPTS to a clone of its repository")
-    _check(_run(tmp_path, "--train-script", str(Path(os.environ["TIMM_SCRIPTS"], "train.py").resolve())))
-
-
-def test_the_plain_twin_is_told_apart(tmp_path: Path) -> None:
+def test_the_plain_twin_is_noticed(run) -> None:
     """The same steps with a network that is not equivariant end with an error."""
-    done = _run(tmp_path, "--model", "test_c1resnet")
-    assert done.returncode == 1
-    assert min(_changes(done)[1:]) > 0.01
-    assert done.stderr.endswith("rotated images do not get the same probabilities to 0.0001\n")
+    status, _, changes = run("--model", "test_c1resnet", epochs=1)
+    assert status == 1
+    assert min(changes[1:]) > 0.01

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 from equivision_timm.cli.main import main, make_parser
@@ -100,20 +99,13 @@ def check_commands(markdown: str) -> int:
     return len(found)
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with a picture and a model."""
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # inside torch.onnx
+def test_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Image.radial_gradient("L").convert("RGB").save("image.jpg")
     if all(importlib.util.find_spec(name) for name in EXTRAS[:3]):
         assert main(["export", "test_c8resnet", "model.onnx"]) == 0
-    return tmp_path
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # inside torch.onnx
-def test_python_runs(folder: Path) -> None:
     assert any(block.language == "python" for block in blocks(README))
-    torch.manual_seed(0)
     skipped = run_python(README)
     if skipped:
         pytest.skip("; ".join(skipped))
@@ -155,7 +147,7 @@ def test_models_that_it_names_exist() -> None:
 # Controls: each check finds what it looks for
 
 
-def test_a_block_that_fails_is_noticed(folder: Path) -> None:
+def test_a_block_that_fails_is_noticed() -> None:
     text = 'Text\n```python\nx = "c8resnet50"\n```\n\n```python\nassert x.endswith("resnet50")\n```\n'
     with pytest.raises(AssertionError) as failed:
         run_python(text)  # x is the stand-in, in the second block, too

@@ -7,8 +7,8 @@ import multiprocessing
 import os
 from collections.abc import Callable, Mapping
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torchvision"])
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["torch", "torchvision"])
 
 
 class FreshProcess:
@@ -16,8 +16,8 @@ class FreshProcess:
 
     def __init__(self, environment: Mapping[str, object], function: Callable, *arguments) -> None:
         variables = {key: str(value) for key, value in environment.items()}
-        self.receiver, sender = _context.Pipe(duplex=False)
-        self.process = _context.Process(target=_run, args=(sender, variables, function, arguments))
+        self.receiver, sender = context.Pipe(duplex=False)
+        self.process = context.Process(target=_run, args=(sender, variables, function, arguments))
         self.process.start()
         sender.close()
 
