@@ -1,6 +1,5 @@
 """Every recipe in configs/ loads through timm's own parser and builds model, optimiser, scheduler and augmentation."""
 
-import argparse
 import csv
 import importlib.util
 import os
@@ -8,7 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -25,79 +24,58 @@ from equivision_timm.cli.configs import find_configs
 from equivision_timm.cli.main import main
 from equivision_timm.rotation import RotatedFolder
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
-NEEDS_CLONE = "needs timm's scripts: set TIMM_SCRIPTS to a clone of its repository"
+CONFIGS = {path.stem: path for path in sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))}
+each_config = pytest.mark.parametrize("name", CONFIGS)
 
 
-@pytest.fixture(params=CONFIGS, ids=lambda path: path.stem)
-def config(request: pytest.FixtureRequest) -> Path:
-    return request.param
+def read(name):
+    return yaml.safe_load(CONFIGS[name].read_text())
 
 
-@pytest.fixture
-def train_script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """timm's train.py as a module."""
-    if "TIMM_SCRIPTS" not in os.environ:
-        pytest.skip(NEEDS_CLONE)
-    spec = importlib.util.spec_from_file_location("timm_train", Path(os.environ["TIMM_SCRIPTS"], "train.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_timm_parser_knows_every_key_and_value(
-    config: Path, train_script: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@each_config
+def test_timm_parser_knows_every_key_and_value(name, timm_scripts, monkeypatch):
     """timm takes defaults from YAML unchecked; here each must come out as if it had been typed."""
-    values = yaml.safe_load(config.read_text())
+    spec = importlib.util.spec_from_file_location("timm_train", timm_scripts / "train.py")
+    train_script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(train_script)
     actions = {action.dest: action for action in train_script.parser._actions}
-    assert not values.keys() - actions.keys()
-    typed = ["train.py", "--data-dir", "DIR"]
-    for key, value in values.items():
-        action = actions[key]
+    typed = []
+    for key, value in read(name).items():
         words = [] if value is True else [str(v) for v in value] if isinstance(value, list) else [str(value)]
-        assert not (value is True and not isinstance(action, argparse._StoreTrueAction)), key
-        typed += [action.option_strings[-1], *words]
-    monkeypatch.setattr(sys, "argv", typed)
-    as_typed, _ = train_script._parse_args()
-    monkeypatch.setattr(sys, "argv", ["train.py", "--data-dir", "DIR", "--config", str(config)])
-    from_config, _ = train_script._parse_args()
-    assert vars(from_config) == vars(as_typed)
-    for key, value in values.items():
-        assert getattr(from_config, key) == value
+        assert value is not True or actions[key].nargs == 0, key
+        typed += [actions[key].option_strings[-1], *words]
+    parsed = []
+    for options in (typed, ["--config", str(CONFIGS[name])]):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--data-dir", "DIR", *options])
+        parsed.append(vars(train_script._parse_args()[0]))
+    assert parsed[0] == parsed[1]
+    assert parsed[1].items() >= read(name).items()
 
 
-def test_mixed_precision_is_left_to_the_command_line(config: Path) -> None:
+@each_config
+def test_mixed_precision_is_left_to_the_command_line(name):
     """timm has no options that switch them off; bfloat16 without its instructions takes 15 times as long."""
-    values = yaml.safe_load(config.read_text())
+    values = read(name)
     assert not values.keys() & {"amp", "pin_mem", "model_dtype"}
-    assert ("--amp" in config.read_text()) is ("amp_dtype" in values)
+    assert ("--amp" in CONFIGS[name].read_text()) is ("amp_dtype" in values)
 
 
-def test_scratch_is_the_twin_of_finetune() -> None:
+def test_scratch_is_the_twin_of_finetune():
     """The same recipe without what takes weights for granted, longer and at a higher rate."""
-    finetune, scratch = (
-        yaml.safe_load((CONFIGS[0].parent / f"{name}.yaml").read_text()) for name in ("finetune", "scratch")
-    )
+    finetune, scratch = read("finetune"), read("scratch")
     assert finetune.keys() - scratch.keys() == {"pretrained", "layer_decay"}
     assert finetune["pretrained"] is True
     assert not scratch.keys() - finetune.keys()
     assert {key for key in scratch if scratch[key] != finetune[key]} == {"lr", "epochs", "warmup_epochs"}
 
 
-def _commands(config: Path) -> list[list[str]]:
-    """The commands in the head of a recipe, each as words."""
-    head = re.split(r"^[^#]", config.read_text(), maxsplit=1, flags=re.MULTILINE)[0]
-    lines = re.sub(r"\\\n#", " ", head).splitlines()
-    return [line.removeprefix("#").split() for line in lines if line.startswith("#   ")]
-
-
-def test_command_copies_the_recipes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_command_copies_the_recipes(tmp_path, capsys):
     """Into a new folder, again into the same; an edited recipe is not replaced."""
     folder = tmp_path / "new"
     for _ in range(2):
         assert main(["configs", str(folder)]) == 0
-        assert {path.name: path.read_bytes() for path in folder.iterdir()} == {p.name: p.read_bytes() for p in CONFIGS}
+        copied = {path.name: path.read_bytes() for path in folder.iterdir()}
+        assert copied == {path.name: path.read_bytes() for path in CONFIGS.values()}
     assert str(folder / "finetune.yaml") in capsys.readouterr().out.splitlines()
     (folder / "scratch.yaml").write_text("lr: 1")
     assert main(["configs", str(folder)]) == 2
@@ -105,7 +83,7 @@ def test_command_copies_the_recipes(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert (folder / "scratch.yaml").read_text() == "lr: 1"
 
 
-def test_recipes_in_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recipes_in_a_wheel(tmp_path, monkeypatch):
     """The folder inside the package, where the build puts it, comes before one beside the package."""
     pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text()
     assert '[tool.hatch.build.targets.wheel.force-include]\n"configs" = "equivision_timm/configs"' in pyproject
@@ -116,46 +94,42 @@ def test_recipes_in_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert find_configs() == [folder / "one.yaml"]
 
 
-# The smallest run: what is given last counts
-SMALL = ["--device", "cpu", "--img-size", "65", "--epochs", "1", "-j", "1", "-b", "16"]
-
-
 @pytest.mark.parametrize("name", ["finetune", "scratch"])
-def test_commands_in_the_head_run(name: str, tmp_path: Path) -> None:
+def test_commands_in_the_head_run(name, timm_scripts, tmp_path):
     """With small images and the smallest model: train, validate, measure under rotation, predict, as written."""
-    if "TIMM_SCRIPTS" not in os.environ:
-        pytest.skip(NEEDS_CLONE)
     data = write_textures(tmp_path / "data", train=16, validation=4, size=65)
     (data / "validation").rename(data / "val")
-    config = CONFIGS[0].parent / f"{name}.yaml"
-    words = {
+    head = re.split(r"^[^#]", CONFIGS[name].read_text(), maxsplit=1, flags=re.MULTILINE)[0]
+    lines = re.sub(r"\\\n#", " ", head).splitlines()
+    commands = [line.removeprefix("#").split() for line in lines if line.startswith("#   ")]
+    model = next(words[words.index("--model") + 1] for words in commands if "train.py" in words)
+    replaced = {
         "DATA": str(data),
         "DATA/train": f"{data}/train",
         "N": "3",
         "IMAGES": f"{data}/val",
-        "train.py": f"{os.environ['TIMM_SCRIPTS']}/train.py",
-        "validate.py": f"{os.environ['TIMM_SCRIPTS']}/validate.py",
-        f"configs/{name}.yaml": str(config),
+        "train.py": str(timm_scripts / "train.py"),
+        "validate.py": str(timm_scripts / "validate.py"),
+        f"configs/{name}.yaml": str(CONFIGS[name]),
     }
-    model = next(c[c.index("--model") + 1] for c in _commands(config) if "train.py" in c)
-    best = "output/train/first/model_best.pth.tar"
-    assert best in config.read_text()
-    added = {
-        "train.py": SMALL,
+    added = {  # what is given last counts
+        "train.py": ["--device", "cpu", "--img-size", "65", "--epochs", "1", "-j", "1", "-b", "16"],
         "validate.py": ["--device", "cpu", "--img-size", "65", "-j", "0"],
         "rotate-eval": ["--device", "cpu", "--size", "65", "--angles", "0,90", "-j", "0"],
         "predict": ["--device", "cpu"],
     }
+    best = "output/train/first/model_best.pth.tar"
+    assert best in head
     ran = []
-    for command in _commands(config):
+    for command in commands:
         what = next((word for word in command if word in added), None)
         if what is None or command[0] == "torchrun":
             continue
-        command = [words.get(word, word).replace(model, "test_c8resnet").replace("BEST", best) for word in command]
-        program = ["-m", "equivision_timm"] if command[0] == "equivision-timm" else []
-        assert program or command[0] == "python"
+        words = [replaced.get(word, word).replace(model, "test_c8resnet").replace("BEST", best) for word in command]
+        program = ["-m", "equivision_timm"] if words[0] == "equivision-timm" else []
+        assert program or words[0] == "python"
         done = subprocess.run(
-            [sys.executable, *program, *command[1:], *added[what]],
+            [sys.executable, *program, *words[1:], *added[what]],
             cwd=tmp_path,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             capture_output=True,
@@ -169,76 +143,63 @@ def test_commands_in_the_head_run(name: str, tmp_path: Path) -> None:
     assert {row["name"] for row in predicted} == set(TEXTURES)
 
 
-def _build(args: SimpleNamespace | argparse.Namespace) -> SimpleNamespace:
-    """Model, optimizer, ... that train.py makes from its arguments, by timm's own factories."""
-    model = timm.create_model(
-        "c4resnet18_fast", num_classes=10, drop_path_rate=getattr(args, "drop_path", None), width=2
-    )
+def build(values):
+    """The values, model, optimizer, scheduler and transform that train.py makes from them, by timm's own factories."""
+    args = SimpleNamespace(**{"momentum": 0.9, **values})
+    model = timm.create_model("c4resnet18_fast", num_classes=10, drop_path_rate=values.get("drop_path"), width=2)
     optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args))
     scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=10)
-    transform = create_transform(
-        (3, args.img_size, args.img_size),
-        is_training=True,
-        scale=getattr(args, "scale", None),
-        hflip=getattr(args, "hflip", 0.5),
-        color_jitter=getattr(args, "color_jitter", 0.4),
-        auto_augment=getattr(args, "aa", None),
-        interpolation=getattr(args, "train_interpolation", "random"),
-    )
-    return SimpleNamespace(model=model, optimizer=optimizer, scheduler=scheduler, epochs=epochs, transform=transform)
+    assert epochs == args.epochs
+    keys = {"scale": "scale", "hflip": "hflip", "color_jitter": "color_jitter", "auto_augment": "aa"}
+    augmentation = {keyword: values[key] for keyword, key in keys.items() if key in values}
+    interpolation = values.get("train_interpolation", "random")
+    transform = create_transform(args.img_size, is_training=True, interpolation=interpolation, **augmentation)
+    return args, model, optimizer, scheduler, transform
 
 
-def _train_one_step(built: SimpleNamespace, args: SimpleNamespace | argparse.Namespace) -> None:
-    """A step on noise: finite loss, parameters that move."""
-    torch.manual_seed(0)
+@each_config
+def test_builds_and_trains_from_the_values(name):
+    """Without timm's scripts: the same factories, fed from the file; a step on noise moves the parameters."""
+    args, model, optimizer, scheduler, _ = build(read(name))
     images, targets = torch.randn(4, 3, 33, 33), torch.arange(4)
     loss_function = torch.nn.CrossEntropyLoss()
-    if getattr(args, "mixup", 0):
+    if hasattr(args, "mixup"):
         mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=10)
         images, targets = mixup(images, targets)
         loss_function = SoftTargetCrossEntropy()
-        if getattr(args, "bce_loss", False):
+        if hasattr(args, "bce_loss"):
             loss_function = BinaryCrossEntropy(target_threshold=args.bce_target_thresh)
-    built.scheduler.step(args.warmup_epochs)
-    before = built.model.conv1.conv.weight.clone()
-    loss = loss_function(built.model(images), targets)
+    scheduler.step(args.warmup_epochs)
+    before = model.conv1.conv.weight.clone()
+    loss = loss_function(model(images), targets)
     loss.backward()
-    built.optimizer.step()
+    optimizer.step()
     assert loss.isfinite()
-    assert not torch.equal(before, built.model.conv1.conv.weight)
-
-
-def test_builds_and_trains_from_the_values(config: Path) -> None:
-    """Without timm's scripts: the same factories, fed from the file."""
-    args = SimpleNamespace(**{"momentum": 0.9, **yaml.safe_load(config.read_text())})
-    built = _build(args)
-    assert built.epochs == args.epochs
-    _train_one_step(built, args)
+    assert not torch.equal(before, model.conv1.conv.weight)
 
 
 @pytest.mark.parametrize("name", ["equivision_in1k", "rotated_in1k"])
-def test_original_recipe(name: str) -> None:
+def test_original_recipe(name):
     """The original's command line and defaults, read back from what timm builds."""
-    args = SimpleNamespace(**yaml.safe_load((CONFIGS[0].parent / f"{name}.yaml").read_text()))
-    built = _build(args)
-    assert type(built.optimizer) is torch.optim.SGD
-    for group in built.optimizer.param_groups:
+    args, _, optimizer, scheduler, transform = build(read(name))
+    assert type(optimizer) is torch.optim.SGD
+    for group in optimizer.param_groups:
         assert (group["momentum"], group["nesterov"], group["lr"]) == (0.9, False, 0.1)
         assert group["weight_decay"] in (0.0, 1e-4)
     rates = []
     for epoch in range(90):
-        built.scheduler.step(epoch)
-        rates.append(built.optimizer.param_groups[0]["lr"])
+        scheduler.step(epoch)
+        rates.append(optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx(30 * [0.1] + 30 * [0.01] + 30 * [0.001])
     assert 4 * args.batch_size * args.grad_accum_steps == 256
     assert (args.amp_dtype, args.seed, args.img_size, args.crop_pct) == ("float16", 10, 224, 0.875)
-    names = [type(step).__name__ for step in built.transform.transforms]
+    names = [type(step).__name__ for step in transform.transforms]
     assert names[:2] == ["RandomResizedCropAndInterpolation", "RandomHorizontalFlip"]
-    assert built.transform.transforms[0].interpolation.value == "bilinear"
+    assert transform.transforms[0].interpolation.value == "bilinear"
 
 
-def test_rotated_recipe_rotates(tmp_path: Path) -> None:
-    args = yaml.safe_load((CONFIGS[0].parent / "rotated_in1k.yaml").read_text())
+def test_rotated_recipe_rotates(tmp_path):
     (tmp_path / "class").mkdir()
     (tmp_path / "class" / "image.png").write_bytes(b"")
-    assert isinstance(create_dataset(args["dataset"], root=str(tmp_path), split="train"), RotatedFolder)
+    dataset = create_dataset(read("rotated_in1k")["dataset"], root=str(tmp_path), split="train")
+    assert isinstance(dataset, RotatedFolder)

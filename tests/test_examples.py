@@ -1,15 +1,15 @@
 """The examples in scripts/examples run and keep their promises."""
 
 import gzip
-import importlib.util
 import json
 import math
 import re
 import struct
-import sys
+from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 
+import explain
+import galaxies
 import numpy as np
 import pytest
 import timm
@@ -22,25 +22,17 @@ from equivision_timm.groups import Group
 EXAMPLES = Path(__file__).parents[1] / "scripts" / "examples"
 
 
-@pytest.fixture
-def example(monkeypatch: pytest.MonkeyPatch):
-    """`example("probe", needs=[...])`: the file as a module."""
-
-    def load(name: str, needs: list[str]) -> ModuleType:
-        for module in needs:
-            pytest.importorskip(module, reason=f"scripts/examples/{name}.py needs {module}")
-        monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
-        spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    return load
+def needs(*libraries):
+    """A test of an example that imports these."""
+    missing = ", ".join(name for name in libraries if find_spec(name) is None)
+    return pytest.mark.skipif(bool(missing), reason=f"the example needs {missing}")
 
 
-def test_probe(example) -> None:
-    """Features of an equivariant network serve turned images as well as upright ones, those of a plain one do not."""
-    probe = example("probe", needs=["sklearn"])
+@needs("sklearn")
+def test_probe():
+    """Features of an equivariant network serve rotated images as well as upright ones, those of a plain one do not."""
+    import probe
+
     models = (timm.create_model(name, pretrained=True).eval() for name in ("test_c8resnet", "test_c1resnet"))
     equivariant, plain = (probe.probe(model, count=600, views=("0°", "90°")) for model in models)
     for classifier in ("linear probe", "5 nearest neighbours"):
@@ -50,9 +42,8 @@ def test_probe(example) -> None:
 
 
 @pytest.mark.parametrize("method", ["grad_cam", "integrated_gradients"])
-def test_explanations_rotate_with_the_image(method: str, example) -> None:
+def test_explanations_rotate_with_the_image(method):
     """At an exact size and quarter turns; those of the plain network do not, nor any at 64 pixels."""
-    explain = example("explain", needs=[])
     method = getattr(explain, method)
     equivariant, plain = (timm.create_model(f"test_{g}resnet", pretrained=True).eval().double() for g in ("c8", "c1"))
     images = explain.with_noise(explain.digits(equivariant, 4))
@@ -65,9 +56,11 @@ def test_explanations_rotate_with_the_image(method: str, example) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")  # of ONNX
 @pytest.mark.skipif(Version(torch.__version__) < Version("2.9"), reason="its ONNX exporter cannot write this graph")
-def test_int8_is_invariant_bit_by_bit(example, tmp_path: Path) -> None:
+@needs("onnx", "onnxscript", "onnxruntime")
+def test_int8_is_invariant_bit_by_bit(tmp_path):
     """The float network changes in the last bits, a plain 8-bit one throughout."""
-    int8 = example("int8", needs=["onnx", "onnxscript", "onnxruntime"])
+    import int8
+
     equivariant = int8.compare("test_c8resnet", tmp_path, count=40)
     assert equivariant["int8"] == 0 < equivariant["float"]
     assert equivariant["agreement"] >= 0.95
@@ -75,18 +68,19 @@ def test_int8_is_invariant_bit_by_bit(example, tmp_path: Path) -> None:
     assert int8.compare("test_c1resnet", tmp_path, count=40)["int8"] > 0.5
 
 
+@needs("skimage")
 @pytest.mark.parametrize("name", ["c8reresnet50", pytest.param("c8resnet50_fast", marks=pytest.mark.slow)])
-def test_detection(name: str, example) -> None:
+def test_detection(name):
     """A few steps on photographs; the maps rotate with the image, at this size and not at the next."""
-    detection = example("detection", needs=["skimage"])
-    torch.manual_seed(0)
+    import detection
+
     model = detection.detector(name, width=1)
     losses = detection.train(model, steps=14)
     assert losses[-1] < 0.8 * losses[0]
     body = model.eval().backbone.body
     assert body.feature_info.reduction() == [8, 16, 32]
 
-    def errors(x: torch.Tensor) -> list[float]:
+    def errors(x):
         """Of the map of each level, under a rotation by 90 degrees: element 2 of C8."""
         with torch.no_grad():
             pairs = zip(body(x), body(x.rot90(1, (-2, -1))), strict=True)
@@ -101,30 +95,33 @@ def test_detection(name: str, example) -> None:
     assert min(errors(batch[..., :-1, :-1])) > 0.1
 
 
+@needs("segmentation_models_pytorch", "skimage")
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of segmentation_models.pytorch
-def test_segmentation(example) -> None:
-    segmentation = example("segmentation", needs=["segmentation_models_pytorch", "skimage"])
-    torch.manual_seed(0)
+def test_segmentation():
+    import segmentation
+
     scores = segmentation.train(segmentation.unet("c8resnet18_fast", width=4), steps=8)
     assert scores[-1] > max(0.5, scores[0])
     with torch.device("meta"):  # a model at its full width
         assert segmentation.unet("c8resnet18").encoder.out_channels == [3, 224, 224, 448, 896, 1792]
 
 
+@needs("escnn")
 @pytest.mark.parametrize("group", ["c4", "c8"])
-def test_escnn_head(group: str, example) -> None:
-    head = example("escnn_head", needs=["escnn"])
-    torch.manual_seed(0)
-    model = head.VectorHead(f"{group}resnet18_fast", width=2)
-    assert head.error(model) < 1e-3
-    assert head.error(model, size=96) > 1e-3  # 96 is no exact size
+def test_escnn_head(group):
+    import escnn_head
+
+    model = escnn_head.VectorHead(f"{group}resnet18_fast", width=2)
+    assert escnn_head.error(model) < 1e-3
+    assert escnn_head.error(model, size=96) > 1e-3  # 96 is no exact size
 
 
+@needs("segmentation_models_pytorch", "skimage")
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of segmentation_models.pytorch
-def test_segment(example, tmp_path: Path) -> None:
+def test_segment(tmp_path):
     """The mask rotates with the image, that of the U-Net does not; both learn, at equal parameters."""
-    segment = example("segment", needs=["segmentation_models_pytorch", "skimage"])
-    torch.manual_seed(0)
+    import segment
+
     models = {"U-Net": segment.unet(), "EquivariantFPN": segment.equivariant()}
     plain, equivariant = (sum(p.numel() for p in model.parameters()) for model in models.values())
     assert abs(equivariant - plain) < 0.05 * plain
@@ -138,48 +135,30 @@ def test_segment(example, tmp_path: Path) -> None:
     assert (tmp_path / "masks.png").stat().st_size > 10_000
 
 
-# The notebook
+def without_numbers(cells):
+    """For every cell what it printed, numbers as 0: they depend on the machine."""
+    outputs = [[o for o in cell.get("outputs", []) if o["output_type"] == "stream"] for cell in cells]
+    printed = [["".join(output["text"]) for output in of_cell] for of_cell in outputs]
+    return [[re.sub(r"[\d.,e+-]+", "0", text) for text in of_cell] for of_cell in printed]
 
-TOUR = EXAMPLES / "tour.ipynb"
-LIBRARIES = ("nbclient", "ipykernel", "matplotlib", "sklearn", "skimage", "onnx", "onnxscript", "onnxruntime")
 
-
-@pytest.fixture
-def run_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """`run_notebook(text)`: run a notebook, given as JSON, beside the examples; returns it as it is then."""
-    for library in LIBRARIES:
-        pytest.importorskip(library, reason=f"scripts/examples/tour.ipynb needs {library}")
+@needs("nbclient", "ipykernel", "matplotlib", "sklearn", "skimage", "onnx", "onnxscript", "onnxruntime")
+def test_notebook(tmp_path, monkeypatch):
+    """Its assertions hold, and what is stored in it is what it prints."""
     import nbclient
     import nbformat
 
     for variable in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR"):
         monkeypatch.setenv(variable, str(tmp_path / variable))
-
-    def run(text: str):
-        notebook = nbformat.reads(text, as_version=4)
-        resources = {"metadata": {"path": str(EXAMPLES)}}
-        nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
-        return notebook
-
-    return run
+    text = (EXAMPLES / "tour.ipynb").read_text(encoding="utf-8")
+    notebook = nbformat.reads(text, as_version=4)
+    resources = {"metadata": {"path": str(EXAMPLES)}}
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
+    assert sum("assert " in cell.source for cell in notebook.cells) >= 7
+    assert without_numbers(notebook.cells) == without_numbers(json.loads(text)["cells"])
 
 
-def _without_numbers(notebook: dict) -> list[list[str]]:
-    """For every cell what it printed, digits as 0: what a machine changes are the figures."""
-    outputs = [[o for o in cell.get("outputs", []) if o["output_type"] == "stream"] for cell in notebook["cells"]]
-    printed = [["".join(output["text"]) for output in of_cell] for of_cell in outputs]
-    return [[re.sub(r"[\d.,e+-]+", "0", text) for text in of_cell] for of_cell in printed]
-
-
-def test_notebook(run_notebook) -> None:
-    """Its assertions hold, and what is stored in it is what it prints."""
-    text = TOUR.read_text(encoding="utf-8")
-    done = run_notebook(text)
-    assert sum("assert " in cell.source for cell in done.cells) >= 7
-    assert _without_numbers(done) == _without_numbers(json.loads(text))
-
-
-def _sky(folder: Path, count: int = 12, mirrored: bool = False) -> list[float]:
+def write_sky(folder, count=12, mirrored=False):
     """Photographs of one ellipse each, as Stellarium describes them; returns position angles plus rotations, degrees.
 
     North is up and east to the left before the photograph is rotated counter-clockwise.
@@ -207,10 +186,9 @@ def _sky(folder: Path, count: int = 12, mirrored: bool = False) -> list[float]:
     return angles
 
 
-def test_galaxies(example, tmp_path: Path) -> None:
+def test_galaxies(tmp_path):
     """Axes come from the catalogue and the places on the sky; a mirrored sky is the control; the heads learn them."""
-    galaxies = example("galaxies", needs=[])
-    wanted = torch.deg2rad(torch.tensor(_sky(tmp_path)))
+    wanted = torch.deg2rad(torch.tensor(write_sky(tmp_path)))
     crops, axes, files = galaxies.load(tmp_path)
     assert len(files) == 12
     assert galaxies.errors(axes, wanted).max() < 0.5
@@ -221,5 +199,5 @@ def test_galaxies(example, tmp_path: Path) -> None:
         upright, turned = head(body(galaxies.rotated(crops, torch.zeros(12))))[:, 0], head(body(quarter))[:, 0]
         assert galaxies.errors(upright, axes).median() < 20
         assert (galaxies.errors(turned, upright + math.pi / 2).max() < 0.1) == (name != "plain")
-    _sky(tmp_path, mirrored=True)
+    write_sky(tmp_path, mirrored=True)
     assert galaxies.errors(galaxies.load(tmp_path)[1], wanted).median() > 20

