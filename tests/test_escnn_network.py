@@ -1,18 +1,13 @@
 """A network of this package in escnn, and back: same output, same weights, whatever signs the installed escnn has."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import timm
 import torch
+from escnn_network import to_escnn
 from support.small_models import stirred
 
 import equivision_timm  # noqa: F401  registers the models
 from equivision_timm.weights.equivision import convert_original
-
-sys.path.append(str(Path(__file__).parents[1] / "scripts"))
-from escnn_network import to_escnn
 
 
 def test_layers_that_the_original_lacks_are_refused():
@@ -50,7 +45,8 @@ def test_same_output_and_back(name):
     only_filters = {key: value for key, value in state.items() if "sampled_basis" not in key}
     in_training = network.train().state_dict()
     assert len(in_training) < len(state)  # without filters
+    back = [convert_original(weights, name) for weights in (state, in_training, only_filters)]
     for key, value in model.state_dict().items():
-        assert torch.equal(convert_original(state, name)[key], value), key  # exact: the translation is signs
-        assert torch.equal(convert_original(in_training, name)[key], value), key
-        assert torch.allclose(convert_original(only_filters, name)[key], value, rtol=1e-4, atol=1e-6), key
+        assert torch.equal(back[0][key], value), key  # exact: the translation is signs
+        assert torch.equal(back[1][key], value), key
+        assert torch.allclose(back[2][key], value, rtol=1e-4, atol=1e-6), key
