@@ -110,7 +110,7 @@ def _differentiate(ctx, grad):
     for_x, for_weight = ctx.needs_input_grad[:2]
     dx, dw = gradients(grad, x, block_weights(weight, kernel), kernel, stride, dilation, for_x, for_weight)
     if for_weight:
-        dw = dw.flatten(1).T @ basis_for(dw, kernel, "blocks").T  # [O * I, entries] @ [entries, n_basis]
+        dw = dw.reshape(len(dw), -1).T @ basis_for(dw, kernel, "blocks").T  # [O * I, entries] @ [entries, n_basis]
         dw = dw.reshape(weight.shape)
     return dx if for_x else None, dw if for_weight else None, None, None, None
 
