@@ -1,14 +1,36 @@
-"""The command `verify`: checks of weights, one row each."""
+"""The command `verify`: checks of weights that are about to be used or published, one row each."""
 
 import argparse
+import copy
 import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from timm.data import resolve_data_config
+from timm.models import resolve_pretrained_cfg
+from timm.utils import AverageMeter, accuracy
+from tqdm import tqdm
 
 from equivision_timm.cli.options import Parsers, add_command, add_options
-from equivision_timm.errors import InputError
-from equivision_timm.weights.verify import as_json, as_table, verify
+from equivision_timm.data import ImageFolder, load_crops, preparation
+from equivision_timm.errors import InputError, one_line
+from equivision_timm.files import file_sha256
+from equivision_timm.groups import Group
+from equivision_timm.models import Canonicalized, EquivariantResNet, EquivariantViT, Symmetrized
+from equivision_timm.models.tensor_hash import TENSORS_SHA256
+from equivision_timm.testing import equivariance_error
+from equivision_timm.weights.folder import Loaded, load_strictly
+from equivision_timm.weights.released import released
+from equivision_timm.weights.statistics import fit
 
-__all__ = ["register"]
+__all__ = ["Check", "register", "verify"]
+
+_SIZE = 97  # of the images on which equivariance is measured, or the next exact one
+_TOLERANCE = 1e-4
 
 
 def register(commands: Parsers) -> None:
@@ -29,6 +51,130 @@ def run(args: argparse.Namespace) -> int:
             f"{args.target} --model NAME --out DIR, or timm's validate.py --model NAME --checkpoint {args.target}"
         )
     checks = verify(args.target, args.images, args.data)
-    result = as_json(checks)
-    print(json.dumps(result, indent=1) if args.json else as_table(checks))
-    return 0 if result["ok"] else 1
+    passed = all(check.ok is not False for check in checks)
+    if args.json:
+        print(json.dumps({"ok": passed, "checks": [asdict(check) for check in checks]}, indent=1))
+    else:
+        words, width = {True: "ok", False: "FAILED", None: "-"}, max(len(check.name) for check in checks)
+        for check in checks:
+            print(one_line(f"{check.name:{width}}  {words[check.ok]:6}  {check.finding}"))
+    return 0 if passed else 1
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row: name, result (None: reported only), finding."""
+
+    name: str
+    ok: bool | None
+    finding: str
+
+
+def verify(target: str, images: str | Path | None = None, data: str | Path | None = None) -> list[Check]:
+    """Check a model.
+
+    Args:
+        target: a model folder, a safetensors file, or the name of a model with pretrained weights.
+        images: folder of photographs for the batch-norm statistics, by default those of scikit-image.
+        data: labelled images, one sub-folder a class, such as ImageNet's validation set; None skips the accuracy.
+
+    Returns:
+        All rows; the model passes if no `ok` is False.
+    """
+    try:
+        loaded = load_strictly(target)
+    except Exception as error:  # of timm, torch, safetensors, huggingface_hub, json
+        return [Check("loads", False, f"{type(error).__name__}: {str(error).strip() or target}")]
+    checks = [
+        Check("loads", True, f"{loaded.name}, every entry{' as hashed' * (TENSORS_SHA256 in loaded.provenance)}"),
+        Check("sha256", None, file_sha256(loaded.weights)),
+        *(Check(key, None, value) for key, value in loaded.provenance.items()),
+        _preprocessing(loaded),
+        *_equivariance(loaded.model),
+        _statistics(loaded.model, images),
+    ]
+    return [*checks, *_accuracy(loaded, data)] if data is not None else checks
+
+
+def _preprocessing(loaded: Loaded) -> Check:
+    """Preprocessing in the config; that of converted weights is known."""
+    found = resolve_data_config({}, model=loaded.model)
+    known = resolve_data_config({}, pretrained_cfg=resolve_pretrained_cfg(loaded.name).to_dict())
+    differ = [f"{key} {found[key]}" for key in known if json.dumps(found[key]) != json.dumps(known[key])]
+    finding = f"{', '.join(differ)}, unlike that of the architecture" if differ else "that of the architecture"
+    return Check("preprocessing", not differ if "source_sha256" in loaded.provenance else None, finding)
+
+
+def _equivariance(model: Any) -> Iterator[Check]:
+    """Of the logits, or of the maps if the classifier reads the group axis."""
+    group, invariant = Group.from_name(model.group), True
+    if isinstance(model, Symmetrized | Canonicalized):
+        if not model.has_head or getattr(model, "gate", 0.0) > 0:
+            yield Check("equivariance", None, "not checked: of an adapted model only with a head and without a gate")
+            return
+        cfg: Any = model.pretrained_cfg
+        size = cfg["input_size"][-1]
+    else:
+        invariant, (_, size) = model.is_invariant, model.exact_sizes(_SIZE)
+    if not invariant and isinstance(model, EquivariantViT):
+        yield Check("equivariance", None, "not checked: neither logits nor last maps of a hybrid are invariant")
+        return
+    if not invariant:
+        model = copy.deepcopy(model)
+        model.reset_classifier(0, "")
+    try:
+        errors = equivariance_error(model, size, output_type="invariant" if invariant else "regular")
+    except ValueError as error:
+        yield Check("equivariance", False, str(error))
+        return
+    worst = max(errors[g] for g in group.grid_elements)
+    where = f"of the {'logits' if invariant else 'maps'} at {size} x {size} pixels"
+    finding = f"{worst:.1e} {where}, rotations by 90 degrees and reflections in {group.name} (at most {_TOLERANCE:.0e})"
+    yield Check("equivariance", worst <= _TOLERANCE, finding)
+    others = [errors[g] for g in errors if g not in group.grid_elements]
+    if others:
+        yield Check("other elements", None, f"{max(others):.1e} {where}, resampled")
+
+
+def _statistics(model: nn.Module, images: str | Path | None) -> Check:
+    """Running variances against those on photographs."""
+    if not isinstance(model, EquivariantResNet) or model.in_chans != 3:
+        return Check("statistics", None, "not checked: known for ResNets of RGB images only")
+    try:
+        crops = load_crops(images)
+    except ModuleNotFoundError as error:
+        return Check("statistics", None, f"not checked: {error}")
+    except (OSError, ValueError) as error:
+        return Check("statistics", False, str(error))
+    found = fit(model, crops)
+    finding = f"log(variance on {len(crops)} crops / running variance): {found.rms:.2g} rms"
+    return Check("statistics", None if found.is_finite else False, finding)
+
+
+def _accuracy(loaded: Loaded, data: str | Path) -> Iterator[Check]:
+    """Top-1 and top-5, at least the reported figures less a margin."""
+    model = loaded.model
+    try:
+        dataset = ImageFolder(str(data), "validation")
+    except (OSError, RuntimeError, ValueError) as error:
+        yield Check("accuracy", False, f"{data}: {error}")
+        return
+    classes = len(dataset.class_to_idx)
+    if classes != model.num_classes:
+        yield Check("accuracy", False, f"{data} has {classes} classes, the model {model.num_classes}")
+        return
+    dataset.transform = preparation(resolve_data_config({}, model=model))
+    loader = torch.utils.data.DataLoader(dataset, batch_size=32)
+    meters = AverageMeter(), AverageMeter()
+    with torch.no_grad():
+        for batch, labels in tqdm(loader, desc="accuracy"):
+            for meter, value in zip(meters, accuracy(model(batch), labels, topk=(1, 5)), strict=True):
+                meter.update(value.item(), len(labels))
+    reported = released()[loaded.name].reported if loaded.name in released() else {}
+    for name, meter in zip(("top-1", "top-5"), meters, strict=True):
+        finding, ok = f"{meter.avg:.2f} % of {meter.count} images", None
+        if (expected := reported.get(name.replace("-", ""))) is not None:
+            least = 100 * expected - 1 - 400 * (expected * (1 - expected) / meter.count) ** 0.5  # four standard errors
+            finding += f", reported {100 * expected:.1f} % (at least {least:.1f} % expected here)"
+            ok = meter.avg >= least
+        yield Check(name, ok, finding)

@@ -33,6 +33,7 @@ __all__ = [
     "hub_id",
     "impossible_entries",
     "local_folder",
+    "read_checked",
     "read_safetensors",
     "weights_folder",
 ]
@@ -106,10 +107,10 @@ def find_weights(model_name: str, cache_dir: str | Path | None = None) -> Path:
     """
     file = local_folder(model_name) / WEIGHTS_FILE
     if file.is_file():
-        _check(file, model_name, None, f"delete it and run `python -m equivision_timm fetch {model_name}`")
+        read_checked(file, model_name, None, f"delete it and run `python -m equivision_timm fetch {model_name}`")
     elif model_name in PUBLISHED:
         file = _download(model_name, file, cache_dir)
-        _check(file, model_name, PUBLISHED[model_name].tensors_sha256, "delete it and try again")
+        read_checked(file, model_name, PUBLISHED[model_name].tensors_sha256, "delete it and try again")
     else:
         raise WeightsError(
             f"no weights for {model_name}: there is no {file}, and none are published on the Hub yet. "
@@ -140,22 +141,28 @@ def impossible_entries(state_dict: Mapping[str, torch.Tensor]) -> list[str]:
     return bad
 
 
-def _check(file: Path, model_name: str, tensors_sha256: str | None, remedy: str) -> None:
-    """Raises WeightsError unless a file holds this model, with this hash of its tensors or that of its metadata."""
+def read_checked(
+    file: Path, model_name: str | None = None, tensors_sha256: str | None = None, remedy: str = "convert it again"
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """`read_safetensors` of a file that holds this model, with this hash of its tensors or that of its metadata.
+
+    Raises:
+        WeightsError: the file is damaged, or holds another model, impossible entries or other tensors.
+    """
     try:
         state_dict, metadata = read_safetensors(file)
     except WeightsError as error:
         raise WeightsError(f"{error}: {remedy}") from error
     found = hash_tensors(state_dict)
     expected = tensors_sha256 or metadata.get(TENSORS_SHA256, found)
-    if metadata.get("model", model_name) != model_name:
+    if model_name and metadata.get("model", model_name) != model_name:
         problem = f"holds {metadata['model']!r}, not {model_name}"
     elif bad := impossible_entries(state_dict):
         problem = f"is damaged ({bad[0]} holds NaN, infinity, integers or negative variances)"
     elif found != expected:
         problem = f"is damaged (the hash of its tensors is {found}, not {expected!r})"
     else:
-        return
+        return state_dict, metadata
     raise WeightsError(f"{file} {problem}: {remedy}")
 
 

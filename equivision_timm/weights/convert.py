@@ -56,14 +56,14 @@ def convert_file(
         found: Translation = module.translate(tensors, model_name, **options)
     except WeightsError as error:
         raise type(error)(f"{checkpoint} as a checkpoint of {model_name}: {error}") from error
-    dtypes = sorted({str(value.dtype) for value in tensors.values() if value.is_floating_point()} - {"torch.float32"})
+    dtypes = {str(value.dtype).removeprefix("torch.") for value in tensors.values() if value.is_floating_point()}
     provenance = {
         "model": model_name,
         **({"source": released()[model_name].source} if model_name in released() else {}),
         "source_file": checkpoint.name,
         "source_sha256": file_sha256(checkpoint),
         TENSORS_SHA256: hash_tensors(found.state_dict),
-        **({"converted_dtypes": f"{', '.join(dtypes)} to float32".replace("torch.", "")} if dtypes else {}),
+        "dtypes_of_file": ", ".join(sorted(dtypes)),
         **found.notes,
         **{name: version(name) for name in ("equivision-timm", "timm", "torch", "safetensors")},
         "date": datetime.now(timezone.utc).date().isoformat(),

@@ -14,13 +14,13 @@ from equivision_timm.models.pretrained import WeightsError
 from equivision_timm.models.variants import create
 from equivision_timm.weights.checkpoint import Translation
 from equivision_timm.weights.escnn_format import translate_resnet
-from equivision_timm.weights.signs import known_patterns, parse_signs, sign_groups
+from equivision_timm.weights.signs import parse_signs, sign_groups
 from equivision_timm.weights.statistics import Z_LIMIT, Fit, apply_signs, best_fit, choose_signs, fit
 
-__all__ = ["CLEARLY", "convert_original", "models", "same_shapes", "translate"]
+__all__ = ["BATCHES", "CLEARLY", "convert_original", "models", "same_shapes", "translate"]
 
 CLEARLY = 0.8  # of the rms of another model
-_BATCHES = 32  # of crops, at most
+BATCHES = 32  # of crops, at most
 
 
 def models() -> list[str]:
@@ -54,19 +54,18 @@ def convert_original(
 def _convert(state_dict: dict[str, torch.Tensor], model_name: str, signs: str | None) -> Translation:
     with torch.device("meta"):
         model = create(model_name, EquivariantResNet)
-    if signs is not None:
-        signs = parse_signs(model.group, signs)
+    pattern = None if signs is None else parse_signs(model.group, signs)
     found = translate_resnet(state_dict, model)
     basis = found.notes["basis_from"]
     if sign_groups(model.group) and "coefficients" in basis and "+" in basis:
         raise WeightsError("only some convolutions of the checkpoint have a sampled_basis or filter: save all or none")
-    if signs is not None:
-        if basis != "coefficients":
-            raise WeightsError(f"the checkpoint holds its basis ({basis}): leave signs out")
-        model.load_state_dict(found.state_dict, assign=True)
-        apply_signs(model, signs)
-        return Translation(dict(model.state_dict()), notes=found.notes)
-    return found
+    if pattern is None:
+        return found
+    if basis != "coefficients":
+        raise WeightsError(f"the checkpoint holds its basis ({basis}): leave signs out")
+    model.load_state_dict(found.state_dict, assign=True)
+    apply_signs(model, pattern)
+    return Translation(dict(model.state_dict()), notes=found.notes)
 
 
 def translate(
@@ -79,56 +78,47 @@ def translate(
         AmbiguousSigns: no known pattern is clearly the best.
         ModuleNotFoundError: photographs are needed, and scikit-image is not installed.
     """
-    found, notes = _convert(state_dict, model_name, signs), {}
-    model = create(model_name, EquivariantResNet)
+    found = _convert(state_dict, model_name, signs)
+    model, notes = create(model_name, EquivariantResNet), dict(found.notes)
     model.load_state_dict(found.state_dict)
-    is_open = found.notes["basis_from"] == "coefficients"
+    is_open = notes["basis_from"] == "coefficients"
     rivals = {name: create(name, EquivariantResNet) for name in (same_shapes(model_name) if is_open else [])}
-    to_choose = is_open and bool(sign_groups(model.group)) and signs is None
     for rival in rivals.values():
-        rival.load_state_dict(found.state_dict if signs is None else _convert(state_dict, model_name, None).state_dict)
+        rival.load_state_dict(convert_original(state_dict, model_name))
+    to_choose = is_open and bool(sign_groups(model.group)) and signs is None
     try:
         photographs = load_photographs(images)
     except ModuleNotFoundError:
         if to_choose or rivals:
             raise
         photographs = []
-    crops = draw_crops(photographs) if photographs else None
+    crops = draw_crops(photographs) if photographs else torch.empty(0)
     if to_choose:
-        assert crops is not None  # there are photographs, since they are needed
         if rivals:
             _check_statistics(model_name, best_fit(model, crops), rivals, crops, decided=True)
-        choice = choose_signs(model, (draw_crops(photographs, seed=seed) for seed in range(_BATCHES)))
-        signs = choice.signs
-        apply_signs(model, signs)
-        notes = {
+        choice = choose_signs(model, (draw_crops(photographs, seed=seed) for seed in range(BATCHES)))
+        apply_signs(model, choice.signs)
+        notes |= {
+            "signs": choice.signs,
+            "signs_known_as": choice.name,
             "runner_up": choice.runner_up,
             "separation": f"{choice.separation:.1f} standard errors on {choice.crops} crops",
             "known_misfits": ", ".join(f"{name} {misfit:.4g}" for name, misfit in choice.misfits.items()),
         }
     elif signs is not None:
-        notes["signs_given"] = "by the user"
-    if signs is not None:
-        pattern = parse_signs(model.group, signs)
-        names = [name for name, known in known_patterns(model.group).items() if known == pattern]
-        notes |= {"signs": pattern, "signs_known_as": names[0] if names else "unknown"}
-    if crops is not None:
-        notes |= _check_statistics(model_name, fit(model, crops), rivals, crops, decided="signs_given" in notes)
+        notes |= {"signs": parse_signs(model.group, signs), "signs_given": "by the user"}
+    if photographs:
+        notes |= _check_statistics(model_name, fit(model, crops), rivals, crops, decided=signs is not None)
     else:
         notes["statistics"] = "not compared: no photographs (--images DIR)"
-    return Translation(dict(model.state_dict()), notes={**found.notes, **notes})
+    return Translation(dict(model.state_dict()), notes=notes)
 
 
 def same_shapes(model_name: str) -> list[str]:
     """Other models with the same names and shapes: D_4 and C_8 have the same order."""
-    for a, b in (("c8resnet", "d4resnet"), ("d4resnet", "c8resnet")):
-        other = model_name.replace(a, b)
-        if other != model_name and other in model_names():
-            with torch.device("meta"):
-                pair = [create(name, EquivariantResNet).state_dict() for name in (model_name, other)]
-            shapes = [{key: value.shape for key, value in state.items()} for state in pair]
-            return [other] if shapes[0] == shapes[1] else []
-    return []
+    pairs = {"c8resnet": "d4resnet", "d4resnet": "c8resnet"}
+    others = [model_name.replace(group, other) for group, other in pairs.items() if group in model_name]
+    return [name for name in others if name in models()]
 
 
 def _check_statistics(

@@ -1,8 +1,8 @@
 """Model folders, as timm's `local-dir:` and the Hub have them: written all or nothing, and loaded strictly.
 
-A config can ask for another network with the same entries (`model_args`) or leave entries random (a classifier of
-another size). `load_strictly` therefore allows only arguments that leave the logits unchanged, and compares the loaded
-model with the file, entry by entry.
+A config can ask for another network with the same entries (`model_args`), or leave entries random (a classifier of
+another size). `load_strictly` therefore compares the arguments with those of the conversion, and the loaded model with
+the file, entry by entry.
 """
 
 import json
@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, get_args
+from typing import Any
 
 import timm
 import torch
@@ -20,44 +20,13 @@ from timm.models._hub import save_config_for_hf
 
 from equivision_timm.errors import InputError
 from equivision_timm.files import check_writable
-from equivision_timm.models import (
-    Canonicalized,
-    EquivariantBackbone,
-    EquivariantConvNeXt,
-    EquivariantViT,
-    Symmetrized,
-    model_names,
-)
-from equivision_timm.models.pretrained import WEIGHTS_FILE, WeightsError, find_weights, read_safetensors
-from equivision_timm.models.variants import create
-from equivision_timm.weights.checkpoint import read_checkpoint
+from equivision_timm.models import model_names
+from equivision_timm.models.pretrained import WEIGHTS_FILE, WeightsError, find_weights, read_checked
 
-__all__ = [
-    "CONFIG_FILE",
-    "Adapted",
-    "Loaded",
-    "Model",
-    "check_model_folder",
-    "create_ours",
-    "load_strictly",
-    "write_model_folder",
-]
+__all__ = ["CONFIG_FILE", "Loaded", "check_model_folder", "load_strictly", "write_model_folder"]
 
 CONFIG_FILE = "config.json"
-# Arguments that leave the logits unchanged, or follow from the shapes of the entries
-_HARMLESS = ("num_classes", "in_chans", "invariants", "drop_rate", "drop_path_rate", "bn_momentum", "zero_init_last")
-_HARMLESS += ("conv_strategy",)
-
-Model = EquivariantBackbone | EquivariantConvNeXt | EquivariantViT
-Adapted = Symmetrized | Canonicalized
-
-_LOADED: tuple[type[Any], ...] = get_args(Model) + get_args(Adapted)
-_PICKLE_FILE = "pytorch_model.bin"  # of save_for_hf without safe_serialization=True
-
-
-def create_ours(model_name: str, **keywords: Any) -> Model:
-    """`timm.create_model` for a model of this package."""
-    return create(model_name, EquivariantBackbone, EquivariantConvNeXt, EquivariantViT, **keywords)
+_ARGUMENTS = "model_args"  # in the config, and in the metadata of the weights
 
 
 def check_model_folder(folder: str | Path, model_name: str) -> None:
@@ -106,8 +75,11 @@ def write_model_folder(
     tensors = {name: value.contiguous() for name, value in state_dict.items()}
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".partial-", dir=folder) as partial:
-        save_config_for_hf(model, str(Path(partial) / CONFIG_FILE), model_args=model_args)
-        save_file(tensors, Path(partial) / WEIGHTS_FILE, metadata={"format": "pt", **provenance})
+        config = Path(partial) / CONFIG_FILE
+        save_config_for_hf(model, str(config), model_args=model_args)
+        written = json.loads(config.read_text(encoding="utf-8")).get(_ARGUMENTS, {})  # timm adds some
+        metadata = {"format": "pt", _ARGUMENTS: json.dumps(written), **provenance}
+        save_file(tensors, Path(partial) / WEIGHTS_FILE, metadata=metadata)
         for name in (CONFIG_FILE, WEIGHTS_FILE):  # the config of a model is always the same, so any order will do
             os.replace(Path(partial) / name, folder / name)
     return folder
@@ -126,7 +98,7 @@ class Loaded:
     """
 
     name: str
-    model: Model | Adapted
+    model: Any
     weights: Path
     state_dict: dict[str, torch.Tensor]
     provenance: dict[str, str]
@@ -137,63 +109,35 @@ def load_strictly(target: str) -> Loaded:
 
     Raises:
         OSError: there is no such file or folder.
-        WeightsError: config, metadata and entries do not make up one model of this package.
+        WeightsError: config, metadata and entries do not make up one model of this package, or are damaged.
     """
-    path, name = Path(target), target.partition(".")[0]
+    path, name, config = Path(target), target.partition(".")[0], {}
     if path.is_dir():
-        weights, name = path / WEIGHTS_FILE, _read_architecture(path / CONFIG_FILE)
-        if not weights.exists() and (path / _PICKLE_FILE).exists():
-            weights = path / _PICKLE_FILE
+        config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+        weights, name = path / WEIGHTS_FILE, config["architecture"]
     elif path.is_file():
-        weights, name = path, ""
+        weights, name = path, None
     elif name in model_names():
         file = resolve_pretrained_cfg(target).file
         weights = Path(file) if file else find_weights(name)
     else:
         raise FileNotFoundError(f"{target!r} is not a file, a folder or a model of this package, e.g. c8resnet50")
-    if weights.name == _PICKLE_FILE:
-        state_dict, provenance = read_checkpoint(weights), {}
+    state_dict, provenance = read_checked(weights, name)
+    name = name or provenance.get("model", "")
+    if name not in model_names():
+        raise WeightsError(f"{weights} should hold a model of this package, not {name!r}")
+    converted = json.loads(provenance.get(_ARGUMENTS, "{}"))
+    if path.is_dir():
+        arguments = config.get(_ARGUMENTS, {})
+        if _ARGUMENTS in provenance and arguments != converted:
+            raise WeightsError(f"{path} has the {_ARGUMENTS} {arguments}, unlike {converted} of its conversion")
+        model = timm.create_model(f"local-dir:{path}", pretrained=True)
     else:
-        state_dict, provenance = read_safetensors(weights)
-    held = provenance.get("model", name)
-    if held not in model_names() or held != (name or held):
-        raise WeightsError(f"{weights} should hold {name or 'a model of this package'}, its metadata name {held!r}")
-    model: Any = create(f"local-dir:{path}" if path.is_dir() else held, *_LOADED, pretrained=path.is_dir())
-    if not path.is_dir():
+        model = timm.create_model(name, **converted)
         model.load_state_dict(state_dict)
     entries = model.state_dict()
     for key in {**entries, **state_dict}:  # timm leaves a classifier of another size out
-        a, b = entries.get(key), state_dict.get(key)
-        fits = (
-            a is not None
-            and b is not None
-            and a.shape == b.shape
-            and a.is_floating_point() == b.is_floating_point()
-            and torch.allclose(a.to(b.dtype), b, rtol=0, atol=0, equal_nan=True)
-        )
-        if not fits:
-            raise WeightsError(f"{weights} does not fit {held}: {key} is missing, or of another shape, dtype or value")
-    return Loaded(held, model.eval(), weights, state_dict, provenance)
-
-
-def _read_architecture(path: Path) -> str:
-    """The architecture in a config; raises WeightsError if the other fields make another network."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    name, cfg, arguments = config["architecture"], config["pretrained_cfg"], config.get("model_args", {})
-    if name not in model_names():
-        raise WeightsError(f"{path} names {name!r}, which is not a model of this package")
-    model: Any = create(name, *_LOADED, device="meta")
-    own: dict[str, Any] = {"global_pool": "avg"}  # timm writes these in any case
-    if isinstance(model, EquivariantViT):
-        own = {"global_pool": model.global_pool, "img_size": list(model.patch_embed.img_size)}
-    other = {key: value for key, value in arguments.items() if key not in _HARMLESS and value != own.get(key, ...)}
-    if isinstance(model, Adapted):
-        other = {}  # the backbone and the group are arguments
-    classes = {part["num_classes"] for part in (config, cfg, arguments) if part.get("num_classes") is not None}
-    channels = {cfg.get("input_size", [3])[0], arguments.get("in_chans", 3)}
-    if other or len(classes) > 1 or len(channels) > 1:
-        raise WeightsError(
-            f"{path} makes another network than {name}: by the model_args {other}, or by num_classes {classes} or "
-            f"channels {channels}, of which there should be one"
-        )
-    return name
+        found, held = entries.get(key), state_dict.get(key)
+        if found is None or held is None or not torch.equal(found.to(held.dtype), held):
+            raise WeightsError(f"{weights} does not fit {name}: {key} is missing, or of another shape or value")
+    return Loaded(name, model.eval(), weights, state_dict, provenance)

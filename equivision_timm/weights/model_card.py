@@ -1,113 +1,94 @@
-"""Model card of a publication, in Markdown for the Hub.
+"""Model card of a publication, by timm's own writer of cards, and the cost of a model.
 
-The text is in `model_card.md`. Everything that differs between models is read from the model, on the meta device, and
-from the table of released checkpoints.
+Everything that differs between models is read from the model, on the meta device, and from the table of released
+checkpoints.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from string import Template
-from textwrap import fill
 from typing import Any
 
 import timm
 import torch
 import torch.nn as nn
-from huggingface_hub import EvalResult, ModelCardData
 from timm.models import model_entrypoint
+from timm.models._hub import generate_readme
 from torch.utils.flop_counter import FlopCounterMode
 
 from equivision_timm.errors import one_line
 from equivision_timm.groups import Group
 from equivision_timm.models import EquivariantConvNeXt, EquivariantViT, fuse
-from equivision_timm.weights.folder import Model, create_ours
-from equivision_timm.weights.released import Released, released
+from equivision_timm.weights.released import released
 
 __all__ = ["complexity", "gmacs", "model_card"]
 
-
 _KINDS = {
-    "top1": "top-1 accuracy",
-    "top5": "top-5 accuracy",
-    "linear": "top-1 accuracy of a linear classifier on frozen features",
-    "knn": "top-1 accuracy of nearest neighbours of frozen features",
+    "top1": "Reported top-1 accuracy",
+    "top5": "Reported top-5 accuracy",
+    "linear": "Reported top-1 accuracy of a linear classifier on frozen features",
+    "knn": "Reported top-1 accuracy of nearest neighbours of frozen features",
 }
+_USAGE = """```python
+import equivision_timm  # registers the models
+import timm
+import torch
+
+model = timm.create_model("hf-hub:{repository}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+{output} = model(transform(image).unsqueeze(0))  # image: an RGB picture opened with PIL
+features = model.forward_features(torch.randn(1, 3, {size}, {size}))  # {shape}
+```
+{features}
+Keywords such as `num_classes`, `in_chans`, `global_pool` and `features_only` work as for any timm model."""
 
 
 def model_card(model_name: str, repository: str, provenance: dict[str, str], has_classifier: bool = True) -> str:
-    """The model card with the Hub's metadata, of a model with released weights or with weights in the package.
+    """The model card, in Markdown with the Hub's metadata, of a model with released weights.
 
     Args:
         model_name: e.g. 'c8resnet50'.
         repository: 'organisation/name'.
-        provenance: of the weights, a row each.
+        provenance: of the weights, a line each.
         has_classifier: whether the weights include a classifier.
     """
-    entry = released().get(model_name)  # None: weights of the package
     arguments: dict[str, Any] = {} if has_classifier else {"num_classes": 0}
-    model = create_ours(model_name, device="meta", **arguments).eval()
-    cfg: Any = model.pretrained_cfg
-    classifies, cost_size = model.num_classes > 0, cfg["input_size"][-1]
+    entry = released()[model_name]
+    with torch.device("meta"):
+        model: Any = timm.create_model(model_name, **arguments).eval()
+        cost_size = model.pretrained_cfg["input_size"][-1]
+        size = model.exact_sizes(cost_size)[1]
+        with torch.no_grad():
+            features = model.forward_features(torch.empty(1, model.in_chans, size, size))
     parameters, dense = complexity(model_name, cost_size, **arguments)
-    size = model.exact_sizes(cost_size)[1]
-    with torch.no_grad():
-        features = model.forward_features(torch.empty(1, model.in_chans, size, size, device="meta"))
-    reported = entry.reported if entry and has_classifier else {}
-    task = "image-classification" if classifies else "image-feature-extraction"
-    metadata = ModelCardData(
-        license=cfg["license"],
-        library_name="timm",
-        pipeline_tag=task,
-        tags=[task, "timm", "equivariance"],
-        datasets=["imagenet-1k" if entry else "ylecun/mnist"],
-        model_name=repository.split("/")[1],
-        eval_results=[
-            EvalResult(
-                task_type="image-classification",
-                dataset_type="imagenet-1k",
-                dataset_name="ImageNet-1k",
-                metric_type="accuracy",
-                metric_name=_KINDS[kind],
-                metric_value=value,
-                source_name=f"{entry.project}, as reported",
-                source_url=entry.source,
-            )
-            for kind, value in reported.items()
-            if entry
-        ]
-        or None,
-    )
-    accuracies = [
-        f"| Reported {_KINDS[k]} on ImageNet-1k at 224 x 224 | {100 * v:.1f} % |" for k, v in reported.items()
-    ]
-    if entry and reported:
-        accuracies += ["", f"The accuracies are those that [{entry.project}]({entry.source}) reports.", ""]
-    return Template(Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")).substitute(
-        metadata=metadata.to_yaml(),
-        name=repository.split("/")[1],
-        description=fill(model_entrypoint(model_name).__doc__ or "", 120),
-        symmetry=fill(_symmetry(model), 120),
-        origin=_origin(entry, cfg),
-        repository=repository,
-        output="logits" if classifies else "vector",
-        size=size,
-        shape=list(features.shape),
-        features=fill(
-            "The features are tokens: the class token first, then one for each patch, row by row."
-            if features.ndim == 3
-            else f"The features are {model.feature_info[-1]['num_fields']} regular fields of "
-            f"{Group.from_name(model.group).order} channels, one channel for each element of the group.",
-            120,
+    classifies, licence = model.num_classes > 0, model.pretrained_cfg["license"]
+    kept = "tokens: the class token first, then one for each patch, row by row."
+    if features.ndim == 4:
+        kept = f"{model.feature_info[-1]['num_fields']} regular fields, with one channel for each element of the group."
+    details = {
+        "Model Type": f"Equivariant image {'classifier' if classifies else 'encoder'}, group {model.group.upper()}",
+        "Exact sizes": _exact_sizes(model, size),
+        "Params (M)": f"{parameters / 1e6:.4g}",
+        f"GMACs at {cost_size} x {cost_size} (of ResNets with dense filters)": f"{dense:.4g}",
+        "Dataset": "ImageNet-1k",
+        **{_KINDS[key]: f"{100 * value:.1f} %" for key, value in entry.reported.items() if has_classifier},
+        "Original": f"{entry.project}, {entry.source}, which reports the accuracies; licence: {licence}",
+        "Origin of the file": {key: f"`{one_line(value)}`" for key, value in provenance.items()},
+    }
+    card = {
+        "tags": [f"image-{'classification' if classifies else 'feature-extraction'}", "timm", "equivariance"],
+        "license": licence,
+        "description": f"{model_entrypoint(model_name).__doc__}\n\n{_symmetry(model)}",
+        "details": details,
+        "usage": _USAGE.format(
+            repository=repository,
+            output="logits" if classifies else "vector",
+            size=size,
+            shape=list(features.shape),
+            features=f"The features are {kept}",
         ),
-        parameters=f"{parameters / 1e6:.4g}",
-        cost_size=cost_size,
-        gmacs=f"{dense:.4g}",
-        reported="\n".join(accuracies),
-        exact=fill(_exact_sizes(model, size), 120),
-        provenance="\n".join(f"| {_cell(key)} | {_cell(value)} |" for key, value in provenance.items()),
-        license=f"{'That of the original' if entry else 'That of the package'}: {cfg['license']}.",
-        citation=entry.citation if entry else "",
-    )
+        "citation": [entry.citation, Path(__file__).with_name("timm.bib").read_text(encoding="utf-8")],
+    }
+    return generate_readme(card, repository.split("/")[1], card["tags"][0])
 
 
 def complexity(model_name: str, size: int = 224, **arguments: Any) -> tuple[int, float]:
@@ -130,12 +111,10 @@ def gmacs(model: nn.Module, input_size: Sequence[int], form: str | None) -> floa
     return counter.get_total_flops() / 2e9
 
 
-def _symmetry(model: Model) -> str:
+def _symmetry(model: Any) -> str:
     kind, output = ("classifier", "logits") if model.num_classes > 0 else ("encoder", "pooled features")
     group, name = Group.from_name(model.group), model.group.upper()
     moved, move = ("rotated or reflected", "rotate and reflect") if group.reflections else ("rotated", "rotate")
-    if group.order == 1:
-        return f"An image {kind} without symmetry: the plain twin of equivariant ones, for comparison."
     if model.is_invariant:
         return (
             f"An image {kind} whose {output} do not change when the image is {moved} by an element of the group "
@@ -147,24 +126,10 @@ def _symmetry(model: Model) -> str:
     return f"An image {kind}. **Its {output} are NOT invariant: they change when the image is {moved}.** {maps}"
 
 
-def _origin(entry: Released | None, cfg: dict) -> str:
-    if entry is None:
-        return (
-            "The weights were trained with the package `equivision_timm` and are part of it, for tests and\n"
-            f"demonstrations: {cfg['description']}."
-        )
-    return (
-        f"The weights are those of [{entry.project}]({entry.source}), converted for\n"
-        "[timm](https://github.com/huggingface/pytorch-image-models) with the package `equivision_timm`."
-    )
-
-
-def _exact_sizes(model: Model, size: int) -> str:
-    group, text = Group.from_name(model.group), "Rotations by 90 degrees and reflections in the group are exact"
-    if group.order == 1:
-        return "There is no symmetry."
+def _exact_sizes(model: Any, size: int) -> str:
     if isinstance(model, EquivariantViT) and not model.is_invariant:
         return "There are none: the blocks of the second half break the symmetry."
+    group, text = Group.from_name(model.group), "Rotations by 90 degrees and reflections in the group are exact"
     sides = [side for side in range(size, size + 200) if model.is_exact(side)]
     if len(sides) == 1:
         text += f", to rounding. The model takes {size} x {size} pixels, with `dynamic_img_size=True` every size that "
@@ -176,8 +141,3 @@ def _exact_sizes(model: Model, size: int) -> str:
     if len(group.grid_elements) < group.order:
         text += " The other rotations of the group hold approximately at any size: the pixel grid resamples."
     return text
-
-
-def _cell(text: str) -> str:
-    """Text for a table in Markdown, without line breaks and markup."""
-    return "`" + one_line(text).replace("`", "'").replace("|", "\\|") + "`"

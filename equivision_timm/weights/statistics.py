@@ -21,8 +21,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
+from torch.optim.swa_utils import update_bn
 
-from equivision_timm.layers import ConvNormAct
+from equivision_timm.layers import SteerableConv2d
 from equivision_timm.models import EquivariantResNet
 from equivision_timm.models.pretrained import WeightsError
 from equivision_timm.weights.signs import combine, element_signs, half_turn, known_patterns, neighbours
@@ -150,15 +151,14 @@ class PatternFits:
     """Fits of a model under sign patterns, each computed once for each batch of images."""
 
     def __init__(self, model: EquivariantResNet, *batches: torch.Tensor) -> None:
-        self.model: EquivariantResNet = copy.deepcopy(model)
+        self.model: EquivariantResNet = model
         self.batches: list[torch.Tensor] = list(batches)
-        self.half_turn: str = half_turn(model.group)
-        self._state = {name: value.clone() for name, value in model.state_dict().items()}
         self._found: dict[tuple[str, int], list[dict[str, torch.Tensor]]] = {}
 
     def canonical(self, pattern: str) -> str:
         """A pattern, or its product with the half turn: the one that does not negate the first odd harmonic."""
-        return pattern if pattern[self.half_turn.index("-")] == "+" else combine(pattern, self.half_turn)
+        half = half_turn(self.model.group)
+        return pattern if pattern[half.index("-")] == "+" else combine(pattern, half)
 
     def fit(self, pattern: str, stages: int = 4) -> Fit:
         """Fit of the stem and the first `stages` stages under a pattern."""
@@ -189,19 +189,19 @@ class PatternFits:
         return leads
 
     def with_signs(self, pattern: str) -> EquivariantResNet:
-        """The model under a pattern, until the next call."""
-        self.model.load_state_dict(self._state)
-        apply_signs(self.model, pattern)
-        return self.model
+        """A copy of the model under a pattern."""
+        model = copy.deepcopy(self.model)
+        apply_signs(model, pattern)
+        return model
 
 
 @torch.no_grad()
 def apply_signs(model: EquivariantResNet, pattern: str) -> None:
     """Multiply every weight of `model` by the signs of its basis elements."""
     for module in model.modules():
-        if isinstance(module, ConvNormAct):
-            weight = module.conv.weight  # [out_fields, in_fields, n_basis, 1]
-            weight.mul_(element_signs(module.conv.kernel, pattern).to(weight))
+        if isinstance(module, SteerableConv2d):
+            weight = module.weight  # [out_fields, in_fields, n_basis, 1]
+            weight.mul_(element_signs(module.kernel, pattern).to(weight))
 
 
 def _fit(ratios: list[dict[str, torch.Tensor]]) -> Fit:
@@ -216,17 +216,12 @@ def _fit(ratios: list[dict[str, torch.Tensor]]) -> Fit:
 def _ratios(model: EquivariantResNet, images: torch.Tensor, stages: int) -> dict[str, torch.Tensor]:
     """Batch variance / running variance [fields] of each layer up to stage `stages`. Changes the running statistics."""
     layers = [model.layer1, model.layer2, model.layer3, model.layer4][:stages]
-    trunk = nn.Sequential(model.conv1, model.maxpool, *layers).train()
-    inside = set(trunk.modules())
-    units = {name: unit.norm.per_field for name, unit in model.named_modules() if isinstance(unit, ConvNormAct)}
-    norms = {name: norm for name, norm in units.items() if isinstance(norm, nn.BatchNorm2d) and norm in inside}
-    before = {name: norm.get_buffer("running_var").clone() for name, norm in norms.items()}
-    for norm in norms.values():
-        norm.momentum = 1.0  # the running statistics become those of this batch
-    trunk(images)
+    trunk = nn.Sequential(model.conv1, model.maxpool, *layers)
+    before = {name: value.clone() for name, value in trunk.named_buffers() if name.endswith("running_var")}
+    update_bn([images], trunk)  # the running statistics become those of these images
     ratios = {}
-    for name, norm in norms.items():
-        alive = before[name] > 0  # zero if all coefficients of a field are
+    for name, variance in before.items():
+        alive = variance > 0  # zero if all coefficients of a field are
         if alive.any():
-            ratios[name] = norm.get_buffer("running_var")[alive] / before[name][alive]
+            ratios[name] = trunk.get_buffer(name)[alive] / variance[alive]
     return ratios

@@ -8,14 +8,14 @@ import torch
 from safetensors.torch import load_file
 from support import octic_data
 
+from equivision_timm.cli.fetch import fetch
+from equivision_timm.cli.verify import verify
 from equivision_timm.models.equivariant_vit import VARIANTS, Variant
 from equivision_timm.models.pretrained import WeightsError, local_folder
 from equivision_timm.weights import octic
 from equivision_timm.weights.convert import convert_file
-from equivision_timm.weights.fetch import fetch
 from equivision_timm.weights.octic import invariants_of, translate, translate_to
 from equivision_timm.weights.released import released
-from equivision_timm.weights.verify import verify
 
 SIZE = {"img_size": 64, "embed_dim": 64, "depth": 4, "num_heads": 2}
 TABLE = {  # the published models at the size of the small reference cases

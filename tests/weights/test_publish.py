@@ -2,7 +2,6 @@
 
 import re
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -12,10 +11,10 @@ import torch
 from PIL import Image
 from support.small_models import narrow
 
+from equivision_timm.cli import publish
 from equivision_timm.cli.main import main
 from equivision_timm.models.pretrained import HUB_ORG, local_folder
 from equivision_timm.models.tensor_hash import TENSORS_SHA256, hash_tensors
-from equivision_timm.weights import publish
 from equivision_timm.weights.folder import write_model_folder
 from equivision_timm.weights.model_card import complexity, model_card
 
@@ -61,31 +60,21 @@ def test_the_folder_of_an_upload(weights, tmp_path):
     assert len(content(tmp_path / "out")) == 3 * len(NAMES)
 
 
-def test_a_model_whose_weights_are_in_the_package(tmp_path, monkeypatch):
-    name = "test_d4vit"
-    monkeypatch.setenv("EQUIVISION_TIMM_WEIGHTS", str(tmp_path / "nothing here"))
-    assert main(["publish", name, "--to", str(tmp_path / "out")]) == 0
-    folder, packaged = tmp_path / "out" / f"{name}.digits", timm.get_pretrained_cfg(name).file
-    assert sorted(content(folder)) == ["README.md", "config.json", "model.safetensors"]
-    assert (folder / "model.safetensors").read_bytes() == Path(packaged).read_bytes()
-    assert packaged not in (folder / "config.json").read_text()
-    assert main(["verify", str(folder)]) == 0
-
-
 CARDS = {  # phrases in the body, and phrases that must not be there
     "c8resnet50": (
         [
             "import equivision_timm",
             f'timm.create_model("hf-hub:{HUB_ORG}/c8resnet50.tag", pretrained=True)',
             "the group C8, and whose feature maps rotate along",
-            "| Parameters | 24.84 million |",
-            "| 44.37 billion (",  # at 225 x 225
-            "| 78.7 % |",
-            "| 94.5 % |",
+            "**Params (M):** 24.84",
+            "GMACs at 225 x 225 (of ResNets with dense filters):** 44.37",
+            "78.7 %",
+            "94.5 %",
             "n = 1 mod 32",
-            f"| `source_sha256` | `{PROVENANCE['source_sha256']}` |",
-            "| `signs` | `+-+` |",
-            "That of the original: mit.",
+            f"source_sha256: `{PROVENANCE['source_sha256']}`",
+            "signs: `+-+`",
+            "https://github.com/dmklee/equivision",
+            "licence: mit",
             "klee2023equivision",
             "cesa2022program",
             "rw2019timm",
@@ -94,7 +83,7 @@ CARDS = {  # phrases in the body, and phrases that must not be there
     ),
     "c8reresnet50": (["**Its logits are NOT invariant", "maps rotate with the image", "han2021redet"], ["klee2023"]),
     "d4vit_large_patch16_224": (
-        ["logits do not change", "group D4", "[1, 197, 1024]", "| 84.0 % |", "224 x 224 pixels", "nordstrom2025octic"],
+        ["logits do not change", "group D4", "[1, 197, 1024]", "84.0 %", "224 x 224 pixels", "nordstrom2025octic"],
         ["NOT", "mod 32", "klee2023", "regular fields"],
     ),
     "d4vit_large_patch16_dinov2": (["pooled features do not change", "linear classifier", "vector = model("], ["NOT"]),
@@ -102,28 +91,20 @@ CARDS = {  # phrases in the body, and phrases that must not be there
         ["**Its logits are NOT invariant", "There are none", "nordstrom2025octic"],
         ["do not change", "exact,", "mod 32"],
     ),
-    "test_d4vit": (["handwritten digits (MNIST)", "[1, 17, 48]", "64 x 64 pixels"], ["ImageNet", "NOT", "mod 32"]),
-    "test_c1resnet": (["without symmetry", "There is no symmetry"], ["do not change", "ImageNet"]),
 }
 
 
 @pytest.mark.parametrize("name", CARDS)
 def test_the_card(name):
-    injected = {"images": "a | b`\n# Heading\n<script>alert(1)</script>"}
-    card = model_card(name, f"{HUB_ORG}/{name}.tag", {**PROVENANCE, **injected})
-    assert r"| `images` | `a \| b'\n# Heading\n<script>alert(1)</script>` |" in card.splitlines()
+    card = model_card(name, f"{HUB_ORG}/{name}.tag", {**PROVENANCE, "images": "a\n# Heading"})
+    assert r"  - images: `a\n# Heading`" in card.splitlines()
     metadata = huggingface_hub.ModelCard(card, ignore_metadata_errors=False).data
     assert metadata.library_name == "timm"
     assert metadata.pipeline_tag == ("image-feature-extraction" if "dinov2" in name else "image-classification")
-    assert metadata.datasets == ["ylecun/mnist" if name.startswith("test_") else "imagenet-1k"]
-    if name == "c8resnet50":
-        assert [result.metric_value for result in metadata.eval_results] == [0.787, 0.945]
-        assert {result.source_url for result in metadata.eval_results} == {"https://github.com/dmklee/equivision"}
+    assert metadata.datasets == ["imagenet-1k"]
     body, (holds, omits) = card.split("---\n", 2)[2], CARDS[name]
     assert [words for words in holds if words not in " ".join(body.split())] == []
     assert [words for words in omits if words in " ".join(body.split())] == []
-    assert "$" not in card
-    assert max(map(len, body.splitlines())) <= 120
 
 
 def test_the_backbone_of_a_detector_has_no_classifier(tmp_path, monkeypatch):
@@ -135,9 +116,9 @@ def test_the_backbone_of_a_detector_has_no_classifier(tmp_path, monkeypatch):
     write_model_folder(tmp_path / "weights" / local_folder(name).name, name, state_dict, provenance, arguments)
     card = (publish.write_publication(name, tmp_path / "out", HUB_ORG) / "README.md").read_text(encoding="utf-8")
     body, count = card.split("---\n", 2)[2], complexity(name, **arguments)[0]
-    for words in ("vector = model(", "pooled features do not change", f"| Parameters | {count / 1e6:.4g} million |"):
+    for words in ("vector = model(", "pooled features do not change", f"**Params (M):** {count / 1e6:.4g}"):
         assert words in " ".join(body.split())
-    assert not any(words in card for words in ("**Its logits", " % |", "eval_results", "model-index"))
+    assert not any(words in card for words in ("**Its logits", " %"))
 
 
 def test_complexity_by_hand():
@@ -184,16 +165,10 @@ def test_what_was_changed_is_not_published(weights, tmp_path, monkeypatch, capsy
 
 
 class Hub:
-    """The functions of `HfApi` that `upload` calls, with repositories in a folder.
-
-    Attributes:
-        folder: of the repositories.
-        private: whether each repository is private.
-        other_bytes: whether the Hub returns other bytes than were sent.
-    """
+    """The functions of `HfApi` that `upload` calls, with repositories in a folder."""
 
     def __init__(self, folder):
-        self.folder, self.private, self.other_bytes = folder, {}, False
+        self.folder, self.private = folder, {}
 
     def create_repo(self, repository, private, exist_ok):
         assert exist_ok
@@ -201,24 +176,13 @@ class Hub:
 
     def upload_folder(self, repo_id, folder_path, commit_message):
         shutil.copytree(folder_path, self.folder / repo_id, dirs_exist_ok=True)
-        return SimpleNamespace(oid="abc", commit_url=f"https://hub/{repo_id}/commit/abc")
-
-    def hf_hub_download(self, repository, name, revision, local_dir):
-        assert revision == "abc"
-        if self.other_bytes:
-            (self.folder / repository / name).write_bytes(b"other")
-        return self.folder / repository / name
+        return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/abc")
 
 
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
+def test_upload(weights, tmp_path, monkeypatch, capsys):
+    """The files of the weights folder; the code of the card runs on them."""
     hub = Hub(tmp_path / "hub")
     monkeypatch.setattr(publish, "HfApi", lambda: hub)
-    return hub
-
-
-def test_upload(hub, weights, capsys):
-    """The files of the weights folder; the code of the card runs on them."""
     assert main(["publish", "--all"]) == 0
     output = capsys.readouterr().out
     for name in NAMES:
@@ -235,12 +199,7 @@ def test_upload(hub, weights, capsys):
     assert names["logits"].shape == (1, 1000)
     assert f"# {list(names['features'].shape)}\n" in snippet
 
-
-def test_owners_and_a_hub_that_returns_other_bytes(hub, capsys):
     assert main(["publish", "c4resnet18", "--org", "someone", "--private"]) == 0
-    assert hub.private == {f"someone/{TAGGED}": True}
+    assert hub.private[f"someone/{TAGGED}"]
     card = (hub.folder / "someone" / TAGGED / "README.md").read_text(encoding="utf-8")
     assert f'"hf-hub:someone/{TAGGED}"' in card
-    hub.other_bytes = True
-    assert main(["publish", "c4resnet18"]) == 1
-    assert "config.json" in capsys.readouterr().err

@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from support.reference_data import FOLDER, _draw, image
 
 import equivision_timm  # noqa: F401  registers the models
+from equivision_timm.cli.verify import verify
 from equivision_timm.errors import InputError
 from equivision_timm.models.equivariant_resnet import _averaged_classifier
 from equivision_timm.models.pretrained import WeightsError
 from equivision_timm.testing import assert_equivariant, equivariance_error
 from equivision_timm.weights.convert import convert_file
 from equivision_timm.weights.redet import translate
-from equivision_timm.weights.verify import verify
 
 TABLE = json.loads((FOLDER / "reresnet" / "reresnet50.json").read_text())
 BASES = load_file(FOLDER / "reresnet" / "bases.safetensors")

@@ -7,9 +7,11 @@ little noise as a hundred crops would leave, in a fraction of the time.
 import copy
 
 import pytest
+import timm
 import torch
 from support.equivision_data import mixed_statistics, random_pattern, to_equivision, trained_elsewhere
 from support.reference_data import checkpoint, networks
+from support.small_models import narrow
 
 import equivision_timm  # noqa: F401  registers the models
 from equivision_timm.data import draw_crops, load_crops, load_photographs
@@ -35,9 +37,10 @@ def difference(model, truth, pattern):
     return ((found(x) - expected).abs().max() / expected.std()).item()
 
 
-_D8 = list(known_patterns("d8"))
-KNOWN = [*(("d4", name) for name in known_patterns("d4")), ("d8", _D8[0])]
-KNOWN += [pytest.param("d8", name, marks=pytest.mark.slow) for name in _D8[1:]]
+PATTERNS = {group: list(known_patterns(group)) for group in NARROW}
+KNOWN = [("d4", PATTERNS["d4"][0]), ("d4", PATTERNS["d4"][-1]), ("d8", PATTERNS["d8"][0])]
+OTHERS = [(group, name) for group, names in PATTERNS.items() for name in names if (group, name) not in KNOWN]
+KNOWN += [pytest.param(*other, marks=pytest.mark.slow) for other in OTHERS]
 
 
 @pytest.mark.parametrize(("group", "name"), KNOWN)
@@ -95,23 +98,42 @@ def test_more_crops_settle_what_few_leave_open():
     assert difference(model, truth, choice.signs) < 1e-3
 
 
-def state_of(name, pattern, crops):
-    """A checkpoint of equivision, as if trained elsewhere."""
-    return to_equivision(trained_elsewhere(name, pattern, crops)[0].state_dict())
+@pytest.fixture(scope="module", autouse=True)
+def narrow_networks():
+    with narrow(C8, D4, width=8):
+        yield
 
 
-@pytest.fixture(scope="module")
-def originals():
-    """Checkpoints of equivision by model, as if trained elsewhere."""
-    crops = draw_crops(load_photographs(None), 30, SIZE, seed=9)
-    pattern = known_patterns("d4")["scipy1.9-avx2"]
-    return {C8: state_of(C8, "", crops), D4: state_of(D4, pattern, crops)}
+def few_crops(photographs, seed=9):
+    return draw_crops(photographs, 20, SIZE, seed=9)
 
 
 @pytest.fixture(autouse=True)
-def small_crops(monkeypatch):
-    """Crops of 33 pixels in place of 97: the same answers in a fraction of the time."""
-    monkeypatch.setattr(equivision, "draw_crops", lambda photographs, **kw: draw_crops(photographs, size=SIZE, **kw))
+def few_small_crops(monkeypatch):
+    """One batch of small crops in place of 32 batches of 40: the same answers in a hundredth of the time."""
+    monkeypatch.setattr(equivision, "draw_crops", lambda *args, **kw: few_crops(*args, **kw)[:18])
+    monkeypatch.setattr(equivision, "BATCHES", 1)
+
+
+def state_of(name, pattern=""):
+    """A checkpoint of equivision, as if trained elsewhere."""
+    return to_equivision(trained_elsewhere(name, pattern, few_crops(load_photographs(None)))[0].state_dict())
+
+
+def random_state(name):
+    """A checkpoint with random statistics; of seeds 0 to 3 the one in which C8 has the largest lead."""
+    torch.manual_seed(3)
+    model = timm.create_model(name)
+    for key, value in model.state_dict().items():
+        if key.endswith("running_var"):
+            value.uniform_(0.5, 1.5)
+    return to_equivision(model.state_dict())
+
+
+@pytest.fixture(scope="module")
+def originals(narrow_networks):
+    """Checkpoints of equivision by model."""
+    return {C8: state_of(C8), D4: state_of(D4, known_patterns("d4")["scipy1.9-avx2"])}
 
 
 def test_pairs_that_share_names_and_shapes():
@@ -124,60 +146,44 @@ def test_pairs_that_share_names_and_shapes():
 
 def test_the_right_model_is_accepted(originals):
     notes = translate(originals[C8], C8).notes
-    assert float(notes[f"better_than_{D4}"].split()[0]) > 10
+    assert float(notes[f"better_than_{D4}"].split()[0]) > 5
     notes = translate(originals[D4], D4).notes
     assert notes["signs_known_as"] == "scipy1.9-avx2"
-    assert float(notes[f"better_than_{C8}"].split()[0]) > 10
+    assert float(notes[f"better_than_{C8}"].split()[0]) > 5
 
 
-@pytest.mark.parametrize(("truth", "name"), [(C8, D4), (D4, C8)])
-def test_the_wrong_model_is_refused_and_the_right_one_named(originals, truth, name):
+@pytest.mark.parametrize(("truth", "name", "signs"), [(C8, D4, None), (C8, D4, "scipy1.11-avx2"), (D4, C8, None)])
+def test_the_wrong_model_is_refused_and_the_right_one_named(originals, truth, name, signs):
     with pytest.raises(WeightsError, match=f"convert it as {truth}"):
-        translate(originals[truth], name)
-    if name == D4:  # also with signs of the user
-        with pytest.raises(WeightsError, match=f"convert it as {truth}"):
-            translate(originals[truth], name, signs="scipy1.11-avx2")
+        translate(originals[truth], name, signs=signs)
 
 
 def test_unknown_signs_are_not_confused_with_the_other_group():
-    crops = draw_crops(load_photographs(None), 30, SIZE, seed=9)
-    state = state_of(D4, random_pattern("d4", 3), crops)
+    state = state_of(D4, random_pattern("d4", 3))
     with pytest.raises(AmbiguousSigns, match="signs"):
         translate(state, D4)
     with pytest.raises(WeightsError, match=rf"do not decide|convert it as {D4}"):
         translate(state, C8)
 
 
-@pytest.mark.parametrize("name", [C8, D4])
-def test_random_statistics_are_refused(name):
+def test_random_statistics_are_refused(monkeypatch):
     """C8 has a small lead over D4 whatever the truth is. Signs that the user gives are accepted."""
-    state = checkpoint(name, seed=3)  # of seeds 0 to 3 the one with the largest lead
-    with pytest.raises(WeightsError, match=r"do not decide|not clear"):
-        translate(state, name)
-    if name == D4:
-        assert "signs_given" in translate(state, name, signs="scipy1.11-avx2").notes
-
-
-def test_a_lead_without_a_ratio_is_not_enough(monkeypatch):
-    """Control: with lower limits, a small difference on many fields decides."""
-    state = checkpoint(C8, seed=3)
-    monkeypatch.setattr(equivision, "Z_LIMIT", 0.5)
+    with pytest.raises(AmbiguousSigns, match="not clear"):
+        translate(random_state(D4), D4)
+    assert "signs_given" in translate(random_state(D4), D4, signs="scipy1.11-avx2").notes
+    monkeypatch.setattr(equivision, "Z_LIMIT", 0.5)  # the ratio alone refuses it
     with pytest.raises(WeightsError, match="do not decide"):
-        translate(state, C8)
-    monkeypatch.setattr(equivision, "CLEARLY", 1.0)
-    translate(state, C8)
+        translate(random_state(C8), C8)
+    monkeypatch.setattr(equivision, "CLEARLY", 1.0)  # control: with both limits lower, a small difference decides
+    translate(random_state(C8), C8)
 
 
-def test_activations_that_overflow():
+def test_activations_that_overflow_and_no_photographs(originals, monkeypatch):
+    """Photographs are needed if two models share names and shapes; otherwise the notes say that none were compared."""
     state = checkpoint("c4resnet18_fast")
-    state["conv1.weights"] = torch.full_like(state["conv1.weights"], 3e38)
     with pytest.raises(WeightsError, match="not finite"):
-        translate(state, "c4resnet18_fast")
-
-
-def test_without_photographs(originals, monkeypatch):
-    """Needed if two models share names and shapes; otherwise the notes say that nothing was compared."""
+        translate({**state, "conv1.weights": torch.full_like(state["conv1.weights"], 3e38)}, "c4resnet18_fast")
     monkeypatch.setitem(__import__("sys").modules, "skimage", None)
     with pytest.raises(ModuleNotFoundError, match="--images"):
         translate(originals[C8], C8)
-    assert "not compared" in translate(checkpoint("c4resnet18_fast"), "c4resnet18_fast").notes["statistics"]
+    assert "not compared" in translate(state, "c4resnet18_fast").notes["statistics"]
