@@ -10,8 +10,6 @@ element * fields + field, where a change of basis is one product of matrices; an
 so that all are of one size, the groups of a grouped convolution.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -31,12 +29,7 @@ def swap_major(x: torch.Tensor, first: int) -> torch.Tensor:
 
 
 class ElementMajor(nn.Module):
-    """`stage` on element-major maps, between field-major ones: [B, fields * |G|, H, W] in and out.
-
-    Args:
-        stage: works on element-major maps.
-        order: |G|.
-    """
+    """`stage`, which works on element-major maps, on field-major ones: [B, fields * |G|, H, W] in and out."""
 
     def __init__(self, stage: nn.Module, order: int) -> None:
         super().__init__()
@@ -54,7 +47,7 @@ class BlockConv2d(nn.Module):
 
     Args:
         conv: the layer, with regular input.
-        weight: its coefficients [O, I, n_basis, 1].
+        weight: its coefficients, [O, I, n_basis, 1].
         bias: [O], added to each field.
     """
 
@@ -68,16 +61,23 @@ class BlockConv2d(nn.Module):
         self.padding: int = conv.padding
         self.dilation: int = conv.dilation
         weight, bias, name, dtype = weight.detach(), bias.detach(), conv.kernel.name, conv.weight.dtype
-        groups = _groups(block_weights(weight, name), name)
-        self.groups: int = len(groups)
-        rows = [row for group in groups for row in group.rows]
-        back = _rows(basis_for(weight, name, "fourier"), rows)  # Q [rows, |G|], its rows in the order of the groups
-        lifting = _rows(basis_for(weight, name, "lifting"), [row for group in groups for row in group.lifted])
+        matrices, back = _matrices(block_weights(weight, name), name), basis_for(weight, name, "fourier")
+        lifting = basis_for(weight, name, "lifting")
+        ones, n = sum(size == 1 for _, _, size in block_shapes(name)), block_shapes(name)[0][1]
+        if ones < len(matrices):  # the blocks of one row come first: join them in pairs, the last one with zeros
+            if ones % 2:
+                matrices.insert(ones, torch.zeros_like(matrices[0]))
+                back = torch.cat([back[:ones], torch.zeros_like(back[:1]), back[ones:]])
+                lifting = torch.cat([lifting[: ones * n], torch.zeros_like(lifting[:n]), lifting[ones * n :]])
+                ones += 1
+            pairs = [torch.block_diag(*matrices[i : i + 2]) for i in range(0, ones, 2)]
+            matrices = pairs + matrices[ones:]
+        self.groups: int = len(matrices)
         self.lifting: nn.Parameter = _constant(lifting[:, :, 0, 0] if conv.kernel_size == 1 else lifting, dtype)
-        self.weight: nn.Parameter = _constant(torch.cat([group.matrix for group in groups])[..., None, None], dtype)
+        self.weight: nn.Parameter = _constant(torch.cat(matrices)[..., None, None], dtype)
         spread = back.sum(1)[:, None] * bias  # b^ = Q b, where b is equal for all elements: [rows, O]
         self.bias: nn.Parameter = _constant(spread.flatten(), dtype)
-        self.fourier: nn.Parameter = _constant(back.T, dtype)  # [|G|, rows]
+        self.fourier: nn.Parameter = _constant(back.T, dtype)  # Q^T [|G|, rows]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         t = self._lift_pixels(x) if self.kernel_size == 1 else self._lift(x)
@@ -107,11 +107,8 @@ def element_major_stage(stage: nn.Module, containers: tuple[type[nn.Module], ...
     """`stage` in place on element-major maps inside `ElementMajor`, if any of its convolutions becomes block diagonal.
 
     A stage with parts that depend on the order of the channels (attention, other norms, replaced modules, hooks) is
-    returned as it is, with its children converted that have none.
-
-    Args:
-        stage: of field-major maps, in eval mode.
-        containers: the classes that only combine their children.
+    returned as it is, with its children converted that have none. `containers` are the classes that only combine their
+    children.
     """
     units = _units(stage, containers)
     if units is None:
@@ -148,10 +145,7 @@ def _units(module: nn.Module, containers: tuple[type[nn.Module], ...]) -> list[C
 
 @torch.no_grad()
 def element_major_conv(conv: SteerableConv2d, weight: torch.Tensor, bias: torch.Tensor) -> nn.Conv2d | BlockConv2d:
-    """The convolution of a steerable layer on element-major maps, in the form that costs less: blocks, or one filter.
-
-    Arguments as for `BlockConv2d`.
-    """
+    """A convolution on element-major maps in the form that costs less: `BlockConv2d`, with its arguments, or dense."""
     if _pays(conv):
         return BlockConv2d(conv, weight, bias)
     dense, order = conv.dense_conv(weight, bias), conv.order
@@ -184,55 +178,15 @@ def _mix(matrix: torch.Tensor, x: torch.Tensor, fields: int) -> torch.Tensor:
     return (matrix @ x.reshape(B, n, fields * H * W)).reshape(B, m * fields, H, W)
 
 
-@dataclass(frozen=True)
-class _Group:
-    """One group of the convolution.
-
-    Attributes:
-        matrix: W [rows * O, lifted * I].
-        lifted: its rows of T.
-        rows: its rows of y^. In both -1 stands for a row of zeros.
-    """
-
-    matrix: torch.Tensor
-    lifted: list[int]
-    rows: list[int]
-
-
-def _groups(entries: torch.Tensor, kernel: str) -> list[_Group]:
-    """The blocks W as groups of equal size: those of one row in pairs, where there are others.
-
-    Args:
-        entries: those of `block_weights`, [entries, O, I].
-        kernel: name of the kernels.
-    """
-    single: list[_Group] = []
-    groups: list[_Group] = []
-    entry = lifted = row = 0
+def _matrices(entries: torch.Tensor, kernel: str) -> list[torch.Tensor]:
+    """W [size * O, n * size * I] of each block and copy, from the entries [entries, O, I] of `block_weights`."""
+    matrices, start = [], 0
     for copies, n, size in block_shapes(kernel):
-        w = entries[entry : entry + size * n * size].unflatten(0, (size, n * size))  # [size, n * size, O, I]
-        matrix = w.permute(0, 2, 1, 3).flatten(2, 3).flatten(0, 1)  # [size * O, n * size * I]
-        entry += size * n * size
-        for _ in range(copies):
-            group = _Group(matrix, list(range(lifted, lifted + n * size)), list(range(row, row + size)))
-            (single if size == 1 else groups).append(group)
-            lifted, row = lifted + n * size, row + size
-    if not groups:
-        return single
-    if len(single) % 2:
-        empty = torch.zeros_like(single[0].matrix)
-        single.append(_Group(empty, [-1] * len(single[0].lifted), [-1]))
-    pairs = [
-        _Group(torch.block_diag(a.matrix, b.matrix), a.lifted + b.lifted, a.rows + b.rows)
-        for a, b in zip(single[::2], single[1::2], strict=True)
-    ]
-    return pairs + groups
-
-
-def _rows(matrix: torch.Tensor, rows: list[int]) -> torch.Tensor:
-    """Those rows of `matrix`, zeros for -1."""
-    return torch.stack([torch.zeros_like(matrix[0]) if row < 0 else matrix[row] for row in rows])
+        w = entries[start : start + size * n * size].unflatten(0, (size, n * size))  # [size, n * size, O, I]
+        matrices += [w.permute(0, 2, 1, 3).flatten(2, 3).flatten(0, 1)] * copies
+        start += size * n * size
+    return matrices
 
 
 def _constant(tensor: torch.Tensor, dtype: torch.dtype) -> nn.Parameter:
-    return nn.Parameter(tensor.to(dtype).contiguous(), requires_grad=False)
+    return nn.Parameter(tensor.to(dtype, copy=True).contiguous(), requires_grad=False)

@@ -13,13 +13,10 @@ __all__ = ["check_pointwise", "check_positionwise"]
 
 
 def check_pointwise(act_layer: str | Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """The activation class for a timm name or a class, if it acts on every value by itself.
+    """The activation class for a timm name or a class; ValueError if it does not act on every value by itself.
 
     A pointwise function commutes with every permutation of the values, hence with the group; one that mixes channels
     (GLU, softmax) or treats them differently does not.
-
-    Raises:
-        ValueError: unknown name, or not pointwise.
     """
     try:
         layer = get_act_layer(act_layer)
@@ -34,11 +31,7 @@ def check_pointwise(act_layer: str | Callable[..., nn.Module]) -> Callable[..., 
 
 
 def check_positionwise(norm_layer: Callable[..., nn.Module], fields: int) -> None:
-    """Accepts a normalisation of [B, fields, H, W] that treats all positions alike, as `FieldNorm` needs.
-
-    Raises:
-        ValueError: moving the positions does not just move the output.
-    """
+    """ValueError unless a normalisation of [B, fields, H, W] treats all positions alike, as `FieldNorm` needs."""
 
     def permute(x: torch.Tensor) -> torch.Tensor:
         return x.flatten(2).roll(5, -1).view_as(x)
@@ -55,8 +48,8 @@ def _commutes_with_permutation(
 ) -> bool:
     """Whether layer(permute(x)) = permute(layer(x)) for an x of `shape`; not so if it changes the shape or fails.
 
-    Asked of real values, whatever the caller has switched on: in a thread of its own, where fake tensors and the like
-    are not, and with values for all that the layer holds, which others may have put on the meta device.
+    With real values, whatever mode the caller is in: in a thread of its own, where fake tensors and the like are off, and
+    with values for all parameters and buffers, which may be on the meta device.
     """
 
     def commutes() -> bool:

@@ -25,13 +25,9 @@ class FieldAngle(nn.Module):
     Source of the maths: Serre, Linear Representations of Finite Groups (1977), chapters 2 and 5.
 
     Args:
-        in_fields: number of fields.
         group: name of the group, 'cN' or 'dN'.
         frequency: of the coefficient, at least 1 and less than N / 2.
         angles: number of outputs.
-
-    Raises:
-        ValueError: an unknown group; a frequency for which the group has too few rotations.
 
     Example:
         >>> import timm
@@ -70,12 +66,7 @@ class FieldAngle(nn.Module):
         return torch.atan2(v[..., 1], v[..., 0]) / self.frequency
 
     def loss(self, x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
-        """The mean of 1 - cos(frequency * (forward(x) - angle)), without the jump of the angle at half a period.
-
-        Args:
-            x: fields [B, in_fields * |G|, ...].
-            angle: wanted, in radians, [B, angles, ...].
-        """
+        """The mean of 1 - cos(frequency * (forward(x) - angle)), `angle` the target [B, angles, ...] in radians."""
         phase = self.frequency * angle
         v = nn.functional.normalize(self.vector(x), dim=-1)
         return (1 - v[..., 0] * phase.cos() - v[..., 1] * phase.sin()).mean()

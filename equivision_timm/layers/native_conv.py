@@ -13,13 +13,8 @@ class NativeConv2d(nn.Module):
     """act(K * x + bias + shortcut) with constant weights, in one call of native.c; act is ReLU or nothing.
 
     Input [B, in_fields * |G|, H, W], output and shortcut [B, out_fields * |G|, H', W'], field-major. Differentiable
-    with respect to x and the shortcut. `packed` is for one kind of processor, and its shape says which.
-
-    Args:
-        conv: the layer, with regular input.
-        weight: its coefficients [O, I, n_basis, 1].
-        bias: [O], added to each field, or None.
-        relu: whether to end with ReLU.
+    with respect to x and the shortcut. `packed` is for one kind of processor, and its shape says which. `weight` are
+    the coefficients [O, I, n_basis, 1] in place of those of `conv`; `bias` [O] is added to each field.
     """
 
     @torch.no_grad()

@@ -34,11 +34,6 @@ class FieldBatchNorm2d(nn.BatchNorm2d):
 
     Channels-last maps, and every map on another device than the CPU, are normalised by channel; contiguous maps on the
     CPU, graphs and transforms take PyTorch's own batch norm. Parameters, buffers and results are the same.
-
-    Args:
-        fields: m, the number of fields.
-        order: |G|.
-        **kwargs: of `nn.BatchNorm2d`.
     """
 
     def __init__(self, fields: int, order: int, **kwargs: Any) -> None:
@@ -46,12 +41,12 @@ class FieldBatchNorm2d(nn.BatchNorm2d):
         self.order = order
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting() and self._by_channel(input):
-            return self._forward_by_channel(input)
         momentum, count = 0.0 if self.momentum is None else self.momentum, self.num_batches_tracked
         if self.training and count is not None:
             count.add_(1)
-            momentum = 1.0 / float(count) if self.momentum is None else momentum
+            momentum = 1.0 / float(count) if self.momentum is None else momentum  # the mean of all batches so far
+        if not torch.jit.is_scripting() and self._by_channel(input):
+            return self._forward_by_channel(input, momentum)
         stats = self.running_mean, self.running_var  # PyTorch's forward, since TorchScript does not support super()
         batch = self.training or self.running_mean is None
         return F.batch_norm(input, stats[0], stats[1], self.weight, self.bias, batch, momentum, self.eps)
@@ -68,7 +63,7 @@ class FieldBatchNorm2d(nn.BatchNorm2d):
         return supported and self.order > 1
 
     @torch.jit.unused
-    def _forward_by_channel(self, x: torch.Tensor) -> torch.Tensor:
+    def _forward_by_channel(self, x: torch.Tensor, momentum: float) -> torch.Tensor:
         channels = x.reshape(x.shape[0], self.num_features * self.order, -1)  # of [B, m, |G| * L, 1]: [B, m * |G|, L]
         if self.has_given_statistics():
             return self.normalize_channels(channels).view(x.shape)
@@ -81,32 +76,24 @@ class FieldBatchNorm2d(nn.BatchNorm2d):
         bias = x.new_zeros(self.num_features, dtype=dtype) if bias is None else bias
         by_channel = field_batch_norm_by_definition if torch.compiler.is_compiling() else field_batch_norm
         y, mean, var = by_channel(channels, self.order, weight, bias, self.eps)
-        if self.running_mean is not None:
-            self._update(mean.detach(), var.detach() * (values / (values - 1)))  # the unbiased variance
+        with torch.no_grad():  # running <- (1 - momentum) running + momentum now, the unbiased variance
+            for running, now in ((self.running_mean, mean), (self.running_var, var * (values / (values - 1)))):
+                if running is not None:
+                    running.copy_(running + momentum * (now - running))
         return y.view(x.shape)
 
     @torch.jit.unused
     def has_given_statistics(self) -> bool:
-        """Whether it normalizes by its running statistics."""
+        """Whether the running statistics are used."""
         return not self.training and self.running_mean is not None
 
     @torch.jit.unused
     def normalize_channels(self, x: torch.Tensor) -> torch.Tensor:
-        """x [B, m * |G|, ...] with the running statistics, in evaluation mode."""
+        """x [B, m * |G|, ...] normalized by the running statistics."""
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         given = (self.running_mean, self.running_var, self.weight, self.bias)
         mean, var, weight, bias = (None if t is None else t.to(dtype) for t in given)
         return normalize(x, self.order, mean, var, weight, bias, self.eps)
-
-    @torch.no_grad()
-    def _update(self, mean: torch.Tensor, var: torch.Tensor) -> None:
-        """running <- (1 - momentum) running + momentum now; without momentum the mean of all batches so far."""
-        assert self.num_batches_tracked is not None  # as the running statistics are not
-        self.num_batches_tracked.add_(1)
-        momentum = 1.0 / self.num_batches_tracked.to(mean.dtype) if self.momentum is None else self.momentum
-        for running, now in ((self.running_mean, mean), (self.running_var, var)):
-            if running is not None:
-                running.copy_(running + momentum * (now - running))
 
 
 class FieldNorm(nn.Module):
@@ -118,12 +105,10 @@ class FieldNorm(nn.Module):
     output has the memory format of the input.
 
     Args:
-        fields: m, the number of fields.
+        fields: m.
         order: |G|.
         norm_layer: makes the wrapped layer from a number of channels; must not depend on the positions. An
             `nn.BatchNorm2d` becomes a `FieldBatchNorm2d`.
-        device: where to create the parameters.
-        dtype: their type.
     """
 
     def __init__(
@@ -175,10 +160,6 @@ register_notrace_module(FieldNorm)  # one node where timm traces a model for its
 
 
 # The batch norm by channel
-
-_SPACE = (0, 2)  # all but the channel
-
-
 def field_batch_norm(
     x: torch.Tensor, order: int, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -194,15 +175,11 @@ def field_batch_norm_by_definition(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """y = (x - mean_f) weight_f / sqrt(var_f + eps) + bias_f, of the type of x; mean_f and biased var_f, [fields].
 
-    Args:
-        x: [N, fields * |G|, L], field-major, contiguous.
-        order: |G|.
-        weight: [fields], of the type in which to compute: float64 for float64, else float32.
-        bias: [fields], as `weight`.
-        eps: added to the variance.
+    x is [N, fields * |G|, L], contiguous; weight and bias [fields], of the type in which to compute: float64 for
+    float64, else float32.
     """
     values = x.to(weight.dtype)
-    var, mean = torch.var_mean(values, _SPACE, correction=0)
+    var, mean = torch.var_mean(values, (0, 2), correction=0)
     mean_f, var_f = _join(mean, var, order)
     scale = weight * torch.rsqrt(var_f + eps)
     shift = bias - mean_f * scale
@@ -274,9 +251,9 @@ class _FieldBatchNorm(torch.autograd.Function):
         order = ctx.order
         if torch.is_grad_enabled():  # the gradient is to be differentiated
             y = field_batch_norm_by_definition(x, order, weight, bias, ctx.eps)[0]
-            wanted = [t for t, needed in zip((x, weight, bias), _needed(ctx), strict=True) if needed]
-            found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-            dx, dweight, dbias = (next(found) if needed else None for needed in _needed(ctx))
+            inputs = [t for t in (x, weight, bias) if t.requires_grad]
+            found = iter(torch.autograd.grad(y, inputs, dy, create_graph=True))
+            dx, dweight, dbias = (next(found) if t.requires_grad else None for t in (x, weight, bias))
             return dx, None, dweight, dbias, None
         dy = dy.contiguous()
         s1, s2 = (t.view(-1, order).sum(1) for t in _sums(dy, x, mean.repeat_interleave(order)))
@@ -291,8 +268,3 @@ class _FieldBatchNorm(torch.autograd.Function):
             dx = normalize(dy, order, zero, one, scale, shift, 0.0)  # scale dy + shift
             dx += normalize(x, order, mean, one, slope, zero, 0.0)  # slope (x - mean)
         return dx, None, s2 * inv, s1, None
-
-
-def _needed(ctx) -> tuple[bool, bool, bool]:
-    """Whether x, weight and bias need gradients."""
-    return ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3]

@@ -15,9 +15,6 @@ class GroupPool(nn.Module):
     Args:
         order: |G|.
         pool_type: 'max', 'avg', or '' to keep the group axis (the identity).
-
-    Raises:
-        ValueError: any other `pool_type`.
     """
 
     def __init__(self, order: int, pool_type: str = "max") -> None:

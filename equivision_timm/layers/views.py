@@ -37,11 +37,7 @@ def act_each(x: torch.Tensor, g: torch.Tensor, n: int, reflections: bool, invers
     where = g.view(-1, 1, 1, 1) >= n
     if reflections and not inverse:
         x = torch.where(where, x.flip(-1), x)
-    half = 1
-    steps: list[int] = []
-    while half < n:  # rotations by 1, 2, 4, ... steps of 360 / n degrees: the bits of k
-        steps.append(half)
-        half *= 2
+    steps = [2**bit for bit in range(n.bit_length() - 1)]  # rotations by 1, 2, 4, ... steps of 360 / n degrees
     for step in steps[::-1] if inverse else steps:
         x = torch.where((k // step % 2 == 1).view(-1, 1, 1, 1), _rotate(x, step, n, inverse), x)
     if reflections and inverse:
