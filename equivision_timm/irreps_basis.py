@@ -27,7 +27,7 @@ from equivision_timm.groups import Group
 from equivision_timm.kernel_basis import load_kernel_basis
 from equivision_timm.kernels import Kernel, harmonics, mixing, pixels
 
-__all__ = ["IrrepsBasis", "block_coefficients", "load_irreps_basis", "sums_and_differences"]
+__all__ = ["IrrepsBasis", "load_irreps_basis", "sums_and_differences"]
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,7 @@ class IrrepsBasis:
 
 @constant
 def load_irreps_basis(kernel: Kernel) -> IrrepsBasis:
-    """The basis of the kernels between regular fields, block diagonal.
-
-    Raises:
-        ValueError: the input is trivial; or as `load_kernel_basis`.
-    """
+    """The basis of the kernels between regular fields, block diagonal."""
     if kernel.input_type != "regular":
         raise ValueError(f"the kernels {kernel.name} have {kernel.input_type} input: only regular fields have irreps")
     group, coefficients = Group.from_name(kernel.group), load_kernel_basis(kernel).coefficients
@@ -80,12 +76,6 @@ def load_irreps_basis(kernel: Kernel) -> IrrepsBasis:
         row += size * copies
     functions = torch.einsum("ij,jyx->iyx", change, pixels(kernel))
     return IrrepsBasis(fourier, blocks, _exact(functions), _exact(coupling), torch.cat(entries, 1))
-
-
-@constant
-def block_coefficients(kernel: Kernel, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The coefficients of `load_irreps_basis`, [n_basis, entries]; not to be changed in place."""
-    return load_irreps_basis(kernel).coefficients.to(device, dtype)
 
 
 def _exact(values: torch.Tensor) -> torch.Tensor:

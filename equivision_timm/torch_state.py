@@ -15,11 +15,11 @@ __all__ = [
     "BatchNorm",
     "FakeTensor",
     "FunctionalTensor",
-    "has_hooks",
     "has_sizes",
     "has_static_value",
     "in_transform",
     "is_channels_last",
+    "is_watched",
     "leaves_python",
     "needs_plain_operations",
     "unrecorded_view",
@@ -34,9 +34,9 @@ def in_transform() -> bool:
     return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether `module` has hooks, forward or backward."""
-    forward = module._forward_hooks or module._forward_pre_hooks
+def is_watched(module: nn.Module) -> bool:
+    """Whether `module` has hooks or a forward of its own, which replacing it would drop."""
+    forward = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     return bool(forward or module._backward_hooks or module._backward_pre_hooks)
 
 

@@ -40,21 +40,14 @@ class Blur2d(nn.Module):
         padding: beyond the border, 'zeros' or 'reflect', in the sense of `nn.Conv2d`.
         even: the axes (height, width) with one tap more for an even length, those that the group reverses; for stride
             1 or 2.
-
-    Raises:
-        ValueError: an argument that does not exist.
     """
 
     def __init__(
         self, taps: int = 5, stride: int = 2, padding: str = "zeros", even: tuple[bool, bool] = (False, False)
     ) -> None:
         super().__init__()
-        if taps not in (1, 3, 5, 7):
-            raise ValueError(f"taps={taps!r} does not exist: use 1, 3, 5 or 7")
-        if padding not in ("zeros", "reflect"):
-            raise ValueError(f"padding={padding!r} does not exist: use 'zeros' or 'reflect'")
-        if not isinstance(stride, int) or stride < 1:
-            raise ValueError(f"stride={stride!r} does not exist: use a positive integer")
+        if taps not in (1, 3, 5, 7) or padding not in ("zeros", "reflect"):
+            raise ValueError(f"unknown taps={taps!r} or padding={padding!r}: use 1, 3, 5 or 7, 'zeros' or 'reflect'")
         self.taps = taps
         self.stride = stride
         self.padding = padding
@@ -84,13 +77,12 @@ def _reflect(x: torch.Tensor, border: int) -> torch.Tensor:
 
 @torch.fx.wrap  # depends on sizes and the memory format: one node in a graph of torch.fx
 def _blur(x: torch.Tensor, taps: int, stride: int, border: int, even: tuple[bool, bool]) -> torch.Tensor:
-    """A depthwise convolution."""
     if torch.jit.is_scripting():
         rows, columns = _taps(x, taps, even)
         filters = torch.outer(torch.tensor(_binomial(rows)), torch.tensor(_binomial(columns))).to(x)  # exact in float32
         return F.conv2d(x, filters.expand(x.shape[1], 1, rows, columns), None, stride, border, groups=x.shape[1])
     else:
-        if any(even) and _has_open_sizes(x):
+        if any(even) and (torch.jit.is_tracing() or not all([has_static_value(length) for length in x.shape[2:]])):
             return _blur_any_length(x, taps, stride, border, even)
         rows, columns = _taps(x, taps, even)
         if rows == columns == stride == 1:
@@ -108,13 +100,8 @@ def _taps(x: torch.Tensor, taps: int, even: tuple[bool, bool]) -> tuple[int, int
     return taps + int(even[0] and x.shape[2] % 2 == 0), taps + int(even[1] and x.shape[3] % 2 == 0)
 
 
-def _has_open_sizes(x: torch.Tensor) -> bool:
-    """Whether a graph is recorded that is for other heights and widths, too."""
-    return torch.jit.is_tracing() or not all([has_static_value(length) for length in x.shape[2:]])  # a list for compile
-
-
 def _blur_any_length(x: torch.Tensor, taps: int, stride: int, border: int, even: tuple[bool, bool]) -> torch.Tensor:
-    """`_blur` without a branch: always taps + 1 taps, the last one zero for an odd length."""
+    """`_blur` for a graph of all heights and widths: always taps + 1 taps, the last one zero for an odd length."""
     odd = torch.tensor([*_binomial(taps), 0.0], dtype=x.dtype, device=x.device)
     longer = torch.tensor(_binomial(taps + 1), dtype=x.dtype, device=x.device)
     extra = [1 - x.shape[axis] % 2 if even[axis - 2] else 0 for axis in (2, 3)]  # e, an integer of the graph
@@ -151,24 +138,16 @@ _AA_LAYERS: dict[str, Callable[..., nn.Module]] = {
     "blurpc": partial(Blur2d, taps=3),  # timm's with constant padding
     "blur5": partial(Blur2d, taps=5),  # far less aliasing
 }
-_REFUSED = {
-    "avg": "2 x 2 pixels cover one border of an odd size and not the other",
-}
 
 
 def get_aa_layer(aa_layer: str) -> Callable[..., nn.Module]:
     """The factory of an anti-aliasing layer, called with `stride=`.
 
-    Args:
-        aa_layer: timm's 'blur' (three taps, reflected border) or 'blurpc' (zeros), in timm's spellings, or 'blur5'
-            (five taps, zeros).
-
-    Raises:
-        ValueError: an unknown name, or one of timm's whose layer would break equivariance.
+    `aa_layer` is timm's 'blur' (three taps, reflected border) or 'blurpc' (zeros), in timm's spellings, or 'blur5'
+    (five taps, zeros). timm's 'avg' is refused: 2 x 2 pixels cover one border of an odd size and not the other.
     """
     name = re.sub("[_-]|pool", "", aa_layer.lower()) if isinstance(aa_layer, str) else None
-    if name in _REFUSED:
-        raise ValueError(f"aa_layer {aa_layer!r} is not equivariant ({_REFUSED[name]}): use 'blur' or 'blur5'")
     if name not in _AA_LAYERS:
-        raise ValueError(f"unknown aa_layer {aa_layer!r}: use 'blur', 'blurpc' or 'blur5'")
+        known = "is not equivariant" if name == "avg" else "is unknown"
+        raise ValueError(f"aa_layer {aa_layer!r} {known}: use 'blur', 'blurpc' or 'blur5'")
     return _AA_LAYERS[name]

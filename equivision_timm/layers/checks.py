@@ -48,8 +48,8 @@ def _commutes_with_permutation(
 ) -> bool:
     """Whether layer(permute(x)) = permute(layer(x)) for an x of `shape`; not so if it changes the shape or fails.
 
-    With real values, whatever mode the caller is in: in a thread of its own, where fake tensors and the like are off, and
-    with values for all parameters and buffers, which may be on the meta device.
+    With real values, whatever mode the caller is in: in a new thread, where fake tensors and the like are off, and with
+    values for all parameters and buffers, which may be on the meta device.
     """
 
     def commutes() -> bool:

@@ -17,7 +17,7 @@ from equivision_timm.kernel_basis import initial_std, sample_kernels
 from equivision_timm.kernels import Kernel
 from equivision_timm.layers.strategies import STRATEGIES, Layer, auto, expand
 from equivision_timm.layers.strategies.basis import named_kernel
-from equivision_timm.torch_state import has_hooks, has_sizes, leaves_python, needs_plain_operations
+from equivision_timm.torch_state import has_sizes, is_watched, leaves_python, needs_plain_operations
 
 __all__ = ["SteerableConv2d", "conv_input_shapes", "is_watched", "steerable_conv2d"]
 
@@ -198,11 +198,6 @@ def constant_conv(weight: torch.Tensor, bias: torch.Tensor | None, groups: int =
     if bias is not None:
         conv.bias = nn.Parameter(bias, requires_grad=False)
     return conv
-
-
-def is_watched(module: nn.Module) -> bool:
-    """Whether `module` has hooks or a forward of its own, which replacing it would drop."""
-    return has_hooks(module) or "forward" in vars(module)
 
 
 @torch.no_grad()

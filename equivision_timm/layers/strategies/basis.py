@@ -5,7 +5,7 @@ from functools import cache
 import torch
 
 from equivision_timm.constants import constant, constant_like
-from equivision_timm.irreps_basis import block_coefficients, load_irreps_basis
+from equivision_timm.irreps_basis import load_irreps_basis
 from equivision_timm.kernel_basis import sample_kernels
 from equivision_timm.kernels import Kernel
 from equivision_timm.torch_state import FakeTensor, FunctionalTensor, leaves_python
@@ -68,10 +68,9 @@ def _basis(kernel: str, form: str, dtype: torch.dtype, device: torch.device) -> 
     kernels = named_kernel(kernel)
     if form == "pixels":
         return sample_kernels(kernels, dtype, device)
-    if form == "blocks":
-        return block_coefficients(kernels, dtype, device)
-    exact = lifting_filter(kernels) if form == "lifting" else load_irreps_basis(kernels).fourier
-    return exact.to(device, dtype)
+    irreps = load_irreps_basis(kernels)
+    exact = {"blocks": irreps.coefficients, "fourier": irreps.fourier}.get(form)
+    return (lifting_filter(kernels) if exact is None else exact).to(device, dtype)
 
 
 _cached_basis = cache(_basis)  # without the check whether torch.compile traces
