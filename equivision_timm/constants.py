@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 
 
 def constant(make: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Decorator: cache what `make` returns for its hashable arguments; it must not be changed in place.
+    """Decorator: cache what `make` returns, which must not be changed in place.
 
     `make` runs in a new thread, because modes (fake tensors, inference mode, `torch.func`, tracing, a default device)
     belong to the caller's thread. `torch.compile` calls it while tracing and treats the result as a constant.
@@ -40,10 +40,7 @@ def constant(make: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
 
 
 def constant_like(like: torch.Tensor, make: Callable[..., torch.Tensor], *names: Hashable) -> torch.Tensor:
-    """The constant `make(*names, dtype, device)` in the type and on the device of `like`.
-
-    If `like` is a fake tensor, so is the result, and the device need not exist.
-    """
+    """The constant `make(*names, dtype, device)` as `like`: if that is fake, on a device that need not exist."""
     if torch.compiler.is_compiling() or not isinstance(like, FakeTensor) or like.fake_mode.allow_non_fake_inputs:
         return make(*names, like.dtype, like.device)
     return like.fake_mode.from_tensor(make(*names, like.dtype, torch.device("cpu"))).to(like.device)

@@ -45,15 +45,9 @@ def field_type(group: str, fields: int) -> "FieldType":
 
 
 def to_geometric_tensor(features: torch.Tensor, group: str) -> "GeometricTensor":
-    """Equivariant features [B, fields * |G|, H, W] as an escnn `GeometricTensor` (no copy).
-
-    Raises:
-        ValueError: the channels are not whole fields of the group. ImportError: the extra is not installed.
-    """
+    """Equivariant features [B, fields * |G|, H, W] as an escnn `GeometricTensor` (no copy)."""
     order = Group.from_name(group).order
     if features.ndim != 4 or features.shape[1] % order:
-        raise ValueError(
-            f"features of shape {tuple(features.shape)} are not regular fields of {group}: "
-            f"expected [B, fields * {order}, H, W]"
-        )
+        shape = list(features.shape)
+        raise ValueError(f"features {shape} are not regular fields of {group}: use [B, fields * {order}, H, W]")
     return import_escnn().nn.GeometricTensor(features, field_type(group, features.shape[1] // order))

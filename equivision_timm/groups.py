@@ -15,19 +15,14 @@ from functools import cache
 
 import torch
 
-__all__ = ["Group", "circle", "group_order", "move_pixels"]
+__all__ = ["Group", "circle", "move_pixels"]
 
 _PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459")
 
 
 @cache
 def circle(n: int) -> tuple[tuple[float, float], ...]:
-    """(cos, sin) of k/n of a full rotation, k = 0 ... n - 1, correctly rounded.
-
-    Example:
-        >>> circle(4)
-        ((1.0, 0.0), (0.0, 1.0), (-1.0, 0.0), (0.0, -1.0))
-    """
+    """(cos, sin) of k/n of a full rotation, k = 0 ... n - 1, correctly rounded."""
     with localcontext(Context(prec=60)):
         cos, sin, term = Decimal(0), Decimal(0), Decimal(1)  # exp(i x) = sum_m (i x)^m / m!, x = 2 pi / n
         for m in range(80):
@@ -58,12 +53,7 @@ def move_pixels(x: torch.Tensor, quarter_turns: int, reflect: bool = False) -> t
 
 @dataclass(frozen=True)
 class Group:
-    """A cyclic group C_N or a dihedral group D_N acting on the plane.
-
-    Args:
-        rotations: N, the number of rotations.
-        reflections: whether the group also holds the N reflections (D_N).
-    """
+    """A cyclic group C_N or a dihedral group D_N acting on the plane; N = `rotations`, D_N if `reflections`."""
 
     rotations: int
     reflections: bool
@@ -71,9 +61,6 @@ class Group:
     @classmethod
     def from_name(cls, name: str) -> "Group":
         """The group with this name: `c8` is C_8, `d4` is D_4.
-
-        Raises:
-            ValueError: not `c` or `d` followed by a positive integer.
 
         Example:
             >>> Group.from_name("d4").order
@@ -106,11 +93,8 @@ class Group:
 
     def left_quotients(self) -> torch.Tensor:
         """[|G|, |G|] int64, entry [g, h] is the index of g^-1 h; kernels and fields are permuted by it."""
-        return torch.tensor(
-            [[self.product(self.inverse(g), h) for h in range(self.order)] for g in range(self.order)],
-            dtype=torch.int64,
-            device="cpu",
-        )
+        elements = range(self.order)
+        return torch.tensor([[self.product(self.inverse(g), h) for h in elements] for g in elements], device="cpu")
 
     def irreps(self) -> tuple[tuple[int, int], ...]:
         """(size, copies) of each block of `fourier_matrix`: the one-dimensional irreps, then those of dimension 2.
@@ -148,10 +132,7 @@ class Group:
         return torch.stack(rows)
 
     def inverse_angle(self, g: int, angle: torch.Tensor) -> torch.Tensor:
-        """The polar angle (radians) of g^-1 x for points x at polar angle `angle`.
-
-        (r^k f^p)^-1 = f^p r^-k: rotate back by 2 pi k / N, then reflect, angle -> pi - angle.
-        """
+        """The polar angle (radians) of g^-1 x for points x at polar angle `angle`; g^-1 = (r^k f^p)^-1 = f^p r^-k."""
         p, k = divmod(g, self.rotations)
         rotated = angle - 2 * math.pi * k / self.rotations
         return math.pi - rotated if p else rotated
@@ -163,10 +144,7 @@ class Group:
 
     @property
     def reversed_axes(self) -> tuple[bool, bool]:
-        """Whether an element of `grid_elements` reverses the height of a map, and the width.
-
-        Both for rotations by 90 or 180 degrees, only the width for the reflection of 'd1', none for 'c1'.
-        """
+        """Whether an element of `grid_elements` reverses the height of a map, and the width ('d1': only the width)."""
         elements = [g for g in self.grid_elements if g]
         return any(g % self.rotations for g in elements), bool(elements)
 
@@ -180,36 +158,17 @@ class Group:
         return [g for g in range(self.order) if self.quarter_turns(g) is not None]
 
     def transform_image(self, image: torch.Tensor, g: int) -> torch.Tensor:
-        """Transform `image` [..., H, W], H = W, by the element `g` of `grid_elements`.
-
-        Raises:
-            ValueError: `g` does not map the pixel grid onto itself (for example, a rotation by 45 degrees).
-        """
+        """Transform `image` [..., H, W], H = W, by the element `g` of `grid_elements`."""
         turns = self.quarter_turns(g)
         if turns is None:
-            raise ValueError(
-                f"element {g} of {self.name} is not a symmetry of the pixel grid: use {self.grid_elements}"
-            )
+            raise ValueError(f"element {g} of {self.name} does not map the grid to itself: use {self.grid_elements}")
         return move_pixels(image, turns, g >= self.rotations)
 
     def transform_fields(self, features: torch.Tensor, g: int) -> torch.Tensor:
-        """Transform regular fields by `g`: the pixels, and the channels of each field, (g f)[h] = g . f[g^-1 h].
+        """Transform regular fields [B, m * |G|, H, W], field-major, H = W, by the element `g` of `grid_elements`.
 
-        Args:
-            features: [B, m * |G|, H, W], field-major (channel = field * |G| + element), H = W.
-            g: an element of `grid_elements`.
+        The pixels, and the channels of each field: (g f)[h] = g . f[g^-1 h].
         """
         fields = features.unflatten(1, (-1, self.order))  # [B, m, |G|, H, W]
         permuted = fields[:, :, self.left_quotients()[g].to(features.device)]
         return self.transform_image(permuted.flatten(1, 2), g)  # [B, m * |G|, H, W]
-
-
-@torch.compiler.assume_constant_result  # torch.compile does not parse names
-def group_order(name: str) -> int:
-    """|G| of the group with this name."""
-    return _order(name)
-
-
-@cache
-def _order(name: str) -> int:
-    return Group.from_name(name).order

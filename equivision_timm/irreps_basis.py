@@ -34,20 +34,15 @@ __all__ = ["IrrepsBasis", "load_irreps_basis", "sums_and_differences"]
 class IrrepsBasis:
     """A kernel basis in block-diagonal form, float64, on the CPU.
 
-    Attributes:
-        fourier: Q [|G|, |G|].
-        blocks: (size, copies) of each block, as `Group.irreps`.
-        functions: phi [J, k, k].
-        coupling: A [|G| * J, J * |G|], rows (block, copy, function, row of the block), columns (function, s).
-        coefficients: [n_basis, entries]: for each block the matrices [size, J, size] (row, function, column) of all
-            basis elements, flattened; the copies of a block share them.
+    `coefficients` are for each block the matrices [size, J, size] (row, function, column) of all basis elements,
+    flattened; the copies of a block share them. The rows of A are (block, copy, function, row of the block).
     """
 
-    fourier: torch.Tensor
-    blocks: tuple[tuple[int, int], ...]
-    functions: torch.Tensor
-    coupling: torch.Tensor
-    coefficients: torch.Tensor
+    fourier: torch.Tensor  # Q [|G|, |G|]
+    blocks: tuple[tuple[int, int], ...]  # (size, copies) of each, as `Group.irreps`
+    functions: torch.Tensor  # phi [J, k, k]
+    coupling: torch.Tensor  # A [|G| * J, J * |G|]
+    coefficients: torch.Tensor  # [n_basis, entries]
 
 
 @constant
@@ -75,18 +70,13 @@ def load_irreps_basis(kernel: Kernel) -> IrrepsBasis:
         entries.append(torch.einsum("bju,urs->brjs", kappa, irrep).flatten(1))
         row += size * copies
     functions = torch.einsum("ij,jyx->iyx", change, pixels(kernel))
-    return IrrepsBasis(fourier, blocks, _exact(functions), _exact(coupling), torch.cat(entries, 1))
-
-
-def _exact(values: torch.Tensor) -> torch.Tensor:
-    """`values` with zeros for rounding errors, which sparse products skip."""
-    return torch.where(values.abs() < 1e-12, 0.0, values)
+    return IrrepsBasis(fourier, blocks, functions, coupling, torch.cat(entries, 1))
 
 
 def sums_and_differences(size: int) -> torch.Tensor:
     """e [k, k] float64, rows e_0, s_1, d_1, s_2, d_2, ... over the pixels of an axis, with 0 in the middle.
 
-    e_0 is 1 in the middle; s_i is 1 at -i and at i; d_i is -1 at -i and 1 at i; zero elsewhere.
+    e_0 is 1 in the middle; s_i is 1 at -i and i; d_i is -1 at -i and 1 at i; zero elsewhere.
     """
     middle, e = size // 2, torch.zeros(size, size, dtype=torch.float64)
     e[0, middle] = 1

@@ -2,9 +2,8 @@
 
 **Where it comes from.** A layer learns one weight for each pair of fields and each element of a kernel basis. The
 published networks were trained with escnn 1.0.11: the order, signs and scales of the elements of its basis define what
-their weights mean, and the same numbers in another basis of the same kernels are another network. Hence, for the
-kernels of published weights, this file reproduces escnn's basis by formulas, and an orthonormal basis for all others.
-No file is read; `tests/test_kernel_basis.py` compares with what escnn computed.
+their weights mean. Hence, for the kernels of published weights, this file reproduces escnn's basis by formulas, and
+elsewhere it uses an orthonormal basis.
 
 **The space.** A filter from fields of type `input` to regular fields commutes with the group exactly when
 
@@ -24,9 +23,8 @@ sign). D_N has two irreps of frequency 0 and N / 2, which f multiplies by 1 and 
 - phi is measured from the y axis, so that f negates it;
 - if rotations do not mix cos(m phi) and sin(m phi) (m = 2 in c4 and d4), elements between irreps of dimension 2 are the
   products of cos(m phi) or sin(m phi) with cos(s theta) or sin(s theta);
-- they are sorted by m, input irrep, output irrep, component in the irreps, ring (`_escnn_order`);
 - the squared norm of K over g, h and the pixels is the dimension of the output irrep;
-- the signs (`_escnn_sign`) are those of the intertwiners of escnn. For C_N they follow from its formulas. For D_N escnn
+- the order is that of `_escnn_order`, the signs (`_escnn_sign`) are those of the intertwiners of escnn. For D_N escnn
   solves linear systems numerically, and the sign for each (m, input irrep, output irrep) depends on the machine; here
   they are those of SciPy 1.11 or newer without AVX-512 (`weights/signs.py` translates other ones).
 
@@ -51,9 +49,7 @@ from equivision_timm.kernels import Harmonic, Kernel, harmonics, mixing, pixels
 
 __all__ = ["Element", "KernelBasis", "elements", "initial_std", "load_kernel_basis", "sample_kernels"]
 
-# Squared norm left of a function after projection, relative to before: independent functions of up to 9 x 9 pixels
-# leave 0.003 or more, dependent ones rounding errors of 1e-10 or less.
-_DEPENDENT = 1e-6
+_DEPENDENT = 1e-6  # of the squared norm left by projection: 0.003 or more if independent, 1e-10 or less if dependent
 
 Irrep = tuple[int, int]  # escnn's (j, k): k the frequency; j = 1 if f negates, or in D_N if the dimension is 2; else 0
 
@@ -62,24 +58,17 @@ Irrep = tuple[int, int]  # escnn's (j, k): k the frequency; j = 1 if f negates, 
 class KernelBasis:
     """A basis of `n_basis` equivariant kernels, float64, on the CPU.
 
-    Attributes:
-        group: the group that the kernels commute with.
-        coefficients: C [n_basis, J, H]; H = |G| for regular input, 1 for trivial input.
-        functions: psi_j(g^-1 x) [|G|, J, k, k].
-        he_std: [n_basis], the standard deviation of a weight at initialisation for ONE input field: divide by the root
-            of the number of input fields.
+    `he_std` is the standard deviation of a weight at initialisation for ONE input field: divide by the root of the
+    number of input fields.
     """
 
     group: Group
-    coefficients: torch.Tensor
-    functions: torch.Tensor
-    he_std: torch.Tensor
+    coefficients: torch.Tensor  # C [n_basis, J, H]; H = |G| for regular input, 1 for trivial input
+    functions: torch.Tensor  # psi_j(g^-1 x) [|G|, J, k, k]
+    he_std: torch.Tensor  # [n_basis]
 
     def sample(self) -> torch.Tensor:
-        """The kernels on the pixel grid, K_b(x)[g, h] = sum_j C[b, j, g^-1 h] psi_j(g^-1 x): [n_basis, |G|, H, k, k].
-
-        `sample_kernels` computes it once for all callers.
-        """
+        """K_b(x)[g, h] = sum_j C[b, j, g^-1 h] psi_j(g^-1 x) on the pixel grid: [n_basis, |G|, H, k, k]."""
         trivial = torch.zeros(self.group.order, 1, dtype=torch.int64)  # no h
         quotients = self.group.left_quotients() if self.coefficients.shape[2] > 1 else trivial
         return torch.einsum("bjgh,gjyx->bghyx", self.coefficients[:, :, quotients], self.functions)
@@ -163,11 +152,7 @@ def _escnn_sign(group: Group, element: Element) -> int:
 
 
 def _closed_form(kernel: Kernel) -> tuple[torch.Tensor, torch.Tensor]:
-    """C [n_basis, J, H] and he_std [n_basis], float64, of a kernel without low pass.
-
-    Raises:
-        ValueError: the cutoff gives functions that are linearly dependent on so few pixels.
-    """
+    """C [n_basis, J, H] and he_std [n_basis], float64, of a kernel without low pass."""
     group, found, escnn = Group.from_name(kernel.group), elements(kernel), _has_escnn_coordinates(kernel)
     u = torch.arange(group.order if kernel.input_type == "regular" else 1)
     p, t = u // group.rotations, u % group.rotations
@@ -186,9 +171,8 @@ def _closed_form(kernel: Kernel) -> tuple[torch.Tensor, torch.Tensor]:
     functions = mixing(replace(kernel, group="c4"))[1] if escnn else _gram_schmidt(kernel, gram)
     coefficients = torch.einsum("biu,ij->bju", rows, functions)
 
-    dimensions = torch.tensor(
-        [1 if 2 * e.out_irrep[1] % group.rotations == 0 else 2 for e in found], dtype=torch.float64
-    )
+    sizes = [1 if 2 * e.out_irrep[1] % group.rotations == 0 else 2 for e in found]
+    dimensions = torch.tensor(sizes, dtype=torch.float64)
     squared = dimensions if escnn else torch.ones_like(dimensions)  # norm of K
     scales = squared / torch.einsum("biu,ij,bju->b", coefficients, gram, coefficients)
 
@@ -207,10 +191,7 @@ def _gram(kernel: Kernel) -> torch.Tensor:
 
 
 def _gram_schmidt(kernel: Kernel, gram: torch.Tensor) -> torch.Tensor:
-    """R [J, J], lower triangular, with orthonormal phi = R psi.
-
-    It only joins functions that the group transforms alike, since all others are orthogonal.
-    """
+    """R [J, J], lower triangular, phi = R psi orthonormal; joins only functions that the group transforms alike."""
     factor, failed = torch.linalg.cholesky_ex(gram)
     if failed or (factor.diagonal() ** 2 <= _DEPENDENT * gram.diagonal()).any():
         raise ValueError(
@@ -223,11 +204,7 @@ def _gram_schmidt(kernel: Kernel, gram: torch.Tensor) -> torch.Tensor:
 
 @constant
 def load_kernel_basis(kernel: Kernel) -> KernelBasis:
-    """The basis of the kernels; if they have a low pass, with the coefficients of the kernels before it.
-
-    Raises:
-        ValueError: the cutoff gives functions that are linearly dependent on so few pixels.
-    """
+    """The basis of the kernels; if they have a low pass, with the coefficients of the kernels before it."""
     unfiltered = replace(kernel, size=kernel.size - 2, low_pass=False) if kernel.low_pass else kernel
     coefficients, he_std = _closed_form(unfiltered)
     functions = torch.einsum("gij,jyx->giyx", mixing(kernel), pixels(kernel))
@@ -236,11 +213,11 @@ def load_kernel_basis(kernel: Kernel) -> KernelBasis:
 
 @constant
 def sample_kernels(kernel: Kernel, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The kernels of `load_kernel_basis` on the pixel grid, [n_basis, |G|, H, k, k]; not to be changed in place."""
+    """`KernelBasis.sample`, [n_basis, |G|, H, k, k]; not to be changed in place."""
     return load_kernel_basis(kernel).sample().to(device, dtype)
 
 
 @constant
 def initial_std(kernel: Kernel, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The `he_std` [n_basis] of `load_kernel_basis`; not to be changed in place."""
+    """`KernelBasis.he_std`, [n_basis]; not to be changed in place."""
     return load_kernel_basis(kernel).he_std.to(device, dtype)

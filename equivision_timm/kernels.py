@@ -27,11 +27,10 @@ __all__ = ["Harmonic", "Kernel", "Ring", "harmonics", "mixing", "pixels"]
 
 @dataclass(frozen=True)
 class Ring:
-    """A Gaussian in the distance from the centre, with mean `radius` and standard deviation `sigma` (pixels), times
-    harmonics of the angular frequencies 0 ... `max_frequency`."""
+    """A Gaussian in the distance from the centre, times harmonics of the frequencies 0 ... `max_frequency`."""
 
-    radius: float
-    sigma: float
+    radius: float  # mean, in pixels
+    sigma: float  # standard deviation
     max_frequency: int
 
 
@@ -50,9 +49,7 @@ class Kernel:
 
     Attributes:
         name: the arguments as a string, for functions whose arguments cannot be objects: 'c8-5-trivial-3-low'.
-
-    Raises:
-        ValueError: unknown group or input type, or invalid size or cutoff.
+        order: |G|.
     """
 
     group: str
@@ -61,9 +58,10 @@ class Kernel:
     cutoff: int | None = None
     low_pass: bool = False
     name: str = field(init=False, repr=False, compare=False)
+    order: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        Group.from_name(self.group)
+        object.__setattr__(self, "order", Group.from_name(self.group).order)
         smallest = 3 if self.low_pass else 1
         if not isinstance(self.size, int) or self.size % 2 == 0 or self.size < smallest:
             raise ValueError(f"kernel_size {self.size!r} is not supported: use an odd number from {smallest} on")
@@ -79,9 +77,6 @@ class Kernel:
     def from_name(cls, name: str) -> "Kernel":
         """The kernels with this `name`.
 
-        Raises:
-            ValueError: not such a name.
-
         Example:
             >>> Kernel.from_name("c8-3-regular").size
             3
@@ -89,8 +84,8 @@ class Kernel:
         match = re.fullmatch(r"(\w+)-(\d+)-([a-z]+)(?:-(\d+))?(-low)?", name)
         if match is None:
             raise ValueError(f"unknown kernels {name!r}: use a name such as 'c8-3-regular'")
-        cutoff = None if match[4] is None else int(match[4])
-        return cls(match[1], int(match[2]), match[3], cutoff, match[5] is not None)
+        group, size, input_type, cutoff, low_pass = match.groups()
+        return cls(group, int(size), input_type, cutoff and int(cutoff), bool(low_pass))
 
     @property
     def rings(self) -> tuple[Ring, ...]:

@@ -52,9 +52,9 @@ def leaves_python() -> bool:
 
 
 def needs_plain_operations(*tensors: torch.Tensor) -> bool:
-    """Whether only PyTorch's own operations give correct derivatives here.
+    """Whether in a `torch.func` transform or forward mode, or a tensor has operations of its own (DTensor, ...).
 
-    True in `torch.func` transforms, in forward mode, and for tensors with operations of their own (DTensor, ...).
+    There only PyTorch's own operations give correct derivatives.
     """
     if in_transform():
         return True
@@ -70,7 +70,7 @@ def needs_plain_operations(*tensors: torch.Tensor) -> bool:
 
 @torch.jit.unused
 def is_channels_last(x: torch.Tensor) -> bool:
-    """Whether x [B, C, H, W] is in the channels-last format and not contiguous; False where that cannot be asked."""
+    """Whether x [B, C, H, W] is in the channels-last format and not contiguous; False if that is not known."""
     if not isinstance(x, torch.Tensor) or leaves_python() or x.is_contiguous() or needs_plain_operations(x):
         return False
     return x.is_contiguous(memory_format=torch.channels_last)

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 
 from equivision_timm.constants import constant_like
-from equivision_timm.groups import group_order
 from equivision_timm.kernel_basis import initial_std, sample_kernels
 from equivision_timm.kernels import Kernel
 from equivision_timm.layers.strategies import STRATEGIES, Layer, auto, expand
@@ -124,7 +123,7 @@ class SteerableConv2d(nn.Module):
         self.stride = stride
         self.dilation = dilation
         self.padding: int = dilation * (kernel_size // 2)
-        self.order: int = group_order(group)
+        self.order: int = self.kernel.order
 
         basis = sample_kernels(self.kernel, torch.float64, torch.device("cpu"))
         self._basis = basis  # shared by all layers; no state: what TorchScript takes along

@@ -14,7 +14,6 @@ from typing import ClassVar
 
 import torch
 
-from equivision_timm.groups import group_order
 from equivision_timm.kernels import Kernel
 
 __all__ = ["STRATEGIES", "Layer", "Strategy", "register"]
@@ -50,7 +49,7 @@ class Layer:
     padding: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "order", group_order(self.kernel.group))
+        object.__setattr__(self, "order", self.kernel.order)
         of_field = self.order if self.kernel.input_type == "regular" else 1
         object.__setattr__(self, "in_channels", self.in_fields * of_field)
         object.__setattr__(self, "padding", self.dilation * (self.kernel.size // 2))

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from equivision_timm.groups import group_order
 from equivision_timm.layers.strategies import native_call, native_library
 from equivision_timm.layers.strategies.basis import basis_for, block_weights, named_kernel
 from equivision_timm.layers.strategies.contract import STRATEGIES, Layer, Strategy, register
@@ -75,7 +74,7 @@ gradients: Any = _operator(  # with respect to x and the block weights W; one th
 
 def _empty_output(x, out_fields, kernel, stride):
     height, width = ((size - 1) // stride + 1 for size in x.shape[2:])
-    return x.new_empty(x.shape[0], out_fields * group_order(named_kernel(kernel).group), height, width)
+    return x.new_empty(x.shape[0], out_fields * named_kernel(kernel).order, height, width)
 
 
 @conv2d.register_fake

@@ -11,7 +11,6 @@ from functools import lru_cache
 import torch
 
 from equivision_timm.constants import constant
-from equivision_timm.groups import group_order
 from equivision_timm.irreps_basis import load_irreps_basis, sums_and_differences
 from equivision_timm.layers.strategies.basis import named_kernel
 from equivision_timm.layers.strategies.native_library import CLayer, CSparse, library
@@ -29,7 +28,7 @@ def pack(weight: torch.Tensor, kernel: str) -> torch.Tensor:
     """
     weight = _readable(weight)
     out_fields, in_fields = weight.shape[:2]
-    shape = (1, in_fields * group_order(named_kernel(kernel).group), 1, 1)
+    shape = (1, in_fields * named_kernel(kernel).order, 1, 1)
     call = _call(kernel, weight.dtype, out_fields, 1, 1, shape, torch.get_num_threads())
     packed = weight.new_empty(call.sizes["packed"])
     call.run("pack_coefficients", weight=weight, packed=packed)
