@@ -85,7 +85,7 @@ class Kernel:
         if match is None:
             raise ValueError(f"unknown kernels {name!r}: use a name such as 'c8-3-regular'")
         group, size, input_type, cutoff, low_pass = match.groups()
-        return cls(group, int(size), input_type, cutoff and int(cutoff), bool(low_pass))
+        return cls(group, int(size), input_type, None if cutoff is None else int(cutoff), bool(low_pass))
 
     @property
     def rings(self) -> tuple[Ring, ...]:

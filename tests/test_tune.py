@@ -211,19 +211,6 @@ def test_the_command_interrupted_and_continued(model, clock, place, capsys):
     assert measure(model, SETTING).choice == whole.choice
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"conditions": 1, "layers": {}, "models": {}}'])
-def test_a_damaged_table_is_ignored(model, clock, place, content):
-    measure(model, SETTING)
-    (file,) = (place / "equivision_timm" / "tune").glob("*.json")
-    file.write_text(content)
-    measured.read_choices.cache_clear()
-    layer = model.layer1[0].conv1.conv
-    with pytest.warns(RuntimeWarning, match="damaged"):
-        chosen = layer.strategy_for(SHAPE, CPU)
-    assert chosen != "twin"
-    assert layer.strategy_for(SHAPE, CPU) == chosen  # without another warning, which would be an error
-
-
 def test_no_memory(model, clock, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -7,9 +7,9 @@ from equivision_timm.layers.conv import SteerableConv2d, conv_input_shapes, stee
 from equivision_timm.layers.conv_norm_act import ConvNormAct
 from equivision_timm.layers.field_angle import FieldAngle
 from equivision_timm.layers.field_attention import FieldAttention
-from equivision_timm.layers.native_conv import NativeConv2d
 from equivision_timm.layers.norm import FieldNorm
 from equivision_timm.layers.pool import GroupPool, InvariantPool
+from equivision_timm.layers.strategies.native import NativeConv2d
 
 __all__ = [
     "BlockConv2d",

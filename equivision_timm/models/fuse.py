@@ -115,7 +115,7 @@ def _native_conv(
     else:
         strategy = "expand" if STRATEGIES["native"].supports(layer) else "native"
     if strategy == "native":
-        return NativeConv2d(conv, weight, bias, relu)
+        return NativeConv2d(layer, weight, bias, relu)
     return conv.dense_conv(weight, bias).to(memory_format=torch.channels_last)
 
 

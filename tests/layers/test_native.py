@@ -113,7 +113,7 @@ def test_fused_convolution(kernel_size, dtype):
     filters = dense_filter(layer.weight.detach().double(), layer.kernel.name)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     for relu, added in ((False, None), (True, None), (False, shortcut), (True, shortcut)):
-        fused = NativeConv2d(layer.to(wide), layer.weight, bias, relu)
+        fused = NativeConv2d(layer.describe(x.device, wide), layer.weight.to(wide), bias, relu)
         found_in = [None if t is None else t.to(dtype).requires_grad_() for t in (x, added)]
         exact_in = [None if t is None else t.detach().double().requires_grad_() for t in found_in]
         exact = F.conv2d(exact_in[0], filters, bias.double().repeat_interleave(8), 2, kernel_size // 2)

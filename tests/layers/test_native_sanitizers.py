@@ -95,7 +95,7 @@ def random_layers(count):
         y = layer(x)
         shortcut, bias, grad = torch.randn_like(y), torch.randn(fields[1], dtype=dtype), torch.randn_like(y)
         with torch.no_grad():
-            fused = NativeConv2d(layer, layer.weight, bias, relu=True)(x, shortcut)
+            fused = NativeConv2d(layer.describe(x.device, dtype), layer.weight, bias, relu=True)(x, shortcut)
         found = [y, alone, fused, *torch.autograd.grad((y * grad).sum(), (x, layer.weight))]
 
         exact = copy.deepcopy(layer).double()

@@ -7,11 +7,9 @@ There is a file for each set of conditions:
     models        for each tuned model its strategies by layer, and whether they won; 'auto' takes those that won
 """
 
-import contextlib
 import hashlib
 import json
 import re
-import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -62,27 +60,14 @@ def table_file(device: torch.device) -> Path:
 
 
 def read_table(device: torch.device) -> dict[str, Any]:
-    """The table for the present conditions; an empty one if there is none, or, with a warning, if it is damaged."""
-    path, expected = table_file(device), conditions(device)
-    if path.exists():
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            table = json.loads(path.read_text())
-            if table["conditions"] == expected and all(map(dict, table["layers"].values())) and _won(table) is not None:
-                return table
-        warnings.warn(f"{path} is damaged and ignored: run `tune` again, or remove it", RuntimeWarning, stacklevel=2)
-    return {"conditions": expected, "layers": {}, "models": {}}
-
-
-def _won(table: dict[str, Any]) -> dict[str, str]:
-    return {key: name for m in table["models"].values() if m["won"] for key, name in m["choice"].items()}
+    """The table for the present conditions; an empty one if there is none."""
+    path = table_file(device)
+    empty = {"conditions": conditions(device), "layers": {}, "models": {}}
+    return json.loads(path.read_text()) if path.exists() else empty
 
 
 def update_table(device: torch.device, part: str, name: str, value: dict[str, Any]) -> None:
-    """Set one entry of 'layers' or 'models'; entries that other processes have written since are kept.
-
-    Raises:
-        OSError: the file cannot be written; the old one is unchanged.
-    """
+    """Set one entry of 'layers' or 'models'; entries that other processes have written since are kept."""
     path = table_file(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
@@ -98,6 +83,7 @@ def read_choices(device: torch.device, threads: int) -> dict[str, str]:
     if device.type == "meta" or (device.type == "cuda" and not torch.cuda.is_available()):
         return {}  # no values, or fake ones
     try:
-        return _won(read_table(device)) if (cache_folder() / "tune").is_dir() else {}
+        models = read_table(device)["models"].values() if (cache_folder() / "tune").is_dir() else ()
     except (OSError, RuntimeError):  # no home folder, or one that this user may not read
         return {}
+    return {key: name for model in models if model["won"] for key, name in model["choice"].items()}

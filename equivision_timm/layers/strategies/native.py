@@ -14,13 +14,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn as nn
 from torch.utils.flop_counter import register_flop_formula
 
 from equivision_timm.layers.strategies import native_call, native_library
 from equivision_timm.layers.strategies.basis import basis_for, block_weights, named_kernel
 from equivision_timm.layers.strategies.contract import STRATEGIES, Layer, Strategy, register
 
-__all__ = ["Native"]
+__all__ = ["Native", "NativeConv2d"]
 
 
 @register
@@ -42,34 +43,55 @@ class Native(Strategy):
         return conv2d(x, weight.to(layer.dtype), layer.kernel.name, layer.stride, layer.dilation)
 
 
+class NativeConv2d(nn.Module):
+    """act(K * x + bias + shortcut) with constant weights, in one call of native.c; act is ReLU or nothing.
+
+    Input [B, in_fields * |G|, H, W], output and shortcut [B, out_fields * |G|, H', W'], field-major. Differentiable
+    with respect to x and the shortcut. `weight` are the coefficients [O, I, n_basis, 1], `bias` [O] is added to each
+    field. They are packed for one kind of processor, and the shape of `packed` says which.
+    """
+
+    @torch.no_grad()
+    def __init__(self, layer: Layer, weight: torch.Tensor, bias: torch.Tensor | None, relu: bool = False) -> None:
+        super().__init__()
+        self.layer = layer.kernel.name, layer.out_fields, layer.stride, layer.dilation
+        self.relu = relu
+        packed = native_call.pack(weight.detach(), layer.kernel.name)
+        self.packed: torch.Tensor
+        self.register_buffer("packed", packed)  # [n, rows of a tile]
+        self.bias: torch.Tensor | None
+        self.register_buffer("bias", None if bias is None else bias.detach().to(packed))
+
+    def forward(self, x: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
+        packed = self.packed
+        if packed.device.type != "cpu" or packed.dtype not in (torch.float32, torch.float64):
+            raise RuntimeError(
+                f"a model fused in the form 'native' computes on the CPU in float32 or float64, but was moved to "
+                f"{packed.device} or cast to {packed.dtype}: move or cast the model first, then call `fuse`"
+            )
+        return fused_conv2d(x, packed, self.bias, shortcut, self.relu, *self.layer)
+
+    def extra_repr(self) -> str:
+        return "kernel={!r}, out_fields={}, stride={}, dilation={}".format(*self.layer) + f", relu={self.relu}"
+
+
 # The operators. Convolutions of x [B, I * |G|, H, W], field-major, by coefficients w [O, I, n_basis, 1], with the
 # padding dilation * (k // 2): [B, O * |G|, H', W']. Not differentiable in forward mode nor by `torch.func` transforms.
 
-_LAYER = "str kernel, int stride, int dilation"
 
-
-def _conv2d(x, weight, kernel, stride, dilation):
+def _conv2d(x: torch.Tensor, weight: torch.Tensor, kernel: str, stride: int, dilation: int) -> torch.Tensor:
     if weight.dtype != x.dtype or not x.is_floating_point():
         raise RuntimeError(f"input type {x.dtype} and weight type {weight.dtype} should be the same float type")
     return native_call.convolve(x, weight, kernel, stride, dilation)
 
 
-def _operator(name: str, function: Callable[..., Any], schema: str) -> Any:
-    return torch.library.custom_op(f"equivision_timm::{name}", function, mutates_args=(), schema=schema)
+def _operator(name: str, function: Callable[..., Any]) -> Any:
+    return torch.library.custom_op(f"equivision_timm::{name}", function, mutates_args=())
 
 
-conv2d: Any = _operator("native_conv2d", _conv2d, f"(Tensor x, Tensor weight, {_LAYER}) -> Tensor")
-fused_conv2d: Any = _operator(
-    "native_fused_conv2d",
-    native_call.forward,
-    "(Tensor x, Tensor packed, Tensor? bias, Tensor? shortcut, bool relu, str kernel, int out_fields, int stride,"
-    " int dilation) -> Tensor",
-)
-gradients: Any = _operator(  # with respect to x and the block weights W; one that is not wanted is empty
-    "native_conv2d_backward",
-    native_call.backward,
-    f"(Tensor grad, Tensor x, Tensor weights, {_LAYER}, bool for_x, bool for_weights) -> (Tensor, Tensor)",
-)
+conv2d: Any = _operator("native_conv2d", _conv2d)
+fused_conv2d: Any = _operator("native_fused_conv2d", native_call.forward)
+gradients: Any = _operator("native_conv2d_backward", native_call.backward)  # for x and the block weights W
 
 
 def _empty_output(x, out_fields, kernel, stride):

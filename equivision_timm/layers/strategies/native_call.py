@@ -24,7 +24,7 @@ _PIXELS = 512  # of a chunk, at most: more rows share their neighbours, fewer st
 def pack(weight: torch.Tensor, kernel: str) -> torch.Tensor:
     """The block weights of the coefficients `weight` [O, I, n_basis, 1] in the order of native.c, [n, tile_rows].
 
-    `tile_rows` depends on the processor: weights packed for another one have another shape.
+    Weights packed for another processor have another shape.
     """
     weight = _readable(weight)
     out_fields, in_fields = weight.shape[:2]
@@ -70,21 +70,9 @@ def forward(
     stride: int,
     dilation: int,
 ) -> torch.Tensor:
-    """act(K * x + bias + shortcut), [B, O * |G|, H', W'], of the type of x; act is ReLU or nothing.
+    """act(K * x + bias + shortcut), as the shortcut [B, O * |G|, H', W'], of the type of x; act is ReLU or nothing.
 
-    Args:
-        x: [B, I * |G|, H, W].
-        packed: by `pack`.
-        bias: [O], added to each field, or None.
-        shortcut: [B, O * |G|, H', W'] or None.
-        relu: whether to end with ReLU.
-        kernel: name of the kernels.
-        out_fields: O.
-        stride: as in `nn.Conv2d`.
-        dilation: as in `nn.Conv2d`.
-
-    Raises:
-        ValueError: weights packed for another processor.
+    The weights are packed by `pack`; bias is [O].
     """
     dtype, x = x.dtype, _readable(x)
     call = _call(kernel, x.dtype, out_fields, stride, dilation, x.shape, torch.get_num_threads())
@@ -177,36 +165,21 @@ def _plan(name: str, dtype: torch.dtype) -> _Plan:
 
 @dataclass(frozen=True)
 class _Call:
-    """A layer as native.c sees it, for maps of one size.
-
-    Attributes:
-        code: the functions of native.c.
-        layer: their first argument.
-        dtype: of all arrays.
-        threads: their number, the last argument.
-        shape: of the output.
-        tile_rows: of packed weights.
-        sizes: the number of values of each array.
-    """
+    """A layer as native.c sees it, for maps of one size."""
 
     code: ctypes.CDLL
     layer: CLayer
-    dtype: torch.dtype
+    dtype: torch.dtype  # of all arrays
     threads: int
-    shape: tuple[int, ...]
-    tile_rows: int
-    sizes: dict[str, int]
+    shape: tuple[int, ...]  # of the output
+    tile_rows: int  # of packed weights
+    sizes: dict[str, int]  # the number of values of each array
 
     def run(self, function: str, **arguments: torch.Tensor | int | None) -> None:
         """Call a function of native.c in all threads; Python's global lock is released meanwhile.
 
-        Args:
-            function: its name.
-            **arguments: those between the layer and the number of threads, in order.
-
-        Raises:
-            ValueError: a tensor that C could not read or write, or would read or write past its end.
-            MemoryError: no memory for the work.
+        `arguments` are those between the layer and the number of threads, in order. A tensor that C could not read or
+        write, or would read or write past its end, raises ValueError.
         """
         values = []
         for name, value in arguments.items():
@@ -231,13 +204,7 @@ class _Call:
 
 @lru_cache(maxsize=1024)
 def _call(
-    kernel: str,
-    dtype: torch.dtype,
-    out_fields: int,
-    stride: int,
-    dilation: int,
-    shape: tuple[int, ...],
-    threads: int,
+    kernel: str, dtype: torch.dtype, out_fields: int, stride: int, dilation: int, shape: tuple[int, ...], threads: int
 ) -> _Call:
     """The call for maps x of this shape, cut into chunks for the threads."""
     plan, code = _plan(kernel, dtype), library(dtype)
