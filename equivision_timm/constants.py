@@ -11,7 +11,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-from equivision_timm.torch_state import FakeTensor
+from equivision_timm.torch_state import FakeTensor, mark_static
 
 __all__ = ["constant", "constant_like"]
 
@@ -29,7 +29,10 @@ def constant(make: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     @cache
     def cached(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         with ThreadPoolExecutor(1) as thread:
-            return thread.submit(make, *args, **kwargs).result()
+            result = thread.submit(make, *args, **kwargs).result()
+        if isinstance(result, torch.Tensor):  # torch.compile takes constants of this name, but of other sizes, for one
+            mark_static(result)
+        return result
 
     @torch.compiler.assume_constant_result
     @wraps(make)

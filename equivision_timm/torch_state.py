@@ -21,6 +21,7 @@ __all__ = [
     "is_channels_last",
     "is_watched",
     "leaves_python",
+    "mark_static",
     "needs_plain_operations",
     "unrecorded_view",
 ]
@@ -49,6 +50,12 @@ def has_sizes(x: torch.Tensor) -> bool:
 def leaves_python() -> bool:
     """Whether a graph is recorded that must run without this package: torch.jit.trace, torch.export, ONNX."""
     return torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+
+def mark_static(x: torch.Tensor) -> torch.Tensor:
+    """x, whose sizes torch.compile will not take for dynamic; torch._dynamo.mark_static without its slow import."""
+    x._dynamo_static_indices = set(range(x.ndim))  # pyright: ignore[reportAttributeAccessIssue]
+    return x
 
 
 def needs_plain_operations(*tensors: torch.Tensor) -> bool:

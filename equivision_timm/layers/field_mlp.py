@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 
 from equivision_timm.layers.conv import is_watched
-from equivision_timm.layers.irreps import ChangeBasis, Device, DType, irreps_of
+from equivision_timm.layers.irreps import Device, DType, irreps_of
 from equivision_timm.layers.tokens import IrrepLinear
 from equivision_timm.torch_state import has_sizes, leaves_python
 
@@ -115,18 +115,11 @@ class FieldMlp(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        order = irreps_of(group).order
-        self.channels: int = fields * order
-        self.hidden_channels: int = hidden_fields * order
         self.narrow: bool = fields < NARROW
-        self.to_irreps: ChangeBasis = ChangeBasis(group, "irreps", field_major=True)
-        self.fc1: IrrepLinear = IrrepLinear(fields, hidden_fields, group, "blocks", "blocks", **dd)
-        self.hidden_to_regular: ChangeBasis = ChangeBasis(group, "regular")
+        self.fc1: IrrepLinear = IrrepLinear(fields, hidden_fields, group, "fields", "elements", **dd)
         self.act: nn.Module = act_layer()
-        self.grn: nn.Module | None = FieldGRN(hidden_fields, order, **dd) if use_grn else None
-        self.hidden_to_irreps: ChangeBasis = ChangeBasis(group, "irreps")
-        self.fc2: IrrepLinear = IrrepLinear(hidden_fields, fields, group, "blocks", "blocks", **dd)
-        self.to_regular: ChangeBasis = ChangeBasis(group, "regular", field_major=True)
+        self.grn: nn.Module | None = FieldGRN(hidden_fields, irreps_of(group).order, **dd) if use_grn else None
+        self.fc2: IrrepLinear = IrrepLinear(hidden_fields, fields, group, "elements", "fields", **dd)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -142,37 +135,21 @@ class FieldMlp(nn.Module):
         if torch.jit.is_scripting():
             return self._mlp(x)
         else:
+            if self.narrow and torch.is_grad_enabled() and not torch.jit.is_tracing():
+                return self._dense_mlp(x)
             return _in_chunks(self._mlp, x) if self.grn is None else self._mlp(x)
 
-    def fc1_columns(self) -> torch.Tensor:
-        """fc1 on regular fields, [1 + channels, out]: its bias, then each column of its matrix plus that."""
-        return self.to_regular(self.fc1(self.to_irreps(_units(self.fc1.weight, self.channels))))
-
-    def fc2_columns(self) -> torch.Tensor:
-        """As `fc1_columns`, of fc2."""
-        return self.to_regular(self.fc2(self.to_irreps(_units(self.fc2.weight, self.hidden_channels))))
-
     def _mlp(self, x: torch.Tensor) -> torch.Tensor:
-        if self.narrow and torch.is_grad_enabled() and not torch.jit.is_tracing():
-            x = self.act(_dense(x, self.fc1_columns()))
-            if self.grn is not None:
-                x = self.grn(x, field_major=True)
-            return _dense(x, self.fc2_columns())
-        x = self.fc1(self.to_irreps(x))  # [|G|, B, H, W, hidden_fields]
-        x = self.act(self.hidden_to_regular(x))
+        x = self.act(self.fc1(x))  # [|G|, B, H, W, hidden_fields]
         if self.grn is not None:
             x = self.grn(x)
-        return self.to_regular(self.fc2(self.hidden_to_irreps(x)))
+        return self.fc2(x)
 
-
-@torch.fx.wrap  # one node in a graph of torch.fx, whose proxies have no dtype for torch.eye
-def _units(weight: torch.Tensor, channels: int) -> torch.Tensor:
-    """Zero and the unit vectors, [1 + channels, channels]: the outputs of a layer for them make its dense matrix."""
-    return F.pad(torch.eye(channels, dtype=weight.dtype, device=weight.device), [0, 0, 1, 0])
-
-
-def _dense(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    return F.linear(x, (columns[1:] - columns[0]).t(), columns[0])
+    def _dense_mlp(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.act(F.linear(x, *self.fc1.dense()))  # [B, H, W, hidden_fields * |G|]
+        if self.grn is not None:
+            x = self.grn(x, field_major=True)
+        return F.linear(x, *self.fc2.dense())
 
 
 def _in_chunks(mlp: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:

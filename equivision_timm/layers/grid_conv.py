@@ -9,14 +9,13 @@ ones included. With these,
 channels (field, element). Rotations by other angles do not map 2 x 2 pixels onto themselves: there cos 2 phi vanishes.
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
 
-from equivision_timm.groups import move_pixels
+from equivision_timm.constants import constant, constant_like
+from equivision_timm.groups import Group, move_pixels
 from equivision_timm.layers.conv import constant_conv, is_watched
 from equivision_timm.layers.irreps import Device, DType, irreps_of
 
@@ -51,10 +50,7 @@ class _GridConv2d(nn.Module):
             torch.empty(fields, channels, kernel_size, kernel_size, device=device, dtype=dtype)
         )
         self.bias: nn.Parameter | None = nn.Parameter(torch.empty(fields, device=device, dtype=dtype)) if bias else None
-        # Lists, but torch.jit warns if the annotation says so
-        self.quarter_turns: Sequence[int] = [parsed.quarter_turns(g) or 0 for g in range(parsed.order)]
-        self.reflects: Sequence[bool] = [g >= parsed.rotations for g in range(parsed.order)]
-        self.quotients: Sequence[Sequence[int]] = parsed.left_quotients().tolist()
+        self._pixels = _moved_pixels(group, kernel_size, regular, torch.int64, torch.device("cpu"))  # for TorchScript
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -65,14 +61,15 @@ class _GridConv2d(nn.Module):
 
     def filter(self) -> torch.Tensor:
         """The dense filter [fields * |G|, channels, k, k], channel = field * |G| + element."""
-        weight = self.weight.unflatten(1, (-1, self.elements))  # [fields, n, elements, k, k]
-        moved = []
-        for g in range(self.order):
-            x = weight
-            if self.elements > 1:
-                x = torch.stack([weight.select(2, h) for h in self.quotients[g]], 2)
-            moved.append(move_pixels(x, self.quarter_turns[g], self.reflects[g]).flatten(1, 2))
-        return torch.stack(moved, 1).flatten(0, 1)  # [fields, |G|, channels, k, k] -> [fields * |G|, ...]
+        E, k = self.elements, self.kernel_size
+        pixels = self._pixels.to(self.weight.device) if torch.jit.is_scripting() else self._moved_pixels()
+        moved = self.weight.reshape(-1, E * k * k).index_select(1, pixels)  # [fields * n, |G| * E * k * k]
+        moved = moved.view(self.fields, -1, self.order, E, k, k).transpose(1, 2)  # [fields, |G|, n, E, k, k]
+        return moved.reshape(self.fields * self.order, -1, k, k)
+
+    @torch.jit.unused
+    def _moved_pixels(self) -> torch.Tensor:
+        return constant_like(self.weight, _moved_pixels, self.group, self.kernel_size, self.elements > 1)
 
     def field_bias(self) -> torch.Tensor | None:
         """The bias of each channel."""
@@ -94,6 +91,18 @@ class _GridConv2d(nn.Module):
 
     def extra_repr(self) -> str:
         return f"fields={self.fields}, kernel_size={self.kernel_size}, group={self.group!r}"
+
+
+@constant
+def _moved_pixels(group: str, size: int, regular: bool, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """For each entry of g . w[g^-1 h], [|G|, elements, size, size] flat, its place in w [elements, size, size]."""
+    parsed = Group.from_name(group)
+    places = torch.arange((parsed.order if regular else 1) * size**2).view(-1, size, size)
+    moved = []
+    for g in range(parsed.order):
+        sources = places[parsed.left_quotients()[g]] if regular else places
+        moved.append(move_pixels(sources, parsed.quarter_turns(g) or 0, g >= parsed.rotations))
+    return torch.stack(moved).flatten().to(device)
 
 
 class PatchConv2d(_GridConv2d):

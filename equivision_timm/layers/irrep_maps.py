@@ -72,12 +72,9 @@ class OnTokens(nn.Module):
     def __init__(self, inner: nn.Module, group: str) -> None:
         super().__init__()
         self.inner = inner
-        self.to_irreps: ChangeBasis = ChangeBasis(group, "irreps", field_major=True)
-        self.to_regular: ChangeBasis = ChangeBasis(group, "regular", field_major=True)
+        self.to_irreps: ChangeBasis = ChangeBasis(group, "irreps")
+        self.to_regular: ChangeBasis = ChangeBasis(group, "regular")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.to_irreps(x.permute(0, 2, 3, 1))  # [|G|, B, H, W, fields]
-        order = x.shape[0]
-        x = self.inner(x.permute(1, 2, 3, 0, 4).flatten(3))  # [B, H, W, |G| * fields]
-        x = x.unflatten(3, (order, x.shape[3] // order)).permute(3, 0, 1, 2, 4)
+        x = self.inner(self.to_irreps(x.permute(0, 2, 3, 1)))  # [B, H, W, |G| * fields]
         return self.to_regular(x).permute(0, 3, 1, 2)

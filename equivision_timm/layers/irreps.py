@@ -103,37 +103,32 @@ def irreps_matrix(group: str, dtype: torch.dtype, device: torch.device) -> torch
 
 
 class ChangeBasis(nn.Module):
-    """From the irreps basis to the regular one, f = Q^T f^, or back, f^ = Q f: [|G|, ...] -> the same shape.
+    """From tokens [..., |G| * fields] in the irreps basis to field-major regular fields [..., fields * |G|], or back.
 
-    In the regular basis the group permutes the |G| values of a field, so pointwise functions commute with it.
+    A field is f = Q^T f^, f^ = Q f. In the regular basis the group permutes the |G| values of a field, so pointwise
+    functions commute with it.
 
     Args:
         group: name of the group.
         to: 'regular' or 'irreps'.
-        field_major: the regular side is [..., fields * |G|], channel = field * |G| + element, and the other
-            [|G|, ..., fields]; the change of layout is part of the product, not a copy.
     """
 
-    def __init__(self, group: str, to: str, field_major: bool = False) -> None:
+    def __init__(self, group: str, to: str) -> None:
         super().__init__()
         self.group = group
         self.order: int = irreps_of(group).order
         self.to_basis = to
-        self.field_major = field_major
         self._matrix = irreps_matrix(group, torch.float64, torch.device("cpu"))  # not state; for TorchScript
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q = self._matrix.to(x) if torch.jit.is_scripting() else _matrix_like(x, self.group)
-        if not self.field_major:
-            q = q.t() if self.to_basis == "regular" else q
-            return torch.mm(q, x.flatten(1)).unflatten(1, x.shape[1:])
+        fields = x.shape[-1] // self.order
         if self.to_basis == "regular":
-            return torch.mm(x.flatten(1).t(), q).unflatten(0, x.shape[1:]).flatten(-2)  # [values, |G|]
-        shape = x[..., :: self.order].shape  # [..., fields]; unflatten with -1 would fail in torch.compile
-        return torch.mm(q, x.reshape(-1, self.order).t()).unflatten(1, shape)  # [|G|, values]
+            return (x.unflatten(-1, (self.order, fields)).transpose(-2, -1) @ q).flatten(-2)
+        return (x.unflatten(-1, (fields, self.order)) @ q.t()).transpose(-2, -1).flatten(-2)
 
     def extra_repr(self) -> str:
-        return f"{self.group!r}, to={self.to_basis!r}, field_major={self.field_major}"
+        return f"{self.group!r}, to={self.to_basis!r}"
 
 
 register_notrace_module(ChangeBasis)  # one node if timm traces a model for its features

@@ -1,8 +1,6 @@
 """Layers of tokens in the irreps basis (layers/irreps.py): linear, norm, scale, MLP, attention.
 
-Tokens are [..., |G| * fields], the layout of the residual stream; blocks are [|G|, ..., fields], the layout between two
-linear layers: one whole matrix for the change of basis and for each irrep, without copies. In all layers `fields` is
-the number of regular fields and `group` the name of the group.
+Tokens are [..., |G| * fields]. In all layers `fields` is the number of regular fields, `group` the name of the group.
 """
 
 from collections.abc import Callable
@@ -14,7 +12,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import LayerScale, register_notrace_module, trunc_normal_, use_fused_attn
 
-from equivision_timm.layers.irreps import ChangeBasis, Device, DType, irreps_of
+from equivision_timm.constants import constant, constant_like
+from equivision_timm.layers.irreps import Device, DType, irreps_matrix, irreps_of
 
 __all__ = ["IrrepAttention", "IrrepLinear", "IrrepMlp", "IrrepNorm", "IrrepScale"]
 
@@ -30,8 +29,9 @@ class IrrepLinear(nn.Module):
     [2, out_fields, in_fields], None without E; `bias` [out_fields].
 
     Args:
-        source: layout of the input, 'tokens' or 'blocks'.
-        target: layout of the output, 'tokens' or 'blocks'.
+        source: layout of the input: 'tokens' [..., |G| * fields]; or regular fields, the change of basis is then part
+            of the layer: 'elements' [|G|, ..., fields] or 'fields' [..., fields * |G|].
+        target: layout of the output, likewise.
 
     Source of the maths: Serre, Linear Representations of Finite Groups (1977), chapter 2.
     """
@@ -54,6 +54,7 @@ class IrrepLinear(nn.Module):
         self.group = group
         self.source = source
         self.target = target
+        self.order: int = irreps.order
         self.ones: int = irreps.ones
         self.multiplicity: int = irreps.multiplicity
         self.weight: nn.Parameter = nn.Parameter(torch.empty(irreps.ones, out_fields, in_fields, **dd))
@@ -63,6 +64,7 @@ class IrrepLinear(nn.Module):
         elif irreps.multiplicity == 1:
             self.weight_plane = nn.Parameter(torch.empty(2, out_fields, in_fields, **dd))
         self.bias: nn.Parameter = nn.Parameter(torch.empty(out_fields, **dd))
+        self._matrix = _pair_matrix(group, torch.float64, torch.device("cpu"))  # not state; for TorchScript
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -73,38 +75,66 @@ class IrrepLinear(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        tokens, n = self.source == "tokens", self.ones
-        shape = x.shape[:-1] if tokens else x.shape[1:-1]
-        if tokens:  # [T, in] of each one-dimensional irrep; of E [T, 2 * in], in D4 a row, in C4 both
-            parts = x.flatten(0, -2).split([self.in_fields] * n + [2 * self.in_fields] * self.multiplicity, 1)
+        q = self._matrix.to(x) if torch.jit.is_scripting() else _pair_matrix_like(x, self.group)
+        n, m, order = self.ones, self.multiplicity, self.order
+        shape = x.shape[1:-1] if self.source == "elements" else x.shape[:-1]
+        if self.source == "tokens":
+            x = x.reshape(-1, order, self.in_fields).transpose(0, 1)  # [|G|, T, in]
+        elif self.source == "elements":
+            x = torch.mm(q, x.reshape(order, -1)).view(order, -1, self.in_fields)  # [|G|, T, in]
         else:
-            parts = x.flatten(1, -2).unbind(0)  # [T, in] each
-        out = [F.linear(parts[0], self.weight[0], self.bias)]  # [T, out]
-        for i in range(1, n):
-            out.append(F.linear(parts[i], self.weight[i]))  # noqa: PERF401  (TorchScript)
-        plane = self.plane_matrix()  # [2 * out, 2 * in]
-        if plane is not None:
-            matrices = [plane]
-            if self.target == "blocks":
-                matrices = [plane[: self.out_fields], plane[self.out_fields :]]
-            for i in range(self.multiplicity):
-                for matrix in matrices:
-                    if tokens:
-                        out.append(F.linear(parts[n + i], matrix))
-                    else:
-                        first = F.linear(parts[n + 2 * i], matrix[:, : self.in_fields])
-                        out.append(torch.addmm(first, parts[n + 2 * i + 1], matrix[:, self.in_fields :].t()))
+            x = torch.mm(q, x.reshape(-1, order).t()).view(order, -1, self.in_fields)
+        bias = F.pad(self.bias[None, None], [0, 0, 0, 0, 0, n - 1])
+        ones = torch.baddbmm(bias, x[:n], self.weight.transpose(1, 2))  # [ones, T, out]
+        plane = ones
+        matrices = self.plane_matrices()
+        if matrices is not None:  # each pair of blocks; of all m pairs the first blocks, then the second
+            pairs = x[n:]
+            if self.source == "tokens":
+                pairs = pairs.unflatten(0, (m, 2)).transpose(0, 1)
+            pairs = pairs.reshape(2, 1, -1, self.in_fields).expand(-1, 2, -1, -1)  # [2, 2, m * T, in]
+            matrices = matrices.transpose(2, 3)  # [2, 2, in, out]
+            plane = torch.bmm(pairs[0], matrices[:, 0])  # [2, m * T, out]
+            plane = plane.baddbmm_(pairs[1].to(plane.dtype), matrices[:, 1].to(plane.dtype))
         if self.target == "tokens":
-            return torch.cat(out, 1).unflatten(0, shape)  # [T, |G| * out] -> [..., |G| * out]
-        return torch.stack(out).unflatten(1, shape)  # [|G|, T, out] -> [|G|, ..., out]
+            parts = [ones]
+            for i in range(m):
+                parts.append(plane.view(2, m, -1, self.out_fields)[:, i])  # noqa: PERF401  (TorchScript)
+            return torch.cat([part.transpose(0, 1) for part in parts], 1).flatten(1).unflatten(0, shape)
+        if self.target == "elements":
+            y = torch.mm(q[:n].t(), ones.flatten(1))  # [|G|, T * out]
+            if m > 0:
+                y = y.addmm_(q[n:].t().to(y.dtype), plane.view(2 * m, -1))
+            return y.view(order, -1, self.out_fields).unflatten(1, shape)  # [|G|, ..., out]
+        y = torch.mm(ones.flatten(1).t(), q[:n])  # [T * out, |G|]
+        if m > 0:
+            y = y.addmm_(plane.view(2 * m, -1).t(), q[n:].to(y.dtype))
+        return y.view(-1, self.out_fields * order).unflatten(0, shape)  # [..., out * |G|]
 
-    def plane_matrix(self) -> torch.Tensor | None:
-        """The matrix of two blocks of E: in D4 those of a row, in C4 both rows, W + V J; None without E."""
+    def plane_matrices(self) -> torch.Tensor | None:
+        """Matrices [2, 2, out, in] from the second axis, the blocks of a pair, to the first: in D4 the pairs are the
+        rows of E; in C4 the only one is both rows, [[W, -V], [V, W]]; None without E.
+        """
         weight = self.weight_plane
-        if weight is None or self.multiplicity == 2:
-            return weight
+        if weight is None:
+            return None
+        if self.multiplicity == 2:
+            return weight.view(2, self.out_fields, 2, self.in_fields).transpose(1, 2)
         w, v = weight[0], weight[1]
-        return torch.cat([torch.cat([w, -v], 1), torch.cat([v, w], 1)])
+        return torch.stack([w, -v, v, w]).view(2, 2, self.out_fields, self.in_fields)
+
+    @torch.jit.unused
+    def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer on field-major regular fields: matrix [out * |G|, in * |G|] and bias [out * |G|]."""
+        matrices = [self.weight[i] for i in range(self.ones)]  # [out, in]
+        plane = self.plane_matrices()
+        if plane is not None:
+            matrices += [plane[c, d] for c in (0, 1) for d in (0, 1)]
+        products = _products_like(self.weight, self.group)  # [|G|^2, matrices]
+        dense = torch.mm(products, torch.stack(matrices).flatten(1))  # [|G|^2, out * in]
+        dense = dense.view(self.order, self.order, self.out_fields, self.in_fields).permute(2, 0, 3, 1)
+        bias = self.bias[:, None] * _pair_matrix_like(self.bias, self.group)[0]  # [out, |G|]
+        return dense.flatten(2).flatten(0, 1), bias.flatten()
 
     def scale_rows(self, scale: torch.Tensor) -> None:
         """Multiply each field of the output by its entry of `scale` [out_fields]."""
@@ -114,6 +144,35 @@ class IrrepLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_fields}, {self.out_fields}, {self.group!r}, {self.source!r}, {self.target!r}"
+
+
+@constant
+def _pair_matrix(group: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Q with the pairs of blocks of E that a matrix joins apart: the first of each pair, then the second."""
+    matrix, n = irreps_matrix(group, torch.float64, torch.device("cpu")), irreps_of(group).ones
+    pairs = matrix[n:].unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1) if len(matrix) > n else matrix[n:]
+    return torch.cat([matrix[:n], pairs]).to(device, dtype)
+
+
+@constant
+def _products(group: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """[|G|^2, matrices]: the factor of each matrix of a layer in entry (g, h) of the dense one."""
+    matrix, n = irreps_matrix(group, torch.float64, torch.device("cpu")), irreps_of(group).ones
+    products = torch.einsum("ig,ih->ghi", matrix[:n], matrix[:n]).flatten(0, 1)
+    if len(matrix) > n:
+        pairs = matrix[n:].unflatten(0, (-1, 2))  # [multiplicity, 2, |G|]
+        products = torch.cat([products, torch.einsum("mcg,mdh->ghcd", pairs, pairs).flatten(2).flatten(0, 1)], 1)
+    return products.to(device, dtype)
+
+
+@torch.fx.wrap  # reads dtype and device of x: one node in a graph of torch.fx
+def _pair_matrix_like(x: torch.Tensor, group: str) -> torch.Tensor:
+    return constant_like(x, _pair_matrix, group)
+
+
+@torch.fx.wrap
+def _products_like(x: torch.Tensor, group: str) -> torch.Tensor:
+    return constant_like(x, _products, group)
 
 
 class IrrepNorm(nn.Module):
@@ -218,17 +277,14 @@ class IrrepMlp(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.fc1: IrrepLinear = IrrepLinear(fields, hidden_fields, group, target="blocks", **dd)
-        self.to_regular: ChangeBasis = ChangeBasis(group, "regular")
+        self.fc1: IrrepLinear = IrrepLinear(fields, hidden_fields, group, target="elements", **dd)
         self.act: nn.Module = act_layer()
-        self.to_irreps: ChangeBasis = ChangeBasis(group, "irreps")
         self.drop1: nn.Dropout = nn.Dropout(drop)
-        self.fc2: IrrepLinear = IrrepLinear(hidden_fields, fields, group, source="blocks", **dd)
+        self.fc2: IrrepLinear = IrrepLinear(hidden_fields, fields, group, source="elements", **dd)
         self.drop2: nn.Dropout = nn.Dropout(drop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.fc1(x)  # [|G|, ..., hidden_fields]
-        x = self.to_irreps(self.act(self.to_regular(x)))
+        x = self.act(self.fc1(x))  # [|G|, ..., hidden_fields]
         return self.drop2(self.fc2(self.drop1(x)))
 
 
@@ -272,14 +328,14 @@ class IrrepAttention(nn.Module):
         self.head_fields: int = fields // num_heads
         self.scale: float = (self.order * self.head_fields) ** -0.5
         self.fused_attn = use_fused_attn()
-        self.qkv: IrrepLinear = IrrepLinear(fields, 3 * fields, group, target="blocks", **dd)
+        self.qkv: IrrepLinear = IrrepLinear(fields, 3 * fields, group, **dd)
         self.attn_drop: nn.Dropout = nn.Dropout(attn_drop)
-        self.proj: IrrepLinear = IrrepLinear(fields, fields, group, source="blocks", **dd)
+        self.proj: IrrepLinear = IrrepLinear(fields, fields, group, **dd)
         self.proj_drop: nn.Dropout = nn.Dropout(proj_drop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        qkv = self.qkv(x).unflatten(3, (3, self.num_heads, self.head_fields))  # [|G|, B, N, 3, heads, head_fields]
-        qkv = qkv.permute(3, 1, 4, 2, 0, 5).flatten(4)  # [3, B, heads, N, |G| * head_fields]
+        qkv = self.qkv(x).unflatten(2, (self.order, 3, self.num_heads, self.head_fields))
+        qkv = qkv.permute(3, 0, 4, 1, 2, 5).flatten(4)  # [3, B, heads, N, |G| * head_fields]
         q, k, v = qkv.unbind(0)
         if self.fused_attn:
             x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
@@ -288,5 +344,5 @@ class IrrepAttention(nn.Module):
             attn = attn.softmax(dim=-1)
             attn = self.attn_drop(attn)
             x = attn @ v
-        x = x.unflatten(3, (self.order, self.head_fields)).permute(3, 0, 2, 1, 4)  # [|G|, B, N, heads, head_fields]
-        return self.proj_drop(self.proj(x.flatten(3)))
+        x = x.unflatten(3, (self.order, self.head_fields)).permute(0, 2, 3, 1, 4)  # [B, N, |G|, heads, head_fields]
+        return self.proj_drop(self.proj(x.flatten(2)))

@@ -54,10 +54,10 @@ class DenseMlp(nn.Module):
 
     def __init__(self, mlp: FieldMlp) -> None:
         super().__init__()
-        self.fc1: nn.Linear = _dense_linear(mlp.fc1_columns())
+        self.fc1: nn.Linear = _dense_linear(mlp.fc1)
         self.act: nn.Module = mlp.act
         self.grn: nn.Module | None = mlp.grn
-        self.fc2: nn.Linear = _dense_linear(mlp.fc2_columns())
+        self.fc2: nn.Linear = _dense_linear(mlp.fc2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.act(self.fc1(x))
@@ -66,10 +66,11 @@ class DenseMlp(nn.Module):
         return self.fc2(x)
 
 
-def _dense_linear(columns: torch.Tensor) -> nn.Linear:
-    linear = nn.Linear(len(columns) - 1, columns.shape[1], device="meta")
-    linear.weight = nn.Parameter((columns[1:] - columns[0]).t().contiguous(), requires_grad=False)
-    linear.bias = nn.Parameter(columns[0].clone(), requires_grad=False)
+def _dense_linear(layer: IrrepLinear) -> nn.Linear:
+    weight, bias = layer.dense()
+    linear = nn.Linear(weight.shape[1], len(weight), device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.bias = nn.Parameter(bias, requires_grad=False)
     return linear
 
 
@@ -109,8 +110,9 @@ class BlockMlp(nn.Module):
 
 
 def _grouped_conv(layer: IrrepLinear) -> nn.Conv2d:
-    ones, plane = list(layer.weight), layer.plane_matrix()
-    if plane is not None:  # [2 * out, 2 * in]
+    ones, plane = list(layer.weight), layer.plane_matrices()
+    if plane is not None:
+        plane = plane.transpose(1, 2).flatten(2).flatten(0, 1)  # [2 * out, 2 * in]
         ones = [torch.block_diag(a, b) for a, b in zip(ones[::2], ones[1::2], strict=True)]
         ones += [plane] * layer.multiplicity
     weight = torch.cat(ones)[..., None, None].contiguous()  # [|G| * out, in or 2 * in, 1, 1]

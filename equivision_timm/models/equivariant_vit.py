@@ -391,11 +391,6 @@ class EquivariantViT(nn.Module):
         """Images -> tokens before the first block: [B, in_chans, H, W] -> [B, prefix + N, |G| * fields]."""
         return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(self.check_image(x)))))
 
-    def _fields(self, x: torch.Tensor) -> torch.Tensor:
-        """Irreps basis -> regular fields, field-major: [B, N, |G| * fields] -> channel = field * |G| + element."""
-        blocks = x.unflatten(2, (self.order, self.fields)).permute(2, 0, 1, 3)  # [|G|, B, N, fields]
-        return self.to_regular(blocks).permute(1, 2, 3, 0).flatten(2)
-
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens [B, prefix + N, d] after the last norm: regular fields if the last block is equivariant."""
         x = self._embed(x)
@@ -404,15 +399,14 @@ class EquivariantViT(nn.Module):
         else:
             x = self.blocks(x)
         x = self.norm(x)
-        return self._fields(x) if self.ends_equivariant else x
+        return self.to_regular(x) if self.ends_equivariant else x
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Pool the tokens of `forward_features`, of regular fields their invariants; classify unless `pre_logits`."""
         if self.global_pool == "token":
             x = x[:, : 2 if self.head_dist is not None else 1]
         if self.transition is not None:
-            x = x.unflatten(2, (self.fields, self.order)).permute(3, 0, 1, 2)  # [|G|, B, N, fields]
-            x = self.transition(self.to_irreps(x).permute(1, 2, 0, 3).flatten(2))  # [B, N, features]
+            x = self.transition(self.to_irreps(x))  # [B, N, features]
         if self.head_dist is not None and self.global_pool == "token":
             x = self.head_drop(self.fc_norm(x))  # [B, 2, features]
             if pre_logits:
@@ -462,7 +456,7 @@ class EquivariantViT(nn.Module):
             fields = index < self.equivariant_depth
             if index in take_indices:
                 y = self.norm(x) if norm else x
-                taken.append(self._fields(y) if fields else y)
+                taken.append(self.to_regular(y) if fields else y)
         prefix = [y[:, : self.num_prefix_tokens] for y in taken]
         taken = [y[:, self.num_prefix_tokens :] for y in taken]
         if output_fmt == "NCHW":
@@ -472,7 +466,7 @@ class EquivariantViT(nn.Module):
         if intermediates_only:
             return taken
         x = self.norm(x) if fields == self.ends_equivariant else x
-        return (self._fields(x) if fields else x), taken
+        return (self.to_regular(x) if fields else x), taken
 
     @torch.jit.unused
     def get_intermediate_layers(

@@ -152,7 +152,8 @@ def test_is_timms_network_with_dense_weights(group):
             for part in ("fc1", "fc2"):
                 layer = module.get_submodule(part)
                 units = torch.cat([torch.zeros(1, layer.in_fields * order), torch.eye(layer.in_fields * order)])
-                columns = module.to_regular(layer(module.to_irreps(units)))
+                units = units if part == "fc1" else units.unflatten(1, (-1, order)).permute(2, 0, 1)
+                columns = layer(units) if part == "fc2" else layer(units).permute(1, 2, 0).flatten(1)
                 weights[f"{name}.{part}.weight"] = (columns[1:] - columns[0]).t()
                 weights[f"{name}.{part}.bias"] = columns[0]
         else:

@@ -124,7 +124,7 @@ def test_a_broken_layer_is_found(place):
     parent, _, leaf = place.rpartition(".")
     layer = {"norm2": Shifted(), "mlp": copy.deepcopy(model.blocks[1].mlp), "transition": nn.Linear(48, 48)}.get(leaf)
     if leaf == "mlp":  # its activation in the irreps basis, where the group does more than permute
-        layer.to_regular = layer.to_irreps = nn.Identity()
+        layer.fc1.target = layer.fc2.source = "tokens"
     elif leaf == "unfold":
         values, layer = torch.randn(8, 6, 4, 4), nn.Identity()
         layer.forward = lambda tiles: values
