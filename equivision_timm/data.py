@@ -10,7 +10,6 @@ hold 12 bits or fewer and would become nearly black.
 import os
 import warnings
 from collections.abc import Callable, Collection
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transf
 from timm.data.dataset_factory import _search_split
 from timm.data.readers.class_map import load_class_map
 from timm.utils.misc import natural_key
+from torchvision.transforms import Compose, Grayscale
 
 from equivision_timm.errors import InputError, install_command, reason
 
@@ -55,12 +55,9 @@ def open_rgb(path: str | Path) -> Image.Image:
 
     Transparency is dropped, and an orientation in the metadata ignored, as timm does it.
 
-    Args:
-        path: a PNG, JPEG, TIFF, WebP, AVIF, JPEG 2000, GIF, BMP or PPM file, whatever its name ends in.
-
     Raises:
-        PictureError: missing, damaged, of another format, of more than 179 megapixels, more than 300 times as long as
-            wide, or of an unknown range of values.
+        PictureError: missing, damaged, of a format not in `_FORMATS`, of more than 179 megapixels, more than 300 times
+            as long as wide, or of an unknown range of values.
     """
     name = repr(str(path))
     try:
@@ -135,8 +132,7 @@ class ImageFolder(torch.utils.data.Dataset[tuple[Any, int]]):
 
     Args:
         root: the folder, or the one above its splits.
-        split: name of a sub-folder of `root`; timm's synonyms ('val' for 'validation', ...) count as the same, and
-            without such a sub-folder `root` itself is read.
+        split: name of a sub-folder of `root` or a synonym as in timm; without such a sub-folder `root` itself is read.
         class_map: file with the classes, as `--class-map` of timm's scripts; sub-folders that it lacks are left out.
         input_img_mode: of the pictures, 'RGB' or 'L' (grey).
         search_split: False reads `root` itself.
@@ -165,9 +161,8 @@ class ImageFolder(torch.utils.data.Dataset[tuple[Any, int]]):
             self.class_to_idx: dict[str, Any] = load_class_map(class_map, self.root) if class_map else numbered
         except Exception as error:  # of pickle, the file system, or an assertion of timm
             raise InputError(f"the class map {str(class_map)!r} cannot be read: {reason(error)}") from error
-        known = zip(files, labels, strict=True)
-        numbers = self.class_to_idx
-        self.samples: list[tuple[str, Any]] = [(file, numbers[label]) for file, label in known if label in numbers]
+        classes, known = self.class_to_idx, zip(files, labels, strict=True)
+        self.samples: list[tuple[str, Any]] = [(file, classes[label]) for file, label in known if label in classes]
         if not self.samples:
             named = f" whose sub-folders are in {str(class_map)!r}" if class_map else ""
             raise InputError(
@@ -219,20 +214,12 @@ class ImageFolder(torch.utils.data.Dataset[tuple[Any, int]]):
 
 
 def preparation(config: dict[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
-    """The transform of timm's `validate.py` for a data config: a picture -> [C, H, W].
-
-    Raises:
-        InputError: the model has neither 1 nor 3 input channels.
-    """
+    """The transform of timm's `validate.py` for a data config of 1 or 3 channels: an RGB picture -> [C, H, W]."""
     channels = config["input_size"][0]
     if channels not in (1, 3):
         raise InputError(f"the model takes images of {channels} channels, and pictures have 1 or 3: use another model")
     transform: Any = create_transform(**config, is_training=False)
-    return partial(_prepare, transform, "L" if channels == 1 else "RGB")
-
-
-def _prepare(transform: Callable[[Image.Image], torch.Tensor], mode: str, picture: Image.Image) -> torch.Tensor:
-    return transform(picture.convert(mode))
+    return transform if channels == 3 else Compose([Grayscale(), transform])
 
 
 # Crops of photographs, on which the statistics of weights are checked
@@ -248,16 +235,10 @@ def load_crops(folder: str | Path | None, count: int | None = None, size: int = 
 
 
 def draw_crops(photographs: list[np.ndarray], count: int | None = None, size: int = 97, seed: int = 0) -> torch.Tensor:
-    """Random crops of photographs, normalised as for ImageNet: [count, 3, size, size] float32.
+    """Random crops of photographs [H, W, 3] uint8, normalised as for ImageNet: [count, 3, size, size] float32.
 
     Each crop is a square of 8 to 100 % of the largest square's area, as in the training of equivision; half of them
-    are mirrored. Crop i is from photograph i modulo their number.
-
-    Args:
-        photographs: [H, W, 3] uint8 each.
-        count: number of crops; one per photograph, at least 40, if None.
-        size: side in pixels.
-        seed: of the random numbers.
+    are mirrored. Crop i is from photograph i modulo their number; without `count` one from each, at least 40.
     """
     count = count or max(_LEAST, len(photographs))
     generator = torch.Generator().manual_seed(seed)
@@ -285,8 +266,7 @@ def load_photographs(folder: str | Path | None, count: int = _MOST) -> list[np.n
         count: at most so many, spread evenly over the sorted files of the folder.
 
     Raises:
-        InputError: the folder does not exist, or holds no readable picture.
-        ModuleNotFoundError: no folder is named and scikit-image is not installed.
+        InputError: the folder holds no readable picture.
     """
     if folder is None:
         return _bundled()

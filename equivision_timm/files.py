@@ -29,15 +29,7 @@ def file_sha256(path: str | Path) -> str:
 
 
 def check_writable(path: Path, make_folders: bool = False) -> None:
-    """Check before the work that `write_file` will be able to write its result.
-
-    Args:
-        path: the file to be written.
-        make_folders: missing folders above it will be made; otherwise they must exist.
-
-    Raises:
-        InputError: `path` is a folder or a device, is write-protected, or its folder cannot be written to.
-    """
+    """Raise InputError unless `write_file` can write `path`, whose folders must exist without `make_folders`."""
     try:
         folder = Path(os.path.realpath(path)).parent
         while make_folders and not os.path.lexists(folder):
@@ -53,12 +45,9 @@ def check_writable(path: Path, make_folders: bool = False) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file atomically: a reader finds the complete old file or the complete new one.
+    """Write a file atomically: a reader finds the complete old file or the complete new one, also after an OSError.
 
     Missing folders above it are made; a symbolic link stays a link.
-
-    Raises:
-        OSError: no space, no permission, ...; the old file is unchanged.
     """
     target = Path(os.path.realpath(path))
     partial = target.parent / f".{secrets.token_hex(8)}.part"

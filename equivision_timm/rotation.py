@@ -35,17 +35,10 @@ LIMITS = (90, 45, 30, 22.5, 15, 11.25)  # degrees, for groups of 2, 4, 6, 8, 12 
 
 
 def rotate(images: torch.Tensor, degrees: float) -> torch.Tensor:
-    """Rotate images [B, C, H, W] counter-clockwise about their centre.
+    """Rotate images [B, C, H, W] counter-clockwise about their centre by any finite angle.
 
     The nearest multiple of 90 degrees permutes pixels (an odd one swaps H and W); the rest, at most 45 degrees, is
     resampled bilinearly: output(x) = input(R(-angle) x). Beyond the border the image is reflected.
-
-    Args:
-        images: floating point.
-        degrees: any finite angle; counts modulo 360.
-
-    Raises:
-        ValueError: the angle is not finite.
     """
     if not math.isfinite(degrees):
         raise ValueError(f"images cannot be rotated by {degrees} degrees: give a finite angle")
@@ -94,9 +87,6 @@ class RotatedFolder(ImageFolder):
             the index, so that every model and every epoch gets the same images.
         limit: in degrees, above 0 and up to 180.
         options: other arguments of `ImageFolder`: `class_map`, `input_img_mode`, ...
-
-    Raises:
-        ValueError: such a limit does not exist, or as for `ImageFolder`.
     """
 
     def __init__(self, root: str | Path, split: str, training: bool, limit: float = 180, **options: Any) -> None:

@@ -124,7 +124,7 @@ BAD = [
 @pytest.mark.parametrize(("arguments", "message"), BAD, ids=[str(i) for i in range(len(BAD))])
 def test_bad_input_is_one_line(arguments: list[str], message: str, folder: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(demo, "predict", lambda *_: pytest.fail("work was done in vain"))
+    monkeypatch.setattr(demo, "classify", lambda *_: pytest.fail("work was done in vain"))
     monkeypatch.setattr(show, "_draw_model", lambda *_: pytest.fail("work was done in vain"))
     monkeypatch.setenv("EQUIVISION_TIMM_WEIGHTS", "no weights")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "no cache")
@@ -158,7 +158,7 @@ def interrupt(*_, **__) -> None:
     ("module", "name", "arguments"),
     [
         (show, "load", SHOW),
-        (predict, "_rows", [*PREDICT, "image.png", "--out", "old.csv"]),
+        (predict, "_classify", [*PREDICT, "image.png", "--out", "old.csv"]),
         (demo, "load_digits", ["demo", "--out", "demo.png"]),
         (rotate_eval, "load", ROTATE_EVAL),
         (convert, "convert_file", ["convert", "other.pth", "--model", "c4resnet18", "--out", "out"]),

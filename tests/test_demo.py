@@ -26,8 +26,9 @@ def test_table_and_picture(tmp_path: Path, capsys) -> None:
     digits, labels = (tensor[::10] for tensor in demo.load_digits())
     printed = capsys.readouterr().out
     assert f"{len(labels)} held-out" in printed
-    same = f"D4 ViT {len(labels)}, ConvNeXt {len(labels)}. In between"
-    assert same in " ".join(printed.split())  # the same class at 0, 90 and 180 degrees
+    (same,) = (line.split()[1:] for line in printed.splitlines() if line.startswith("  same"))
+    assert same[:4] == ["100.0"] * 4  # of the equivariant networks the same class at 0, 90 and 180 degrees
+    assert float(same[4]) < 50
     assert max(map(len, printed.splitlines()[:-1])) <= 80  # the last line is a path
     for angle in ANGLES:
         row = re.search(rf"^ *{angle}°" + r" +([\d.]+) +\d+" * len(demo.NETWORKS) + "$", printed, re.MULTILINE)
@@ -37,16 +38,6 @@ def test_table_and_picture(tmp_path: Path, capsys) -> None:
             views = [demo.classify(model, digits, angle + 90 * k) for k in range(network.rotations)]
             correct = (torch.stack(views).mean(0).argmax(1) == labels).sum().item()
             assert abs(float(figure) - 100 * correct / len(labels)) < 0.051
-
-
-def test_the_plain_networks() -> None:
-    """Quarter turns change predictions, unless it was trained with rotations: no angle is much worse than another."""
-    digits, labels = (tensor[::10] for tensor in demo.load_digits())
-    model = timm.create_model("test_c1resnet", pretrained=True).eval()
-    assert not torch.equal(demo.predict(model, digits, 0), demo.predict(model, digits, 90))
-    model.load_state_dict(load_file(PACKAGE / "digits" / "test_c1resnet_rotated.safetensors"))
-    correct = [(demo.predict(model, digits, angle) == labels).double().mean().item() for angle in (0, 90, 180, 225)]
-    assert min(correct) > 0.8
 
 
 def test_upright_digits_are_those_of_timms_evaluation() -> None:

@@ -1,17 +1,14 @@
 """The command `demo`: rotated handwritten digits, classified by equivariant and plain networks.
 
-Equivariant are a ResNet for C8, an alias-free one, made for the angles between the quarter turns, too, and for D4 a
-vision transformer and a ConvNeXt, in the table only. Plain are the ResNet without the group, the same trained with
-random rotations, and the same averaged over quarter turns: the alternatives to equivariance. All weights are in the
-package, trained on the same digits; the ResNets have about as many parameters. The digits of the demo were held out.
+All weights are in the package, trained on the same digits; the ResNets have about as many parameters. The digits of
+the demo were held out.
 """
 
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import fill
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import timm
 import torch
@@ -28,9 +25,8 @@ from equivision_timm.rotation import rotate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-__all__ = ["classify", "load_digits", "measure", "predict", "register", "turn"]
+__all__ = ["classify", "load_digits", "measure", "register", "turn"]
 
 
 def register(commands: Parsers) -> None:
@@ -38,8 +34,8 @@ def register(commands: Parsers) -> None:
     more = """Prints a table of accuracies at 24 angles and a summary, and draws a picture. Networks and digits
         are in the package; about half a minute on two cores."""
     parser = add_command(commands, "demo", run, "{out} was not written", text, more)
-    out = Path("equivision_demo.png")
-    parser.add_argument("--out", type=Path, default=out, metavar="FILE", help="picture to write (default: %(default)s)")
+    text = "picture to write (default: %(default)s)"
+    parser.add_argument("--out", type=Path, default=Path("equivision_demo.png"), metavar="FILE", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,28 +64,31 @@ PLAIN = Network("plain", "no symmetry", "test_c1resnet", "test_c1resnet", "#d55e
 ROTATED = Network("rotated", "trained with all rotations", "test_c1resnet", "test_c1resnet_rotated", "#009e73")
 AVERAGED = Network("averaged", "mean of four rotations", "test_c1resnet", "test_c1resnet", "#cc79a7", 4)
 NETWORKS = (ALIAS_FREE, EQUIVARIANT, TRANSFORMER, CONVNEXT, PLAIN, ROTATED, AVERAGED)
+Predictions: TypeAlias = dict[Network, torch.Tensor]  # classes [angles, N]
 ANGLES = tuple(range(0, 360, 15))
 PICTURED = (2, 5, 6, 7, 9)  # the first held-out digit of each of these classes is shown
-_WIDTH = 80  # characters
+_LEGEND = """
+same: per cent of the digits that have one class at all quarter turns. At other
+angles strides alias, less with a low pass before them (af). An upside-down 6 is
+a 9: for equivariant networks only the handwriting tells them apart, while the
+plain network, like a reader, uses the orientation."""
 
 
 def measure(out: Path, angles: Sequence[int] = ANGLES, every: int = 1) -> None:
-    """Classify the digits at all angles, print the table and write the picture.
-
-    Args:
-        out: file of the picture; its folder must exist.
-        angles: in degrees, counter-clockwise.
-        every: use every n-th of the digits only.
+    """Classify every n-th of the digits at all angles (degrees), print the table and write the picture to `out`.
 
     Raises:
         InputError: `out` cannot be written, or does not end as a picture; found before the work.
     """
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
     from equivision_timm.cli.figures import check_figure_file, plain_text, save_figure
 
     check_figure_file(out)
     digits, labels = (tensor[::every] for tensor in load_digits())
     logits: dict[tuple[str, int], torch.Tensor] = {}  # [N, 10] for each file of weights and angle
-    predictions = {}  # [angles, N] for each network
+    predictions: Predictions = {}
     for network in NETWORKS:
         weights = str(DIGITS / f"{network.file}.safetensors")
         model = fuse(timm.create_model(network.model, num_classes=10, checkpoint_path=weights).eval())
@@ -101,10 +100,14 @@ def measure(out: Path, angles: Sequence[int] = ANGLES, every: int = 1) -> None:
         means = [torch.stack([logits[network.file, angle] for angle in seen]).mean(0) for seen in views]
         predictions[network] = torch.stack(means).argmax(2)
     print(_table(predictions, labels, angles))
-    print(_meaning(predictions, labels, angles))
+    print(_LEGEND)
     drawn = {network: predicted for network, predicted in predictions.items() if network.colour}
     with plain_text():
-        save_figure(_picture(drawn, digits, labels, angles), out, dpi=110)
+        figure = Figure(figsize=(13, 6.4), layout=ConstrainedLayoutEngine(h_pad=0.12))
+        left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1, 1.2))[0]
+        _draw_accuracy(left.add_subplot(projection="polar"), drawn, labels, angles)
+        _draw_digits(right.add_subplot(), drawn, digits, labels, angles)
+        save_figure(figure, out, dpi=110)
     print(f"\nPicture: {one_line(str(out))}")
 
 
@@ -134,11 +137,6 @@ def classify(model: nn.Module, digits: torch.Tensor, degrees: float) -> torch.Te
     return torch.cat([model(batch) for batch in ((images - mean) / std).split(100)])
 
 
-def predict(model: nn.Module, digits: torch.Tensor, degrees: float) -> torch.Tensor:
-    """The classes [N] of digits [N, H, W], rotated by an angle."""
-    return classify(model, digits, degrees).argmax(1)
-
-
 def _accuracy(predicted: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Percentage of correct predictions [..., N], per angle."""
     return 100 * (predicted == labels).double().mean(-1)
@@ -151,68 +149,25 @@ def _swapped(predicted: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return 100 * swaps.double() / (six | nine).sum()
 
 
-def _table(predictions: dict[Network, torch.Tensor], labels: torch.Tensor, angles: Sequence[int]) -> str:
+def _table(predictions: Predictions, labels: torch.Tensor, angles: Sequence[int]) -> str:
     """Two columns for each network."""
-    figures = torch.stack([f(p, labels) for p in predictions.values() for f in (_accuracy, _swapped)])  # [columns, A]
+    correct, swapped = (torch.stack([f(p, labels) for p in predictions.values()]) for f in (_accuracy, _swapped))
+    columns = torch.stack([correct, swapped], 2)  # [networks, angles, 2]
+    worst = torch.stack([correct.amin(1), swapped.amax(1)], 1)  # [networks, 2]
+    rows = [*zip([f"{angle}°" for angle in angles], columns.unbind(1), strict=True)]
     lines = [f"\n{len(labels)} held-out digits, rotated: per cent correct; 6/9: of 6 and 9, confused\n"]
     lines += [f"{network.title:>9}  {network.model}, {network.kind}" for network in predictions]
     lines.append("\n      " + "".join(f"{network.title:>10}" for network in predictions))
     lines.append(" angle" + "     % 6/9" * len(predictions))
-    for title, row in zip([f"{angle}°" for angle in angles] + ["mean"], [*figures.T, figures.mean(1)], strict=True):
-        cells = (f"{correct:6.1f}{swapped:4.0f}" for correct, swapped in row.view(-1, 2).tolist())
-        lines.append(f"{title:>6}" + "".join(cells))
+    for title, row in [*rows, ("mean", columns.mean(1)), ("worst", worst)]:
+        lines.append(f"{title:>6}" + "".join(f"{right:6.1f}{wrong:4.0f}" for right, wrong in row.tolist()))
+    quarters = [predicted[[angle % 90 == 0 for angle in angles]] for predicted in predictions.values()]  # [turns, N]
+    same = (100 * (q == q[0]).all(0).double().mean() for q in quarters)
+    lines.append("  same" + "".join(f"{percent:6.1f}    " for percent in same).rstrip())
     return "\n".join(lines)
 
 
-def _meaning(predictions: dict[Network, torch.Tensor], labels: torch.Tensor, angles: Sequence[int]) -> str:
-    """The figures in words."""
-    quarter = [angle % 90 == 0 for angle in angles]
-    accuracy = {network: _accuracy(predicted, labels) for network, predicted in predictions.items()}
-    swapped = {network: _swapped(predicted, labels) for network, predicted in predictions.items()}
-
-    def same(network: Network) -> int:
-        upright, *others = predictions[network][quarter]
-        return int(torch.stack([upright == other for other in others]).all(0).sum())
-
-    def figures(network: Network) -> str:
-        values = accuracy[network]
-        return f"{values.mean():.1f} % on average, {values.min():.1f} % at worst ({angles[int(values.argmin())]}°)"
-
-    worst = int(swapped[PLAIN].argmax())
-    paragraphs = (
-        f"Quarter turns are exact: C8 gives {same(EQUIVARIANT)} of {len(labels)} digits the same class at each of "
-        f"them, C8 af {same(ALIAS_FREE)}, D4 ViT {same(TRANSFORMER)}, ConvNeXt {same(CONVNEXT)}. In between, 45° "
-        f"included, strides alias: C8 has {figures(EQUIVARIANT)}. C8 af, with smooth kernels and a low pass before "
-        f"each stride, has {figures(ALIAS_FREE)}. D4 ViT and ConvNeXt, for quarter turns and reflections, have "
-        f"{figures(TRANSFORMER)}, and {figures(CONVNEXT)}.",
-        f"Alternatives to equivariance. '{ROTATED.title}', the plain network trained with all rotations: "
-        f"{figures(ROTATED)}, and {accuracy[ROTATED][0]:.1f} % of the upright digits (plain: "
-        f"{accuracy[PLAIN][0]:.1f} %, C8 af: {accuracy[ALIAS_FREE][0]:.1f} %). '{AVERAGED.title}', the mean of the "
-        f"logits of plain over the four quarter turns of each image, in four times the time: {figures(AVERAGED)}.",
-        f"6 and 9: for C8 a digit and the same digit upside down are one image, so the handwriting is the only "
-        f"difference: {swapped[EQUIVARIANT].mean():.1f} % are confused on average over the angles. The plain "
-        f"network uses the orientation, as readers do: {swapped[PLAIN][0]:.1f} % upright, "
-        f"{swapped[PLAIN][worst]:.1f} % at {angles[worst]}°.",
-    )
-    return "\n".join("\n" + fill(paragraph, _WIDTH) for paragraph in paragraphs)
-
-
-def _picture(
-    predictions: dict[Network, torch.Tensor], digits: torch.Tensor, labels: torch.Tensor, angles: Sequence[int]
-) -> "Figure":
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    figure = Figure(figsize=(13, 6.4), layout=ConstrainedLayoutEngine(h_pad=0.12))
-    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1, 1.2))[0]
-    _draw_accuracy(left.add_subplot(projection="polar"), predictions, labels, angles)
-    _draw_digits(right.add_subplot(), predictions, digits, labels, angles)
-    return figure
-
-
-def _draw_accuracy(
-    axes: "Axes", predictions: dict[Network, torch.Tensor], labels: torch.Tensor, angles: Sequence[int]
-) -> None:
+def _draw_accuracy(axes: "Axes", predictions: Predictions, labels: torch.Tensor, angles: Sequence[int]) -> None:
     """Polar plot of the accuracy against the angle of the digits."""
     closed = torch.tensor([*angles, angles[0]]).deg2rad()
     for network, predicted in predictions.items():
@@ -228,11 +183,7 @@ def _draw_accuracy(
 
 
 def _draw_digits(
-    axes: "Axes",
-    predictions: dict[Network, torch.Tensor],
-    digits: torch.Tensor,
-    labels: torch.Tensor,
-    angles: Sequence[int],
+    axes: "Axes", predictions: Predictions, digits: torch.Tensor, labels: torch.Tensor, angles: Sequence[int]
 ) -> None:
     """A row per digit, a column per angle, the predictions of all networks below each image."""
     from matplotlib.patches import Patch
@@ -257,14 +208,6 @@ def _draw_digits(
     axes.axis("off")
     axes.set_title("Predictions: filled if correct, hollow if wrong", fontweight="bold", fontsize=13, pad=16)
     squares = [Patch(color=network.colour, label=network.title) for network in predictions]
-    axes.legend(
-        handles=squares,
-        title="squares, from left to right",
-        loc="upper center",
-        bbox_to_anchor=(0.5, 0.0),
-        ncols=len(squares),
-        frameon=False,
-        fontsize=11,
-        handlelength=1,
-        handleheight=1,
-    )
+    size = {"ncols": len(squares), "fontsize": 11, "handlelength": 1, "handleheight": 1}
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "frameon": False}
+    axes.legend(handles=squares, title="squares, from left to right", **place, **size)

@@ -3,8 +3,6 @@
 import argparse
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,27 +42,23 @@ def run(args: argparse.Namespace) -> int:
     check_writable(args.out, make_folders=True)
     names = None if args.class_map is None else read_class_map(args.class_map)
     loaded = load(args.model, args.size, model_kwargs=args.model_kwargs)
-    network, shape = loaded.model, loaded.input_size
-    loaded.try_image(torch.zeros(shape))
-    metadata = _metadata(loaded, loaded.class_names(names))
-    content = _as_onnx(fuse(network, "blocks"), shape, metadata)
-    images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    network, (channels, height, width) = loaded.model, loaded.input_size
+    images = torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(0))
+    loaded.try_image(images[0])
+    content = _as_onnx(fuse(network, "blocks"), images, _metadata(loaded, loaded.class_names(names)))
     with torch.inference_mode():
         expected = network(images)
-    height, width = shape[1:]
     quarters = 1 if height == width else 2
     logits, rotated = _run(content, images), _run(content, images.rot90(quarters, dims=(2, 3)))
-    error = _difference(logits, expected)
+    error, change = _difference(logits, expected), _difference(rotated, logits)
     if not error <= _TOLERANCE:
         raise RuntimeError(
             f"the ONNX file computes other logits than {args.model!r}, by {error:.1e} of the largest: not written"
         )
     write_file(args.out, content)
     print(f"{one_line(str(args.out))}: {len(content) / 1e6:.1f} MB, logits within {error:.0e} of the model's")
-    print(
-        f"rotated by {90 * quarters} degrees at {height} x {width} pixels they change by "
-        f"{_difference(rotated, logits):.0e} of the largest"
-    )
+    angle = f"{90 * quarters} degrees at {height} x {width} pixels"
+    print(f"rotated by {angle} they change by {change:.0e} of the largest")
     return 0
 
 
@@ -103,39 +97,25 @@ def _metadata(loaded: Loaded, classes: list[str]) -> dict[str, str]:
     }
 
 
-def _as_onnx(network: nn.Module, shape: tuple[int, int, int], metadata: dict[str, str]) -> bytes:
-    """The file for images [batch, *shape]; its input is called 'images', its output 'logits'."""
-    batch = torch.export.Dim("batch", min=1)
-    with _quiet():
-        program = torch.onnx.export(
+def _as_onnx(network: nn.Module, images: torch.Tensor, metadata: dict[str, str]) -> bytes:
+    """The file for any number of such images; its input is called 'images', its output 'logits'."""
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own
+        program: Any = torch.onnx.export(
             network,
-            (torch.zeros(2, *shape),),
+            (images,),
             input_names=["images"],
             output_names=["logits"],
-            dynamic_shapes=({0: batch},),
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
             dynamo=True,
             verbose=False,
         )
-    assert program is not None
     proto = program.model_proto
     for key, value in metadata.items():
         proto.metadata_props.add(key=key, value=value)
     proto.doc_string = metadata["description"]
     return proto.SerializeToString()  # at most 2 GB
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's own messages."""
-    logger = logging.getLogger("onnxscript")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def _run(content: bytes, images: torch.Tensor) -> torch.Tensor:

@@ -33,17 +33,11 @@ class Row:
     group: str  # for example 'c8'
     fields: int  # number of regular fields of the stem
     parameters: int  # their number
-    # 10^9 multiply-accumulates of one image as `fuse` and `export` compute them, block diagonal where that costs less;
-    # those of an adapted model on all views
-    gmacs: float
-    # those of a dense network with as many channels; of an adapted model those of the backbone on one view; None if
-    # neither this package nor timm has such a network
-    dense_gmacs: float | None
+    gmacs: float  # 10^9 multiply-accumulates of an image as `fuse` and `export` compute them (adapted: of all views)
+    dense_gmacs: float | None  # of a dense network as wide (adapted: of the backbone on one view); None without one
     size: int  # side of that image in pixels, the model's own
     exact_sizes: tuple[int, int]  # the largest exact size up to `--near`, and the smallest from there on
-    # source of `pretrained=True`: 'package', 'local folder', 'Hub', "timm's Hub"; else 'fetch' if that command
-    # downloads them, or 'none'
-    weights: str
+    weights: str  # source of `pretrained=True`; else 'fetch' if that command downloads them, or 'none'
     licence: str  # of these weights; '' without weights
 
 
@@ -69,11 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def list_models(pattern: str = "*", near: int = 224) -> list[Row]:
-    """The models whose names match a shell pattern, sorted by name.
-
-    Raises:
-        InputError: no model matches, or images of `near` pixels are too small for one.
-    """
+    """The models whose names match a shell pattern, sorted by name; InputError if none does, or `near` is too small."""
     names = fnmatch.filter(model_names(), pattern)
     if not names:
         close = difflib.get_close_matches(pattern.strip("*"), model_names(), n=3)
@@ -119,21 +109,20 @@ def _plain_gmacs(name: str, shape: tuple[int, int, int]) -> float:
 def _place(name: str) -> str:
     """Where `create_model(name, pretrained=True)` looks, in its order."""
     cfg = resolve_pretrained_cfg(name)
-    if cfg.file:
-        return "package"
-    if (local_folder(name) / WEIGHTS_FILE).is_file():
-        return "local folder"
-    if name in PUBLISHED:
-        return "Hub"
-    if cfg.hf_hub_id:  # of a model of timm, whose weights are adapted
-        return "timm's Hub"
-    return "fetch" if name in released() else "none"
+    places = {
+        "package": cfg.file,
+        "local folder": (local_folder(name) / WEIGHTS_FILE).is_file(),
+        "Hub": name in PUBLISHED,
+        "timm's Hub": cfg.hf_hub_id,  # of a model of timm, whose weights are adapted
+        "fetch": name in released(),
+    }
+    return next((place for place, found in places.items() if found), "none")
 
 
 def _table(rows: list[Row], near: int) -> str:
     exact = f"exact near {near}"
     head = ("model", "group", "fields", "params (M)", "GMACs", "dense", "at", exact, "weights", "licence")
-    lines: list[tuple[str, ...]] = [head]
+    lines = [head]
     for row in rows:
         sizes = ", ".join(map(str, dict.fromkeys(row.exact_sizes)))
         dense = "-" if row.dense_gmacs is None else _short(row.dense_gmacs)

@@ -1,6 +1,6 @@
-"""The command line: `equivision-timm COMMAND ...`, or `equivision-timm SCRIPT.py ...` for a script of timm.
+"""`equivision-timm COMMAND ...`, also `python -m equivision_timm`; or `... SCRIPT.py` for a script of timm.
 
-Also `python -m equivision_timm`. Each command is a file, which adds its options in `register(commands)`.
+Each command is a file, which adds its options in `register(commands)`.
 """
 
 import argparse
@@ -35,7 +35,6 @@ __all__ = ["main", "make_parser"]
 
 _COMMANDS = (demo, list_models, predict, export, rotate_eval, show, tune, configs, fetch, publish, convert, verify)
 _EXTRAS = {"matplotlib": "tools", "onnx": "export", "onnxruntime": "export", "onnxscript": "export"}
-_CONSOLE_SCRIPT = "equivision-timm"
 _WHERE = (
     "timm's scripts are in its repository, not in its wheel: git clone "
     "https://github.com/huggingface/pytorch-image-models, and give the path of the script"
@@ -43,21 +42,19 @@ _WHERE = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command, or the script named in its place.
+    """Run one command, or the script named in its place, whose errors pass through.
 
     Returns:
         The exit status: 0; 1 if the work or a check of `verify` failed; 2 for input that cannot be used; 130 after
-        Ctrl-C. All but 0 come with one line on stderr; `python -X dev` shows the traceback. The errors of a script pass
-        through.
+        Ctrl-C. All but 0 come with one line on stderr; `python -X dev` shows the traceback.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     first = arguments[0] if arguments else ""
     args = argparse.Namespace(interrupted="nothing was done", typed=[*_program().split(), *arguments])
-    label = "equivision_timm"
+    parser, names = make_parser()
+    label = first if first in names else "equivision_timm"
     try:
-        parser, names = make_parser()
         if not first or first.startswith("-") or first in names:
-            label = first if first in names else label
             parser.parse_args(arguments, args)
             if isinstance(sys.stdout, io.TextIOWrapper):
                 sys.stdout.reconfigure(errors="backslashreplace")  # characters that its encoding lacks
@@ -101,7 +98,8 @@ class _Parser(argparse.ArgumentParser):
 
 def _program() -> str:
     """How the user called this program."""
-    return _CONSOLE_SCRIPT if sys.argv and Path(sys.argv[0]).stem == _CONSOLE_SCRIPT else "python -m equivision_timm"
+    script = "equivision-timm"
+    return script if sys.argv and Path(sys.argv[0]).stem == script else "python -m equivision_timm"
 
 
 def _report(label: str, error: BaseException, args: argparse.Namespace) -> int:

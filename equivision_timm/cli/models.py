@@ -33,8 +33,7 @@ class Loaded:
     spec: str  # as the user typed it
     model: nn.Module  # in eval mode, with `num_classes`
     config: dict[str, Any]  # timm's data config, how images are prepared
-    # keywords of `create_model` that shaped the model, from its checkpoint and the command line
-    options: dict[str, Any]
+    options: dict[str, Any]  # keywords of `create_model`, from its checkpoint and the command line
 
     @property
     def input_size(self) -> tuple[int, int, int]:
@@ -97,13 +96,13 @@ def load(
     model_kwargs: dict[str, Any] | None = None,
     test_size: bool = False,
 ) -> Loaded:
-    """The model of a spec, in eval mode on the CPU.
+    """The model of a spec, in eval mode on the CPU, as in the training of its checkpoint unless other arguments differ.
 
     Args:
         spec: `NAME` or `NAME=CHECKPOINT`.
-        size: side of the images; as in the training of the checkpoint, or the model's own, if None.
-        num_classes: classes of the model; as the checkpoint has, or the model's own, if None.
-        model_kwargs: further keywords of `timm.create_model`; they override those of the checkpoint.
+        size: side of the images.
+        num_classes: number of classes.
+        model_kwargs: further keywords of `timm.create_model`.
         test_size: without `size` and training, images have the size at which the model is validated.
 
     Raises:
@@ -115,9 +114,8 @@ def load(
     trained = content.get("arch")
     if isinstance(trained, str) and trained.partition(".")[0] != name.partition(".")[0]:
         raise InputError(f"{checkpoint!r} is a checkpoint of {trained!r}, not of {name!r}: use {trained}={checkpoint}")
-    arguments = content.get("args")
-    given = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
-    training = {key: value for key, value in given.items() if value is not None}
+    given = content.get("args") if isinstance(content.get("args"), argparse.Namespace) else argparse.Namespace()
+    training = {key: value for key, value in vars(given).items() if value is not None}
     options = {**_model_options(training), **(model_kwargs or {})}
     classes = num_classes or (_count_classes(content, name) if checkpoint else None)
     try:
@@ -135,20 +133,17 @@ def load(
             f"file with as many, {name}=CHECKPOINT"
         )
     config = resolve_data_config(training, model=model, use_test_size=test_size)
-    channels, height, width = config["input_size"]
-    config["input_size"] = (channels, height, width) if size is None else (channels, size, size)
+    channels = config["input_size"][0]
+    config["input_size"] = tuple(config["input_size"]) if size is None else (channels, size, size)
     config |= {key: adapt_to_chs(config[key], channels) for key in ("mean", "std")}  # as timm's loader does it
     return Loaded(spec, model.eval(), config, options)
 
 
 def _model_options(training: dict[str, Any]) -> dict[str, Any]:
     """The keywords of `create_model` in the arguments of timm's train.py that shape a model or what it computes."""
-    options = {**training.get("model_kwargs", {}), **{k: training[k] for k in ("in_chans", "bn_eps") if k in training}}
-    if "in_chans" not in training and "input_size" in training:
-        options["in_chans"] = training["input_size"][0]
-    if "gp" in training:
-        options["global_pool"] = training["gp"]
-    return options
+    own = {"in_chans": training["input_size"][0]} if "input_size" in training else {}
+    own |= {key: training[key] for key in ("in_chans", "bn_eps") if key in training}
+    return {**training.get("model_kwargs", {}), **own, **({"global_pool": training["gp"]} if "gp" in training else {})}
 
 
 def split_spec(spec: str) -> tuple[str, str]:
@@ -168,11 +163,7 @@ def short_name(spec: str) -> str:
 
 
 def check_spec(spec: str) -> None:
-    """Check a spec without loading anything.
-
-    Raises:
-        InputError: timm does not know the name (similar ones are named); the checkpoint does not exist.
-    """
+    """Raise InputError if timm does not know the name, or the checkpoint does not exist, without loading anything."""
     name, checkpoint = split_spec(spec)
     if ":" not in name and not timm.is_model(name):  # 'hf-hub:...' is looked up when it is loaded
         near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=4, cutoff=0.5)
@@ -199,8 +190,8 @@ def _count_classes(content: dict[str, Any], name: str) -> int | None:
     states = (content.get(key) for key in ("state_dict_ema", "model_ema", "state_dict", "model"))
     state = clean_state_dict(next((state for state in states if isinstance(state, dict)), content))
     cfg = None if ":" in name else get_pretrained_cfg(name)
-    classifier = cfg.classifier if cfg else None  # a distilled model has two
-    weight = state.get(f"{classifier[0] if isinstance(classifier, tuple) else classifier}.weight")
+    classifier = cfg.classifier if cfg else None
+    weight = state.get(f"{classifier[0] if isinstance(classifier, tuple) else classifier}.weight")  # distilled: two
     return weight.shape[0] if isinstance(weight, torch.Tensor) else None
 
 
@@ -211,9 +202,8 @@ def _remedy(name: str, checkpoint: str) -> str:
     tags = timm.list_pretrained(f"{architecture}.*")
     if tag and tags and name not in tags:
         return f"Its pretrained tags are {', '.join(tags)}."
-    known = (
-        "Pretrained weights are downloaded once: connect, set HF_ENDPOINT" if tags else "It has no pretrained weights"
-    )
+    connect = "Pretrained weights are downloaded once: connect, set HF_ENDPOINT"
+    known = connect if tags else "It has no pretrained weights"
     return f"{known}; or give a file, {name}=CHECKPOINT."
 
 
@@ -235,11 +225,7 @@ def read_class_map(path: Path) -> list[str]:
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device of this name; the GPU, if there is one, if None.
-
-    Raises:
-        InputError: there is no such device, or it cannot compute.
-    """
+    """The device of this name; the GPU, if there is one, if None. Raises InputError if it cannot compute."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)

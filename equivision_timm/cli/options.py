@@ -36,15 +36,9 @@ _MOST_ANGLES = 3600
 def add_command(
     commands: Parsers, name: str, run: Callable[[argparse.Namespace], int], interrupted: str, help: str, more: str
 ) -> argparse.ArgumentParser:
-    """The parser of a command.
+    """The parser of a command: `help` is the line in the list of commands, which its description continues by `more`.
 
-    Args:
-        commands: of the program.
-        name: of the command.
-        run: executes the command; returns the exit status.
-        interrupted: state of the files after Ctrl-C.
-        help: one line for the list of commands, with which the description begins.
-        more: rest of the description.
+    `run` returns the exit status; `interrupted` is the state of the files after Ctrl-C, with options in braces.
     """
     parser = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}. {more}")
     parser.set_defaults(run=run, interrupted=interrupted)
@@ -54,16 +48,12 @@ def add_command(
 def integer(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
     """Type of an argument: an integer from `least` to `most`."""
 
-    def parse(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            number = None
-        if number is None or not least <= number <= most:
+    def integer(text: str) -> int:
+        if not least <= (number := int(text)) <= most:
             raise argparse.ArgumentTypeError(f"{text!r} is not possible: give a number from {least} to {most}")
         return number
 
-    return parse
+    return integer
 
 
 def add_model(parser: argparse.ArgumentParser, several: bool = False, option: bool = True) -> None:
@@ -91,9 +81,6 @@ def parse_angles(text: str) -> list[float]:
     """The angles of 'start:stop:step' (stop included if it is met) or of a list '0,45,90', in degrees.
 
     Full turns are subtracted, and of angles that mean the same rotation the first is returned: 360 is 0, 270 is -90.
-
-    Raises:
-        argparse.ArgumentTypeError: neither of them, or more than 3600 angles.
 
     Example:
         >>> parse_angles("0:360:90")
@@ -128,30 +115,21 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "device": {"help": "device of PyTorch (default: cuda if available, else cpu)"},
     "images": {"type": Path, "metavar": "DIR", "help": "folder of photographs (default: those of scikit-image)"},
     "json": {"action": "store_true", "help": "print JSON instead of the table"},
-    "num-classes": {
-        "type": integer(1, 10**6),
-        "metavar": "N",
-        "help": "number of classes (default: as trained, or the model's)",
-    },
+    "num-classes": {"type": integer(1, 10**6), "metavar": "N", "help": "classes (default: as trained, or the model's)"},
     "signs": {
         "metavar": "PATTERN",
         "help": "sign pattern of a D4 or D8 checkpoint, by name or as '+' and '-' (default: found on photographs)",
     },
-    "size": {
-        "type": integer(1, 8192),
-        "metavar": "N",
-        "help": "side of the images in pixels (default: as trained, or the model's)",
-    },
+    "size": {"type": integer(1, 8192), "metavar": "N", "help": "side of the images in pixels (default: as trained)"},
 }
 
 
 def add_options(parser: argparse.ArgumentParser, *names: str, **defaults: Any) -> None:
-    """Options that several commands have, `names` without '--', with defaults that differ from None."""
+    """Options that several commands have, `names` without '--'; `defaults` by destination, None if not given."""
     for name in names:
-        short = ["-b"] if name == "batch-size" else []
         dest = name.replace("-", "_")
         keywords = {"default": defaults[dest]} if dest in defaults else {}
-        parser.add_argument(*short, f"--{name}", **_OPTIONS[name], **keywords)
+        parser.add_argument(*(["-b"] if name == "batch-size" else []), f"--{name}", **_OPTIONS[name], **keywords)
 
 
 def for_each(names: Iterable[str], action: Callable[[str], object]) -> int:

@@ -8,8 +8,8 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -21,18 +21,7 @@ from equivision_timm.data import ENDINGS, PictureError, find_pictures, open_rgb,
 from equivision_timm.errors import InputError, one_line
 from equivision_timm.files import check_writable, write_file
 
-__all__ = ["Prediction", "register"]
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """A row of the result: one class of one image."""
-
-    file: str  # the image
-    rank: int  # 1 for the most probable class
-    index: int  # number of the class, from 0: its place among the outputs of the model
-    name: str  # name of the class; its number if no name is known
-    probability: float  # softmax of the logits, between 0 and 1
+__all__ = ["register"]
 
 
 def register(commands: Parsers) -> None:
@@ -61,30 +50,26 @@ def run(args: argparse.Namespace) -> int:
     names = None if args.class_map is None else read_class_map(args.class_map)
     device = find_device(args.device)
     loaded = load(args.model, args.size, model_kwargs=args.model_kwargs)
-    batch_size = min(args.batch_size, len(files))
     loaded.try_image(torch.zeros(loaded.input_size))
-    names = loaded.class_names(names)
-    topk = min(args.topk, len(names))
-    network, prepare = loaded.model.to(device), preparation(loaded.config)
-    rows: list[Prediction] = []
+    names, prepare = loaded.class_names(names), preparation(loaded.config)
+    model = loaded.model.to(device)
+    found: list[dict[str, Any]] = []
     with tqdm(total=len(files), unit="image", file=sys.stderr) as progress:
-        for start in range(0, len(files), batch_size):
-            chunk = files[start : start + batch_size]
+        for chunk in (files[start : start + args.batch_size] for start in range(0, len(files), args.batch_size)):
             images = dict(_read(chunk, prepare))
             if images:
-                rows += _rows(network, torch.stack(list(images.values())).to(device), list(images), names, topk)
+                found += _classify(model, torch.stack(list(images.values())).to(device), list(images), names, args.topk)
             progress.update(len(chunk))
-    done = len({row.file for row in rows})
-    if not done:
+    if not found:
         raise InputError(f"none of the {len(files)} images can be read, such as {files[0]!r}: name others")
-    text = _as_json(rows) if args.format == "json" else _as_csv(rows)
+    text = json.dumps(found, indent=1) + "\n" if args.format == "json" else _as_csv(found)
     if args.out is None:
         sys.stdout.write(text)
     else:
         write_file(args.out, text.encode())
     if names == [str(index) for index in range(len(names))]:
         print("predict: the classes have no names, only numbers; --class-map FILE gives names", file=sys.stderr)
-    return 0 if done == len(files) else 1
+    return 0 if len(found) == len(files) else 1
 
 
 def _files(path: str) -> list[str]:
@@ -95,7 +80,7 @@ def _files(path: str) -> list[str]:
     return found
 
 
-def _read(files: list[str], prepare) -> Iterator[tuple[str, torch.Tensor]]:
+def _read(files: list[str], prepare: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """The files that can be read, and their images [C, H, W]; the others are reported on stderr."""
     for file in files:
         try:
@@ -105,29 +90,25 @@ def _read(files: list[str], prepare) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 @torch.inference_mode()
-def _rows(model: nn.Module, batch: torch.Tensor, files: list[str], names: list[str], topk: int) -> list[Prediction]:
-    """The most probable `topk` classes of images [B, C, H, W]."""
-    probabilities, indices = model(batch).float().softmax(1).cpu().topk(topk)  # [B, topk] each
-    return [
-        Prediction(file.encode(errors="backslashreplace").decode(), rank, index, names[index], probability)
-        for file, best, values in zip(files, indices.tolist(), probabilities.tolist(), strict=True)
-        for rank, (index, probability) in enumerate(zip(best, values, strict=True), start=1)
-    ]
+def _classify(
+    model: nn.Module, images: torch.Tensor, files: list[str], names: list[str], topk: int
+) -> list[dict[str, Any]]:
+    """The most probable classes of each of images [B, C, H, W]."""
+    probabilities, indices = model(images).float().softmax(1).cpu().topk(min(topk, len(names)))  # [B, topk] each
+    found = []
+    for file, best, values in zip(files, indices.tolist(), probabilities.tolist(), strict=True):
+        ranks = enumerate(zip(best, values, strict=True), start=1)
+        classes = [{"rank": k, "index": i, "name": names[i], "probability": value} for k, (i, value) in ranks]
+        found.append({"file": file.encode(errors="backslashreplace").decode(), "classes": classes})
+    return found
 
 
-def _as_json(rows: list[Prediction]) -> str:
-    """A list of objects, one for each image."""
-    images: dict[str, list[dict]] = {}
-    for row in rows:
-        entry = asdict(row)
-        images.setdefault(entry.pop("file"), []).append(entry)
-    return json.dumps([{"file": file, "classes": classes} for file, classes in images.items()], indent=1) + "\n"
-
-
-def _as_csv(rows: list[Prediction]) -> str:
+def _as_csv(found: list[dict[str, Any]]) -> str:
     """A line for each class of each image."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(Prediction)], lineterminator="\n")
+    writer = csv.DictWriter(text, ["file", "rank", "index", "name", "probability"], lineterminator="\n")
     writer.writeheader()
-    writer.writerows({**asdict(row), "probability": f"{row.probability:.6f}"} for row in rows)
+    for image in found:
+        for row in image["classes"]:
+            writer.writerow({"file": image["file"], **row, "probability": f"{row['probability']:.6f}"})
     return text.getvalue()

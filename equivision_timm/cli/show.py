@@ -1,15 +1,13 @@
 """The command `show`: one picture of an image at several angles, the predictions, and the feature maps.
 
-For an equivariant network f and a rotation g, f(g x) = g f(x): rotating the map of the rotated image back gives the map
-of the upright image. The picture shows, for every model and angle, the rotated image with the prediction, one feature
-map, the same map rotated back, and its distance from the upright one:
+The picture shows, for every model and angle, the rotated image with the prediction, one feature map, the same map
+rotated back, and its distance from the upright one, which an equivariant network f, f(g x) = g f(x), makes zero:
 
     |g^-1 f(g x) - f(x)| / |f(x)|        in a disc of 0.8 times the inscribed radius, as in `testing.angle_error`
 
-The border is left out: there the rotated image lacks pixels. The last row shows the difference relative to the range of
-the upright map, with one linear scale for all models. The map of an equivariant model is the mean over one regular
-field, a scalar map; that of another model is one channel. Shown is the one with the largest variance over the upright
-image.
+The last row shows the difference relative to the range of the upright map, with one linear scale for all models. The
+map of an equivariant model is the mean over one regular field, a scalar map; that of another model is one channel.
+Shown is the one with the largest variance over the upright image.
 """
 
 import argparse
@@ -28,7 +26,6 @@ from equivision_timm.groups import Group
 from equivision_timm.rotation import inscribed_circle, rotate
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import SubFigure
 
 __all__ = ["map_error", "register", "scalar_maps"]
@@ -51,8 +48,8 @@ def register(commands: Parsers) -> None:
     add_model(parser, several=True)
     add_options(parser, "num-classes", "class-map", "angles", "size", angles="0,45,90,180")
     add("--level", type=int, default=1, metavar="N", help="which feature map, 0 for the stem (default: %(default)s)")
-    out = Path("equivision_show.png")
-    add("--out", type=Path, default=out, metavar="FILE", help="picture to write (default: %(default)s)")
+    text = "picture to write (default: %(default)s)"
+    add("--out", type=Path, default=Path("equivision_show.png"), metavar="FILE", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -124,31 +121,28 @@ def _measure(
     """The columns of a model, one for each angle, for an image [C, H, W]."""
     model: Any = loaded.model
     loaded.try_image(upright)
-    images = [rotate(upright[None], angle) for angle in angles]  # [1, C, H, W] each
-    predictions = [model(x).softmax(1)[0] for x in images]
-    reference = scalar_maps(model, upright[None], level)[0]  # [maps, h, w]
-    count, chosen = len(reference), int(reference.flatten(1).var(1, correction=0).argmax())
-    maps = [scalar_maps(model, x, level)[0, chosen] for x in images]  # [h, w] each
-    reference = reference[chosen]
-    limits = reference.min().item(), reference.max().item()
-    extent = max(limits[1] - limits[0], torch.finfo(reference.dtype).tiny)  # a flat map has no range
-    titles, columns = class_titles(loaded.class_names(names)), []
+    maps = scalar_maps(model, upright[None], level)[0]  # [maps, h, w]
+    count, chosen = len(maps), int(maps.flatten(1).var(1, correction=0).argmax())
+    reference = maps[chosen]
+    low, high = reference.min().item(), reference.max().item()
+    extent = max(high - low, torch.finfo(reference.dtype).tiny)  # a flat map has no range
     layer = model.feature_info[level]["module"] if hasattr(model, "feature_info") else f"level {level}"
     kind = "field" if getattr(model, "group", "c1") != "c1" else "channel"
-    name = f"{layer}, {kind} {chosen + 1} of {count}"
-    for angle, image, prediction, found in zip(angles, images, predictions, maps, strict=True):
-        returned = rotate(found[None, None], -angle)[0, 0]
-        best = int(prediction.argmax())
+    titles, columns = class_titles(loaded.class_names(names)), []
+    for angle in angles:
+        image = rotate(upright[None], angle)  # [1, C, H, W]
+        prediction, found = model(image).softmax(1)[0], scalar_maps(model, image, level)[0, chosen]
+        returned, best = rotate(found[None, None], -angle)[0, 0], int(prediction.argmax())
         columns.append(
             _Column(
                 title=f"{angle:g}°\n{titles[best]}\n{prediction[best]:.0%}",
                 image=_pixels(image[0], loaded.config),
                 map=found.numpy(),
-                name=name,
+                name=f"{layer}, {kind} {chosen + 1} of {count}",
                 returned=_masked(returned),
                 difference=_masked((returned - reference).abs() / extent),
                 error=map_error(returned, reference),
-                limits=limits,
+                limits=(low, high),
             )
         )
     return columns
@@ -175,17 +169,13 @@ def _draw_model(block: "SubFigure", columns: list[_Column], most: float) -> None
     for row, label in zip(axes, ("image", "feature map", "rotated back", "difference"), strict=True):
         row[0].set_ylabel(label, fontsize=13)
         for axis in row:
-            _bare(axis)
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
     scale = block.colorbar(ScalarMappable(norm, "inferno"), cax=block.add_subplot(grid[4, :]), orientation="horizontal")
     scale.set_ticks([most * part for part in (0, 0.25, 0.5, 0.75, 1)])
     scale.ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0 if most > 0.2 else 2))
     scale.ax.tick_params(labelsize=12)
     scale.set_label("difference, relative to the range of the upright map", fontsize=12)
-
-
-def _bare(axes: "Axes") -> None:
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set_visible(False)
 
 
 def _masked(values: torch.Tensor) -> np.ma.MaskedArray:

@@ -58,9 +58,8 @@ def as_table(tuning: Tuning) -> str:
     if not tuning.seconds:
         return "\n".join([*lines, "\n'auto' already chooses the fastest strategies."])
     auto, expand = (tuning.seconds[name] / tuning.seconds["choice"] for name in ("auto", "expand"))
-    lines.append(
-        f"\nThe whole model: auto takes {auto:.2f} times, expand {expand:.2f} times the time of these choices."
-    )
+    whole = f"auto takes {auto:.2f} times, expand {expand:.2f} times the time of these choices"
+    lines.append(f"\nThe whole model: {whole}.")
     if tuning.won:
         lines += ["They win. As a mapping for conv_strategy=:", json.dumps(tuning.choice)]
     else:
