@@ -9,7 +9,7 @@ hold 12 bits or fewer and would become nearly black.
 
 import os
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageDataset, create_transform
 from timm.data.dataset_factory import _search_split
-from timm.data.readers.class_map import load_class_map
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.utils.misc import natural_key
 from torchvision.transforms import Compose, Grayscale
 
@@ -104,31 +104,14 @@ def _scale(file: Image.Image, name: str) -> np.ndarray:
     return np.rint(grey).astype(np.uint8)
 
 
-def find_pictures(folder: str | Path, endings: Collection[str] = ENDINGS) -> list[str]:
-    """The picture files in a folder and its sub-folders, in natural order ('2.png' before '10.png').
-
-    Links to folders are followed, but not those to a folder above, and every folder is searched once.
-    """
-    found: list[str] = []
-    seen: set[str] = set()
-    starts = [str(folder)]
-    for start in starts:  # grows by the links that are found, so that no link takes the place of the folder itself
-        for place, subfolders, names in os.walk(start):
-            real = os.path.realpath(place)
-            if real in seen:
-                subfolders.clear()
-                continue
-            seen.add(real)
-            found += [os.path.join(place, name) for name in names if os.path.splitext(name)[1].lower() in endings]
-            links = [path for name in subfolders if os.path.islink(path := os.path.join(place, name))]
-            starts += [link for link in links if not Path(real).is_relative_to(os.path.realpath(link))]
-    return sorted(found, key=natural_key)
+def find_pictures(folder: str | Path) -> list[str]:
+    """The picture files in a folder and its sub-folders, in natural order ('2.png' before '10.png')."""
+    files = (os.path.join(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names)
+    return sorted((file for file in files if os.path.splitext(file)[1].lower() in ENDINGS), key=natural_key)
 
 
-class ImageFolder(torch.utils.data.Dataset[tuple[Any, int]]):
-    """Pictures in one sub-folder per class, found, numbered and split as timm's own folder reader does it.
-
-    Unlike timm's `ImageDataset` it finds all `ENDINGS`, reads 16 bits by `open_rgb`, and ends where links form a cycle.
+class ImageFolder(ImageDataset):
+    """Pictures in one sub-folder per class, found, numbered and split by timm, of all `ENDINGS`, read by `open_rgb`.
 
     Args:
         root: the folder, or the one above its splits.
@@ -136,44 +119,24 @@ class ImageFolder(torch.utils.data.Dataset[tuple[Any, int]]):
         class_map: file with the classes, as `--class-map` of timm's scripts; sub-folders that it lacks are left out.
         input_img_mode: of the pictures, 'RGB' or 'L' (grey).
         search_split: False reads `root` itself.
-        input_key: endings of the files, separated by ';', instead of `ENDINGS`.
 
     Raises:
         InputError: `root` does not exist or has no pictures, or the class map cannot be read.
     """
 
     def __init__(
-        self,
-        root: str | Path,
-        split: str,
-        class_map: Any = "",
-        input_img_mode: str = "RGB",
-        search_split: bool = True,
-        input_key: str | None = None,
+        self, root: str | Path, split: str, class_map: Any = "", input_img_mode: str = "RGB", search_split: bool = True
     ) -> None:
-        folder = _search_split(str(root), split) if search_split else str(root)
-        self.root: str = folder.rstrip(os.sep) or folder
-        files = find_pictures(self.root, input_key.split(";") if input_key else ENDINGS)
-        folders = [os.path.dirname(file) for file in files]
-        labels = ["" if folder == self.root else os.path.basename(folder) for folder in folders]
-        numbered = {label: index for index, label in enumerate(sorted(set(labels), key=natural_key))}
+        self.root: str = _search_split(str(root), split) if search_split else str(root)
         try:
-            self.class_to_idx: dict[str, Any] = load_class_map(class_map, self.root) if class_map else numbered
-        except Exception as error:  # of pickle, the file system, or an assertion of timm
-            raise InputError(f"the class map {str(class_map)!r} cannot be read: {reason(error)}") from error
-        classes, known = self.class_to_idx, zip(files, labels, strict=True)
-        self.samples: list[tuple[str, Any]] = [(file, classes[label]) for file, label in known if label in classes]
-        if not self.samples:
-            named = f" whose sub-folders are in {str(class_map)!r}" if class_map else ""
-            raise InputError(
-                f"there is no folder {self.root!r} with pictures ({' '.join(ENDINGS)}){named}: name another"
-            )
-        self.input_img_mode = input_img_mode
-        self.transform: Callable[[Any], Any] | None = None  # set by timm's loader
-        self.target_transform: Callable[[Any], Any] | None = None
-
-    def __len__(self) -> int:
-        return len(self.samples)
+            reader: Any = ReaderImageFolder(self.root, class_map, ";".join(ENDINGS))
+        except Exception as error:  # of pickle, the file system, timm
+            named = f" and classes in {str(class_map)!r}" if class_map else ""
+            fault = f"there is no folder {self.root!r} with pictures ({' '.join(ENDINGS)}){named}"
+            raise InputError(f"{fault}: {reason(error)}") from error
+        super().__init__(root, reader, input_img_mode=input_img_mode)
+        self.samples: list[tuple[str, Any]] = reader.samples  # paths and classes
+        self.class_to_idx: dict[str, Any] = reader.class_to_idx
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         """The picture and its class; unreadable pictures are replaced by the next one, with a warning, as timm does it.
@@ -202,15 +165,6 @@ class ImageFolder(torch.utils.data.Dataset[tuple[Any, int]]):
     def change(self, image: Image.Image, target: Any, index: int) -> tuple[Image.Image, Any]:
         """Hook for subclasses: the picture before the transform, and its class."""
         return image, target
-
-    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        """As in timm's `ImageDataset`: relative to the folder by default."""
-        path = self.samples[index][0]
-        return os.path.basename(path) if basename else path if absolute else os.path.relpath(path, self.root)
-
-    def filenames(self, basename: bool = False, absolute: bool = False) -> list[str]:
-        """`filename` of all pictures."""
-        return [self.filename(index, basename, absolute) for index in range(len(self))]
 
 
 def preparation(config: dict[str, Any]) -> Callable[[Image.Image], torch.Tensor]:

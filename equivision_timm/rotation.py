@@ -1,10 +1,9 @@
 """Rotation of images, and a data set of randomly rotated images for timm's scripts.
 
-Importing this module registers the data set `torch/rotated_folder` with timm, so that its unmodified scripts train and
-evaluate under uniformly random rotation:
+Importing this module registers `torch/rotated_folder` with timm, so that its unmodified scripts train and evaluate
+under uniformly random rotation:
 
-    train.py    --device-modules equivision_timm --data-dir DIR --dataset torch/rotated_folder ...
-    python -m equivision_timm validate.py --data-dir DIR --dataset torch/rotated_folder ...
+    python -m equivision_timm train.py --data-dir DIR --dataset torch/rotated_folder ...
 
 A network that is equivariant under N rotations does multiples of 360 / N degrees by itself; training has to cover only
 the angles up to 180 / N degrees: `torch/rotated_folder_22.5` for C8 and D8, `torch/rotated_folder_45` for C4 and D4,

@@ -15,7 +15,6 @@ from equivision_timm.data import (
     ImageFolder,
     PictureError,
     find_photographs,
-    find_pictures,
     open_rgb,
 )
 from equivision_timm.rotation import RotatedFolder
@@ -114,14 +113,11 @@ def test_what_cannot_be_read_is_named(tmp_path, content, message):
         open_rgb(tmp_path / "x.png")
 
 
-def test_a_black_picture_of_16_bits_is_black(tmp_path):
-    Image.fromarray(WIDE * 0).save(tmp_path / "x.png")
-    assert np.asarray(open_rgb(tmp_path / "x.png")).max() == 0
-
-
-def test_a_narrow_picture_is_read(tmp_path):
-    Image.new("L", (290, 1)).save(tmp_path / "x.png")
-    assert open_rgb(tmp_path / "x.png").size == (290, 1)
+def test_black_and_narrow_pictures_are_read(tmp_path):
+    Image.fromarray(WIDE * 0).save(tmp_path / "black.png")
+    assert np.asarray(open_rgb(tmp_path / "black.png")).max() == 0
+    Image.new("L", (290, 1)).save(tmp_path / "narrow.png")
+    assert open_rgb(tmp_path / "narrow.png").size == (290, 1)
 
 
 def test_no_file(tmp_path):
@@ -133,13 +129,12 @@ def test_no_file(tmp_path):
         assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("pixels", [130_000_000, 180_000_000])
-def test_large_pictures(tmp_path, pixels):
+def test_large_pictures(tmp_path):
     """Pillow warns from 89 megapixels on, which is silenced, and refuses from 179 on."""
-    header = b"P4 %d %d\n" % (pixels // 10_000, 10_000)
-    (tmp_path / "x.pbm").write_bytes(header)
-    with pytest.raises(PictureError, match="truncated" if pixels < 178_956_970 else "exceeds limit"):
-        open_rgb(tmp_path / "x.pbm")
+    for pixels, fault in ((130_000_000, "truncated"), (180_000_000, "exceeds limit")):
+        (tmp_path / "x.pbm").write_bytes(b"P4 %d %d\n" % (pixels // 10_000, 10_000))
+        with pytest.raises(PictureError, match=fault):
+            open_rgb(tmp_path / "x.pbm")
 
 
 FORMATS = ["PNG", "JPEG", "TIFF", "WEBP", "AVIF", "JPEG2000", "GIF", "BMP", "PPM"]
@@ -180,34 +175,10 @@ def test_folders_are_read_as_timm_reads_them(tmp_path):
         Image.new("L", (8, 8), 99).save(tmp_path / "val" / label / "deep" / "10.png")
         Image.new("L", (8, 8), 99).save(tmp_path / "val" / label / "deep" / "9.png")
     reader = create_dataset("", str(tmp_path), split="validation").reader
-    png = ImageFolder(tmp_path, "validation", input_key=".png;.jpg;.jpeg")
-    assert (png.samples, png.class_to_idx) == (reader.samples, reader.class_to_idx)
     folder = ImageFolder(tmp_path, "validation")
+    png = [sample for sample in folder.samples if sample[0].endswith((".png", ".jpg", ".jpeg"))]
+    assert (png, folder.class_to_idx) == (reader.samples, reader.class_to_idx)
     assert len(folder) == 3 * (len(ENDINGS) + 1 + 2) > len(reader.samples)
     assert folder[0][0].getpixel((4, 4)) == (99, 99, 99)
     assert len(find_photographs(tmp_path)) == len(folder)
     assert len(RotatedFolder(tmp_path, "validation", training=False)) == len(folder)
-
-
-def test_links(tmp_path):
-    """Each folder once: not those above, nor cycles; a link to a folder elsewhere is followed."""
-    for name in ("a", "b", "elsewhere"):
-        (tmp_path / name).mkdir()
-        Image.new("L", (8, 8)).save(tmp_path / name / "x.png")
-    for label in ("a", "b"):
-        (tmp_path / label / "self").symlink_to(".")
-        (tmp_path / label / "up").symlink_to("..")
-    root = tmp_path / "root"
-    root.mkdir()
-    for name in ("a", "b"):
-        (tmp_path / name).rename(root / name)
-    (root / "c").symlink_to(tmp_path / "elsewhere")
-    (root / "again").symlink_to(root / "a")
-    assert find_pictures(root) == [str(root / name / "x.png") for name in ("a", "b", "c")]
-    assert ImageFolder(root, "").class_to_idx == {"a": 0, "b": 1, "c": 2}
-    read = []
-    for _, _, files in os.walk(root, followlinks=True):  # control: what timm's reader does
-        read += files
-        if len(read) > 20:
-            break
-    assert len(read) > 20

@@ -192,7 +192,6 @@ def test_calibrated_norms_have_the_statistics_of_the_images(photographs):
     ("model", "keywords", "error", "word"),
     [
         (Maps(lambda x: x), {"images": torch.rand(2, 3, 97, 90)}, ValueError, "square"),
-        (Maps(lambda x: x), {"angles": [float("nan")]}, ValueError, "angles"),
         (nn.Conv2d(3, 3, 1), {}, TypeError, "forward_intermediates"),
         (Maps(lambda x: 0 * x), {}, ValueError, "depend"),
         (Maps(lambda x: torch.ones(len(x), 8, 9, 9)), {}, ValueError, "depend"),

@@ -23,9 +23,9 @@ def run(args: argparse.Namespace) -> int:
     """Copy the recipes and print their paths; returns the exit status."""
     copies = {args.folder / recipe.name: recipe.read_bytes() for recipe in find_configs()}
     check_writable(next(iter(copies)), make_folders=True)
-    edited = [str(path) for path, content in copies.items() if path.exists() and path.read_bytes() != content]
-    if edited:
-        raise InputError(f"{edited[0]!r} differs from the recipe of this package: name another folder")
+    for path, content in copies.items():
+        if path.exists() and path.read_bytes() != content:
+            raise InputError(f"{str(path)!r} differs from the recipe of this package: name another folder")
     for path, content in copies.items():
         write_file(path, content)
         print(one_line(str(path)))

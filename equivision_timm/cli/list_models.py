@@ -122,7 +122,7 @@ def _place(name: str) -> str:
 def _table(rows: list[Row], near: int) -> str:
     exact = f"exact near {near}"
     head = ("model", "group", "fields", "params (M)", "GMACs", "dense", "at", exact, "weights", "licence")
-    lines = [head]
+    lines: list[tuple[str, ...]] = [head]
     for row in rows:
         sizes = ", ".join(map(str, dict.fromkeys(row.exact_sizes)))
         dense = "-" if row.dense_gmacs is None else _short(row.dense_gmacs)

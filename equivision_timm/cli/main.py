@@ -9,6 +9,7 @@ import io
 import os
 import runpy
 import sys
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
@@ -98,8 +99,8 @@ class _Parser(argparse.ArgumentParser):
 
 def _program() -> str:
     """How the user called this program."""
-    script = "equivision-timm"
-    return script if sys.argv and Path(sys.argv[0]).stem == script else "python -m equivision_timm"
+    called = Path(sys.argv[0]).stem if sys.argv else ""
+    return called if called == "equivision-timm" else "python -m equivision_timm"
 
 
 def _report(label: str, error: BaseException, args: argparse.Namespace) -> int:
@@ -116,6 +117,6 @@ def _report(label: str, error: BaseException, args: argparse.Namespace) -> int:
     elif isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error).lower()):
         error = InputError(f"too little memory: lower --batch-size or --size; {message(error)[:120]}")
     if sys.flags.dev_mode and not isinstance(error, InputError):
-        raise error
+        traceback.print_exception(error)
     print(f"{label}: {message(error)}", file=sys.stderr)
     return 2 if isinstance(error, InputError) else 1

@@ -69,13 +69,12 @@ class Loaded:
         height, width = image.shape[1:]
         try:
             logits = self.model(image[None])
+            usable = isinstance(logits, torch.Tensor) and logits.ndim == 2 and bool(logits.isfinite().all())
+            fault = "" if usable else "it returns no finite logits (1, classes); use a classifier, or other weights"
         except (ValueError, AssertionError, IndexError, TypeError, RuntimeError) as error:
-            if "memory" in str(error):
-                raise
-            sizes = f"{height} x {width} pixels"
-            raise InputError(f"{self.spec!r} does not take images of {sizes}: {reason(error, 2)}") from error
-        if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or not logits.isfinite().all():
-            raise InputError(f"{self.spec!r} returns no finite logits (1, classes): use a classifier, or other weights")
+            fault = reason(error, 2)
+        if fault:
+            raise InputError(f"{self.spec!r} does not take images of {height} x {width} pixels: {fault}")
         self.note_inexact_size()
 
     def note_inexact_size(self) -> None:
@@ -165,12 +164,15 @@ def short_name(spec: str) -> str:
 def check_spec(spec: str) -> None:
     """Raise InputError if timm does not know the name, or the checkpoint does not exist, without loading anything."""
     name, checkpoint = split_spec(spec)
+    fault = ""
     if ":" not in name and not timm.is_model(name):  # 'hf-hub:...' is looked up when it is loaded
         near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=4, cutoff=0.5)
         suggestion = f": did you mean {', '.join(near)}?" if near else ""
-        raise InputError(f"unknown model {name!r}{suggestion}; python -c 'import timm; print(timm.list_models())'")
-    if name != spec and not os.path.isfile(checkpoint):
-        raise InputError(f"cannot load the weights of {spec!r}: there is no file {checkpoint!r}")
+        fault = f"unknown model {name!r}{suggestion}; python -c 'import timm; print(timm.list_models())'"
+    elif name != spec and not os.path.isfile(checkpoint):
+        fault = f"cannot load the weights of {spec!r}: there is no file {checkpoint!r}"
+    if fault:
+        raise InputError(fault)
 
 
 def _read_checkpoint(path: str) -> dict[str, Any]:

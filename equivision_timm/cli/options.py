@@ -59,13 +59,10 @@ def integer(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
 def add_model(parser: argparse.ArgumentParser, several: bool = False, option: bool = True) -> None:
     """`--model` or `--models`, two names of one option, or the argument MODEL; and `--model-kwargs`."""
     text = "any model of timm or of this package, with its pretrained weights or a checkpoint of timm's train.py"
-    spec: dict[str, Any] = {"metavar": "NAME[=CHECKPOINT]", "help": text}
-    if several:
-        spec |= {"dest": "models", "nargs": "+", "action": "extend", "help": f"models: {text}"}
-    if option:
-        parser.add_argument("--model", "--models", required=True, **spec)
-    else:
-        parser.add_argument("model", **spec)
+    spec: dict[str, Any] = {"dest": "models", "nargs": "+", "action": "extend"} if several else {}
+    spec |= {"required": True} if option else {}
+    names = ("--model", "--models") if option else ("model",)
+    parser.add_argument(*names, metavar="NAME[=CHECKPOINT]", help=text, **spec)
     text = "further keywords of timm.create_model, such as backbone=resnet18 group=d4"
     parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE", help=text)
 

@@ -223,10 +223,10 @@ def _content(file: Path) -> bytes:
 def _common_settings(args: argparse.Namespace, folder: _Folder) -> Settings:
     """The settings in which all models of a run agree."""
     digest = hashlib.sha256()
-    for index in tqdm(range(len(folder)), desc="reading", unit="image", leave=False, delay=5):
-        digest.update(os.fsencode(folder.filename(index)) + b"\0")
+    for path, _ in tqdm(folder.samples, desc="reading", unit="image", leave=False, delay=5):
+        digest.update(os.fsencode(os.path.relpath(path, folder.root)) + b"\0")
         with contextlib.suppress(OSError):  # a file that cannot be read
-            digest.update(file_sha256(folder.filename(index, absolute=True)).encode())
+            digest.update(file_sha256(path).encode())
     classes = repr([target for _, target in folder.samples]).encode()
     targets = "" if args.unlabelled else hashlib.sha256(classes).hexdigest()
     data, images = Path(os.path.abspath(args.data)).name, digest.hexdigest()
@@ -248,18 +248,16 @@ def _settings(loaded: Loaded, common: Settings, turns: int) -> Settings:
 
 def _check_classes(loaded: Loaded, folder: _Folder, class_map: str) -> None:
     """Raise InputError if the classes of the folder are not those of the model."""
-    classes, found = loaded.num_classes, [name for name in folder.class_to_idx if name]
-    wrong = [t for t in folder.class_to_idx.values() if not isinstance(t, int) or not 0 <= t < classes]
+    classes, numbers = loaded.num_classes, folder.class_to_idx
+    wrong = [t for t in numbers.values() if not isinstance(t, int) or not 0 <= t < classes]
     if class_map and wrong:
-        raise InputError(
-            f"--class-map {class_map!r} gives class {wrong[0]!r}, and {loaded.spec!r} has the classes 0 to "
-            f"{classes - 1}: list the sub-folders in the order of the model's classes"
-        )
-    if not class_map and classes != len(found):
-        raise InputError(
-            f"{loaded.spec!r} has {classes} classes, the folder {len(found)} sub-folders: give --class-map FILE, those "
-            "in the order of the model's classes, or --unlabelled for agreement and drift only"
-        )
+        fault = f"--class-map {class_map!r} gives class {wrong[0]!r}, {loaded.spec!r} has classes 0 to {classes - 1}"
+    elif not class_map and classes != sum(map(bool, numbers)):
+        fault = f"{loaded.spec!r} has {classes} classes, the folder {sum(map(bool, numbers))} sub-folders"
+    else:
+        return
+    remedy = "give --class-map FILE, the sub-folders in the order of the model's classes, or --unlabelled"
+    raise InputError(f"{fault}: {remedy} for agreement and drift only")
 
 
 def _measured(
