@@ -60,8 +60,5 @@ def test_functions_consist_of_few_sums_and_differences(kernel, count):
 def test_sums_and_differences():
     e = sums_and_differences(5)
     assert e.tolist() == [[0, 0, 1, 0, 0], [0, 1, 0, 1, 0], [0, -1, 0, 1, 0], [1, 0, 0, 0, 1], [-1, 0, 0, 0, 1]]
-
-
-def test_only_regular_fields():
     with pytest.raises(ValueError, match="trivial"):
         load_irreps_basis(Kernel("c4", 3, "trivial"))

