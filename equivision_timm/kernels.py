@@ -39,26 +39,19 @@ class Kernel:
     """The kernels from fields of one type to regular fields of a group, on a square grid of pixels.
 
     Args:
-        group: name of the group, for example 'c8'.
-        size: k, pixels along a side; odd.
-        input_type: 'regular', or 'trivial' for an image.
         cutoff: the ring of radius r has angular frequencies up to cutoff * r. None is the default of escnn: up to 2 on
             the outermost ring, 2 r - 1 on other rings of even radius, 2 r on those of odd radius.
         low_pass: convolve the functions, on (k - 2) x (k - 2) pixels, with the binomial filter
             [1, 2, 1] x [1, 2, 1] / 16, which removes most of the frequencies that a square grid cannot rotate.
-
-    Attributes:
-        name: the arguments as a string, for functions whose arguments cannot be objects: 'c8-5-trivial-3-low'.
-        order: |G|.
     """
 
-    group: str
-    size: int
-    input_type: str = "regular"
+    group: str  # for example 'c8'
+    size: int  # k, pixels along a side; odd
+    input_type: str = "regular"  # or 'trivial', an image
     cutoff: int | None = None
     low_pass: bool = False
-    name: str = field(init=False, repr=False, compare=False)
-    order: int = field(init=False, repr=False, compare=False)
+    name: str = field(init=False, repr=False, compare=False)  # the arguments as a string: 'c8-5-trivial-3-low'
+    order: int = field(init=False, repr=False, compare=False)  # |G|
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "order", Group.from_name(self.group).order)

@@ -43,12 +43,8 @@ class ElementMajor(nn.Module):
 class BlockConv2d(nn.Module):
     """The convolution of a steerable layer with constant coefficients and a bias, in the irreps basis.
 
-    Element-major maps: [B, |G| * in_fields, H, W] -> [B, |G| * out_fields, H', W'].
-
-    Args:
-        conv: the layer, with regular input.
-        weight: its coefficients, [O, I, n_basis, 1].
-        bias: [O], added to each field.
+    Element-major maps: [B, |G| * in_fields, H, W] -> [B, |G| * out_fields, H', W']. `weight` are the coefficients
+    [O, I, n_basis, 1] of `conv`, a layer with regular input; `bias` [O] is added to each field.
     """
 
     def __init__(self, conv: SteerableConv2d, weight: torch.Tensor, bias: torch.Tensor) -> None:
@@ -80,18 +76,14 @@ class BlockConv2d(nn.Module):
         self.fourier: nn.Parameter = _constant(back.T, dtype)  # Q^T [|G|, rows]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        t = self._lift_pixels(x) if self.kernel_size == 1 else self._lift(x)
+        t = self._lift(x)  # T = P * x: [B, rows * I, H', W']
         y = F.conv2d(t, self.weight, self.bias, groups=self.groups)  # y^ = W T + b^: [B, rows * O, H', W']
         return _mix(self.fourier, y, self.out_fields)  # y = Q^T y^: [B, |G| * O, H', W']
 
-    def _lift_pixels(self, x: torch.Tensor) -> torch.Tensor:
-        """T = Q x of 1 x 1 kernels: [B, |G| * I, H, W] -> [B, rows * I, H', W']."""
-        if self.stride > 1:
-            x = x[:, :, :: self.stride, :: self.stride].contiguous()
-        return _mix(self.lifting, x, self.in_fields)
-
     def _lift(self, x: torch.Tensor) -> torch.Tensor:
-        """T = P * x: [B, |G| * I, H, W] -> [B, rows * I, H', W']."""
+        if self.kernel_size == 1:  # T = Q x
+            x = x[:, :, :: self.stride, :: self.stride].contiguous() if self.stride > 1 else x
+            return _mix(self.lifting, x, self.in_fields)
         B, _, H, W = x.shape
         fields = x.reshape(B, self.order, self.in_fields, H, W).transpose(1, 2)
         fields = fields.reshape(B * self.in_fields, self.order, H, W)

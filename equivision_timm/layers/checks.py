@@ -69,7 +69,7 @@ def _commutes_with_permutation(
 
 
 def _values(tensor: torch.Tensor) -> torch.Tensor:
-    """From 0.5 to 1.5 in the shape of `tensor`; 0 for a counter."""
+    """Values from 0.5 to 1.5 in the shape of `tensor`; 0 for a counter."""
     if not tensor.is_floating_point():
         return torch.tensor(0, device="cpu").expand(tensor.shape).clone()
     return torch.linspace(0.5, 1.5, tensor.numel(), dtype=tensor.dtype, device="cpu").view(tensor.shape)

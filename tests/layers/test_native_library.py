@@ -34,7 +34,7 @@ def folder(tmp_path, monkeypatch):
 
 def forget():
     """As in a new process."""
-    for cached in (native_library._load, native_call._call, auto.decide):
+    for cached in (native_library.library, native_call._call, auto.decide):
         cached.cache_clear()
 
 

@@ -21,32 +21,20 @@ __all__ = ["STRATEGIES", "Layer", "Strategy", "register"]
 
 @dataclass(frozen=True)
 class Layer:
-    """A steerable convolution as a strategy sees it: everything but the coefficients and the size of the maps.
-
-    Attributes:
-        in_fields: I.
-        out_fields: O.
-        dtype: in which to compute.
-        device: of x and the coefficients.
-        memory_format: in which to convolve densely: on the CPU always `torch.channels_last`, which is faster there;
-            elsewhere the format of x.
-        order: |G|.
-        in_channels: I * H.
-        padding: pixels on each side, dilation * (kernel.size // 2): stride 1 keeps the size.
-    """
+    """A steerable convolution as a strategy sees it: everything but the coefficients and the size of the maps."""
 
     kernel: Kernel
-    in_fields: int
-    out_fields: int
+    in_fields: int  # I
+    out_fields: int  # O
     stride: int = 1
     dilation: int = 1
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype = torch.float32  # in which to compute
     device: torch.device = torch.device("cpu")  # noqa: RUF009  immutable
-    memory_format: torch.memory_format = torch.contiguous_format
+    memory_format: torch.memory_format = torch.contiguous_format  # of dense filters; channels-last is faster on the CPU
 
-    order: int = field(init=False, repr=False, compare=False)
-    in_channels: int = field(init=False, repr=False, compare=False)
-    padding: int = field(init=False, repr=False, compare=False)
+    order: int = field(init=False, repr=False, compare=False)  # |G|
+    in_channels: int = field(init=False, repr=False, compare=False)  # I * H
+    padding: int = field(init=False, repr=False, compare=False)  # stride 1 keeps the size
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "order", self.kernel.order)

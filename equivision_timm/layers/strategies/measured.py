@@ -79,7 +79,7 @@ def update_table(device: torch.device, part: str, name: str, value: dict[str, An
 
 @cache
 def read_choices(device: torch.device, threads: int) -> dict[str, str]:
-    """The strategies of models that won, by layer; read once in a process for each device and number of threads."""
+    """The strategies of models that won, by layer."""
     if device.type == "meta" or (device.type == "cuda" and not torch.cuda.is_available()):
         return {}  # no values, or fake ones
     try:

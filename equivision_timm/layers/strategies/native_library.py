@@ -13,7 +13,6 @@ from equivision_timm.layers.strategies.build_native import LEVELS, source_hash
 __all__ = ["CLayer", "CSparse", "describe", "library", "why_not"]
 
 FOLDER = Path(__file__).parent  # of the libraries
-_REALS = {torch.float32: "float", torch.float64: "double"}
 _REMEDY = f"with a C compiler, {install_command(options=' --force-reinstall --no-deps --no-cache-dir')}"
 
 
@@ -42,7 +41,12 @@ class CLayer(ctypes.Structure):
 @torch.compiler.assume_constant_result
 def why_not() -> str | None:
     """The reason why the compiled code cannot be used here, and the remedy; None if it can."""
-    return next((found for found in map(_load, _REALS) if isinstance(found, str)), None)
+    try:
+        for dtype in (torch.float32, torch.float64):
+            library(dtype)
+    except RuntimeError as error:
+        return str(error)
+    return None
 
 
 def describe() -> str:
@@ -50,30 +54,22 @@ def describe() -> str:
     return why_not() or f"compiled for {_find('float').stem.split('-')[2]}"
 
 
+@cache
 def library(dtype: torch.dtype) -> ctypes.CDLL:
     """The functions of `native.c` for arrays of `dtype`, float32 or float64; RuntimeError if they cannot be used."""
-    loaded = _load(dtype)
-    if isinstance(loaded, str):
-        raise RuntimeError(f"conv_strategy 'native' cannot run: {loaded}")
-    return loaded
-
-
-@cache
-def _load(dtype: torch.dtype) -> ctypes.CDLL | str:
-    """The library, or why it cannot be used."""
     if os.name != "posix" or not hasattr(ctypes.CDLL(None), "GOMP_parallel"):
-        return "PyTorch does not use the threads of GNU OpenMP here (on Linux it does)"
-    path = _find(_REALS[dtype])
+        raise RuntimeError("PyTorch does not use the threads of GNU OpenMP here (on Linux it does)")
+    path = _find({torch.float32: "float", torch.float64: "double"}[dtype])
     if not path.is_file():
-        return f"this installation has no compiled code ({path.name}): {_REMEDY}"
+        raise RuntimeError(f"this installation has no compiled code ({path.name}): {_REMEDY}")
     try:
         loaded = ctypes.CDLL(str(path))
         loaded.source_hash.restype = ctypes.c_char_p
         current = loaded.source_hash().decode() == source_hash()
     except (OSError, AttributeError) as error:
-        return f"{path.name} cannot be loaded ({error}): {_REMEDY}"
+        raise RuntimeError(f"{path.name} cannot be loaded ({error}): {_REMEDY}") from error
     if not current or loaded.layer_size() != ctypes.sizeof(CLayer):
-        return f"{path.name} was compiled from another native.c: {_REMEDY}"
+        raise RuntimeError(f"{path.name} was compiled from another native.c: {_REMEDY}")
     for name in ("tile_rows", "packed_size", "sums_size"):
         getattr(loaded, name).restype = ctypes.c_long
     return loaded
