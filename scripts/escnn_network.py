@@ -128,7 +128,7 @@ def _conv_norm(module: nn.Module, in_type: "FieldType") -> tuple["R2Conv", nn.Mo
     )
     target = next(value for name, value in conv.named_buffers() if name.endswith("sampled_basis"))
     basis = load_kernel_basis(source.kernel).sample().flatten(3)
-    translation, _ = translate_basis(basis, target, type(module).__name__)
+    translation = translate_basis(basis, target, type(module).__name__)
     weight = source.weight.detach().squeeze(-1).double() @ translation  # [out_fields, in_fields, n_basis]
     conv.weights = nn.Parameter(weight.float().flatten())  # (o, i, b), flat
     batch_norm = enn.InnerBatchNorm(conv.out_type, eps=norm.eps, momentum=norm.momentum)

@@ -38,12 +38,6 @@ def fetch(model_name: str, images: Path | None = None, signs: str | None = None)
     """Put the weights of a model, e.g. 'c8resnet50', into the local weights folder, and print the progress.
 
     `images` and `signs` are as in `convert_file`; signs default to those in the table of released files.
-
-    Raises:
-        ValueError: no checkpoint of this model was released.
-        InputError: an option does not apply to it, nothing can be written, or gdown is not installed.
-        WeightsError: the downloaded file is damaged, another one than was released, or does not fit.
-        ConnectionError: the download failed.
     """
     if model_name not in released():
         raise ValueError(f"no weights of {model_name} were released; there are: {', '.join(released())}")

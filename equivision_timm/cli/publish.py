@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 def upload(model_name: str, organisation: str, private: bool = False) -> str:
     """Upload a model to the Hub under the user's login; returns the address of the commit.
 
-    `private` creates a private repository; an existing one is not changed. Raises as `write_publication`.
+    `private` creates a private repository; an existing one is not changed.
     """
     api = HfApi()
     with TemporaryDirectory() as folder:
@@ -64,19 +64,7 @@ def upload(model_name: str, organisation: str, private: bool = False) -> str:
 
 
 def write_publication(model_name: str, parent: Path, organisation: str) -> Path:
-    """Write the files of an upload to a sub-folder of `parent`, named as the repository; returns the sub-folder.
-
-    Args:
-        model_name: a model in the local weights folder.
-        parent: folder for the sub-folder.
-        organisation: owner of the repository, for the card.
-
-    Raises:
-        ValueError: no weights of this model were released.
-        FileNotFoundError: the model is not in the local weights folder.
-        InputError: nothing can be written to `parent`.
-        WeightsError: config, metadata and tensors are not those of the conversion of this model.
-    """
+    """Write the files of an upload to a sub-folder of `parent`, named as the repository; returns the sub-folder."""
     if model_name not in released():
         raise ValueError(f"no weights of {model_name} were released; there are: {', '.join(released())}")
     source = local_folder(model_name)

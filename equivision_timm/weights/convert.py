@@ -38,7 +38,7 @@ def convert_file(
         signs: sign pattern of D4 and D8 checkpoints of equivision; None chooses among the known ones.
 
     Returns:
-        The provenance: origin of the weights, as in the metadata of the safetensors file.
+        The provenance, as in the metadata of the safetensors file.
 
     Raises:
         InputError: no checkpoints of this model can be converted, an option does not apply to them, there are no
@@ -47,10 +47,9 @@ def convert_file(
         AmbiguousSigns: the signs are not clear.
         OSError: the file cannot be read, or writing fails.
     """
-    checkpoint = Path(checkpoint)
-    check_options(model_name, images, signs)
+    checkpoint, module = Path(checkpoint), check_options(model_name, images, signs)
     check_model_folder(folder, model_name)
-    tensors, module = read_checkpoint(checkpoint), _format_of(model_name)
+    tensors = read_checkpoint(checkpoint)
     options = {"images": images, "signs": signs} if module is equivision else {}
     try:
         found: Translation = module.translate(tensors, model_name, **options)
@@ -72,9 +71,11 @@ def convert_file(
     return provenance
 
 
-def check_options(model_name: str, images: str | Path | None, signs: str | None) -> None:
-    """Raises InputError unless checkpoints of a model can be converted with these options of `convert_file`."""
-    module = _format_of(model_name)
+def check_options(model_name: str, images: str | Path | None, signs: str | None) -> ModuleType:
+    """The translator of a model; raises InputError if there is none, or if options of `convert_file` do not apply."""
+    module = next((module for module in _FORMATS if model_name in module.models()), None)
+    if module is None:
+        raise InputError(f"there are no checkpoints of {model_name!r} to convert: use a model such as c8resnet50")
     if module is not equivision and (images is not None or signs is not None):
         option = "--images" if images is not None else "--signs"
         raise InputError(f"{option} is for checkpoints of equivision, not of {model_name}: leave it out")
@@ -82,10 +83,4 @@ def check_options(model_name: str, images: str | Path | None, signs: str | None)
         parse_signs(model_name.removeprefix("test_").partition("resnet")[0], signs)
     if images is not None:
         find_photographs(images)
-
-
-def _format_of(model_name: str) -> ModuleType:
-    module = next((module for module in _FORMATS if model_name in module.models()), None)
-    if module is None:
-        raise InputError(f"there are no checkpoints of {model_name!r} to convert: use a model such as c8resnet50")
     return module

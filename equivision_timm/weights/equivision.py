@@ -71,7 +71,9 @@ def _convert(state_dict: dict[str, torch.Tensor], model_name: str, signs: str | 
 def translate(
     state_dict: dict[str, torch.Tensor], model_name: str, images: str | Path | None = None, signs: str | None = None
 ) -> Translation:
-    """`convert_original`, with the model and the signs checked on photographs in `images`, by default scikit-image's.
+    """`convert_original`; what coefficients leave open, signs and models of the same shapes, is decided on photographs.
+
+    They are those in `images`, by default scikit-image's.
 
     Raises:
         WeightsError: the entries do not fit the model, or the statistics fit another model.
@@ -79,21 +81,18 @@ def translate(
         ModuleNotFoundError: photographs are needed, and scikit-image is not installed.
     """
     found = _convert(state_dict, model_name, signs)
+    if found.notes["basis_from"] != "coefficients":
+        return found
     model, notes = create(model_name, EquivariantResNet), dict(found.notes)
     model.load_state_dict(found.state_dict)
-    is_open = notes["basis_from"] == "coefficients"
-    rivals = {name: create(name, EquivariantResNet) for name in (same_shapes(model_name) if is_open else [])}
+    rivals = {name: create(name, EquivariantResNet) for name in same_shapes(model_name)}
     for rival in rivals.values():
         rival.load_state_dict(convert_original(state_dict, model_name))
-    to_choose = is_open and bool(sign_groups(model.group)) and signs is None
-    try:
-        photographs = load_photographs(images)
-    except ModuleNotFoundError:
-        if to_choose or rivals:
-            raise
-        photographs = []
-    crops = draw_crops(photographs) if photographs else torch.empty(0)
-    if to_choose:
+    photographs = load_photographs(images)
+    crops = draw_crops(photographs)
+    if signs is not None:
+        notes |= {"signs": parse_signs(model.group, signs), "signs_given": "by the user"}
+    elif sign_groups(model.group):
         if rivals:
             _check_statistics(model_name, best_fit(model, crops), rivals, crops, decided=True)
         choice = choose_signs(model, (draw_crops(photographs, seed=seed) for seed in range(BATCHES)))
@@ -105,12 +104,7 @@ def translate(
             "separation": f"{choice.separation:.1f} standard errors on {choice.crops} crops",
             "known_misfits": ", ".join(f"{name} {misfit:.4g}" for name, misfit in choice.misfits.items()),
         }
-    elif signs is not None:
-        notes |= {"signs": parse_signs(model.group, signs), "signs_given": "by the user"}
-    if photographs:
-        notes |= _check_statistics(model_name, fit(model, crops), rivals, crops, decided=signs is not None)
-    else:
-        notes["statistics"] = "not compared: no photographs (--images DIR)"
+    notes |= _check_statistics(model_name, fit(model, crops), rivals, crops, decided=signs is not None)
     return Translation(dict(model.state_dict()), notes=notes)
 
 

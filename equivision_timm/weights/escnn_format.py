@@ -34,22 +34,18 @@ def translate_resnet(state_dict: dict[str, torch.Tensor], model: EquivariantResN
     """
     order, entries = Group.from_name(model.group).order, Entries(state_dict)
     found: dict[str, torch.Tensor] = {}
-    sources, residuals = set(), []
+    sources = set()
     for name, unit in model.named_modules():
         if not isinstance(unit, ConvNormAct):
             continue
         conv, norm = _names(name)
-        found[f"{name}.conv.weight"], source, residual = _coefficients(entries, conv, unit.conv)
+        found[f"{name}.conv.weight"], source = _coefficients(entries, conv, unit.conv)
         sources.add(source)
-        residuals.append(residual)
         for key in unit.norm.per_field.state_dict():
             found[f"{name}.norm.per_field.{key}"] = entries.take(f"{norm}.batch_norm_[{order}].{key}")
     found |= {f"fc.{key}": entries.take(f"fc.{key}") for key in model.fc.state_dict()}
     entries.left = {name: value for name, value in entries.left.items() if f"indices_{order}" not in name}
-    notes = {"basis_from": "+".join(sorted(sources))}
-    if max(residuals):
-        notes["basis_residual"] = f"{max(residuals):.1e}"
-    return Translation(entries.finish(found, model), notes=notes)
+    return Translation(entries.finish(found, model), notes={"basis_from": "+".join(sorted(sources))})
 
 
 def _names(unit: str) -> tuple[str, str]:
@@ -60,48 +56,47 @@ def _names(unit: str) -> tuple[str, str]:
     return unit, f"{parent}{dot}{last.replace('conv', 'bn')}"
 
 
-def _coefficients(entries: Entries, name: str, conv: SteerableConv2d) -> tuple[torch.Tensor, str, float]:
-    """Coefficients [out_fields, in_fields, n_basis, 1], what determined them, and the residual."""
+def _coefficients(entries: Entries, name: str, conv: SteerableConv2d) -> tuple[torch.Tensor, str]:
+    """Coefficients [out_fields, in_fields, n_basis, 1], and what determined them."""
     basis = load_kernel_basis(conv.kernel).sample()  # [n_basis, |G|, H, k, k]
     (o, i), (count, order, h, *size) = conv.weight.shape[:2], basis.shape
     weight = entries.take(f"{name}.weights", o * i * count).float().reshape(o, i, count)
-    source, residual = "coefficients", 0.0
+    source = "coefficients"
     for key in [key for key in entries.left if key.startswith(f"{name}._basis") and key.endswith("sampled_basis")][:1]:
-        translation, residual = translate_basis(entries.take(key, *basis.flatten(3).shape), basis, name)
+        translation = translate_basis(entries.take(key, *basis.flatten(3).shape), basis, name)
         weight, source = (weight.double() @ translation).float(), "sampled_basis"
     if f"{name}.filter" in entries.left:
         filters = entries.take(f"{name}.filter", o * order, i * h, *size)
         blocks = filters.unflatten(0, (o, order)).unflatten(2, (i, h)).transpose(1, 2)  # [O, I, |G|, H, k, k]
-        solution, error = _solve(blocks.flatten(2).flatten(0, 1), basis, name)
-        solved, given = solution.float().view(o, i, count), weight
+        solved, given = _solve(blocks.flatten(2).flatten(0, 1), basis, name).float().view(o, i, count), weight
         if source == "coefficients":  # the basis of the file may have other signs
-            weight, source, residual = solved, "filter", error
+            weight, source = solved, "filter"
             solved, given = solved.abs(), given.abs()
         difference = ((given - solved).abs().max() / solved.abs().max().clamp_min(1e-30)).item()
         if not difference <= 1e-3 + 4 * torch.finfo(filters.dtype).eps:
             raise WeightsError(f"{name}.weights and its filter disagree (relative error {difference:.1e})")
-    return weight.unsqueeze(-1), source, residual
+    return weight.unsqueeze(-1), source
 
 
-def translate_basis(source: torch.Tensor, target: torch.Tensor, name: str) -> tuple[torch.Tensor, float]:
-    """T [n_basis, n_basis] with T target = source, so that w T are coefficients in `target`; and the relative residual.
+def translate_basis(source: torch.Tensor, target: torch.Tensor, name: str) -> torch.Tensor:
+    """T [n_basis, n_basis] with T target = source, so that w T are coefficients in `target`.
 
     `source` and `target` [n_basis, |G|, H, ...] are the same kernels; `name` is of the convolution, for the error.
 
     Raises:
         WeightsError: the two span different spaces.
     """
-    translation, residual = _solve(source.flatten(1), target, name)
+    translation = _solve(source.flatten(1), target, name)
     rank = torch.linalg.matrix_rank(translation, rtol=1e-3).item()
     if rank < len(source):
         raise WeightsError(f"{name}: the sampled_basis has {len(source)} kernels, but only {rank} independent ones")
     signs = translation.round()
     is_signs = torch.allclose(translation, signs, rtol=0, atol=1e-5)  # without rounding errors then
-    return (signs if is_signs else translation), residual
+    return signs if is_signs else translation
 
 
-def _solve(rows: torch.Tensor, basis: torch.Tensor, name: str) -> tuple[torch.Tensor, float]:
-    """X [n, n_basis], float64, with X basis = rows [n, values] by least squares, and the relative residual."""
+def _solve(rows: torch.Tensor, basis: torch.Tensor, name: str) -> torch.Tensor:
+    """X [n, n_basis], float64, with X basis = rows [n, values] by least squares."""
     values, flat = rows.double(), basis.double().flatten(1)
     solution = values @ torch.linalg.pinv(flat)
     residual = ((solution @ flat - values).abs().max() / values.abs().max().clamp_min(1e-30)).item()
@@ -110,4 +105,4 @@ def _solve(rows: torch.Tensor, basis: torch.Tensor, name: str) -> tuple[torch.Te
             f"the kernels of {name} are not equivariant under the group of this model (relative residual "
             f"{residual:.1e}): the checkpoint belongs to another group"
         )
-    return solution, residual
+    return solution

@@ -56,7 +56,7 @@ def write_model_folder(
         folder: created if missing; its other files are kept.
         model_name: e.g. 'c8resnet50'.
         state_dict: exactly the entries of this model.
-        provenance: origin of the weights, for the metadata of the safetensors file.
+        provenance: for the metadata of the safetensors file.
         model_args: arguments of `timm.create_model` that differ from the model's own.
 
     Raises:

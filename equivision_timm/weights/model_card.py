@@ -43,13 +43,9 @@ Keywords such as `num_classes`, `in_chans`, `global_pool` and `features_only` wo
 
 
 def model_card(model_name: str, repository: str, provenance: dict[str, str], has_classifier: bool = True) -> str:
-    """The model card, in Markdown with the Hub's metadata, of a model with released weights.
+    """The model card of a model with released weights in the `repository` 'organisation/name', in Markdown.
 
-    Args:
-        model_name: e.g. 'c8resnet50'.
-        repository: 'organisation/name'.
-        provenance: of the weights, a line each.
-        has_classifier: whether the weights include a classifier.
+    `has_classifier` says whether the weights include a classifier.
     """
     arguments: dict[str, Any] = {} if has_classifier else {"num_classes": 0}
     entry = released()[model_name]
@@ -112,32 +108,23 @@ def gmacs(model: nn.Module, input_size: Sequence[int], form: str | None) -> floa
 
 
 def _symmetry(model: Any) -> str:
-    kind, output = ("classifier", "logits") if model.num_classes > 0 else ("encoder", "pooled features")
-    group, name = Group.from_name(model.group), model.group.upper()
-    moved, move = ("rotated or reflected", "rotate and reflect") if group.reflections else ("rotated", "rotate")
+    output, name = "logits" if model.num_classes > 0 else "pooled features", model.group.upper()
+    moved = "rotated or reflected" if Group.from_name(model.group).reflections else "rotated"
+    maps = f"Its feature maps move with the image, under the group {name}."
     if model.is_invariant:
-        return (
-            f"An image {kind} whose {output} do not change when the image is {moved} by an element of the group "
-            f"{name}, and whose feature maps {move} along."
-        )
-    maps = f"Its feature maps {move} with the image, under the group {name}."
+        return f"Its {output} do not change when the image is {moved} by an element of the group {name}. {maps}"
     if isinstance(model, EquivariantViT):
         maps = "Only the blocks of its first half are equivariant."
-    return f"An image {kind}. **Its {output} are NOT invariant: they change when the image is {moved}.** {maps}"
+    return f"**Its {output} are NOT invariant: they change when the image is {moved}.** {maps}"
 
 
 def _exact_sizes(model: Any, size: int) -> str:
     if isinstance(model, EquivariantViT) and not model.is_invariant:
         return "There are none: the blocks of the second half break the symmetry."
-    group, text = Group.from_name(model.group), "Rotations by 90 degrees and reflections in the group are exact"
-    sides = [side for side in range(size, size + 200) if model.is_exact(side)]
-    if len(sides) == 1:
-        text += f", to rounding. The model takes {size} x {size} pixels, with `dynamic_img_size=True` every size that "
-        text += "the patches divide."
-    else:
-        step = sides[1] - sides[0]
-        text += f" for images of n x n pixels with n = {size % step} mod {step}, such as "
-        text += f"{sides[0]} or {sides[1]}. At other sizes, such as {size - 1}, they hold approximately."
+    group, sides = Group.from_name(model.group), [side for side in range(size, size + 200) if model.is_exact(side)]
+    text = f"Rotations by 90 degrees and reflections in the group are exact at {size} x {size} pixels"
+    if len(sides) > 1:
+        text += f" and all n = {size % (sides[1] - size)} mod {sides[1] - size}, at other sizes approximate"
     if len(group.grid_elements) < group.order:
-        text += " The other rotations of the group hold approximately at any size: the pixel grid resamples."
-    return text
+        text += "; the other rotations of the group are approximate at any size, since the pixel grid resamples"
+    return text + "."

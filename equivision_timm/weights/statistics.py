@@ -39,46 +39,43 @@ class AmbiguousSigns(WeightsError):
 
 @dataclass(frozen=True)
 class Fit:
-    """r [fields] of each layer, by name."""
+    """r [fields] of each layer."""
 
-    residuals: dict[str, torch.Tensor]
+    residuals: list[torch.Tensor]
 
     @property
     def misfit(self) -> float:
         """D = sum_layers sum_fields r_f^2."""
-        return sum(r.square().sum().item() for r in self.residuals.values())
+        return torch.cat(self.residuals).square().sum().item()
 
     @property
     def rms(self) -> float:
         """sqrt(D / number of fields)."""
-        return (self.misfit / max(1, sum(len(r) for r in self.residuals.values()))) ** 0.5
+        return torch.cat(self.residuals).square().mean().sqrt().item()
+
+    @property
+    def log_densities(self) -> torch.Tensor:
+        """-1/2 (log v + r_f^2 / v), v = mean_fields r_f^2 of the layer: [fields of all layers]."""
+        variances = [r.square().mean().clamp_min(1e-12) for r in self.residuals]
+        return torch.cat([-0.5 * (v.log() + r.square() / v) for r, v in zip(self.residuals, variances, strict=True)])
 
     @property
     def log_likelihood(self) -> float:
-        """L = -1/2 sum_layers n log(mean_fields r_f^2)."""
-        return -0.5 * sum(len(r) * _variance(r).log().item() for r in self.residuals.values())
+        """L, up to a constant."""
+        return self.log_densities.sum().item()
 
     @property
     def is_finite(self) -> bool:
         """Whether the activations are finite."""
-        return all(r.isfinite().all() for r in self.residuals.values())
+        return bool(torch.cat(self.residuals).isfinite().all())
 
     def lead(self, other: "Fit") -> float:
         """Vuong's z: standard errors by which this fit is better; infinite if the other is not finite."""
         if not other.is_finite:
             return float("inf")
-        pairs = zip(self.residuals.values(), other.residuals.values(), strict=True)
-        m = torch.cat([_log_density(a) - _log_density(b) for a, b in pairs])  # [fields of all layers]
+        m = self.log_densities - other.log_densities
         spread = m.std().item()
         return m.sum().item() / (len(m) ** 0.5 * spread) if spread > 0 else 0.0
-
-
-def _variance(r: torch.Tensor) -> torch.Tensor:
-    return r.square().mean().clamp_min(1e-12)
-
-
-def _log_density(r: torch.Tensor) -> torch.Tensor:
-    return -0.5 * (_variance(r).log() + r.square() / _variance(r))
 
 
 def fit(model: EquivariantResNet, images: torch.Tensor) -> Fit:
@@ -88,12 +85,11 @@ def fit(model: EquivariantResNet, images: torch.Tensor) -> Fit:
 
 def best_fit(model: EquivariantResNet, images: torch.Tensor) -> Fit:
     """`fit` under the best sign pattern that a climb from the known ones finds, if the group has signs."""
-    if not known_patterns(model.group):
+    known, fits = known_patterns(model.group).values(), PatternFits(model, images)
+    if not known:
         return fit(model, images)
-    fits = PatternFits(model, images)
-    start = max(known_patterns(model.group).values(), key=lambda pattern: fits.fit(pattern).log_likelihood)
-    ends = start, fits.climb(start)
-    return max(map(fits.fit, ends), key=lambda found: found.log_likelihood)
+    start = max(known, key=lambda pattern: fits.fit(pattern).log_likelihood)
+    return max(fits.fit(start), fits.fit(fits.climb(start)), key=lambda found: found.log_likelihood)
 
 
 @dataclass(frozen=True)
@@ -121,8 +117,9 @@ def choose_signs(model: EquivariantResNet, batches: Iterable[torch.Tensor]) -> S
         AmbiguousSigns: no known pattern is clearly the best.
     """
     known, fits = known_patterns(model.group), PatternFits(model)
-    reason, misfits, best, rivals = "there are no images", {}, "", set()
+    crops, reason, misfits, best, rivals = 0, "there are no images", {}, "", set()
     for images in batches:
+        crops += len(images)
         fits.batches.append(images)
         found = {name: fits.fit(pattern) for name, pattern in known.items()}
         misfits = {name: one.misfit for name, one in found.items()}
@@ -135,15 +132,14 @@ def choose_signs(model: EquivariantResNet, batches: Iterable[torch.Tensor]) -> S
         rivals, runner_up = set(leads), min(leads, key=leads.__getitem__)
         lead = leads[runner_up]
         if lead >= Z_LIMIT and all(found[best].misfit < fits.fit(rival).misfit for rival in rivals):
-            return SignChoice(best, known[best], runner_up, lead, sum(map(len, fits.batches)), misfits)
+            return SignChoice(best, known[best], runner_up, lead, crops, misfits)
         reason = f"{best} leads {runner_up} by {lead:.1f} standard errors, {Z_LIMIT:.0f} are needed"
         if lead <= -Z_LIMIT:  # an unknown pattern is better
             break
     table = ", ".join(f"{name} {misfit:.4g}" for name, misfit in misfits.items())
     raise AmbiguousSigns(
-        f"the signs of this {model.group} checkpoint are not clear on {sum(map(len, fits.batches))} crops: {reason} "
-        f"(misfits: {table}). Give more varied photographs (--images DIR), search all patterns with "
-        "scripts/find_signs.py, or give --signs PATTERN"
+        f"the signs of this {model.group} checkpoint are not clear on {crops} crops: {reason} (misfits: {table}). "
+        "Give more varied photographs (--images DIR), search all patterns with scripts/find_signs.py, or give --signs"
     )
 
 
@@ -153,7 +149,7 @@ class PatternFits:
     def __init__(self, model: EquivariantResNet, *batches: torch.Tensor) -> None:
         self.model: EquivariantResNet = model
         self.batches: list[torch.Tensor] = list(batches)
-        self._found: dict[tuple[str, int], list[dict[str, torch.Tensor]]] = {}
+        self._found: dict[tuple[str, int], list[list[torch.Tensor]]] = {}
 
     def canonical(self, pattern: str) -> str:
         """A pattern, or its product with the half turn: the one that does not negate the first odd harmonic."""
@@ -204,24 +200,18 @@ def apply_signs(model: EquivariantResNet, pattern: str) -> None:
             weight.mul_(element_signs(module.kernel, pattern).to(weight))
 
 
-def _fit(ratios: list[dict[str, torch.Tensor]]) -> Fit:
-    residuals = {}
-    for name in ratios[0]:
-        r = torch.stack([batch[name] for batch in ratios]).mean(0).clamp_min(1e-30).log()
-        residuals[name] = r - r.median()
-    return Fit(residuals)
+def _fit(ratios: list[list[torch.Tensor]]) -> Fit:
+    """The fit to ratios, averaged over batches."""
+    logs = [torch.stack(batches).mean(0).clamp_min(1e-30).log() for batches in zip(*ratios, strict=True)]
+    return Fit([r - r.median() for r in logs])
 
 
 @torch.no_grad()
-def _ratios(model: EquivariantResNet, images: torch.Tensor, stages: int) -> dict[str, torch.Tensor]:
+def _ratios(model: EquivariantResNet, images: torch.Tensor, stages: int) -> list[torch.Tensor]:
     """Batch variance / running variance [fields] of each layer up to stage `stages`. Changes the running statistics."""
     layers = [model.layer1, model.layer2, model.layer3, model.layer4][:stages]
     trunk = nn.Sequential(model.conv1, model.maxpool, *layers)
     before = {name: value.clone() for name, value in trunk.named_buffers() if name.endswith("running_var")}
     update_bn([images], trunk)  # the running statistics become those of these images
-    ratios = {}
-    for name, variance in before.items():
-        alive = variance > 0  # zero if all coefficients of a field are
-        if alive.any():
-            ratios[name] = trunk.get_buffer(name)[alive] / variance[alive]
-    return ratios
+    alive = {name: variance > 0 for name, variance in before.items()}  # zero if all coefficients of a field are
+    return [trunk.get_buffer(name)[alive[name]] / before[name][alive[name]] for name in before if alive[name].any()]

@@ -170,7 +170,8 @@ def test_without_gdown(drive, monkeypatch, capsys):
 
 def test_signs_reach_the_conversion(drive, monkeypatch):
     """The checkpoint of a D4 network, whose coefficients mean something only together with the signs."""
-    monkeypatch.setattr(equivision, "load_photographs", lambda _: [])  # the weights are random
+    monkeypatch.setattr(equivision, "load_photographs", lambda _: [])
+    monkeypatch.setattr(equivision, "draw_crops", lambda _: torch.randn(2, 3, 33, 33))
     d4, pattern = checkpoint("d4resnet18"), list(known_patterns("d4"))[1]
     drive.files[released()["d4resnet18"].drive_id] = saved(d4)
     assert main(["fetch", "d4resnet18", "--signs", pattern]) == 0

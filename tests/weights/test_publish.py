@@ -65,7 +65,7 @@ CARDS = {  # phrases in the body, and phrases that must not be there
         [
             "import equivision_timm",
             f'timm.create_model("hf-hub:{HUB_ORG}/c8resnet50.tag", pretrained=True)',
-            "the group C8, and whose feature maps rotate along",
+            "the group C8. Its feature maps move with the image",
             "**Params (M):** 24.84",
             "GMACs at 225 x 225 (of ResNets with dense filters):** 44.37",
             "78.7 %",
@@ -81,7 +81,7 @@ CARDS = {  # phrases in the body, and phrases that must not be there
         ],
         ["NOT", "octic", "han2"],
     ),
-    "c8reresnet50": (["**Its logits are NOT invariant", "maps rotate with the image", "han2021redet"], ["klee2023"]),
+    "c8reresnet50": (["**Its logits are NOT invariant", "maps move with the image", "han2021redet"], ["klee2023"]),
     "d4vit_large_patch16_224": (
         ["logits do not change", "group D4", "[1, 197, 1024]", "84.0 %", "224 x 224 pixels", "nordstrom2025octic"],
         ["NOT", "mod 32", "klee2023", "regular fields"],
