@@ -1,4 +1,4 @@
-"""`tune` with a simulated clock: the choice, its margins and vetoes, the table, bad input, several ranks."""
+"""`tune` with a simulated clock: the choice, its margins and vetoes, the table, bad input."""
 
 import copy
 import json
@@ -7,8 +7,6 @@ from functools import partial
 import pytest
 import timm
 import torch
-import torch.multiprocessing as mp
-from support.ranks import tune_in_group
 
 import equivision_timm
 from equivision_timm.cli.main import main
@@ -218,10 +216,6 @@ def test_no_memory(model, clock, monkeypatch):
     monkeypatch.setattr(Twin, "conv2d", full)
     with pytest.raises(InputError, match="memory"):
         measure(model, SETTING)
-
-
-def test_all_ranks_use_the_result_of_the_first(tmp_path):
-    mp.spawn(tune_in_group, (str(tmp_path),), nprocs=2)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

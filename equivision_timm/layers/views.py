@@ -1,8 +1,7 @@
-"""Images under the elements of a group, and feature maps moved back: what averaging over views is made of.
+"""Images and maps under the elements g = r^k f^p of C_n or D_n, n = 1, 2, 4 or 8 rotations.
 
-`act(x, g, n)` is g x for g = r^k f^p of C_n or D_n (n = 1, 2, 4 or 8 rotations), `act(x, g, n, inverse=True)` is
-g^-1 x; `act_each` takes another element for every image of the batch. Quarter turns and reflections are transposes and
-flips, which ONNX has too; a rotation by 45 degrees is a quarter turn and one resampling.
+Quarter turns and reflections are transposes and flips, which ONNX has too; a rotation by 45 degrees is a quarter turn
+and one resampling.
 """
 
 import math
@@ -37,9 +36,9 @@ def act_each(x: torch.Tensor, g: torch.Tensor, n: int, reflections: bool, invers
     where = g.view(-1, 1, 1, 1) >= n
     if reflections and not inverse:
         x = torch.where(where, x.flip(-1), x)
-    steps = [2**bit for bit in range(n.bit_length() - 1)]  # rotations by 1, 2, 4, ... steps of 360 / n degrees
-    for step in steps[::-1] if inverse else steps:
-        x = torch.where((k // step % 2 == 1).view(-1, 1, 1, 1), _rotate(x, step, n, inverse), x)
+    for step in [4, 2, 1] if inverse else [1, 2, 4]:  # of 360 / n degrees: the bits of k
+        if step < n:
+            x = torch.where((k // step % 2 == 1).view(-1, 1, 1, 1), _rotate(x, step, n, inverse), x)
     if reflections and inverse:
         x = torch.where(where, x.flip(-1), x)
     return x

@@ -9,7 +9,7 @@ from equivision_timm.models.equivariant_resnet import EquivariantResNet
 from equivision_timm.models.equivariant_vit import EquivariantViT
 from equivision_timm.models.fuse import fuse
 from equivision_timm.models.orientation import OrientationNet
-from equivision_timm.models.variants import family_of, is_ours, model_names
+from equivision_timm.models.variants import model_names
 
 __all__ = [
     "Canonicalized",
@@ -20,8 +20,6 @@ __all__ = [
     "EquivariantViT",
     "OrientationNet",
     "Symmetrized",
-    "family_of",
     "fuse",
-    "is_ours",
     "model_names",
 ]

@@ -1,7 +1,4 @@
-"""Shared parts of the convolutional families: head, feature levels, exact sizes, strategies.
-
-A family (`equivariant_resnet.py`) adds its blocks, its network and a table of variants.
-"""
+"""Shared parts of the convolutional families: head, feature levels, exact sizes, strategies."""
 
 from typing import Any, ClassVar
 
@@ -13,7 +10,6 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 
 from equivision_timm.groups import Group
-from equivision_timm.kernels import Kernel
 from equivision_timm.layers import GroupPool, InvariantPool, SteerableConv2d, conv_input_shapes
 from equivision_timm.torch_state import has_sizes
 
@@ -21,15 +17,7 @@ __all__ = ["CheckImage", "EquivariantBackbone", "init_weights"]
 
 
 class CheckImage(nn.Module):
-    """Returns images [B, in_chans, H, W] as they are.
-
-    Args:
-        in_chans: number of channels.
-        min_size: the smallest side in pixels that leaves the network something to pool.
-
-    Raises:
-        AssertionError: the input is not a batch of such images.
-    """
+    """Returns images [B, in_chans, H, W] as they are; AssertionError for anything else, or a side below `min_size`."""
 
     def __init__(self, in_chans: int, min_size: int = 32) -> None:
         super().__init__()
@@ -46,10 +34,9 @@ class CheckImage(nn.Module):
             raise AssertionError(f"expected {self.in_chans} image channel(s), got {x.shape[1]}: set in_chans")
         if not x.is_floating_point():
             raise AssertionError(f"expected floating-point images, got {x.dtype}: convert with x.float() and normalise")
-        if x.shape[2] < self.min_size:
-            raise AssertionError(f"image height {x.shape[2]} is too small: use at least {self.min_size}")
-        if x.shape[3] < self.min_size:
-            raise AssertionError(f"image width {x.shape[3]} is too small: use at least {self.min_size}")
+        for side in x.shape[2:]:
+            if side < self.min_size:
+                raise AssertionError(f"images with a side of {side} pixels are too small: use at least {self.min_size}")
         return x
 
 
@@ -68,29 +55,15 @@ class EquivariantBackbone(nn.Module):
 
     `forward` runs `stem`, then `pool_stem`, then the stages `layer1`, `layer2`, ...; maps between them are regular
     fields, plain tensors [B, fields * |G|, H', W'], field-major (channel = field * |G| + element). The head pools over
-    space, then over the group (the two do not commute), then classifies.
+    space, then over the group (the two do not commute), then classifies. With `num_classes=0, global_pool=''` the model
+    returns the last map: the equivariant one for `group_pool=''`, else the invariant one, [B, fields, H', W'].
 
-    `forward_features` returns the equivariant map of the last stage, [B, num_features, H', W'], with
-    num_features = fields * |G|. With `num_classes=0, global_pool=''` the model itself returns a map: the equivariant
-    one for `group_pool=''`, the invariant one [B, fields, H', W'] for `group_pool='max'` or 'avg'.
+    With `map_pool='max'` or 'avg' every map that leaves the model is invariant, one channel per field, for heads that
+    know nothing of the group; `num_features`, `feature_info` and `head_hidden_size` then count fields. A classifier is
+    refused: its input would not be what the pretrained classifiers were trained on.
 
-    With `map_pool='max'` or 'avg' every map that leaves the model is invariant, one channel per field: that of
-    `forward_features`, those of `forward_intermediates` and `features_only`. It is for heads that know nothing of the
-    group. `num_features`, `feature_info` and `head_hidden_size` then count fields, and `forward` pools this map over
-    space. A classifier is refused: pooling over the group and over space do not commute, so its input would not be what
-    the pretrained classifiers were trained on.
-
-    A subclass calls `super().__init__`, assigns its modules (`add_level` for the stem and each stage), defines `stem`
-    and `pool_stem`, and ends with `create_head`.
-
-    Args:
-        group: name of the group, for example 'c8'.
-        in_chans: number of image channels.
-        map_pool: pooling of all maps over the group, 'max' or 'avg'; '' keeps them equivariant.
-        drop_rate: dropout before the classifier.
-
-    Raises:
-        ValueError: an unknown group or `map_pool`.
+    A subclass calls `super().__init__`, assigns its modules (`add_level` for the stem and each stage), defines `stem`,
+    `pool_stem` and `stages`, and ends with `create_head`.
     """
 
     __jit_unused_properties__: ClassVar[tuple[str, ...]] = ("group_pool", "is_invariant")
@@ -134,15 +107,9 @@ class EquivariantBackbone(nn.Module):
     def _check_classifier(self, num_classes: int, pool_type: str | None) -> None:
         """Raises ValueError for a classifier on a map."""
         if num_classes > 0 and pool_type == "":
-            raise ValueError(
-                f"global_pool {pool_type!r} keeps the map, which a classifier of {num_classes} classes cannot take: "
-                "use num_classes=0, or global_pool='avg'"
-            )
+            raise ValueError(f"global_pool='' keeps the map, and a classifier of {num_classes}: use num_classes=0")
         if num_classes > 0 and self.map_pool.pool_type:
-            raise ValueError(
-                f"map_pool {self.map_pool.pool_type!r} is for maps, but the model is to have a classifier of "
-                f"{num_classes} classes: use num_classes=0, or map_pool=''"
-            )
+            raise ValueError(f"map_pool is for maps, not for a classifier of {num_classes}: use num_classes=0")
 
     def _create_global_pool(self, pool_type: str, group_pool: str) -> InvariantPool:
         """The pooling before the classifier; after `map_pool` there is no group axis left."""
@@ -204,19 +171,9 @@ class EquivariantBackbone(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """Feature maps of several levels: 0 is the stem, 1, 2, ... are the stages.
+        """Maps [B, fields * |G|, H / reduction, W / reduction] of the levels: 0 is the stem, 1, 2, ... are the stages.
 
-        Args:
-            x: images [B, in_chans, H, W].
-            indices: the last n levels if an int, all if None, else those listed.
-            norm: has no effect, because there is no norm after the last block.
-            stop_early: skip the levels after the last one asked for.
-            output_fmt: 'NCHW', the only format.
-            intermediates_only: return only the list.
-
-        Returns:
-            The last map computed and the list of maps [B, fields * |G|, H / reduction, W / reduction], or the list;
-            [B, fields, ...] with `map_pool`.
+        Arguments as in timm; `norm` has no effect, because there is no norm after the last block.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt {output_fmt!r} does not exist for this model: use 'NCHW'")
@@ -283,7 +240,7 @@ class EquivariantBackbone(nn.Module):
 
     @torch.jit.unused
     def init_weights(self) -> None:
-        """Draw all weights anew, for a model that came from the meta device, say."""
+        """Draw all weights anew."""
         for module in self.modules():
             if callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
@@ -333,11 +290,6 @@ class EquivariantBackbone(nn.Module):
         return bool(self.group_pool.pool_type or self.map_pool.pool_type)
 
     @torch.jit.unused
-    def kernels(self) -> set[Kernel]:
-        """The kernels that its coefficients are of."""
-        return {layer.kernel for layer in self._convolutions().values()}
-
-    @torch.jit.unused
     def set_conv_strategy(self, strategy: str | dict[str, str]) -> None:
         """How to compute the convolutions: faster or slower, with the same output but for float noise.
 
@@ -345,18 +297,14 @@ class EquivariantBackbone(nn.Module):
             strategy: 'auto' (chosen for each layer and input size), 'expand', 'block_diagonal' or 'native', for
                 all convolutions of regular fields (the stem, whose input is an image, always expands); or a mapping
                 from names of layers to these, as `conv_strategies` returns it, which leaves other layers as they are.
-
-        Raises:
-            ValueError: an unknown strategy or layer, or one that cannot run there. Then nothing is changed.
+                If one is unknown or cannot run there, nothing is changed.
         """
         layers = self._convolutions()
         if isinstance(strategy, str):
             strategy = {name: strategy for name, layer in layers.items() if layer.input_type == "regular"}
         unknown = [name for name in strategy if name not in layers]
         if unknown:
-            raise ValueError(
-                f"conv_strategy names {unknown[0]!r}, which is not a convolution of this model: see conv_strategies()"
-            )
+            raise ValueError(f"{unknown[0]!r} is not a convolution of this model: see conv_strategies()")
         for name, value in strategy.items():
             layers[name].check_strategy(value)
         for name, value in strategy.items():

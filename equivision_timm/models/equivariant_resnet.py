@@ -1,22 +1,19 @@
 """Equivariant ResNets: residual networks whose features rotate and reflect with the image.
 
 The network is the one of equivision (Klee, https://github.com/dmklee/equivision): a ResNet of steerable convolutions
-on regular fields; after the spatial pooling the maximum over the group makes the logits invariant. Every feature map
-is a plain tensor [B, fields * |G|, H, W], field-major (channel = field * |G| + element).
+on regular fields; after the spatial pooling the maximum over the group makes the logits invariant.
 
 Rotations by 90 degrees and reflections in the group are exact where every stride-2 layer sees an odd size: images of
 n x n pixels with n = 1 mod 32 (225, 257, ...), or of any size with `even='box'`, as in the alias-free models. Rotations
 by 45 degrees are approximate: the pixel grid resamples.
 
-`input_size` in the configurations of the others is 225, an exact size. The released weights of equivision were trained
-and evaluated at 224 by their author, where a quarter turn changes the logits. They can be used at both: the layers
-compute the same at each position, and 225 pixels add one row and column. Published accuracies are those at 224; to
-repeat them, give `--img-size 224` to timm's scripts, or `input_size=(3, 224, 224)` to `timm.data.resolve_data_config`.
+So `input_size` in the configurations of the others is 225. The released weights of equivision were trained and
+evaluated at 224 by their author; to repeat published accuracies, give `--img-size 224` to timm's scripts.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -40,6 +37,7 @@ from equivision_timm.models.variants import Variant, digits_cfg, register_family
 from equivision_timm.torch_state import BatchNorm
 
 Layer = Callable[..., nn.Module]
+Unit = Callable[..., ConvNormAct]
 
 __all__ = ["BasicBlock", "Bottleneck", "EquivariantResNet"]  # register_model adds every entrypoint
 
@@ -50,11 +48,10 @@ class BasicBlock(nn.Module):
     Args:
         in_fields: number of input fields.
         fields: number of output fields.
-        unit: makes the `ConvNormAct`s of the network; group, norm and kind of kernels are given.
+        unit: makes the `ConvNormAct`s of the network; group, norm, activation and kind of kernels are given.
         stride: stride of the first convolution and of the shortcut.
         dilation: dilation of the second convolution.
         first_dilation: dilation of the first convolution.
-        act_layer: pointwise activation.
         aa_layer: makes the low pass that strides instead of the convolution, after its activation; None for none.
         avg_down: makes the low pass that strides in the shortcut, before its convolution; None for none.
         attn_layer: makes the attention of (fields, |G|) before the sum; None for none.
@@ -68,11 +65,10 @@ class BasicBlock(nn.Module):
         self,
         in_fields: int,
         fields: int,
-        unit: Callable[..., ConvNormAct],
+        unit: Unit,
         stride: int = 1,
         dilation: int = 1,
         first_dilation: int = 1,
-        act_layer: Callable[..., nn.Module] = nn.ReLU,
         aa_layer: Layer | None = None,
         avg_down: Layer | None = None,
         attn_layer: Layer | None = None,
@@ -82,29 +78,19 @@ class BasicBlock(nn.Module):
         super().__init__()
         conv_stride, aa = _split_stride(stride, aa_layer)
         self.aa: nn.Module = aa
-        self.conv1: ConvNormAct = unit(
-            in_fields,
-            fields,
-            3,
-            stride=conv_stride,
-            dilation=first_dilation,
-            act_layer=partial(_in_place, act_layer),
-            drop=drop_block and drop_block(),
-        )
-        self.conv2: ConvNormAct = unit(
-            fields,
-            fields,
-            3,
-            dilation=dilation,
-            act_layer=partial(_in_place, act_layer),
-            attn=attn_layer and attn_layer(fields),
-            drop=DropPath(drop_path) if drop_path else None,
-        )
-        self.downsample: nn.Module = _shortcut(unit, in_fields, fields, stride, avg_down)
+        strided = partial(unit, stride=conv_stride, dilation=first_dilation, drop=drop_block and drop_block())
 
-    def zero_init_last(self) -> None:
-        """Start the residual branch at zero."""
-        _zero_norm(self.conv2)
+        def last(in_fields: int, out_fields: int, kernel_size: int, **options: Any) -> ConvNormAct:
+            attn, drop = attn_layer and attn_layer(out_fields), DropPath(drop_path) if drop_path else None
+            return unit(in_fields, out_fields, kernel_size, attn=attn, drop=drop, **options)
+
+        self.create_branch(in_fields, fields, unit, strided, last, dilation)
+        self.downsample: nn.Module = _shortcut(unit, in_fields, fields * self.expansion, stride, avg_down)
+
+    def create_branch(self, in_fields: int, fields: int, unit: Unit, strided: Unit, last: Unit, dilation: int) -> None:
+        """Assign the convolutions of the residual branch."""
+        self.conv1: ConvNormAct = strided(in_fields, fields, 3)
+        self.conv2: ConvNormAct = last(fields, fields, 3, dilation=dilation)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = self.downsample(x)
@@ -112,53 +98,16 @@ class BasicBlock(nn.Module):
         return self.conv2(x, shortcut)
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(BasicBlock):
     """1x1, 3x3 and 1x1 convolutions and a shortcut; arguments as in `BasicBlock`, four times `fields` at the output."""
 
     expansion = 4
 
-    def __init__(
-        self,
-        in_fields: int,
-        fields: int,
-        unit: Callable[..., ConvNormAct],
-        stride: int = 1,
-        dilation: int = 1,
-        first_dilation: int = 1,
-        act_layer: Callable[..., nn.Module] = nn.ReLU,
-        aa_layer: Layer | None = None,
-        avg_down: Layer | None = None,
-        attn_layer: Layer | None = None,
-        drop_block: Layer | None = None,
-        drop_path: float = 0.0,
-    ) -> None:
-        super().__init__()
-        out_fields = fields * self.expansion
-        conv_stride, aa = _split_stride(stride, aa_layer)
-        self.aa: nn.Module = aa
-        self.conv1: ConvNormAct = unit(in_fields, fields, 1, act_layer=partial(_in_place, act_layer))
-        self.conv2: ConvNormAct = unit(
-            fields,
-            fields,
-            3,
-            stride=conv_stride,
-            dilation=first_dilation,
-            act_layer=partial(_in_place, act_layer),
-            drop=drop_block and drop_block(),
-        )
-        self.conv3: ConvNormAct = unit(
-            fields,
-            out_fields,
-            1,
-            act_layer=partial(_in_place, act_layer),
-            attn=attn_layer and attn_layer(out_fields),
-            drop=DropPath(drop_path) if drop_path else None,
-        )
-        self.downsample: nn.Module = _shortcut(unit, in_fields, out_fields, stride, avg_down)
-
-    def zero_init_last(self) -> None:
-        """Start the residual branch at zero."""
-        _zero_norm(self.conv3)
+    def create_branch(self, in_fields: int, fields: int, unit: Unit, strided: Unit, last: Unit, dilation: int) -> None:
+        """See `BasicBlock`."""
+        self.conv1: ConvNormAct = unit(in_fields, fields, 1)
+        self.conv2: ConvNormAct = strided(fields, fields, 3)
+        self.conv3: ConvNormAct = last(fields, fields * self.expansion, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = self.downsample(x)
@@ -176,22 +125,6 @@ class Stage(nn.Sequential):
         return element_major_stage(self, (BasicBlock, Bottleneck, nn.Sequential, Stage))
 
 
-def _in_place(act_layer: Layer) -> nn.Module:
-    """The activation; ReLU overwrites its input, which PyTorch would copy first for the gradient of SiLU and others."""
-    return nn.ReLU(inplace=True) if act_layer is nn.ReLU else act_layer()
-
-
-def _zero_norm(unit: ConvNormAct) -> None:
-    """Start a branch at zero: the weight of the norm it ends with."""
-    try:
-        weight = unit.get_parameter("norm.per_field.weight")
-    except AttributeError as error:
-        raise ValueError(
-            f"zero_init_last needs a norm with weights, but got {unit.norm.per_field}: leave it out"
-        ) from error
-    nn.init.zeros_(weight)
-
-
 def _split_stride(stride: int, aa_layer: Layer | None) -> tuple[int, nn.Module]:
     """The stride of the convolution, and the low pass that strides after it, if any."""
     if stride == 1 or aa_layer is None:
@@ -199,9 +132,7 @@ def _split_stride(stride: int, aa_layer: Layer | None) -> tuple[int, nn.Module]:
     return 1, aa_layer(stride=stride)
 
 
-def _shortcut(
-    unit: Callable[..., ConvNormAct], in_fields: int, out_fields: int, stride: int, avg_down: Layer | None
-) -> nn.Module:
+def _shortcut(unit: Unit, in_fields: int, out_fields: int, stride: int, avg_down: Layer | None) -> nn.Module:
     """From the input of a block to its output."""
     if stride == 1 and in_fields == out_fields:
         return nn.Identity()
@@ -234,9 +165,8 @@ class EquivariantResNet(EquivariantBackbone):
         aa_layer: low pass before each stride except the stem's: 'blur' (timm's BlurPool2d) or 'blur5'; '' for none.
         even: '' or 'box': before a stride of 2, a map of even length n becomes one of n - 1 by the mean of neighbours,
             along the axes that the group reverses; where a low pass strides, it takes one tap more (`Blur2d`). The
-            network is then exact at every image size. Odd lengths are computed as without; there are no parameters.
-            But a network trained without it, such as all with released weights, is another one at even sizes: for a
-            digit network, 64 x 64 pixels, the accuracy falls from 96 to 31 %.
+            network is then exact at every image size, but another one at even sizes than without: for a digit network
+            that was trained without, 64 x 64 pixels, the accuracy falls from 96 to 31 %.
         low_pass: whether the 3x3 convolutions have smooth kernels of 5x5 pixels with as many coefficients, see
             `SteerableConv2d`, and the image is blurred; for equivariance at angles between the quarter turns.
         block_args: of the blocks, as in timm: {'attn_layer': 'se'} or 'eca', one scale for each field.
@@ -259,17 +189,9 @@ class EquivariantResNet(EquivariantBackbone):
         dtype: their type.
 
     Raises:
-        ValueError: an unknown group; an argument that does not exist or would break equivariance; a classifier without
-            global pooling, or with `map_pool`.
+        ValueError: an argument that does not exist or would break equivariance; a classifier without global pooling,
+            or with `map_pool`.
     """
-
-    if TYPE_CHECKING:  # assigned by name; annotations of a class would be read by TorchScript, which knows no modules
-        conv1: nn.Module
-        act1: nn.Module
-        layer1: nn.Module
-        layer2: nn.Module
-        layer3: nn.Module
-        layer4: nn.Module
 
     def __init__(
         self,
@@ -313,7 +235,9 @@ class EquivariantResNet(EquivariantBackbone):
             raise ValueError(f"unknown even {even!r}: use '' or 'box'")
         self.even = even
         act_layer = check_pointwise(act_layer)
-        norm_layer = _batch_norm_options(_norm_layer(norm_layer), momentum=bn_momentum, eps=bn_eps)
+        if act_layer is nn.ReLU:  # for the gradient of SiLU and others PyTorch would copy what it overwrites
+            act_layer = partial(nn.ReLU, inplace=True)
+        norm_layer = _batch_norm_options(get_norm_layer(norm_layer), momentum=bn_momentum, eps=bn_eps)
         check_positionwise(norm_layer, width)
 
         axes = Group.from_name(group).reversed_axes if even else (False, False)
@@ -322,13 +246,19 @@ class EquivariantResNet(EquivariantBackbone):
         attn_layer = _attention(block_args or {}, Group.from_name(group).order, dd)
 
         # Stem: trivial fields (the image) -> regular fields
-        unit = partial(ConvNormAct, group=group, cutoff=cutoff, norm_layer=norm_layer, even=bool(even), **dd)
-        self.add_module("conv1", _stem(unit, in_chans, width, act_layer, stem_type, stem_width, low_pass, axes))
+        norm_act: dict[str, Any] = {"norm_layer": norm_layer, "act_layer": act_layer}
+        unit = partial(ConvNormAct, group=group, cutoff=cutoff, even=bool(even), **norm_act, **dd)
+        self.conv1: nn.Module = _stem(unit, in_chans, width, stem_type, stem_width, low_pass, axes)
+        self.act1: nn.Module
         self.add_level("act1", nn.Identity(), width, reduction=2)  # in conv1; as many children as timm's, for cuts [:n]
         spatial = partial(_spatial, unit, low_pass=low_pass)
-        self.maxpool: nn.Module = _stem_pool(spatial, width, act_layer, aa, blur, stem_pool, replace_stem_pool, axes)
+        self.maxpool: nn.Module = _stem_pool(spatial, width, aa, blur, stem_pool, replace_stem_pool, axes)
 
         # Stages
+        self.layer1: nn.Module
+        self.layer2: nn.Module
+        self.layer3: nn.Module
+        self.layer4: nn.Module
         drop_rates = [drop_path_rate * index / max(1, sum(layers) - 1) for index in range(sum(layers))]
         in_fields, reduction, dilation = width, 4, 1
         for stage, depth in enumerate(layers):
@@ -348,7 +278,6 @@ class EquivariantResNet(EquivariantBackbone):
                         stride=stride if index == 0 else 1,
                         dilation=dilation,
                         first_dilation=first_dilation if index == 0 else dilation,
-                        act_layer=act_layer,
                         aa_layer=aa,
                         avg_down=blur if avg_down else None,
                         attn_layer=attn_layer,
@@ -401,12 +330,13 @@ class EquivariantResNet(EquivariantBackbone):
 
     def _zero_init_last(self) -> None:
         for module in self.modules():
-            if isinstance(module, (BasicBlock, Bottleneck)):
-                module.zero_init_last()
+            if isinstance(module, BasicBlock):
+                last = module.conv3 if isinstance(module, Bottleneck) else module.conv2
+                nn.init.zeros_(last.get_parameter("norm.per_field.weight"))
 
 
 def _spatial(
-    unit: Callable[..., ConvNormAct], in_fields: int, out_fields: int, kernel_size: int, low_pass: bool, **kwargs: Any
+    unit: Unit, in_fields: int, out_fields: int, kernel_size: int, low_pass: bool, **kwargs: Any
 ) -> ConvNormAct:
     """A unit whose 3x3 kernels are smooth ones of 5x5 pixels, if `low_pass`."""
     smooth = low_pass and kernel_size == 3
@@ -414,10 +344,9 @@ def _spatial(
 
 
 def _stem(
-    unit: Callable[..., ConvNormAct],
+    unit: Unit,
     in_chans: int,
     width: int,
-    act_layer: Callable[..., nn.Module],
     stem_type: str,
     stem_width: int | None,
     low_pass: bool,
@@ -430,11 +359,10 @@ def _stem(
         if stem_width is not None:
             raise ValueError(f"stem_width {stem_width!r} is for stem_type 'deep' or 'deep_tiered': leave it out")
         stem = partial(unit, in_chans, width, 7, input_type="trivial", stride=2)
-        stem = partial(stem, act_layer=partial(_in_place, act_layer))
         return nn.Sequential(Blur2d(taps=3, stride=1, even=even), stem(even=False)) if low_pass else stem()
     inner = max(1, width // 2) if stem_width is None else stem_width
     first = max(1, 3 * inner // 4) if stem_type == "deep_tiered" else inner
-    spatial = partial(_spatial, unit, low_pass=low_pass, act_layer=act_layer)
+    spatial = partial(_spatial, unit, low_pass=low_pass)
     return nn.Sequential(
         spatial(in_chans, first, 3, input_type="trivial", stride=2),
         spatial(first, inner, 3),
@@ -443,9 +371,8 @@ def _stem(
 
 
 def _stem_pool(
-    spatial: Callable[..., ConvNormAct],
+    spatial: Unit,
     width: int,
-    act_layer: Callable[..., nn.Module],
     aa: Layer | None,
     blur: Layer,
     stem_pool: str,
@@ -457,7 +384,7 @@ def _stem_pool(
         raise ValueError(f"unknown stem_pool {stem_pool!r}: use 'max' or 'blur'")
     if replace_stem_pool:
         stride, low_pass = _split_stride(2, aa)
-        conv = spatial(width, width, 3, stride=stride, act_layer=act_layer)
+        conv = spatial(width, width, 3, stride=stride)
         return conv if aa is None else nn.Sequential(conv, low_pass)
     if stem_pool == "blur":
         return blur(stride=2)
@@ -484,18 +411,7 @@ def _drop_block(stage: int, rate: float) -> Layer | None:
     return partial(DropBlock2d, drop_prob=rate, block_size=block_size, gamma_scale=gamma_scale)
 
 
-def _norm_layer(norm_layer: str | Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """The normalisation for a timm name or a class."""
-    try:
-        layer = get_norm_layer(norm_layer)
-    except (KeyError, AssertionError):
-        layer = None
-    if layer is None:
-        raise ValueError(f"unknown norm_layer {norm_layer!r}: use a name timm knows, such as 'batchnorm2d', or a class")
-    return layer
-
-
-def _batch_norm_options(norm_layer: Callable[..., nn.Module], **options: float | None) -> Callable[..., nn.Module]:
+def _batch_norm_options(norm_layer: Any, **options: float | None) -> Callable[..., nn.Module]:
     """`norm_layer` with the batch norm options that are set; any other norm has none of them."""
     given = {name: value for name, value in options.items() if value is not None}
     if given and not (isinstance(norm_layer, type) and issubclass(norm_layer, BatchNorm)):
@@ -505,10 +421,6 @@ def _batch_norm_options(norm_layer: Callable[..., nn.Module], **options: float |
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     """Build `variant` through timm; see `EquivariantResNet` for the keywords, all of which may be overridden."""
-    levels = kwargs.get("out_indices", ()) if kwargs.get("features_only") else ()
-    for level in range(-levels, 0) if isinstance(levels, int) else levels:  # an int: the last levels
-        if not -5 <= level < 5:
-            raise ValueError(f"feature level {level} of out_indices={levels} does not exist: use 0 to 4, or -5 to -1")
     if kwargs.get("features_only"):
         kwargs = _features_only(**kwargs)
     elif "reresnet" in variant and kwargs.get("num_classes", 1000) == 1000:
@@ -579,19 +491,15 @@ def _symmetry(group: str) -> str:
     return " and ".join(filter(None, (rotations, reflections))) or "no symmetry (the plain twin)"
 
 
-def _resnet(depth: int, group: str, width: int, released: str = "", **keywords: Any) -> Variant:
-    """A row of the table: the depth, the group, the fields of the first stage; the model's own name if it has weights.
-
-    Further keywords are those of the network. Without `_fast` in their names, models have as many parameters as the
-    plain ResNet of this depth.
-    """
+def _resnet(depth: int, group: str, width: int, name: str = "", **keywords: Any) -> Variant:
+    """A row of the table: depth, group, fields of the first stage, maybe the model's name, keywords of the network."""
     channels = width * Group.from_name(group).order
     summary = f"{group.upper()} ResNet-{depth}: {_symmetry(group)}; {width} fields, {channels} channels"
     arguments = {**_LAYERS[depth], "group": group, "width": width, **keywords}
     if keywords:
         summary += f"; {', '.join(f'{name}={value!r}' for name, value in keywords.items())}"
-    tag = "equivision_in1k" if released else ""
-    cfg = _cfg(**_first_conv(keywords), **_converted(released, tag))
+    tag = "equivision_in1k" if name in _RELEASED else ""
+    cfg = _cfg(**_first_conv(keywords), **_converted(name, tag))
     if "even" in keywords:  # exact at every size
         cfg.update(input_size=(3, 224, 224), pool_size=(7, 7))
     return Variant(summary, arguments, cfg, tag)
@@ -622,8 +530,8 @@ def _reresnet(depth: int, name: str) -> Variant:
 
 
 def _converted(name: str, tag: str) -> dict[str, Any]:
-    """Where timm finds converted weights of the model called `name`, '' for none."""
-    return dict(hf_hub_id=hub_id(name, tag), hf_hub_filename=WEIGHTS_FILE) if name else {}
+    """Where timm finds the converted weights of a model with this tag, '' for none."""
+    return dict(hf_hub_id=hub_id(name, tag), hf_hub_filename=WEIGHTS_FILE) if tag else {}
 
 
 def _test_resnet(group: str, width: int, name: str, **arguments: Any) -> Variant:
@@ -634,43 +542,21 @@ def _test_resnet(group: str, width: int, name: str, **arguments: Any) -> Variant
     return Variant(summary, {**_TEST_LAYERS, "group": group, "width": width, **arguments}, cfg, "digits")
 
 
+# Fields of the first stage: of the models that have as many parameters as the plain ResNet, and of the fast ones
+_WIDTHS: dict[int, dict[str, tuple[int, int]]] = {
+    18: {"c1": (78, 64), "d1": (55, 32), "c4": (39, 16), "d4": (28, 8), "c8": (28, 8), "d8": (20, 3)},
+    50: {"c1": (70, 64), "d1": (50, 32), "c4": (35, 16), "d4": (25, 8), "c8": (25, 8), "d8": (18, 4)},
+    101: {"c1": (70, 64), "d1": (50, 32), "c4": (35, 16), "d4": (25, 8), "c8": (25, 8), "d8": (18, 4)},
+}
+_RELEASED = {f"{group}resnet{depth}" for group in ("d1", "c4", "d4") for depth in (18, 50, 101)}
+_RELEASED |= {"c8resnet18", "d8resnet18", "c8resnet50"}
 VARIANTS = {
-    "c1resnet18": _resnet(18, "c1", 78),
-    "d1resnet18": _resnet(18, "d1", 55, "d1resnet18"),
-    "c4resnet18": _resnet(18, "c4", 39, "c4resnet18"),
-    "d4resnet18": _resnet(18, "d4", 28, "d4resnet18"),
-    "c8resnet18": _resnet(18, "c8", 28, "c8resnet18"),
-    "d8resnet18": _resnet(18, "d8", 20, "d8resnet18"),
-    "c1resnet18_fast": _resnet(18, "c1", 64),
-    "d1resnet18_fast": _resnet(18, "d1", 32),
-    "c4resnet18_fast": _resnet(18, "c4", 16),
-    "d4resnet18_fast": _resnet(18, "d4", 8),
-    "c8resnet18_fast": _resnet(18, "c8", 8),
-    "d8resnet18_fast": _resnet(18, "d8", 3),
-    "c1resnet50": _resnet(50, "c1", 70),
-    "d1resnet50": _resnet(50, "d1", 50, "d1resnet50"),
-    "c4resnet50": _resnet(50, "c4", 35, "c4resnet50"),
-    "d4resnet50": _resnet(50, "d4", 25, "d4resnet50"),
-    "c8resnet50": _resnet(50, "c8", 25, "c8resnet50"),
-    "d8resnet50": _resnet(50, "d8", 18),
-    "c1resnet50_fast": _resnet(50, "c1", 64),
-    "d1resnet50_fast": _resnet(50, "d1", 32),
-    "c4resnet50_fast": _resnet(50, "c4", 16),
-    "d4resnet50_fast": _resnet(50, "d4", 8),
-    "c8resnet50_fast": _resnet(50, "c8", 8),
-    "d8resnet50_fast": _resnet(50, "d8", 4),
-    "c1resnet101": _resnet(101, "c1", 70),
-    "d1resnet101": _resnet(101, "d1", 50, "d1resnet101"),
-    "c4resnet101": _resnet(101, "c4", 35, "c4resnet101"),
-    "d4resnet101": _resnet(101, "d4", 25, "d4resnet101"),
-    "c8resnet101": _resnet(101, "c8", 25),
-    "d8resnet101": _resnet(101, "d8", 18),
-    "c1resnet101_fast": _resnet(101, "c1", 64),
-    "d1resnet101_fast": _resnet(101, "d1", 32),
-    "c4resnet101_fast": _resnet(101, "c4", 16),
-    "d4resnet101_fast": _resnet(101, "d4", 8),
-    "c8resnet101_fast": _resnet(101, "c8", 8),
-    "d8resnet101_fast": _resnet(101, "d8", 4),
+    f"{group}resnet{depth}{suffix}": _resnet(depth, group, widths[suffix != ""], f"{group}resnet{depth}{suffix}")
+    for depth, groups in _WIDTHS.items()
+    for group, widths in groups.items()
+    for suffix in ("", "_fast")
+}
+VARIANTS |= {
     "c16resnet18": _resnet(18, "c16", 20),
     "c16resnet50": _resnet(50, "c16", 18),
     "c6resnet18_fast": _resnet(18, "c6", 11),

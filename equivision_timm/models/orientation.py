@@ -1,8 +1,7 @@
 """Orientation networks: one score for each rotation of a group, which permute when the image rotates.
 
-They choose the view of a `Canonicalized` model. timm's train.py trains them on `torch/oriented_folder`, as ordinary
-classifiers with |G| classes; configs/orientation.yaml is the recipe. The weights in the package were trained on the
-photographs that equivision_timm/orientation/README.md lists.
+They choose the view of a `Canonicalized` model; configs/orientation.yaml is the recipe of their training. The weights
+in the package were trained on the photographs that equivision_timm/orientation/README.md lists.
 """
 
 from pathlib import Path
@@ -49,11 +48,8 @@ class OrientationNet(nn.Module):
         size: side of the shrunk image, 1 modulo 32.
         in_chans: number of image channels.
         num_classes: |G|, or None.
-        drop_rate: dropout in front of the projection.
+        drop_rate: dropout before the projection.
         **options: of the `EquivariantResNet`.
-
-    Raises:
-        ValueError: another number of classes.
     """
 
     def __init__(

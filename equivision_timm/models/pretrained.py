@@ -1,7 +1,5 @@
-"""Pretrained weights: from the local weights folder, else from the Hub.
+"""Pretrained weights: from the local weights folder, `<weights folder>/c8resnet50.equivision_in1k`, else from the Hub.
 
-The local weights folder holds a folder for each model, `<weights folder>/c8resnet50.equivision_in1k`, with
-`model.safetensors` and `config.json`. Weights on the Hub are listed in `PUBLISHED`, each with one commit and one hash.
 Both are used only if the caller did not name a source: `hf-hub:`, `local-dir:`, `pretrained_cfg` and
 `pretrained_cfg_overlay` with a source of their own are left to timm.
 """
@@ -84,7 +82,7 @@ def build_pretrained(
     """Build `variant` with pretrained weights by `build`, timm's `build_model_with_cfg` with the model class.
 
     Raises:
-        WeightsError: no weights are found, or their file is damaged or holds another model.
+        WeightsError: as `find_weights`; the file holds another model.
     """
     overlay = dict(pretrained_cfg_overlay or {})
     build = partial(build, variant, pretrained=True, pretrained_cfg=pretrained_cfg, **kwargs)
@@ -113,8 +111,8 @@ def find_weights(model_name: str, cache_dir: str | Path | None = None) -> Path:
         read_checked(file, model_name, PUBLISHED[model_name].tensors_sha256, "delete it and try again")
     else:
         raise WeightsError(
-            f"no weights for {model_name}: there is no {file}, and none are published on the Hub yet. "
-            f"To get them, run `python -m equivision_timm fetch {model_name}`"
+            f"no weights for {model_name}: there is no {file}. To get them, run `python -m equivision_timm fetch "
+            f"{model_name}`"
         )
     return file
 
@@ -172,10 +170,8 @@ def _download(model_name: str, local_file: Path, cache_dir: str | Path | None) -
         return Path(hf_hub_download(repository, WEIGHTS_FILE, revision=revision, cache_dir=cache_dir))
     except Exception as error:  # of huggingface_hub, its HTTP library, the operating system
         raise WeightsError(
-            f"no weights for {model_name}. Tried:\n"
-            f"- the local weights folder: there is no {local_file}\n"
-            f"- the Hub, {constants.ENDPOINT}/{repository}, commit {revision}: {type(error).__name__}: {error}\n"
-            f"To get them, run `python -m equivision_timm fetch {model_name}`"
+            f"no weights for {model_name}: there is no {local_file}, and {constants.ENDPOINT}/{repository}, commit "
+            f"{revision}, fails ({type(error).__name__}: {error}). Run `python -m equivision_timm fetch {model_name}`"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Hash of the tensors of a state dict: `convert` writes it into the metadata of a file, `verify` compares it."""
+"""Hash of the tensors of a state dict."""
 
 import hashlib
 from collections.abc import Mapping

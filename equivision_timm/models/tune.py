@@ -1,10 +1,9 @@
 """Measurement of the fastest strategy for each convolution of a model on this machine.
 
 First each distinct layer is measured by itself: every strategy that can compute it, in interleaved rounds, after its
-numbers were compared with those of the definition. Then the model as a whole, also interleaved, with these choices,
-with the rule of 'auto', and with the definition: the choices count only if they win. So tuning never makes a model
-slower, for this input on this machine. One copy of the model is measured, whose strategies are switched: several
-networks in a process disturb one another's times.
+numbers were compared with those of the definition. Then the model as a whole, with these choices, with the rule of
+'auto', and with the definition: the choices count only if they win. One copy of the model is measured, whose strategies
+are switched: several networks in a process disturb one another's times.
 """
 
 import contextlib
@@ -14,7 +13,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn as nn
@@ -90,8 +88,8 @@ def tune(
     """Measure the fastest strategy of each convolution of `model` on this machine, and set it in the model.
 
     The strategies are stored in the user's cache folder, where `conv_strategy="auto"` finds them for the same layers
-    and input under the same conditions (`layers/strategies/measured.py`). In a process group the first rank measures,
-    and all ranks use its result.
+    and input under the same conditions (`layers/strategies/measured.py`). In a process group let one rank measure, and
+    give its result to `set_conv_strategy` on the others.
 
     Args:
         model: on its device; only its strategies change, and not those that were given by name.
@@ -109,23 +107,13 @@ def tune(
         InputError: no memory for the batch; the model does not take such images; no layer has the strategy 'auto'.
     """
     setting = Setting(batch_size, (size, size) if isinstance(size, int) else size, amp, channels_last, train, compiled)
-    group = torch.distributed.is_available() and torch.distributed.is_initialized()
-    result: list[Any] = [None]
-    if not group or torch.distributed.get_rank() == 0:
-        try:
-            result = [measure(model, setting).choice]
-        except Exception as error:  # raised on all ranks
-            result = [error]
-    if group:
-        torch.distributed.broadcast_object_list(result)
-    if isinstance(result[0], Exception):
-        raise result[0]
-    model.set_conv_strategy(result[0])
-    return result[0]
+    choice = measure(model, setting).choice
+    model.set_conv_strategy(choice)
+    return choice
 
 
 def measure(model: EquivariantBackbone, setting: Setting) -> Tuning:
-    """Measure all layers, then the model; see `tune`. The time of each layer is stored as soon as it is known."""
+    """Measure all layers, then the model. The time of each layer is stored as soon as it is known."""
     model = copy.deepcopy(model).train(setting.train)
     model = model.to(memory_format=torch.channels_last) if setting.channels_last else model
     device = next(model.parameters()).device
@@ -148,7 +136,7 @@ def measure(model: EquivariantBackbone, setting: Setting) -> Tuning:
 
 
 def _model_key(model: EquivariantBackbone, setting: Setting) -> str:
-    """The name of a tuned model in the table; the keys of its layers say what their times depend on."""
+    """The name of a tuned model in the table."""
     name = getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__)
     mode, compiled = "train" if setting.train else "eval", ", compiled" if setting.compiled else ""
     height, width = setting.size
@@ -187,7 +175,7 @@ def _inputs(model: EquivariantBackbone, setting: Setting) -> dict[str, tuple[Lay
 def _measure_layers(
     model: EquivariantBackbone, found: dict[str, tuple[Layer, tuple]], setting: Setting
 ) -> dict[str, dict[str, float | None]]:
-    """Seconds of each strategy, by layer; those in the table are not measured again."""
+    """Seconds of each strategy, by layer, from the table or measured."""
     known = read_table(next(model.parameters()).device)["layers"]
     for name, (layer, shape) in tqdm(found.items(), desc="layers", unit="layer"):
         key = layer_key(layer, shape, setting.train)
@@ -253,13 +241,9 @@ def _interleaved(runs: dict[str, Callable[[], object]], device: torch.device) ->
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3  # milliseconds
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize()
     clock = time.perf_counter()
     run()
+    synchronize()
     return time.perf_counter() - clock

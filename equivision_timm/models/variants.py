@@ -1,4 +1,4 @@
-"""The table of a family becomes models that timm knows: entrypoints, configurations, and a list for our own tools."""
+"""The table of a family becomes models that timm knows: entrypoints, configurations, and a list of names."""
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -9,17 +9,7 @@ from typing import Any, TypeVar
 import torch.nn as nn
 from timm.models import create_model, generate_default_cfgs, register_model
 
-__all__ = [
-    "DIGITS",
-    "Variant",
-    "create",
-    "digits_cfg",
-    "family_of",
-    "forget",
-    "is_ours",
-    "model_names",
-    "register_family",
-]
+__all__ = ["DIGITS", "Variant", "create", "digits_cfg", "forget", "model_names", "register_family"]
 
 DIGITS = Path(__file__).parents[1] / "digits"  # digits, and weights of tiny networks that read them
 
@@ -29,19 +19,12 @@ _FAMILIES: dict[str, type[nn.Module]] = {}  # by model name
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of a family's table.
+    """One row of a family's table."""
 
-    Attributes:
-        summary: the model in a sentence; its docstring.
-        arguments: of the network; keywords of `timm.create_model` override them.
-        cfg: timm's pretrained configuration.
-        tag: of the weights, '' where there are none.
-    """
-
-    summary: str
-    arguments: Mapping[str, Any]
-    cfg: Mapping[str, Any] = field(default_factory=dict)
-    tag: str = ""
+    summary: str  # the model in a sentence; its docstring
+    arguments: Mapping[str, Any]  # of the network; keywords of `timm.create_model` override them
+    cfg: Mapping[str, Any] = field(default_factory=dict)  # timm's pretrained configuration
+    tag: str = ""  # of the weights
 
 
 def register_family(
@@ -90,7 +73,7 @@ def digits_cfg(name: str, size: int) -> dict[str, Any]:
 
 
 def forget(names: Iterable[str]) -> None:
-    """Take models out of our list again; timm cannot unregister models and may still list them."""
+    """Take models out of the list of names again; timm cannot unregister models and may still list them."""
     for name in names:
         del _FAMILIES[name]
 
@@ -112,29 +95,9 @@ def model_names(network: type[nn.Module] = nn.Module) -> list[str]:
 
 
 def create(model_name: str, *networks: type[Network], **keywords: Any) -> Network:
-    """`timm.create_model(model_name, **keywords)`, for a model of one of the classes `networks`.
-
-    Raises:
-        ValueError: it is of another class.
-    """
+    """`timm.create_model(model_name, **keywords)`; ValueError unless it is of one of the classes `networks`."""
     model = create_model(model_name, **keywords)
     if not isinstance(model, networks):
         names = " or ".join(network.__name__ for network in networks)
         raise ValueError(f"{model_name} is a {type(model).__name__}, no {names}: use another model")
     return model
-
-
-def family_of(model_name: str) -> type[nn.Module]:
-    """The class of the models called `model_name`.
-
-    Raises:
-        ValueError: no such model is registered here.
-    """
-    if model_name not in _FAMILIES:
-        raise ValueError(f"unknown model {model_name!r}: use a model of this package, such as 'c8resnet50'")
-    return _FAMILIES[model_name]
-
-
-def is_ours(model: nn.Module) -> bool:
-    """Whether `model` is of a family registered here."""
-    return type(model) in _FAMILIES.values()
