@@ -1,8 +1,7 @@
 """`symmetrized`, `canonicalized` and names without keywords such as `d4sym_resnet50`, registered with timm.
 
 `pretrained=True` lets timm load the source into the backbone, as it does for the backbone's own name. Files that hold
-the adapted model, with keys `backbone.*`, are loaded into the whole, strictly: `local-dir:` and `hf-hub:` names,
-`checkpoint_path`, and a `file` of the pretrained configuration.
+the adapted model, with keys `backbone.*`, are loaded into the whole, strictly.
 """
 
 import inspect
@@ -65,32 +64,26 @@ def _create(
     resolved = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
     from_folder = resolved.source in ("hf-hub", "local-dir")
     whole = pretrained and (from_folder or _holds_whole(resolved))
-
     backbone = kwargs.pop("backbone", "resnet18")
     if not isinstance(backbone, str):
         raise TypeError(f"backbone is a {type(backbone).__name__}, not a name: use the class {network.__name__}")
-    own_names = set(inspect.signature(network).parameters) - {"options"}
-    own = {name: value for name, value in kwargs.items() if name in own_names}
-    options = {name: value for name, value in kwargs.items() if name not in own_names}
+    own = {name: kwargs.pop(name) for name in inspect.signature(network).parameters if name in kwargs}
     overlay: dict[str, Any] = {}
     if variant in _NAMES:
-        own.setdefault("group_pool", _group_pool(variant, resolved, own.get("choice"), options, network))
+        classes = _registered(variant, resolved.tag).num_classes  # of the weights
+        trained = kwargs.get("num_classes", classes) == classes and classes > 1
+        averages = network is Symmetrized or own.get("choice") == "soft"
+        own.setdefault("group_pool", "prob" if averages and trained else "avg")
         backbone = f"{backbone}.{_registered(backbone, resolved.tag).tag}"
     if not from_folder:
         if isinstance(pretrained_cfg, (dict, PretrainedCfg)):  # of `variant`, complete for a name
             overlay = _differences(resolved, _registered(variant, resolved.tag))
         overlay = _renamed({**overlay, **(pretrained_cfg_overlay or {})}, lambda name: name.removeprefix("backbone."))
     if features.get("features_only"):
-        features = _getter(backbone, features, options)
+        features = _getter(backbone, features, kwargs)
 
-    model = network(
-        backbone,
-        pretrained=pretrained and not whole,
-        pretrained_cfg_overlay=overlay,
-        cache_dir=cache_dir,
-        **own,
-        **options,
-    )
+    loaded: dict[str, Any] = {"pretrained": pretrained and not whole, "pretrained_cfg_overlay": overlay}
+    model = network(backbone, **loaded, cache_dir=cache_dir, **own, **kwargs)
     cfg = resolved
     if not from_folder:
         cfg = {**model.backbone.pretrained_cfg, "architecture": variant, "tag": resolved.tag}
@@ -103,7 +96,7 @@ def _create(
         pretrained_model_args=pretrained_model_args,
         cache_dir=cache_dir,
         **features,
-        **options,
+        **kwargs,
     )
 
 
@@ -113,25 +106,10 @@ def _holds_whole(cfg: PretrainedCfg) -> bool:
     return any(name.startswith("backbone.") for name in state)
 
 
-def _group_pool(
-    variant: str, cfg: PretrainedCfg, choice: str | None, options: dict[str, Any], network: type[nn.Module]
-) -> str:
-    """'prob' for the classes that the weights were trained on, 'avg' for others; 'avg' for a hard choice."""
-    trained = _registered(variant, cfg.tag).num_classes
-    classes = options.get("num_classes", trained)
-    averages = network is Symmetrized or choice == "soft"
-    return "prob" if averages and classes == trained and classes > 1 else "avg"
-
-
-def _cfg(name: str) -> Any:
-    """timm's configuration of a registered model, a PretrainedCfg."""
-    return get_pretrained_cfg(name)
-
-
 def _registered(name: str, tag: str | None) -> PretrainedCfg:
     """timm's configuration of a model; the default one if it has no such tag."""
     tagged = f"{name}.{tag}"
-    return _cfg(tagged if tagged in list_pretrained(f"{name}.*") else name)
+    return cast(Any, get_pretrained_cfg(tagged if tagged in list_pretrained(f"{name}.*") else name))
 
 
 def _differences(cfg: PretrainedCfg, registered: PretrainedCfg) -> dict[str, Any]:
@@ -164,47 +142,43 @@ def _getter(backbone: str, features: dict[str, Any], options: dict[str, Any]) ->
     return {**features, "feature_cls": "getter"}
 
 
+_GENERIC = {
+    "symmetrized": Variant("A model of timm averaged over a group; see Symmetrized", {"network": Symmetrized}),
+    "canonicalized": Variant("A model of timm on images put upright; see Canonicalized", {"network": Canonicalized}),
+}
+_NAMES = {
+    f"{kind}_{backbone}": Variant(f"timm's {backbone} {how}", dict(network=network, backbone=backbone, group=group))
+    for kind, network, group, how in (
+        ("c4sym", Symmetrized, "c4", "averaged over rotations by 90 degrees"),
+        ("d4sym", Symmetrized, "d4", "averaged over rotations by 90 degrees and reflections"),
+        ("c4can", Canonicalized, "c4", "on images rotated upright by c4orient_tiny"),
+    )
+    for backbone in BACKBONES
+    if is_model(backbone)
+}
+
+
 def _cfgs() -> dict[str, Any]:
     """timm's configurations by name and tag, the default one first."""
     cfgs: dict[str, Any] = {name: dict(first_conv="backbone.conv1", classifier="backbone.fc") for name in _GENERIC}
     pretrained = list_pretrained()
     for name, variant in _NAMES.items():
         backbone = variant.arguments["backbone"]
-        default = f"{backbone}.{_cfg(backbone).tag}"
-        others = [tagged for tagged in pretrained if tagged.startswith(f"{backbone}.") and tagged != default]
-        for tagged in [default, *others]:
-            cfg = {k: v for k, v in vars(_cfg(tagged)).items() if k not in _IDENTITY}
-            cfgs[f"{name}.{tagged.partition('.')[2]}"] = _renamed(cfg, lambda name: f"backbone.{name}")
+        tags = [tagged.partition(".")[2] for tagged in pretrained if tagged.startswith(f"{backbone}.")]
+        default = cast(Any, get_pretrained_cfg(backbone)).tag
+        for tag in sorted(tags, key=lambda tag: tag != default):
+            cfg = vars(get_pretrained_cfg(f"{backbone}.{tag}"))
+            own = {key: value for key, value in cfg.items() if key not in _IDENTITY}
+            cfgs[f"{name}.{tag}"] = _renamed(own, lambda name: f"backbone.{name}")
     return cfgs
 
 
-def _names() -> dict[str, Variant]:
-    described = {
-        "c4sym": (Symmetrized, "c4", "averaged over rotations by 90 degrees"),
-        "d4sym": (Symmetrized, "d4", "averaged over rotations by 90 degrees and reflections"),
-        "c4can": (Canonicalized, "c4", "on images rotated upright by c4orient_tiny"),
-    }
-    return {
-        f"{prefix}_{backbone}": Variant(
-            f"timm's {backbone} {how}", {"network": network, "backbone": backbone, "group": group}
-        )
-        for prefix, (network, group, how) in described.items()
-        for backbone in BACKBONES
-        if is_model(backbone)
-    }
-
-
-_GENERIC = {
-    "symmetrized": Variant("A model of timm averaged over a group; see Symmetrized", {"network": Symmetrized}),
-    "canonicalized": Variant("A model of timm on images put upright; see Canonicalized", {"network": Canonicalized}),
-}
-_NAMES = _names()
 _CFGS = _cfgs()
 for _network in (Symmetrized, Canonicalized):
     register_family(
         __name__,
         _network,
         _create,
-        {name: v for name, v in {**_GENERIC, **_NAMES}.items() if v.arguments["network"] is _network},
+        {name: v for name, v in (_GENERIC | _NAMES).items() if v.arguments["network"] is _network},
         cfgs=_CFGS,
     )

@@ -120,47 +120,38 @@ def test_a_plain_file_loads_into_the_backbone(tmp_path):
 
 LOAD = """
 import json, sys, timm, torch, equivision_timm
-names, cache = json.loads(sys.argv[1]), sys.argv[2]
-sums = {}
-for name, options in names:
-    model = timm.create_model(name, pretrained=True, cache_dir=cache, **options)
-    total = sum(p.double().sum().item() for p in model.backbone.parameters())
-    sums[name] = [total, model.backbone.conv1.weight.shape[1]]
-print(json.dumps(sums))
+results = {}
+for name, options in json.loads(sys.argv[1]):
+    try:
+        model = timm.create_model(name, pretrained=True, cache_dir=sys.argv[2], **options)
+        total = sum(p.double().sum().item() for p in model.backbone.parameters())
+        results[name] = [total, model.backbone.conv1.weight.shape[1]]
+    except Exception as error:
+        results[name] = str(error)
+print(json.dumps(results))
 """
 
 
-def load(hub, cache, names):
-    """`LOAD` in a process whose Hub is the stand-in; huggingface_hub reads the address when it is imported."""
-    environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    command = [sys.executable, "-c", LOAD, json.dumps(names), str(cache)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-
 def test_weights_come_from_timms_repositories(tmp_path):
+    """In a process whose Hub is the stand-in; huggingface_hub reads the address when it is imported."""
     torch.manual_seed(0)
     plain = timm.create_model("resnet18")
     save_for_hf(plain, str(tmp_path / "plain"), safe_serialization=True)
     files = {path.name: path.read_bytes() for path in (tmp_path / "plain").iterdir()}
     total = sum(p.double().sum().item() for p in plain.parameters())
+    names = [("d4sym_resnet18", {}), ("c4can_resnet18.a2_in1k", {}), ("c4sym_resnet18", {"in_chans": 1})]
     with Hub() as hub:
         hub.add("timm/resnet18.a1_in1k", files)
         hub.add("timm/resnet18.a2_in1k", files)
-        names = [("d4sym_resnet18", {}), ("c4can_resnet18.a2_in1k", {}), ("c4sym_resnet18", {"in_chans": 1})]
-        done = load(hub, tmp_path / "cache", names)
+        environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        command = [sys.executable, "-c", LOAD, json.dumps([*names, ("d4sym_resnet50", {})]), str(tmp_path / "cache")]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        sums = json.loads(done.stdout.splitlines()[-1])
-        assert sums["d4sym_resnet18"] == [pytest.approx(total), 3]
-        assert sums["c4can_resnet18.a2_in1k"] == [pytest.approx(total), 3]
-        assert sums["c4sym_resnet18"][1] == 1
-        assert (tmp_path / "cache" / "models--timm--resnet18.a1_in1k").is_dir()
-        downloads = sum(path.count("resnet18.a1_in1k") for method, path in hub.requests if "safetensors" in path)
-        assert downloads > 0
-
-        missing = load(hub, tmp_path / "cache", [("d4sym_resnet50", {})])
-        assert missing.returncode != 0
-        assert "resnet50.a1_in1k" in missing.stderr.splitlines()[-1] + missing.stderr
-        assert "During handling of the above exception" not in missing.stderr.split("create_model")[-1]
+    results = json.loads(done.stdout.splitlines()[-1])
+    assert results["d4sym_resnet18"] == results["c4can_resnet18.a2_in1k"] == [pytest.approx(total), 3]
+    assert results["c4sym_resnet18"][1] == 1
+    assert "resnet50.a1_in1k" in results["d4sym_resnet50"]  # which the Hub does not have
+    assert (tmp_path / "cache" / "models--timm--resnet18.a1_in1k").is_dir()
 
 
 @pytest.mark.parametrize(
