@@ -1,5 +1,6 @@
 """The error for input that a user can correct, the remedy for a missing extra, and text on one line."""
 
+import argparse
 import importlib.metadata
 import json
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 __all__ = ["InputError", "install_command", "one_line", "reason", "shortened"]
 
 
-class InputError(ValueError):
+class InputError(ValueError, argparse.ArgumentTypeError):
     """Input of the user that cannot be used. The message quotes it and names a remedy; commands exit with status 2."""
 
 

@@ -1,11 +1,9 @@
 """Atomic file writes, SHA-256 of a file, and the cache folder of the package."""
 
-import contextlib
 import hashlib
 import os
 import secrets
 import shutil
-import tempfile
 from pathlib import Path
 
 from equivision_timm.errors import InputError
@@ -29,19 +27,13 @@ def file_sha256(path: str | Path) -> str:
 
 
 def check_writable(path: Path, make_folders: bool = False) -> None:
-    """Raise InputError unless `write_file` can write `path`, whose folders must exist without `make_folders`."""
-    try:
-        folder = Path(os.path.realpath(path)).parent
-        while make_folders and not os.path.lexists(folder):
-            folder = folder.parent
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-        with contextlib.suppress(FileNotFoundError):  # a name that is too long, or a loop of links, raises
-            os.stat(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}: use a folder that exists and is yours") from error
-    if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
-        raise InputError(f"{path} is a folder, a device or write-protected: give the name of another file")
+    """Raise InputError, before the work, unless `write_file` can write `path`; `make_folders`: also missing ones."""
+    folder = path.absolute().parent
+    while make_folders and not os.path.lexists(folder):
+        folder = folder.parent
+    is_new = not os.path.lexists(path)
+    if not (os.access(folder, os.W_OK) and folder.is_dir() if is_new else os.access(path, os.W_OK) and path.is_file()):
+        raise InputError(f"cannot write {path}: give the name of a file in a folder that exists and is yours")
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -38,9 +38,8 @@ def equivariance_error(
 ) -> dict[int, float]:
     """The relative error of `module` at every element of the group.
 
-    Measured on a copy in eval mode, one image at a time, with branches that the initialisation switches off switched
-    on: scales (parameters of one dimension, biases apart) that all are one number below 0.1, as those of
-    `zero_init_last` and LayerScale, are set to 1.
+    Measured on a copy in eval mode, one image at a time; scales (parameters of one dimension, biases apart) that all
+    are one number below 0.1, which switch branches off (`zero_init_last`, LayerScale), are set to 1.
 
     Args:
         module: maps images [1, in_channels, size, size], of its own dtype and device, to a tensor.
@@ -119,10 +118,8 @@ def angle_error(model: nn.Module, images: torch.Tensor, angles: Sequence[float])
 
     The error of a map f of the network at an angle is |f(g x) - g f(x)| / |g f(x)|, g the rotation by that angle, over
     the pixels in a disc of 0.8 times the inscribed radius; the mean over the images. g moves pixels (bicubic between
-    the quarter turns) and permutes the channels of regular fields; between the rotations of the group the channels of a
-    field, a function on the group, are interpolated by its Fourier series. The channels of a timm model without a group
-    are not permuted. The images are faded to zero towards the border by a smooth circular mask, so that a rotation
-    brings nothing new into view.
+    the quarter turns) and permutes the channels of regular fields, between the rotations of the group by the Fourier
+    series of a field. The images are faded to zero towards the border by a smooth circular mask.
 
     Use photographs: equivariance between the quarter turns is broken by aliasing of fine detail, of which smooth random
     images have next to none.
@@ -160,9 +157,6 @@ def angle_error(model: nn.Module, images: torch.Tensor, angles: Sequence[float])
 @torch.no_grad()
 def calibrate_norms(model: nn.Module, images: torch.Tensor) -> None:
     """Set the running statistics of all batch norms to those of `images` [B, C, n, n] as `angle_error` masks them.
-
-    With random weights, statistics 0 and 1 are far from those of the maps, so the network would be measured where no
-    trained network works.
 
     Raises:
         ValueError: images that are not square; the model has no batch norm with running statistics.

@@ -37,7 +37,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "flat").mkdir()
     Image.new("L", (9, 9)).save(root / "flat" / "image.png")
     (root / "image.png").write_bytes((root / "data" / "a" / "image.png").read_bytes())
-    (root / "empty.png").touch()
     (root / "folder.png").mkdir()
     (root / "text").write_text("text")
     (root / "old.csv").write_text("old")
@@ -60,12 +59,9 @@ PREDICT = ["predict", "--model", MODEL]
 BAD = [
     ([], "COMMAND"),
     (["nosuch"], "neither a command.*git clone"),
-    (["."], "neither a command.*git clone"),
     (["rotate_eval"], "did you mean 'rotate-eval'"),
     ([*ROTATE_EVAL, "--nope"], "--nope"),
-    ([*ROTATE_EVAL, "-j", "100000"], "--workers: '100000'"),
     ([*ROTATE_EVAL, "-b", "0"], "--batch-size"),
-    ([*ROTATE_EVAL, "--size", "100000"], "--size"),
     ([*ROTATE_EVAL, "--num-classes", "7"], "3 classes, not 7"),
     ([*ROTATE_EVAL, "--device", "meta"], "--device meta"),
     ([*ROTATE_EVAL, "--angles=-1e308:1e308:1e-300"], "3600 angles"),
@@ -76,39 +72,31 @@ BAD = [
     ([*ROTATE_EVAL, "--data", "flat"], "the folder 0 sub-folders"),
     ([*ROTATE_EVAL, "--data", "text"], "no folder 'text'"),
     ([*ROTATE_EVAL, "--out", "text"], "cannot write text"),
-    ([*ROTATE_EVAL, "--out", "results"], "is a folder"),
+    ([*ROTATE_EVAL, "--out", "results"], "cannot write results/results.json"),
     ([*ROTATE_EVAL, "--out", "foreign"], "holds no results"),
-    ([*ROTATE_EVAL, "--out", "x" * 300], "File name too long"),
     ([*ROTATE_EVAL, "--models", "test_resnet=other.pth"], "'other.pth' a checkpoint"),
     ([*ROTATE_EVAL, "--models", "test_resnet=nan.pth"], "finite"),
     ([*ROTATE_EVAL, "--models", "test_resnet="], "there is no file ''"),
-    ([*ROTATE_EVAL, "--models", "local-dir:nowhere"], "'local-dir:nowhere'"),
     ([*ROTATE_EVAL, "--models", "two\nlines"], r"unknown model 'two\\nlines'"),
     ([*ROTATE_EVAL, "--models", "resnet10t"], "resnet10t=CHECKPOINT"),
     ([*ROTATE_EVAL, "--models", "c8resnet19"], "did you mean c8resnet18"),
     ([*ROTATE_EVAL, "--models", "resnet10t.no_such_tag"], "tags are resnet10t.c3_in1k"),
     ([*SHOW, "--model", "c8resnet18"], "fetch c8resnet18`.*give a file, c8resnet18="),
     ([*SHOW, "--out", "show.xyz"], "ending of a picture"),
-    ([*SHOW, "--out", "text/show.png"], "Not a directory"),
+    ([*SHOW, "--out", "text/show.png"], "cannot write"),
     ([*SHOW, "--level", "9"], "--level 9"),
-    (["show", "empty.png", "--model", MODEL], "empty.png"),
     (["show", "nowhere.png", "--model", MODEL], "'nowhere.png'"),
-    ([*SHOW, "--class-map", "text"], "--class-map has 1 names"),
-    (["demo", "--out", "demo.xyz"], "ending of a picture"),
-    (["configs", "text"], "Not a directory"),
+    (["configs", "text"], "cannot write"),
     (["list", "c8resnet19"], "did you mean c8resnet18"),
     (["tune", "test_c8rsnet"], "did you mean test_c8resnet"),
     (["tune", "test_d4vit"], "no steerable convolutions"),
-    (["tune", "test_c8resnet", "--size", "3"], "too small"),
-    (["export", "test_c8resnet", "folder.png"], "is a folder"),
+    (["export", "test_c8resnet", "folder.png"], "cannot write folder.png"),
     (["export", "test_c8resnet", "m.onnx", "--size", "2"], "2 x 2 pixels"),
-    (["export", "test_c8resnet", "m.onnx", "--class-map", "text"], "1 names"),
     (["list", "c8resnet18", "--near", "5"], "--near 5 is not possible for c8resnet18"),
     ([*PREDICT, "nowhere.png"], "none of the 1 images can be read, such as 'nowhere.png'"),
     ([*PREDICT, "nothing"], "there are no pictures .* in the folder 'nothing'"),
-    ([*PREDICT, "text"], "none of the 1 images can be read, such as 'text'"),
-    ([*PREDICT, "image.png", "--out", "nothing"], "is a folder"),
-    ([*PREDICT, "image.png", "--class-map", "missing"], "--class-map missing cannot be read: No such file"),
+    ([*PREDICT, "image.png", "--out", "nothing"], "cannot write nothing"),
+    ([*PREDICT, "image.png", "--class-map", "missing"], "--class-map: missing cannot be read: No such file"),
     ([*PREDICT, "image.png", "--class-map", "image.png"], "not text in UTF-8"),
     ([*PREDICT, "image.png", "--class-map", "nothing"], "no folder 'nothing'"),
     ([*PREDICT, "image.png", "--class-map", "text"], "--class-map has 1 names, and .* has 3 classes"),
@@ -197,12 +185,6 @@ def test_full_disk_leaves_the_old_picture(folder: Path, tmp_path: Path, monkeypa
     assert (tmp_path / "show.png").read_bytes() == b"old"
 
 
-def test_version(capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        main(["--version"])
-    assert capsys.readouterr().out.startswith(f"equivision_timm {equivision_timm.__version__}, timm {timm.__version__}")
-
-
 def test_output_of_an_encoding_without_the_characters(folder: Path, tmp_path: Path, monkeypatch) -> None:
     """As in a pipe under Windows."""
     (tmp_path / "ü🌀.png").write_bytes((folder / "image.png").read_bytes())
@@ -227,11 +209,10 @@ def test_a_closed_pipe_is_not_an_error(tmp_path: Path, monkeypatch: pytest.Monke
 # Scripts of timm
 
 SCRIPT = """
-import os, sys
+import sys
 import timm
 import beside  # a module next to the script
-line = f"{__name__} {sys.argv[1:]} {'c8resnet50' in timm.list_models()} {os.environ.get('RANK')}\\n"
-sys.stdout.write(line)  # at once: two processes that write unbuffered do not mix their lines
+print(f"{__name__} {sys.argv[1:]} {'c8resnet50' in timm.list_models()}")
 if "--fail" in sys.argv:
     raise KeyError("the script's own error")
 if "--exit" in sys.argv:
@@ -248,32 +229,20 @@ def script(tmp_path: Path) -> str:
 
 def python(*words: str) -> subprocess.CompletedProcess:
     path = str(Path(equivision_timm.__file__).parents[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     return subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment)
 
 
-def test_a_script_runs_as_main_with_the_models(script: str) -> None:
-    done = python("-m", "equivision_timm", script, "--lr", "0.1")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split("\n")[0] == "__main__ ['--lr', '0.1'] True None"
-
-
-def test_status_and_traceback_of_a_script(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = python("-m", "equivision_timm", script, "--fail")
+def test_scripts_run_as_main_with_the_models(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their status and traceback pass through."""
+    done = python("-m", "equivision_timm", script, "--lr", "0.1", "--fail")
+    assert done.stdout.split("\n")[0] == "__main__ ['--lr', '0.1', '--fail'] True"
     assert done.returncode == 1
     assert 'KeyError: "the script\'s own error"' in done.stderr
     monkeypatch.setattr(sys, "argv", [])
     monkeypatch.setattr(sys, "path", sys.path[:])
     with pytest.raises(SystemExit, match="7"):
         main([script, "--exit"])
-
-
-def test_torchrun(script: str) -> None:
-    done = python("-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "equivision_timm", script)
-    assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.split("\n") if "__main__" in line]
-    assert sorted(line.split()[-1] for line in lines) == ["0", "1"]
-    assert all("True" in line for line in lines)
 
 
 def test_console_script(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from equivision_timm.cli.figures import FORMATS, check_figure_file, figure_bytes, plain_text, save_figure
+from equivision_timm.cli.figures import FORMATS, check_figure_file, figure_bytes, plain_text
 from equivision_timm.errors import InputError
 from equivision_timm.files import check_writable, write_file
 
@@ -44,15 +44,16 @@ def test_paths_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     os.mkfifo(tmp_path / "pipe")
-    for name in ("folder", "file/x", "loop", "pipe", "x" * 300, "file/new/new"):
+    for name in ("folder", "file/x", "loop", "pipe", "file/new/new"):
         with pytest.raises(InputError):
             check_writable(tmp_path / name, make_folders=True)
-    with pytest.raises(InputError, match="No such file"):
+    with pytest.raises(InputError, match="missing"):
         check_writable(tmp_path / "missing" / "file")
     check_writable(tmp_path / "file")
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everything
-    with pytest.raises(InputError, match="write-protected"):
-        check_writable(tmp_path / "file")
+    for name in ("file", "new"):
+        with pytest.raises(InputError):
+            check_writable(tmp_path / name)
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
@@ -62,12 +63,11 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("ending", [*FORMATS, ".PNG"])
-def test_all_picture_formats_are_written(ending: str, tmp_path: Path) -> None:
-    path = tmp_path / f"figure{ending}"
-    check_figure_file(path)
-    save_figure(Figure(figsize=(1, 1)), path, dpi=50)
-    assert path.stat().st_size > 50
+def test_all_picture_formats_are_written(tmp_path: Path) -> None:
+    for ending in (*FORMATS, ".PNG"):
+        path = tmp_path / f"figure{ending}"
+        check_figure_file(path)
+        assert len(figure_bytes(Figure(figsize=(1, 1)), path.suffix, dpi=50)) > 50
 
 
 def test_text_is_not_a_formula() -> None:

@@ -1,7 +1,6 @@
 """`equivision-timm list`: counts, exact sizes, and the places of weights."""
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -25,7 +24,7 @@ def row(name: str, near: int = 224) -> Row:
     return found
 
 
-@pytest.mark.parametrize("name", ["test_c1resnet", "test_c8resnet", "d8resnet18_fast"])
+@pytest.mark.parametrize("name", ["test_c8resnet", "test_d4resnet"])
 def test_operations_of_dense_convolutions_counted_by_hand(name: str) -> None:
     """Each output of a layer is a sum over its input channels and the pixels of its kernel."""
     model = timm.create_model(name).eval()
@@ -47,7 +46,7 @@ def test_operations_of_dense_convolutions_counted_by_hand(name: str) -> None:
 def test_operations_as_computed() -> None:
     """Block diagonal: fewer than dense ones in all families; of adapted models: times the views."""
     assert row("test_c1resnet").gmacs == row("test_c1resnet").dense_gmacs
-    for name in ("d8resnet18_fast", "d4vit_tiny_patch16_224", "d4convnext_atto"):
+    for name in ("test_c8resnet", "d4vit_tiny_patch16_224", "d4convnext_atto"):
         assert 0.15 * row(name).dense_gmacs < row(name).gmacs < 0.8 * row(name).dense_gmacs
     assert row("d4vit_tiny_patch16_224").dense_gmacs == pytest.approx(1.26, rel=0.02)  # of timm's vit_tiny_patch16_224
     views = row("c4sym_mobilenetv3_large_100")
@@ -77,13 +76,12 @@ def test_the_first_place_with_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row("c8resnet18").weights == "local folder"
 
 
-def test_a_family_within_seconds(capsys: pytest.CaptureFixture) -> None:
-    start = time.process_time()
-    assert main(["list", "c8resnet*"]) == 0
-    assert time.process_time() - start < 30  # on a busy machine
+def test_table(capsys: pytest.CaptureFixture) -> None:
+    assert main(["list", "test_*resnet"]) == 0
     head, *lines = capsys.readouterr().out.splitlines()
     assert head.split()[:3] == ["model", "group", "fields"]
-    assert [line.split()[0] for line in lines] == [name for name in model_names() if name.startswith("c8resnet")]
+    names = [name for name in model_names() if name.startswith("test_") and name.endswith("resnet")]
+    assert [line.split()[0] for line in lines] == names
 
 
 def test_json(capsys: pytest.CaptureFixture) -> None:

@@ -137,17 +137,3 @@ def test_rectangles_of_the_training(digits: Path, tmp_path: Path, capsys: pytest
     assert load(spec, 65).input_size == (1, 65, 65)
     assert main(["predict", str(next(digits.rglob("*.png"))), "--model", spec, *DEVICE]) == 0
     assert len(_rows(capsys.readouterr().out)) == 3
-
-
-def test_keywords_of_the_model(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """As timm's scripts have them; without them the checkpoint does not fit."""
-    torch.manual_seed(0)
-    model = timm.create_model("c4resnet18_fast", num_classes=3, width=2)
-    torch.save(model.state_dict(), tmp_path / "model.pth")
-    file = str(next(digits.rglob("*.png")))
-    words = ["predict", file, "--size", "33", "--model", f"c4resnet18_fast={tmp_path}/model.pth", *DEVICE]
-    assert main([*words, "--model-kwargs", "width=2"]) == 0
-    found = [float(row["probability"]) for row in _rows(capsys.readouterr().out)]
-    expected = _expected(model, file, img_size=33).sort(descending=True)[0]
-    assert found == pytest.approx(expected.tolist(), abs=2e-6)
-    assert main(words) == 2

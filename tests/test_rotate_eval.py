@@ -6,6 +6,7 @@ import datetime
 import json
 import math
 import shutil
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -27,7 +28,8 @@ from equivision_timm.cli.figures import plain_text
 from equivision_timm.cli.main import main
 from equivision_timm.cli.models import Loaded, load
 from equivision_timm.cli.options import parse_angles
-from equivision_timm.cli.rotate_eval import METRICS, Result, Settings, averaged
+from equivision_timm.cli.rotate_eval import METRICS, Result, Settings, averaged, find_result
+from equivision_timm.errors import InputError
 from equivision_timm.models.tensor_hash import hash_tensors
 from equivision_timm.testing import angle_error
 
@@ -99,19 +101,17 @@ def test_figures_are_those_of_a_plain_loop(measured: Path, textures: str, c4: st
     """Against torchvision's folder and a loop over single images."""
     model = timm.create_model(c4, pretrained=True).eval()
     prepare = create_transform((3, 33, 33), crop_pct=1.0, interpolation="bilinear")
-    top1 = agreement = drift = 0.0
+    sums = np.zeros(3)
     for image, target in ImageFolder(f"{textures}/validation", transform=prepare):
         with torch.inference_mode():
             upright, rotated = model(torch.stack([image, image.rot90(1, dims=(-2, -1))]))
-        top1 += (rotated.argmax() == target).item()
-        agreement += (rotated.argmax() == upright.argmax()).item()
         centred, centred_rotated = upright - upright.mean(), rotated - rotated.mean()
-        drift += ((centred_rotated - centred).norm() / centred.norm()).item()
+        drift = ((centred_rotated - centred).norm() / centred.norm()).item()
+        sums += [rotated.argmax() == target, rotated.argmax() == upright.argmax(), drift]
     row = rows(measured)[c4, 33, 90]
     assert (row["images"], row["top5"]) == (12, 100)  # of three classes
-    assert row["top1"] == pytest.approx(100 * top1 / 12, abs=1e-3)
-    assert row["agreement"] == pytest.approx(100 * agreement / 12, abs=1e-3)
-    assert row["drift"] == pytest.approx(drift / 12, abs=1e-5)
+    found = [row["top1"] / 100, row["agreement"] / 100, row["drift"]]
+    assert found == pytest.approx(sums / 12, abs=1e-5)
 
 
 def test_equivariance_and_exact_sizes(measured: Path, c4: str, c1: str) -> None:
@@ -148,25 +148,23 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     return batches
 
 
-def test_circle_hides_the_corners(textures: str, c1: str, tmp_path: Path, seen: list[torch.Tensor]) -> None:
-    assert main(command([c1], textures, tmp_path, "0,30", "--corners", "circle")) == 0
-    assert len(seen) == 5  # a trial, two angles of all images, two of the samples
-    for images in seen[1:]:
-        assert (images[..., :4, :4] == 0).all()
-        assert (images[..., 16, :] != 0).float().mean() > 0.9
-
-
-def test_checkpoint_of_training(textures: str, tmp_path: Path, seen: list[torch.Tensor]) -> None:
-    """Model, image size and normalisation are those of the training, as in predict."""
+def test_images_are_those_of_the_training(textures: str, tmp_path: Path, seen: list[torch.Tensor]) -> None:
+    """Model, image size and normalisation, as in predict; a circle hides the corners."""
     options = {"img_size": 33, "mean": [0.2, 0.3, 0.4], "crop_pct": 1.0}
-    spec = save_training(tmp_path, **options)
-    assert main(command([spec], textures, tmp_path / "out", "0")) == 0
+    words = command([save_training(tmp_path, **options)], textures, tmp_path / "out", "0")
+    assert main(words) == 0
     ((_, size, _),) = rows(tmp_path / "out")
     assert size == 33
     config = resolve_data_config(options, model=timm.create_model("c4resnet18_fast"))
     transform = create_transform(**config, is_training=False)
     samples = data.ImageFolder(textures, "validation").samples
     assert torch.equal(seen[1], torch.stack([transform(Image.open(path).convert("RGB")) for path, _ in samples]))
+    seen.clear()
+    assert main([*words, "--out", str(tmp_path / "circle"), "--angles", "0,30", "--corners", "circle"]) == 0
+    assert len(seen) == 5  # a trial, two angles of all images, two of the samples
+    for images in seen[1:]:
+        assert (images[..., :4, :4] == 0).all()
+        assert (images[..., 16, :] != 0).float().mean() > 0.9
 
 
 def test_quarter_turns_averaged(textures: str, c1: str, tmp_path: Path) -> None:
@@ -290,9 +288,17 @@ def test_other_weights_or_keywords_of_the_same_name(textures: str, tmp_path: Pat
     assert "weights" in refused(words, capsys)
 
 
-@pytest.mark.parametrize("options", [["--angles", "0"], ["--corners", "circle"], ["--amp"], ["--unlabelled"]])
-def test_other_settings(options: list[str], measured: Path, textures: str, c4: str, capsys) -> None:
-    assert "settings" in refused([*command([c4], textures, measured, *WHOLE), *options], capsys)
+def test_every_setting_counts() -> None:
+    """Of one model, size and number of turns all must agree, of others those that a report states once."""
+    (before,) = stored(["c8resnet18"], [0.0], [1.0])
+    for name in asdict(before.settings):
+        other = replace(before.settings, **{name: "another"})
+        if name in ("model", "size", "turns"):
+            assert find_result([before], other, Path("out")) == Result(other)
+        else:
+            with pytest.raises(InputError, match=f"settings .{name}: .* there, another here"):
+                find_result([before], other, Path("out"))
+    assert find_result([before], before.settings, Path("out")) is before
 
 
 def test_another_run_in_the_meantime(textures: str, c4: str, tmp_path: Path, monkeypatch, capsys) -> None:
@@ -309,19 +315,11 @@ def test_another_run_in_the_meantime(textures: str, c4: str, tmp_path: Path, mon
     assert (tmp_path / "results.json").read_text() == '{"results": "others"}'
 
 
-def test_damaged_results(measured: Path, textures: str, c4: str, tmp_path: Path, capsys) -> None:
-    content = json.loads((measured / "results.json").read_text())
-    content["results"][1]["settings"] = {}
-    (tmp_path / "results.json").write_text(json.dumps(content))
-    assert "holds no results" in refused(command([c4], textures, tmp_path, "0:180:45"), capsys)
-
-
 # Interruptions
 
 
-def test_interrupted_run_continues(
-    measured: Path, textures: str, c4: str, c1: str, tmp_path: Path, monkeypatch
-) -> None:
+@pytest.mark.parametrize("fault", [KeyboardInterrupt(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_interrupted_run_continues(fault, measured, textures, c4, c1, tmp_path, monkeypatch, capsys) -> None:
     """Stopped in the second batch of the second result; the rest gives the figures of the complete run."""
     words, measure, calls = command([c4, c1], textures, tmp_path, *WHOLE), module.measure, []
 
@@ -329,11 +327,12 @@ def test_interrupted_run_continues(
         calls.append(result)
         for count, after in enumerate(measure(result, *rest)):
             if len(calls) == 2 and count == 1:
-                raise KeyboardInterrupt
+                raise fault
             yield after
 
     monkeypatch.setattr(module, "measure", stop_early)
-    assert main(words) == 130
+    assert main(words) == (130 if isinstance(fault, KeyboardInterrupt) else 2)
+    assert ("continues" if isinstance(fault, KeyboardInterrupt) else "lower --batch-size") in capsys.readouterr().err
     assert "interrupted after 5 of 12 files" in (tmp_path / "report.html").read_text()
     assert [result["position"] for result in results(tmp_path)] == [12, 5]
     monkeypatch.setattr(module, "measure", measure)
@@ -342,26 +341,6 @@ def test_interrupted_run_continues(
     assert found.keys() == whole.keys()
     for key, row in whole.items():
         assert found[key] == pytest.approx(row, rel=1e-5)
-
-
-def test_too_little_memory(textures: str, c4: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    """The second batch runs out of memory: the first is stored."""
-    calls = []
-
-    class Model(torch.nn.Module):
-        num_classes = 3
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            calls.append(x)
-            if len(calls) > 3:  # the trial, and two angles of the first batch
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-            return x.mean((2, 3))
-
-    config = resolve_data_config({"input_size": (3, 33, 33)})
-    monkeypatch.setattr(module, "load", lambda spec, *_, **__: Loaded(spec, Model(), config, {}))
-    assert main(command([c4], textures, tmp_path, "0,90", "-b", "4")) == 2
-    assert "lower --batch-size" in capsys.readouterr().err
-    assert results(tmp_path)[0]["images"] == 4
 
 
 # The report
@@ -405,14 +384,6 @@ def test_samples_are_rotated_images_with_predictions(corners: str, textures: str
     assert part.axes[1].texts[0].get_bbox_patch().get_facecolor()[:3] == (1, 1, 1)
 
 
-def test_axes_of_the_picture() -> None:
-    """Rounding errors do not fill the axis of the drift; chance is one of the classes."""
-    top1, _, drift = rotate_report.draw(stored(["c8resnet18"], [0.0, 90.0], [1e-6, 2e-6])).axes
-    assert drift.get_ylim() == (0, 0.1)
-    assert top1.lines[-1].get_ydata()[0] == pytest.approx(100 / 3)
-    assert top1.texts[0].get_text() == "chance"
-
-
 def stored(
     models: list[str], angles: list[float], values: list[float], name: str = "data", corners: str = "reflect"
 ) -> list[Result]:
@@ -424,14 +395,15 @@ def stored(
     return [Result(s, 1, 1, [], dict.fromkeys(METRICS, values)) for s in settings]
 
 
-def test_mean_over_a_full_rotation_counts_zero_once(tmp_path: Path) -> None:
-    """One correct answer, upright: 1/24 of the angles, not 2/25."""
+def test_axes_and_summary(tmp_path: Path) -> None:
+    """Rounding errors do not fill the axis of the drift, chance is one of the classes, zero counts once in the mean."""
+    top1, _, drift = rotate_report.draw(stored(["c8resnet18"], [0.0, 90.0], [1e-6, 2e-6])).axes
+    assert drift.get_ylim() == (0, 0.1)
+    assert top1.lines[-1].get_ydata()[0] == pytest.approx(100 / 3)
+    assert top1.texts[0].get_text() == "chance"
     angles = parse_angles("0:360:15")
-    values = [1.0 if angle % 360 == 0 else 0.0 for angle in angles]
-    rotate_report.write(stored(["c8resnet18"], angles, values), tmp_path)
-    page = (tmp_path / "report.html").read_text()
-    assert ">4.17</td>" in page
-    assert ">8.00</td>" not in page
+    rotate_report.write(stored(["c8resnet18"], angles, [float(angle % 360 == 0) for angle in angles]), tmp_path)
+    assert ">4.17</td>" in (tmp_path / "report.html").read_text()  # 1/24 of the angles, not 2/25
 
 
 def test_curves_close_if_they_go_round() -> None:
@@ -465,11 +437,11 @@ def test_text_is_text_in_every_file(tmp_path: Path) -> None:
 
 
 def test_images_that_a_model_does_not_fit(textures: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    five = save_small_model(tmp_path / "five", width=2, num_classes=5)
-    assert main(command([five], textures, tmp_path / "out")) == 2
+    torch.save(timm.create_model("test_vit", num_classes=5).state_dict(), tmp_path / "vit.pth")
+    words = command([f"test_vit={tmp_path}/vit.pth"], textures, tmp_path / "out", "0")
+    assert main(words) == 2
     assert "5 classes" in capsys.readouterr().err
-    torch.save(timm.create_model("test_vit", num_classes=3).state_dict(), tmp_path / "vit.pth")
-    assert main(command([f"test_vit={tmp_path}/vit.pth"], textures, tmp_path / "out", "0", "--size", "33")) == 2
+    assert main([*words, "--size", "33", "--unlabelled"]) == 2
     assert "33 x 33" in capsys.readouterr().err
     rectangle = save_training(tmp_path, input_size=[3, 65, 33])
     assert main(command([rectangle], textures, tmp_path / "out")) == 2
@@ -484,12 +456,10 @@ def test_classifier_of_a_distilled_model(tmp_path: Path) -> None:
     assert load(f"deit_tiny_distilled_patch16_224={tmp_path}/d", model_kwargs={"depth": 1}).num_classes == 3
 
 
-@pytest.mark.parametrize(
-    "text", ["", "0:360", "0:9:0", "0:9:-1", "90:0:-15", "90:0:15", "1:2:3:4", "0,,9", "nan", "0:inf:1", "0:9:1e-9"]
-)
-def test_angles_that_cannot_be_used(text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match="angles"):
-        parse_angles(text)
+def test_angles_that_cannot_be_used() -> None:
+    for text in ("", "0:360", "0:9:0", "0:9:-1", "90:0:15", "1:2:3:4", "0,,9", "nan", "0:inf:1", "0:9:1e-9"):
+        with pytest.raises(argparse.ArgumentTypeError, match="angles"):
+            parse_angles(text)
 
 
 @given(st.integers(-360, 360), st.integers(1, 90), st.integers(0, 30))
@@ -503,7 +473,6 @@ def test_range_of_angles(start: int, step: int, count: int) -> None:
 
 
 def test_every_rotation_counts_once() -> None:
-    assert parse_angles("0:360:15") == [15.0 * i for i in range(24)]
     assert parse_angles("0,360,-360,720") == [0]
     assert parse_angles("-90,270,45") == [-90, 45]
     assert parse_angles("-1e300") == [math.fmod(-1e300, 360) + 0.0]

@@ -11,7 +11,7 @@ import timm
 import torch
 from matplotlib.text import Text
 from PIL import Image
-from support.small_models import save_small_model, save_training
+from support.small_models import save_small_model
 
 from equivision_timm.cli.main import main
 from equivision_timm.cli.show import map_error, scalar_maps
@@ -26,32 +26,19 @@ def photograph(tmp_path: Path) -> str:
     return str(tmp_path / "astronaut.png")
 
 
-def _errors(model: torch.nn.Module, degrees: float, size: int = 97) -> list[float]:
-    """The error of every map at level 1 under one rotation."""
-    torch.manual_seed(0)
-    coarse = torch.randn(1, 3, 9, 9)
-    image = torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic", align_corners=True)
+@pytest.mark.parametrize(("name", "maps"), [("c4resnet18_fast", 16), ("d4resnet18_fast", 8), ("test_c1resnet", None)])
+def test_maps_of_equivariant_models_rotate(name: str, maps: int | None) -> None:
+    """The error of every map at level 1 under a quarter turn; without a group it is large."""
+    model = timm.create_model(name).eval()
+    image = torch.nn.functional.interpolate(torch.randn(1, 3, 9, 9), (97, 97), mode="bicubic", align_corners=True)
     with torch.inference_mode():
-        upright, rotated = (scalar_maps(model.eval(), x, 1)[0] for x in (image, rotate(image, degrees)))
-    return [map_error(rotate(t[None, None], -degrees)[0, 0], u) for t, u in zip(rotated, upright, strict=True)]
-
-
-@pytest.mark.parametrize(("name", "maps"), [("c4resnet18_fast", 16), ("d4resnet18_fast", 8), ("c8resnet18_fast", 8)])
-def test_maps_of_equivariant_models_rotate(name: str, maps: int) -> None:
-    errors = _errors(timm.create_model(name), 90)
-    assert len(errors) == maps
-    assert max(errors) < 1e-4
-
-
-def test_rotations_by_45_degrees_are_close_in_c8_only() -> None:
-    torch.manual_seed(1)
-    c8, c4 = (np.median(_errors(timm.create_model(name), 45, 193)) for name in ("c8resnet18_fast", "c4resnet18_fast"))
-    assert c8 < 0.75 * c4
-
-
-def test_maps_of_plain_models_do_not() -> None:
-    torch.manual_seed(1)
-    assert np.median(_errors(timm.create_model("resnet18"), 90)) > 0.2
+        upright, rotated = (scalar_maps(model, x, 1)[0] for x in (image, rotate(image, 90)))
+    errors = [map_error(rotate(t[None, None], -90)[0, 0], u) for t, u in zip(rotated, upright, strict=True)]
+    if maps is None:
+        assert np.median(errors) > 0.2
+    else:
+        assert len(errors) == maps
+        assert max(errors) < 1e-4
 
 
 def test_picture_of_two_models(photograph: str, tmp_path: Path) -> None:
@@ -70,18 +57,13 @@ def test_picture_of_two_models(photograph: str, tmp_path: Path) -> None:
 def figures(monkeypatch: pytest.MonkeyPatch) -> list:
     """The figures that the command saves."""
     found: list = []
-    monkeypatch.setattr("equivision_timm.cli.figures.save_figure", lambda figure, path, dpi: found.append(figure))
+    monkeypatch.setattr("equivision_timm.cli.figures.figure_bytes", lambda figure, *_: found.append(figure) or b"")
     return found
 
 
-def test_checkpoint_of_training(photograph: str, tmp_path: Path, figures: list) -> None:
-    """Model and image size are those of the training, as in predict."""
-    assert main(["show", photograph, "--model", save_training(tmp_path, img_size=33), "--angles", "0"]) == 0
-    assert figures[0].subfigs[0].axes[0].images[0].get_array().shape[:2] == (33, 33)
-
-
-def test_differences_have_one_scale_for_all_models(photograph: str, figures: list) -> None:
+def test_differences_have_one_scale_for_all_models(photograph: str, figures: list, monkeypatch, tmp_path) -> None:
     """It ends at the largest difference, that of the plain network; and the text can be read."""
+    monkeypatch.chdir(tmp_path)
     assert main(["show", photograph, "--model", "test_c8resnet", "test_c1resnet", "--angles", "0,90"]) == 0
     assert main(["show", photograph, "--model", "test_c8resnet", "--angles", "0,90"]) == 0
     rotated = figures[1].subfigs[0].axes[7].images[0]  # rounding errors stay dark
@@ -100,9 +82,9 @@ def test_differences_have_one_scale_for_all_models(photograph: str, figures: lis
     assert min(text.get_fontsize() for text in texts) >= 12
 
 
-@pytest.mark.parametrize("name", ["$\\nosuch$", "$5 & $6 " * 20, "two\nlines\udcff"])
-def test_class_names_are_drawn_as_they_stand(name: str, photograph: str, tmp_path: Path) -> None:
+def test_class_names_are_drawn_as_they_stand(photograph: str, tmp_path: Path) -> None:
     """A `$` begins no formula, neither in class names nor in the names of models; long names are cut."""
+    name = "$\\nosuch$ two\nlines\udcff" * 9
     folder = tmp_path / "$\\x$"
     save_small_model(folder, width=2)
     config = json.loads((folder / "config.json").read_text())

@@ -42,13 +42,10 @@ def test_output_of_which_nothing_can_be_measured(function, word):
         assert_equivariant(Function(function))
 
 
-@pytest.mark.parametrize("argument", ["input_type", "output_type"])
-def test_unknown_type(argument):
-    with pytest.raises(ValueError, match=argument):
-        equivariance_error(GroupPool(4), **{**POOL, argument: "vector"})
-
-
-def test_a_module_without_group_or_channels():
+def test_arguments_that_are_unknown_or_missing():
+    for argument in ("input_type", "output_type"):
+        with pytest.raises(ValueError, match=argument):
+            equivariance_error(GroupPool(4), **{**POOL, argument: "vector"})
     pool = nn.AvgPool2d(3)
     with pytest.raises(ValueError, match="group="):
         assert_equivariant(pool, 9)
@@ -57,19 +54,16 @@ def test_a_module_without_group_or_channels():
     assert_equivariant(pool, 9, group="c4", in_channels=2, output_type="trivial")
 
 
-@pytest.mark.parametrize("bias", [0.0, 1e4])
-def test_plain_network_is_rejected_whatever_its_bias(bias):
-    model = timm.create_model("resnet18", num_classes=10)
-    nn.init.constant_(model.fc.bias, bias)
+def test_plain_network_is_rejected_whatever_its_bias():
+    model = timm.create_model("test_resnet", num_classes=10)
+    nn.init.constant_(model.fc.bias, 1e4)
     with pytest.raises(AssertionError, match="c4"):
         assert_equivariant(model, 65, group="c4", in_channels=3)
     assert min(list(equivariance_error(model.double(), 65, "c4", in_channels=3).values())[1:]) > 0.01
     assert_equivariant(model, 65, group="c1", in_channels=3)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_hybrid_with_small_scales_is_rejected(seed):
-    torch.manual_seed(seed)
+def test_hybrid_with_small_scales_is_rejected():
     model = timm.create_model("test_d4vit", invariants="", init_values=1e-4)
     with pytest.raises(AssertionError):
         assert_equivariant(model, 64)
@@ -90,7 +84,7 @@ def test_broken_layer_in_a_branch_that_is_switched_off():
 
 
 def test_symmetry_that_the_group_lacks():
-    model = timm.create_model("c4resnet18_fast", num_classes=10)
+    model = timm.create_model("c4resnet18_fast", num_classes=10, width=2)
     assert_equivariant(model, 65)
     errors = equivariance_error(model, 65, group="d4")
     assert max(errors[g] for g in range(4)) < 1e-4
@@ -99,8 +93,8 @@ def test_symmetry_that_the_group_lacks():
 
 def test_even_sizes_are_not_exact():
     with pytest.raises(AssertionError, match="sizes are 33 and 65"):
-        assert_equivariant(timm.create_model("d4resnet18_fast", num_classes=10), 64)
-    assert_equivariant(timm.create_model("d4resnet18_fast", num_classes=10, even="box"), 64)
+        assert_equivariant(timm.create_model("test_d4resnet"), 64)
+    assert_equivariant(timm.create_model("test_d4resnet", even="box"), 64)
 
 
 def test_permutation_of_the_channels_counts():

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from equivision_timm.cli.options import Parsers, add_command
 from equivision_timm.errors import one_line
+from equivision_timm.files import write_file
 from equivision_timm.models import fuse
 from equivision_timm.models.variants import DIGITS
 from equivision_timm.rotation import rotate
@@ -56,14 +57,15 @@ class Network:
     rotations: int = 1  # its logits are averaged over so many rotations of an image, by multiples of 90 degrees
 
 
-ALIAS_FREE = Network("C8 af", "equivariant, alias-free", "test_c8resnetaf", "test_c8resnetaf", "#0072b2")
-EQUIVARIANT = Network("C8", "equivariant", "test_c8resnet", "test_c8resnet", "#56b4e9")
-TRANSFORMER = Network("D4 ViT", "equivariant vision transformer", "test_d4vit", "test_d4vit")
-CONVNEXT = Network("ConvNeXt", "equivariant ConvNeXt", "test_d4convnext", "test_d4convnext")
-PLAIN = Network("plain", "no symmetry", "test_c1resnet", "test_c1resnet", "#d55e00")
-ROTATED = Network("rotated", "trained with all rotations", "test_c1resnet", "test_c1resnet_rotated", "#009e73")
-AVERAGED = Network("averaged", "mean of four rotations", "test_c1resnet", "test_c1resnet", "#cc79a7", 4)
-NETWORKS = (ALIAS_FREE, EQUIVARIANT, TRANSFORMER, CONVNEXT, PLAIN, ROTATED, AVERAGED)
+NETWORKS = (
+    Network("C8 af", "equivariant, alias-free", "test_c8resnetaf", "test_c8resnetaf", "#0072b2"),
+    Network("C8", "equivariant", "test_c8resnet", "test_c8resnet", "#56b4e9"),
+    Network("D4 ViT", "equivariant vision transformer", "test_d4vit", "test_d4vit"),
+    Network("ConvNeXt", "equivariant ConvNeXt", "test_d4convnext", "test_d4convnext"),
+    Network("plain", "no symmetry", "test_c1resnet", "test_c1resnet", "#d55e00"),
+    Network("rotated", "trained with all rotations", "test_c1resnet", "test_c1resnet_rotated", "#009e73"),
+    Network("averaged", "mean of four rotations", "test_c1resnet", "test_c1resnet", "#cc79a7", 4),
+)
 Predictions: TypeAlias = dict[Network, torch.Tensor]  # classes [angles, N]
 ANGLES = tuple(range(0, 360, 15))
 PICTURED = (2, 5, 6, 7, 9)  # the first held-out digit of each of these classes is shown
@@ -83,7 +85,7 @@ def measure(out: Path, angles: Sequence[int] = ANGLES, every: int = 1) -> None:
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    from equivision_timm.cli.figures import check_figure_file, plain_text, save_figure
+    from equivision_timm.cli.figures import check_figure_file, figure_bytes, plain_text
 
     check_figure_file(out)
     digits, labels = (tensor[::every] for tensor in load_digits())
@@ -107,7 +109,7 @@ def measure(out: Path, angles: Sequence[int] = ANGLES, every: int = 1) -> None:
         left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1, 1.2))[0]
         _draw_accuracy(left.add_subplot(projection="polar"), drawn, labels, angles)
         _draw_digits(right.add_subplot(), drawn, digits, labels, angles)
-        save_figure(figure, out, dpi=110)
+        write_file(out, figure_bytes(figure, out.suffix, dpi=110))
     print(f"\nPicture: {one_line(str(out))}")
 
 

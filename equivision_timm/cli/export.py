@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from equivision_timm.cli.models import Loaded, check_spec, load, read_class_map, short_name
+from equivision_timm.cli.models import Loaded, load, short_name
 from equivision_timm.cli.options import Parsers, add_command, add_model, add_options
 from equivision_timm.errors import one_line
 from equivision_timm.files import check_writable, write_file
@@ -38,14 +38,12 @@ def run(args: argparse.Namespace) -> int:
     import onnxruntime  # noqa: F401
     import onnxscript  # noqa: F401
 
-    check_spec(args.model)
     check_writable(args.out, make_folders=True)
-    names = None if args.class_map is None else read_class_map(args.class_map)
     loaded = load(args.model, args.size, model_kwargs=args.model_kwargs)
     network, (channels, height, width) = loaded.model, loaded.input_size
     images = torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(0))
     loaded.try_image(images[0])
-    content = _as_onnx(fuse(network, "blocks"), images, _metadata(loaded, loaded.class_names(names)))
+    content = _as_onnx(fuse(network, "blocks"), images, _metadata(loaded, loaded.class_names(args.class_map)))
     with torch.inference_mode():
         expected = network(images)
     quarters = 1 if height == width else 2

@@ -8,9 +8,9 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from equivision_timm.errors import InputError
-from equivision_timm.files import check_writable, write_file
+from equivision_timm.files import check_writable
 
-__all__ = ["FORMATS", "check_figure_file", "figure_bytes", "plain_text", "save_figure"]
+__all__ = ["FORMATS", "check_figure_file", "figure_bytes", "plain_text"]
 
 # Written without other programs: PGF needs LaTeX; raw pixels are not a picture format
 FORMATS = tuple(f".{kind}" for kind in Figure().canvas.get_supported_filetypes() if kind not in ("pgf", "raw", "rgba"))
@@ -33,8 +33,3 @@ def figure_bytes(figure: Figure, suffix: str, dpi: int) -> bytes:
     content = io.BytesIO()
     figure.savefig(content, format=suffix[1:].lower(), dpi=dpi)
     return content.getvalue()
-
-
-def save_figure(figure: Figure, path: Path, dpi: int) -> None:
-    """Write the figure into a file that `check_figure_file` accepted."""
-    write_file(path, figure_bytes(figure, path.suffix, dpi))

@@ -161,8 +161,8 @@ def short_name(spec: str) -> str:
     return f"{name}={Path(checkpoint).name}" if checkpoint else name
 
 
-def check_spec(spec: str) -> None:
-    """Raise InputError if timm does not know the name, or the checkpoint does not exist, without loading anything."""
+def check_spec(spec: str) -> str:
+    """The spec. Raises InputError if timm does not know the name, or the checkpoint does not exist."""
     name, checkpoint = split_spec(spec)
     fault = ""
     if ":" not in name and not timm.is_model(name):  # 'hf-hub:...' is looked up when it is loaded
@@ -173,6 +173,7 @@ def check_spec(spec: str) -> None:
         fault = f"cannot load the weights of {spec!r}: there is no file {checkpoint!r}"
     if fault:
         raise InputError(fault)
+    return spec
 
 
 def _read_checkpoint(path: str) -> dict[str, Any]:
@@ -215,15 +216,15 @@ def class_titles(names: list[str]) -> list[str]:
     return [shortened(title, 16) for title in titles]
 
 
-def read_class_map(path: Path) -> list[str]:
+def read_class_map(path: str) -> list[str]:
     """The names of the classes in the order of their numbers: lines of a file, or sub-folders as timm numbers them."""
-    if path.is_dir():
+    if os.path.isdir(path):
         return [name for name in ImageFolder(path, "", search_split=False).class_to_idx if name]
     try:
-        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        return [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, ValueError) as error:
         fault = getattr(error, "strerror", None) or "it is not text in UTF-8"
-        raise InputError(f"--class-map {path} cannot be read: {fault}; give a text file, one class per line") from error
+        raise InputError(f"{path} cannot be read: {fault}; give a text file, one class per line") from error
 
 
 def find_device(name: str | None) -> torch.device:

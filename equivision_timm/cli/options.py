@@ -13,6 +13,7 @@ import torch
 from timm.utils import ParseKwargs
 
 import equivision_timm
+from equivision_timm.cli.models import check_spec, read_class_map
 from equivision_timm.errors import InputError, one_line
 
 __all__ = [
@@ -50,7 +51,7 @@ def integer(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
 
     def integer(text: str) -> int:
         if not least <= (number := int(text)) <= most:
-            raise argparse.ArgumentTypeError(f"{text!r} is not possible: give a number from {least} to {most}")
+            raise InputError(f"{text!r} is not possible: give a number from {least} to {most}")
         return number
 
     return integer
@@ -62,7 +63,7 @@ def add_model(parser: argparse.ArgumentParser, several: bool = False, option: bo
     spec: dict[str, Any] = {"dest": "models", "nargs": "+", "action": "extend"} if several else {}
     spec |= {"required": True} if option else {}
     names = ("--model", "--models") if option else ("model",)
-    parser.add_argument(*names, metavar="NAME[=CHECKPOINT]", help=text, **spec)
+    parser.add_argument(*names, metavar="NAME[=CHECKPOINT]", type=check_spec, help=text, **spec)
     text = "further keywords of timm.create_model, such as backbone=resnet18 group=d4"
     parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE", help=text)
 
@@ -93,7 +94,7 @@ def parse_angles(text: str) -> list[float]:
             numbers = [float(part) for part in text.split(",")]
     if not 0 < len(numbers) <= _MOST_ANGLES or not all(map(math.isfinite, numbers)):
         fault = f"{text!r} is not a list of up to {_MOST_ANGLES} angles"
-        raise argparse.ArgumentTypeError(f"{fault}: use START:STOP:STEP or A,B,C in degrees, such as 0:360:15")
+        raise InputError(f"{fault}: use START:STOP:STEP or A,B,C in degrees, such as 0:360:15")
     rotations: dict[float, float] = {}
     for number in numbers:
         angle = math.fmod(number, 360) + 0.0  # + 0.0: no negative zero
@@ -105,7 +106,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "angles": {"type": parse_angles, "help": "START:STOP:STEP or A,B,C in degrees (default: %(default)s)"},
     "batch-size": {"type": integer(1), "metavar": "N", "help": "images at a time (default: %(default)s)"},
     "class-map": {
-        "type": Path,
+        "type": read_class_map,
         "metavar": "FILE|DIR",
         "help": "names of the classes: a file, one per line, or the training folder (default: those of the weights)",
     },

@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from equivision_timm.cli.models import check_spec, find_device, load, read_class_map
+from equivision_timm.cli.models import find_device, load
 from equivision_timm.cli.options import Parsers, add_command, add_model, add_options, integer
 from equivision_timm.data import ENDINGS, PictureError, find_pictures, open_rgb, preparation
 from equivision_timm.errors import InputError, one_line
@@ -43,15 +43,13 @@ def register(commands: Parsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the classes of all images when all are computed; returns the exit status, 1 if a file was left out."""
-    check_spec(args.model)
     if args.out is not None:
         check_writable(args.out, make_folders=True)
     files = list(dict.fromkeys(itertools.chain.from_iterable(map(_files, args.images))))
-    names = None if args.class_map is None else read_class_map(args.class_map)
     device = find_device(args.device)
     loaded = load(args.model, args.size, model_kwargs=args.model_kwargs)
     loaded.try_image(torch.zeros(loaded.input_size))
-    names, prepare = loaded.class_names(names), preparation(loaded.config)
+    names, prepare = loaded.class_names(args.class_map), preparation(loaded.config)
     model = loaded.model.to(device)
     found: list[dict[str, Any]] = []
     with tqdm(total=len(files), unit="image", file=sys.stderr) as progress:

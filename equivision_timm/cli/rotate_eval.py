@@ -1,14 +1,13 @@
 """The command `rotate-eval`: accuracy of models against the rotation angle of the images; measures and stores.
 
-The images are prepared as timm's `validate.py` prepares them (resize, crop, normalise), then rotated. The unrotated
-image under the same treatment of the corners is the reference:
+The images are prepared as by timm's `validate.py`, then rotated. The reference is the unrotated image, its corners
+treated alike:
 
     top1, top5   the true class is the first, is among the first five
     agreement    the first class is that of the reference
     drift        |z - z_0| / |z_0|, z the logits minus their mean, which the softmax ignores, z_0 those of the reference
 
-`--by-stage` adds `equivision_timm.testing.angle_error` of the feature maps. `rotate_report.py` makes tables and
-pictures of the results.
+`--by-stage` adds `equivision_timm.testing.angle_error` of the feature maps.
 """
 
 import argparse
@@ -32,7 +31,7 @@ from timm.utils import reparameterize_model
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from equivision_timm.cli.models import Loaded, check_spec, find_device, load
+from equivision_timm.cli.models import Loaded, find_device, load
 from equivision_timm.cli.options import Parsers, add_command, add_model, add_options, integer, libraries
 from equivision_timm.data import ImageFolder, PictureError, preparation
 from equivision_timm.errors import InputError, one_line
@@ -178,8 +177,6 @@ def run(args: argparse.Namespace) -> int:
     """Measure all models at all sizes and write the report; returns the exit status."""
     from equivision_timm.cli import rotate_report  # matplotlib
 
-    for spec in args.models:
-        check_spec(spec)
     file = args.out / "results.json"
     for path in (file, *(args.out / name for name in rotate_report.FILES)):
         check_writable(path, make_folders=True)

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from equivision_timm.cli.models import Loaded, check_spec, class_titles, load, read_class_map, short_name
+from equivision_timm.cli.models import Loaded, class_titles, load, short_name
 from equivision_timm.cli.options import Parsers, add_command, add_model, add_options
 from equivision_timm.data import open_rgb, preparation
 from equivision_timm.errors import InputError, one_line, shortened
+from equivision_timm.files import write_file
 from equivision_timm.groups import Group
 from equivision_timm.rotation import inscribed_circle, rotate
 
@@ -56,20 +57,17 @@ def run(args: argparse.Namespace) -> int:
     """Draw the picture; returns the exit status."""
     from matplotlib.figure import Figure
 
-    from equivision_timm.cli.figures import check_figure_file, plain_text, save_figure
+    from equivision_timm.cli.figures import check_figure_file, figure_bytes, plain_text
 
     models, angles = list(dict.fromkeys(args.models)), args.angles
     width = (_COLUMN * len(angles) + 0.5) * len(models)  # inches
-    for spec in models:
-        check_spec(spec)
     check_figure_file(args.out, make_folders=True)
     picture = open_rgb(args.image)
-    names = None if args.class_map is None else read_class_map(args.class_map)
     blocks: list[list[_Column]] = []
     for spec in models:
         loaded = load(spec, args.size, args.num_classes, args.model_kwargs)
         loaded.note_inexact_size()
-        blocks.append(_measure(loaded, preparation(loaded.config)(picture), angles, args.level, names))
+        blocks.append(_measure(loaded, preparation(loaded.config)(picture), angles, args.level, args.class_map))
     most = max(_LEAST, *(column.difference.max() for columns in blocks for column in columns))
     with plain_text():
         figure = Figure(figsize=(width, _HEIGHT), layout="constrained")
@@ -79,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
             name = shortened(short_name(spec).partition("=")[0], 20 * len(angles))
             title = f"{name}, {columns[0].image.shape[0]} px\nfeature map: {columns[0].name}"
             frame.suptitle(title, fontsize=14, fontweight="bold")
-        save_figure(figure, args.out, _DPI)
+        write_file(args.out, figure_bytes(figure, args.out.suffix, _DPI))
     print(one_line(str(args.out)))
     return 0
 

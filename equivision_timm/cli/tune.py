@@ -24,7 +24,7 @@ def register(commands: Parsers) -> None:
     stored = "the layers measured so far are stored, the same command continues from there"
     parser = add_command(commands, "tune", _run, stored, text, more)
     add = parser.add_argument
-    add("name", metavar="MODEL", help="model of this package, e.g. c8resnet50")
+    add("name", metavar="MODEL", type=check_spec, help="model of this package, e.g. c8resnet50")
     add_options(parser, "size", "batch-size", "device", batch_size=8)
     add("--amp", choices=("bfloat16", "float16"), default="", help="mixed precision (default: none)")
     add("--channels-last", action="store_true", help="memory format")
@@ -33,7 +33,6 @@ def register(commands: Parsers) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    check_spec(args.name)
     device = find_device(args.device)
     model = timm.create_model(args.name).to(device)
     if not isinstance(model, EquivariantBackbone):
