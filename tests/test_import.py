@@ -1,4 +1,4 @@
-"""Import, training and inference where what POSIX, Linux and GNU OpenMP have is missing: on Windows, as if."""
+"""Import, training and inference where what POSIX, Linux and GNU OpenMP have is missing: macOS, as if."""
 
 import subprocess
 import sys
@@ -16,10 +16,10 @@ for name in ("register_at_fork", "fork", "geteuid", "getuid", "memfd_create", "s
 
 
 class Library(ctypes.CDLL):
-    def __init__(self, name, *args, **kwargs):
-        if name is None:
-            raise TypeError("bad argument type for built-in operation")
-        super().__init__(name, *args, **kwargs)
+    def __getattr__(self, name):
+        if self._name is None:  # the process itself: no GNU OpenMP
+            raise AttributeError(name)
+        return super().__getattr__(name)
 
 
 import equivision_timm
