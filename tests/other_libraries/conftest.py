@@ -1,11 +1,17 @@
-"""Shared by the tests beside other libraries: images, a model known by its name alone, and what a quarter turn does."""
+"""Shared by the tests with other libraries: images, a model known only by its name, the effect of a quarter turn."""
 
 import pytest
 import timm
 import torch
-from timm.models._hub import save_for_hf
+from timm.models import save_for_hf
 
 import equivision_timm  # noqa: F401  registers the models
+
+
+@pytest.fixture
+def library():
+    """`library("fvcore.nn")`: the module; without it the test is skipped."""
+    return lambda module: pytest.importorskip(module, reason=f"extra `libraries`: {module.split('.')[0]}")
 
 
 @pytest.fixture
@@ -18,9 +24,9 @@ def images():
 def moves(images):
     """How far an output moves, by its largest value, when the images turn by 90 degrees and maps are turned back."""
 
+    @torch.no_grad()
     def measure(function):
-        with torch.no_grad():
-            upright, turned = function(images), function(images.rot90(1, (2, 3)))
+        upright, turned = function(images), function(images.rot90(1, (2, 3)))
         if upright.ndim == 4:
             turned = turned.rot90(-1, (2, 3))
         return ((upright - turned).abs().max() / upright.abs().max()).item()
@@ -29,7 +35,7 @@ def moves(images):
 
 
 @pytest.fixture(scope="session")
-def invariant_folder(tmp_path_factory):
+def invariant(tmp_path_factory):
     """For libraries that pass on a name and no keywords: 'local-dir:...' whose config holds map_pool."""
     folder = tmp_path_factory.mktemp("invariant")
     model = timm.create_model("test_c8resnet", pretrained=True, num_classes=0, map_pool="max")
@@ -38,7 +44,7 @@ def invariant_folder(tmp_path_factory):
 
 
 def pytest_collection_modifyitems(items):
-    """Warnings of other libraries, about each other, are not ours to mend."""
+    """Warnings of other libraries, about each other, are not for this package to correct."""
     for item in items:
         if item.path.parent.name == "other_libraries":
             item.add_marker(pytest.mark.filterwarnings("default"))
