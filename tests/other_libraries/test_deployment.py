@@ -28,8 +28,8 @@ def test_counters(library):
 
 def test_torch_pruning_prunes_only_the_folded_network(library):
     tp, left = library("torch_pruning"), []
-    model, folded = models()
-    for model in (model, folded.requires_grad_(), timm.create_model("resnet18").eval()):  # resnet18: control
+    plain, folded = models()
+    for model in (plain, folded.requires_grad_(), timm.create_model("resnet18").eval()):  # resnet18: control
         before = sum(parameter.numel() for parameter in model.parameters())
         importance = tp.importance.MagnitudeImportance(p=2)
         tp.pruner.MagnitudePruner(model, X, importance, pruning_ratio=0.5, ignored_layers=[model.fc]).step()

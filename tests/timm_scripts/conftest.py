@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,30 +12,20 @@ CPU_DDP = Path(__file__).with_name("cpu_ddp.py")
 
 
 @pytest.fixture(scope="session")
-def scripts() -> Path:
-    """The clone's folder."""
-    if "TIMM_SCRIPTS" not in os.environ:
-        pytest.skip("needs timm's scripts: set TIMM_SCRIPTS to a clone of its repository")
-    return Path(os.environ["TIMM_SCRIPTS"])
-
-
-@pytest.fixture(scope="session")
-def textures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def textures(tmp_path_factory):
     return write_textures(tmp_path_factory.mktemp("textures"))
 
 
 @pytest.fixture(scope="session")
-def run(scripts: Path) -> Callable[..., subprocess.CompletedProcess]:
-    """`run("train.py", ...)`: one of timm's scripts through our runner; `processes`: under torchrun."""
+def run(timm_scripts):
+    """`run("train.py", ...)`: one of timm's scripts through the package's runner; `processes`: under torchrun."""
 
-    def start(script: str, *arguments: str | Path, processes: int = 0, cwd: Path | None = None):
-        torchrun = ["torch.distributed.run", f"--nproc_per_node={processes}", str(CPU_DDP)]
-        launcher = torchrun if processes else ["equivision_timm"]
-        command = [*launcher, str(scripts / script), *map(str, arguments)]
+    def start(script, *arguments, processes=0, cwd=None):
+        torchrun = ["torch.distributed.run", f"--nproc_per_node={processes}", CPU_DDP]
+        command = [*(torchrun if processes else ["equivision_timm"]), timm_scripts / script, *arguments]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, "-m", *command], capture_output=True, text=True, env=environment, cwd=cwd, timeout=900
-        )
+        command = [sys.executable, "-m", *map(str, command)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=900)
         assert done.returncode == 0, done.stderr[-5000:]
         return done
 
