@@ -65,10 +65,10 @@ def test_an_equivariant_network_answers_the_same_in_all_orientations(cells):
     assert plain["views"][0][0] > plain["views"][1][0] + 5
 
 
-def test_a_frozen_network_is_fitted_and_exact(cells, monkeypatch):
+@pytest.mark.parametrize("training", [{"epochs": 0}, {"epochs": 2, "layer_decay": 0.85}], ids=["frozen", "fine-tuned"])
+def test_a_pretrained_network_is_fitted_and_exact(cells, monkeypatch, training):
     monkeypatch.setattr(real_data, "lite0", lambda: timm.create_model("test_efficientnet").eval())
-    frozen = real_data.Row(partial(real_data.pretrained, 7), size=33, epochs=0)
-    result = real_data.run(frozen, cells, "random", 0)
+    result = real_data.run(real_data.Row(real_data.pretrained, size=33, **training), cells, "random", 0)
     assert result["drift"] < 1e-4
     assert result["averaged"][1] > 60  # random features
     assert len({tuple(view) for view in result["views"]}) > 1  # of the backbone
