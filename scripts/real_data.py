@@ -12,6 +12,10 @@ probability and kind of wafer; defective means p > 1/2. A second split has the c
 Every row sees the same images in the same order for a seed. The loss is the cross-entropy to p itself. A test image is
 seen in all eight orientations of the square (quarter turns and reflections), one at a time, and averaged over them.
 Results are added to scripts/benchmarks/real.json after each run; the same call goes on where it was interrupted.
+Settings of the fine-tuned network were chosen on cells that no test part has: scripts/benchmarks/real_attempts.md.
+
+On Linux training takes .6 of the time where glibc keeps the memory that it is given back:
+`MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000 python scripts/real_data.py`.
 """
 
 import argparse
@@ -251,7 +255,8 @@ def table(results: dict[str, Any]) -> str:
         "under the ROC curve of the test images, per cent, mean of the seeds (least to largest). Upright: as "
         "photographed; moved: the mean over the seven other orientations of the square. Training in CPU minutes of one "
         "thread: from scratch 30 epochs (33 of the wide one), lite0 8 epochs at 129 pixels and 10 at 224. VGG-19 with "
-        "ImageNet weights at 300 pixels: 88.4, area 94.4 (Deitsch et al., 2019).",
+        "ImageNet weights at 300 pixels: 88.4, area 94.4 (Deitsch et al., 2019). [How lite0's settings were chosen]"
+        "(real_attempts.md).",
     ]
     keys = {key.split()[0] for runs in results["runs"].values() for key in runs}
     for split in (name for name in SPLITS if name in keys):
