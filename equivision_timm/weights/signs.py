@@ -70,10 +70,15 @@ def parse_signs(group_name: str, signs: str) -> str:
 
 def element_signs(kernel: Kernel, signs: str) -> torch.Tensor:
     """[n_basis, 1] float32 of +1 and -1: the signs of the basis elements of a kernel under a pattern."""
-    group = Group.from_name(kernel.group)
-    by_group = dict(zip(sign_groups(kernel.group), parse_signs(kernel.group, signs), strict=True))
-    found = [by_group[_sign_group(group, element)] for element in elements(kernel)]
-    return torch.tensor([[1.0 if sign == "+" else -1.0] for sign in found])
+    pattern = parse_signs(kernel.group, signs)
+    return torch.tensor([[1.0 if pattern[index] == "+" else -1.0] for index in _sign_group_indices(kernel)])
+
+
+@cache
+def _sign_group_indices(kernel: Kernel) -> list[int]:
+    """The index of the sign group of each basis element."""
+    group, groups = Group.from_name(kernel.group), sign_groups(kernel.group)
+    return [groups.index(_sign_group(group, element)) for element in elements(kernel)]
 
 
 def combine(a: str, b: str) -> str:

@@ -147,8 +147,9 @@ class PatternFits:
     """Fits of a model under sign patterns, each computed once for each batch of images."""
 
     def __init__(self, model: EquivariantResNet, *batches: torch.Tensor) -> None:
-        self.model: EquivariantResNet = model
+        self.model: EquivariantResNet = copy.deepcopy(model)
         self.batches: list[torch.Tensor] = list(batches)
+        self._state = {name: value.clone() for name, value in model.state_dict().items()}
         self._found: dict[tuple[str, int], list[list[torch.Tensor]]] = {}
 
     def canonical(self, pattern: str) -> str:
@@ -185,10 +186,10 @@ class PatternFits:
         return leads
 
     def with_signs(self, pattern: str) -> EquivariantResNet:
-        """A copy of the model under a pattern."""
-        model = copy.deepcopy(self.model)
-        apply_signs(model, pattern)
-        return model
+        """The model under a pattern, until the next call."""
+        self.model.load_state_dict(self._state)
+        apply_signs(self.model, pattern)
+        return self.model
 
 
 @torch.no_grad()

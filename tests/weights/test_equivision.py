@@ -21,8 +21,9 @@ def close(found, expected, rtol=1e-4):
     )
 
 
-@pytest.mark.parametrize("name", ["d1resnet18_fast", NAME, "c8resnet50_fast"])
-@pytest.mark.parametrize("kinds", [("filter",), ("sampled_basis",), ("indices",), EVERY])
+@pytest.mark.parametrize(
+    ("name", "kinds"), [*((NAME, (kind,)) for kind in EVERY), ("d1resnet18_fast", EVERY), ("c8resnet50_fast", EVERY)]
+)
 def test_buffers_change_nothing_if_the_bases_agree(name, kinds):
     state = checkpoint(name)
     assert close(convert_original(with_buffers(name, state, kinds=kinds), name), convert_original(state, name))
@@ -41,12 +42,12 @@ def test_a_basis_with_other_signs_is_translated(name, kind):
     """Whatever the signs of the machine of the training, the converted network has its filters."""
     state = checkpoint(name)
     group = convolutions(name)["conv1.weights"].group
-    for pattern in list(known_patterns(group).values())[1:3]:
-        found = convert_original(with_buffers(name, state, pattern, (kind,)), name)
-        expected = convert_original(state, name, pattern)
-        assert close(found, expected)
-        if kind == "sampled_basis":  # a translation by signs is exact
-            assert all(torch.equal(found[key], value) for key, value in expected.items())
+    pattern = list(known_patterns(group).values())[1]
+    found = convert_original(with_buffers(name, state, pattern, (kind,)), name)
+    expected = convert_original(state, name, pattern)
+    assert close(found, expected)
+    if kind == "sampled_basis":  # a translation by signs is exact
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
 def test_a_basis_in_any_other_frame_is_translated():

@@ -74,15 +74,11 @@ def test_the_unchanged_folder_is_accepted(folder, tmp_path, photographs, capsys)
     assert found["ok"] is named["loads"] is named["equivariance"] is True
 
 
-KEY, COUNT = "layer1.0.conv1.conv.weight", "conv1.norm.per_field.num_batches_tracked"
+KEY = "layer1.0.conv1.conv.weight"
 CHANGED = {
     "a value": {KEY: STATE[KEY].nextafter(torch.tensor(9.0))},
-    "another order": {KEY: STATE[KEY].roll(1)},
-    "two swapped": {KEY: STATE[KEY.replace("conv1", "conv2")], KEY.replace("conv1", "conv2"): STATE[KEY]},
     "a dtype": {KEY: STATE[KEY].double()},
     "a shape": {KEY: STATE[KEY][None]},
-    "a count": {COUNT: STATE[COUNT] + 1},
-    "NaN": {KEY: STATE[KEY] * float("nan")},
     "one more": {KEY + ".more": STATE[KEY].clone()},
     "one less": {KEY: None},
     "a name": {KEY: None, "module." + KEY: STATE[KEY]},
@@ -108,10 +104,8 @@ def test_changed_metadata(folder, tmp_path, photographs, change):
 CONFIG = [
     {"architecture": OTHER},
     {"architecture": "resnet18"},
-    {"num_classes": 9},
     {"model_args": {"group": "c8"}},
     {"model_args": {"act_layer": "gelu"}},
-    {"model_args": {"bn_eps": 0.1}},
     {"model_args": {"global_pool": "max"}},
     {"model_args": {"in_chans": 1}},
     {"pretrained_cfg": {"mean": [0.1, 0.2, 0.3]}},
