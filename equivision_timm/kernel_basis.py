@@ -1,9 +1,8 @@
 """The coordinate system of the weights: closed-form bases of the equivariant kernels.
 
-**Where it comes from.** A layer learns one weight for each pair of fields and each element of a kernel basis. The
-published networks were trained with escnn 1.0.11: the order, signs and scales of the elements of its basis define what
-their weights mean. Hence, for the kernels of published weights, this file reproduces escnn's basis by formulas, and
-elsewhere it uses an orthonormal basis.
+A layer learns one weight for each pair of fields and each element of a kernel basis. The order, signs and scales of the
+elements define what weights mean: for the kernels of published networks they are those of escnn 1.0.11, with which the
+networks were trained; all other bases are orthonormal.
 
 **The space.** A filter from fields of type `input` to regular fields commutes with the group exactly when
 

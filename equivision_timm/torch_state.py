@@ -59,10 +59,7 @@ def mark_static(x: torch.Tensor) -> torch.Tensor:
 
 
 def needs_plain_operations(*tensors: torch.Tensor) -> bool:
-    """Whether in a `torch.func` transform or forward mode, or a tensor has operations of its own (DTensor, ...).
-
-    There only PyTorch's own operations give correct derivatives.
-    """
+    """Whether only PyTorch's own operations differentiate: in `torch.func`, forward mode, for DTensor and its like."""
     if in_transform():
         return True
     if torch.compiler.is_compiling():
@@ -85,10 +82,7 @@ def is_channels_last(x: torch.Tensor) -> bool:
 
 @torch.jit.unused
 def unrecorded_view(x: torch.Tensor) -> torch.Tensor:
-    """x without autograd's record that it is a view: to overwrite a view costs its gradient two copies.
-
-    x must be the only tensor with this memory. Without a gradient nothing is recorded, and x is returned.
-    """
+    """x, alone in its memory, without the record that it is a view: overwriting one costs its gradient two copies."""
     if not isinstance(x, torch.Tensor) or not x.requires_grad:  # no tensor: a proxy of torch.fx
         return x
     return torch.ops.aten._unsafe_view(x, x.shape)

@@ -38,15 +38,6 @@ def test_product_is_the_stored_representation(name):
         assert torch.equal(matrices[group.inverse(a)], matrices[a].T)
 
 
-@given(group_with_elements(2), st.data())
-def test_angle_of_a_product(case, data):
-    group, a, b = case
-    angle = torch.tensor(data.draw(st.floats(-3, 3)), dtype=torch.float64)
-    combined = group.inverse_angle(group.product(a, b), angle)  # (ab)^-1 x = b^-1 (a^-1 x)
-    stepwise = group.inverse_angle(b, group.inverse_angle(a, angle))
-    torch.testing.assert_close(torch.exp(1j * combined), torch.exp(1j * stepwise))
-
-
 @pytest.mark.parametrize("name", GROUPS)
 def test_actions_on_images_and_fields_follow_the_product(name):
     group = Group.from_name(name)

@@ -82,17 +82,11 @@ class SteerableConv2d(nn.Module):
     The output does not depend on `strategy` but for float noise, the time does (`strategies/`). Graphs that leave
     Python (TorchScript, `torch.export`, ONNX) contain the definition, 'expand', in standard operators.
 
+    Arguments that are not listed are those of `Kernel` and of `nn.Conv2d`.
+
     Args:
-        kernel_size: any odd number.
-        group: name of the group, for example 'c8'.
-        input_type: 'regular' or 'trivial'.
         strategy: a name from `STRATEGIES`: 'expand', 'block_diagonal' or 'native' (these for regular input); or 'auto',
             the fastest as measured by `tune`, or by a rule (`strategies/auto.py`).
-        cutoff: up to which angular frequencies, on rings around the centre, the kernels go; see `Kernel`.
-        low_pass: whether they are convolved with a binomial filter of 3 x 3 pixels, see `Kernel`.
-
-    Raises:
-        ValueError: no such kernels, or a strategy that does not exist or cannot compute this layer here.
 
     Source of the maths: Weiler and Cesa, General E(2)-Equivariant Steerable CNNs (2019).
     """
@@ -134,7 +128,7 @@ class SteerableConv2d(nn.Module):
 
     @torch.jit.unused
     def describe(self, device: torch.device, dtype: torch.dtype) -> Layer:
-        """The layer, as strategies see it, computed on `device` in `dtype`."""
+        """The layer as strategies see it, on `device` in `dtype`."""
         return Layer(self.kernel, self.in_fields, self.out_fields, self.stride, self.dilation, dtype, device)
 
     @torch.jit.unused

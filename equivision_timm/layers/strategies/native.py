@@ -63,13 +63,11 @@ class NativeConv2d(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach().to(packed))
 
     def forward(self, x: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
-        packed = self.packed
-        if packed.device.type != "cpu" or packed.dtype not in (torch.float32, torch.float64):
+        if self.packed.is_meta or self.packed.dtype not in (torch.float32, torch.float64):
             raise RuntimeError(
-                f"a model fused in the form 'native' computes on the CPU in float32 or float64, but was moved to "
-                f"{packed.device} or cast to {packed.dtype}: move or cast the model first, then call `fuse`"
+                "a model fused in the form 'native' was moved or cast: move or cast it first, then `fuse`"
             )
-        return fused_conv2d(x, packed, self.bias, shortcut, self.relu, *self.layer)
+        return fused_conv2d(x, self.packed, self.bias, shortcut, self.relu, *self.layer)
 
     def extra_repr(self) -> str:
         return "kernel={!r}, out_fields={}, stride={}, dilation={}".format(*self.layer) + f", relu={self.relu}"

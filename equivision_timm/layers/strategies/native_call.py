@@ -192,7 +192,7 @@ class _Call:
                 raise ValueError(
                     f"conv_strategy 'native' takes {size} contiguous values of {self.dtype} on the CPU as {name}, "
                     f"not {list(value.shape)} of {value.dtype} on {value.device}, strides {value.stride()}, "
-                    f"{held} bytes of memory: use 'auto'"
+                    f"{held} bytes of memory: use 'auto', or `fuse` where it runs"
                 )
             values.append(ctypes.c_void_p(value.data_ptr()))
         status = getattr(self.code, function)(ctypes.byref(self.layer), *values, ctypes.c_long(self.threads))
