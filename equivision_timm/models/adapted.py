@@ -459,7 +459,7 @@ class Canonicalized(_Adapted):
 
     @torch.jit.unused
     def is_exact(self, size: int | tuple[int, int]) -> bool:
-        """As in `Symmetrized`; not with a gate."""
+        """Not with a gate."""
         return self.gate == 0 and super().is_exact(size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -214,15 +214,9 @@ class EquivariantBackbone(nn.Module):
         self._create_classifier(device=parameter.device, dtype=parameter.dtype)
 
     def prune_intermediate_layers(
-        self,
-        indices: int | list[int] = 1,
-        prune_norm: bool = False,
-        prune_head: bool = True,
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove the stages after the last of `indices`, and the head; returns the levels that stay.
-
-        The head also goes with `prune_head=False` where a stage does: it is made for the fields of the last one.
-        """
+        """Remove the stages after the last of `indices`, and with them or `prune_head` the head; returns the levels."""
         take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
         removed = self.feature_info[max_index + 1 :]
         for level in removed:

@@ -46,12 +46,9 @@ class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut: [B, in_fields * |G|, H, W] -> [B, fields * |G|, H / stride, W / stride].
 
     Args:
-        in_fields: number of input fields.
-        fields: number of output fields.
         unit: makes the `ConvNormAct`s of the network; group, norm, activation and kind of kernels are given.
-        stride: stride of the first convolution and of the shortcut.
-        dilation: dilation of the second convolution.
-        first_dilation: dilation of the first convolution.
+        stride: of the first convolution and of the shortcut.
+        dilation: of the second convolution; `first_dilation`: of the first.
         aa_layer: makes the low pass that strides instead of the convolution, after its activation; None for none.
         avg_down: makes the low pass that strides in the shortcut, before its convolution; None for none.
         attn_layer: makes the attention of (fields, |G|) before the sum; None for none.
@@ -147,12 +144,10 @@ class EquivariantResNet(EquivariantBackbone):
     Levels of features: the stem at H / 2, the four stages at H / 4 to H / 32; see `EquivariantBackbone`.
 
     Args:
-        block: `BasicBlock` or `Bottleneck`.
         layers: number of blocks in each of the four stages.
         group: name of the group, for example 'c8'.
         width: fields of the stem and of the first stage; the stages have 1, 2, 4 and 8 times as many.
         num_classes: number of classes; 0 removes the classifier.
-        in_chans: number of image channels.
         output_stride: 32, 16 or 8; below 32 the last stages dilate instead of striding.
         stem_type: '' for one 7x7 convolution; 'deep' for three of 3x3, 'deep_tiered' with three quarters of the fields
             in the first.
@@ -176,17 +171,14 @@ class EquivariantResNet(EquivariantBackbone):
         map_pool: pooling of all maps over the group, 'max' or 'avg'; '' keeps them equivariant.
         act_layer: activation, a name timm knows or a class; must be pointwise.
         norm_layer: normalisation, a name timm knows or a class; applied per field.
-        bn_momentum: momentum of the batch norms, PyTorch's 0.1 if None.
-        bn_eps: epsilon of the batch norms, PyTorch's 1e-5 if None.
+        bn_momentum, bn_eps: of the batch norms, PyTorch's 0.1 and 1e-5 if None.
         drop_rate: dropout before the classifier.
         drop_block_rate: rate of DropBlock in the last two stages.
         drop_path_rate: stochastic depth, rising linearly from 0 to this rate at the last block.
         zero_init_last: start every residual branch at zero (last norm weight 0); the original network does not.
         cutoff: the kernels' functions at distance r from the centre have angular frequencies up to cutoff * r; None for
             the original's rule, see `Kernel`.
-        conv_strategy: how to compute the convolutions, see `set_conv_strategy`; the output does not depend on it.
-        device: where to create parameters and buffers.
-        dtype: their type.
+        conv_strategy: see `set_conv_strategy`.
 
     Raises:
         ValueError: an argument that does not exist or would break equivariance; a classifier without global pooling,
@@ -309,11 +301,10 @@ class EquivariantResNet(EquivariantBackbone):
 
     @torch.jit.unused
     def is_exact(self, size: int | tuple[int, int]) -> bool:
-        """See `EquivariantBackbone`; at every size with `even`."""
+        """At every size with `even`."""
         return bool(self.even) or super().is_exact(size)
 
     def remove_stem_pool(self) -> None:
-        """See `EquivariantBackbone`."""
         self.maxpool = nn.Identity()
 
     @torch.jit.unused
@@ -323,7 +314,7 @@ class EquivariantResNet(EquivariantBackbone):
 
     @torch.jit.unused
     def init_weights(self, zero_init_last: bool = False) -> None:
-        """Draw all weights anew, for a model that came from the meta device, say."""
+        """Draw all weights anew."""
         super().init_weights()
         if zero_init_last:
             self._zero_init_last()
@@ -357,7 +348,7 @@ def _stem(
         raise ValueError(f"unknown stem_type {stem_type!r}: use '', 'deep' or 'deep_tiered'")
     if stem_type == "":
         if stem_width is not None:
-            raise ValueError(f"stem_width {stem_width!r} is for stem_type 'deep' or 'deep_tiered': leave it out")
+            raise ValueError(f"stem_width={stem_width!r} is for stem_type 'deep' or 'deep_tiered': leave it out")
         stem = partial(unit, in_chans, width, 7, input_type="trivial", stride=2)
         return nn.Sequential(Blur2d(taps=3, stride=1, even=even), stem(even=False)) if low_pass else stem()
     inner = max(1, width // 2) if stem_width is None else stem_width

@@ -22,23 +22,21 @@ _FORMS = ("native", "blocks", "dense")
 def fuse(model: nn.Module, form: str | None = None, input_size: int | tuple[int, int, int] | None = None) -> nn.Module:
     """A copy of `model` for inference: the same output in eval mode, several times faster; its weights are constants.
 
-    Call it last, on the device and in the type in which the copy will run. The copy can be copied, pickled, run under
-    autocast, and differentiated with respect to the image; training its weights is not possible. Units whose modules
-    have hooks or were replaced stay as they are; of ConvNeXts, stages. In vision transformers only the filter of the
-    patches becomes a constant. Models of other packages become what timm's `reparameterize_model` returns.
+    Call it last, on the device and in the type in which the copy will run. It can be copied, pickled, run under
+    autocast, and differentiated with respect to the image. Units whose modules have hooks or were replaced stay as they
+    are; of ConvNeXts, stages. In vision transformers only the filter of the patches becomes a constant. Models of other
+    packages become what timm's `reparameterize_model` returns.
 
     Args:
         model: a model, or any module that contains layers of this package.
-        form: 'native': for PyTorch on a CPU, float32 or float64; convolutions of ResNets in C;
-            'blocks', standard operators, block diagonal where that costs less: for ONNX and other runtimes;
-            'dense', plain convolutions and linear layers;
-            None: 'native' on a CPU if the C code is available, else 'dense'.
+        form: 'native', convolutions of ResNets in C, on a CPU; 'blocks', standard operators, block diagonal where that
+            costs less: for ONNX and other runtimes; 'dense', plain convolutions and linear layers; None: 'native' on a
+            CPU if the C code is available, else 'dense'.
         input_size: side of the images in pixels, or (channels, height, width), for which 'native' chooses between C
             and a plain convolution, layer by layer; other sizes give the same output. Default: `input_size` of the
             model's configuration. A layer whose `conv_strategy` is 'expand' or 'block_diagonal' is never in C.
 
     Raises:
-        ValueError: an unknown form.
         RuntimeError: 'native' is not available for this model on this machine; the message says why.
 
     Example:
@@ -121,13 +119,9 @@ def _native_conv(
 
 def _shapes(model: nn.Module, input_size: int | tuple[int, int, int] | None) -> dict[str, torch.Size]:
     """The input of each convolution for one image; nothing for a module without `input_size` in its configuration."""
-    if input_size is None:
-        cfg = getattr(model, "pretrained_cfg", None) or {}
-        input_size = cfg.get("input_size")
-    if input_size is None:
+    size = input_size or (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
+    if size is None:
         return {}
-    if isinstance(input_size, int):
-        input_size = (getattr(model, "in_chans", 3), input_size, input_size)
-    parameter = next(model.parameters())
-    channels = getattr(model, "in_chans", input_size[0])
-    return conv_input_shapes(model, parameter.new_zeros(1, channels, *input_size[1:]))
+    channels, *sides = (3, size, size) if isinstance(size, int) else size
+    image = next(model.parameters()).new_zeros(1, getattr(model, "in_chans", channels), *sides)
+    return conv_input_shapes(model, image)

@@ -43,10 +43,8 @@ class OrientationNet(nn.Module):
     `EquivariantResNet` follows, whose fields are averaged over space and projected to one regular field, the scores.
 
     Args:
-        group: name of the group.
         width: fields of the first stage; the others have 2, 4 and 8 times as many.
         size: side of the shrunk image, 1 modulo 32.
-        in_chans: number of image channels.
         num_classes: |G|, or None.
         drop_rate: dropout before the projection.
         **options: of the `EquivariantResNet`.

@@ -61,19 +61,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class Tuning:
-    """Result of a measurement.
+    """Result of a measurement."""
 
-    Attributes:
-        layers: for each convolution the seconds of each strategy; None for a strategy whose numbers were wrong.
-        choice: the strategy of each convolution: the fastest ones if `won`, else those of the rule of 'auto'.
-        seconds: of the whole model with 'choice', 'auto' and 'expand'; empty if 'choice' is 'auto'.
-        won: whether the choices made the model faster.
-    """
-
+    # for each convolution the seconds of each strategy; None for a strategy whose numbers were wrong
     layers: dict[str, dict[str, float | None]]
-    choice: dict[str, str]
-    seconds: dict[str, float]
-    won: bool
+    choice: dict[str, str]  # of each convolution: the fastest strategies if `won`, else those of the rule of 'auto'
+    seconds: dict[str, float]  # of the whole model with 'choice', 'auto' and 'expand'; empty if 'choice' is 'auto'
+    won: bool  # whether the choices made the model faster
 
 
 def tune(
@@ -94,9 +88,7 @@ def tune(
     Args:
         model: on its device; only its strategies change, and not those that were given by name.
         size: of the images, side or (height, width).
-        batch_size: number of images.
         amp: type of mixed precision, 'bfloat16' or 'float16'; '' for none.
-        channels_last: whether the images, and the maps of `model`, have this format.
         train: measure a training step without optimizer instead of inference.
         compiled: compile the model where it is measured as a whole; the result is used by compiled models only.
 

@@ -34,14 +34,10 @@ def register_family(
     variants: Mapping[str, Variant],
     cfgs: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
-    """Make every variant a model of timm; its entrypoint becomes an attribute of `module`.
+    """Make every variant a model of timm; its entrypoint becomes an attribute of `module`, the name of a module.
 
-    Args:
-        module: `__name__` of the family's module.
-        network: the class of its models.
-        create: called with (name, pretrained, **arguments).
-        variants: the table, by model name.
-        cfgs: timm's configurations by model name and tag, the default first; None for those of the table.
+    `create` is called with (name, pretrained, **arguments). `cfgs` are timm's configurations by model name and tag, the
+    default first; None for those of the table.
     """
     home = sys.modules[module]
     if cfgs is None:

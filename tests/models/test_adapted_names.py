@@ -178,9 +178,3 @@ def test_weights_come_from_timms_repositories(tmp_path):
 def test_bad_input(name, options, error, match):
     with pytest.raises(error, match=match):
         timm.create_model(name, **options)
-
-
-def test_images_that_are_not_square():
-    model = timm.create_model("c4sym_resnet18")
-    with pytest.raises(ValueError, match="64 x 96"):
-        model(torch.randn(1, 3, 64, 96))

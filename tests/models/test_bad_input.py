@@ -14,18 +14,13 @@ def create(name="test_c8resnet", **kwargs):
     return timm.create_model(name, **kwargs)
 
 
-@pytest.mark.parametrize("name", ["c6resnet18", "c4resnet34", "e4resnet18"])
-def test_unregistered_group_or_depth(name):
-    with pytest.raises(RuntimeError, match=name):
-        create(name)
-
-
 @pytest.mark.parametrize(
     ("keywords", "word"),
     [
         ({"group": "e4"}, "'e4'"),
         ({"group_pool": "mx"}, "'mx'"),
         ({"output_stride": 4}, "4"),
+        ({"even": "blur"}, "'blur'"),
         ({"act_layer": nn.GLU}, "GLU"),
         ({"act_layer": "rellu"}, "'rellu'"),
         ({"global_pool": ""}, "global_pool"),

@@ -93,11 +93,6 @@ def test_axes_that_nothing_reverses_are_left():
             assert same == (group == "c1" or shape == unchanged)
 
 
-def test_other_values():
-    with pytest.raises(ValueError, match="even"):
-        timm.create_model("test_d4resnet", even="blur")
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("form", ["native", "blocks", "dense"])
 @pytest.mark.parametrize("name", ["test_c8resnetaf", "test_d4resnet", "c8resnet50d"])

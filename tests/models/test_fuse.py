@@ -283,7 +283,7 @@ def parametrise(model, path):
 
 PLACES = ("conv1", "conv1.act", "layer1.0.conv1", "layer1.0.conv2.conv", "layer2.0.conv1.norm", "layer1.0.conv2.act")
 PLACES += ("layer2.0.conv2.norm.per_field", "layer2.0.downsample", "layer2.0.conv2.drop", "maxpool")
-CHANGES = [(change, path) for change in (hook, patch) for path in PLACES]
+CHANGES = [(hook, path) for path in PLACES] + [(patch, path) for path in PLACES[:5]]
 CHANGES += [(wrap, path) for path in ("layer2.0.conv1.conv", "layer2.0.conv2", "layer1.0.conv2.drop")]
 CHANGES += [(activate, "layer1.0.conv1.act"), (squash, "layer1.0.conv1.norm.per_field"), (subclass, "layer1.0.conv1")]
 CHANGES += [(change, "layer2.0.conv1.conv") for change in (replace, prune_half, parametrise)]

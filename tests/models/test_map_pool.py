@@ -36,6 +36,12 @@ def test_maps_are_invariant_with_one_channel_a_field(name, map_pool):
         )
         last, maps = model.forward_intermediates(X)
         assert torch.equal(last, maps[-1])
+    features = create(features_only=True, name=name, map_pool=map_pool, out_indices=(1, 3)).eval()
+    with torch.no_grad():
+        for found, level in zip(features(X), (1, 3), strict=True):
+            torch.testing.assert_close(found, maps[level])
+    assert features.feature_info.channels() == [maps[1].shape[1], maps[3].shape[1]]
+    assert moves(lambda x: features(x)[0]) < 1e-5
     assert moves(model.forward_features) < 1e-5
     assert moves(plain.forward_features) > 0.1  # control: the channels of a field are permuted
     assert moves(lambda x: model.forward_head(model.forward_features(x))) < 1e-5
@@ -44,21 +50,6 @@ def test_maps_are_invariant_with_one_channel_a_field(name, map_pool):
     for info, equivariant, found in zip(model.feature_info, plain.feature_info, maps, strict=True):
         assert info["num_chs"] == info["num_fields"] == equivariant["num_fields"] == found.shape[1]
         assert info["group"] == "c1"
-
-
-@pytest.mark.parametrize("out_indices", [None, (1, 3)])
-def test_features_only(out_indices):
-    kwargs = {} if out_indices is None else {"out_indices": out_indices}
-    model = create(features_only=True, map_pool="max", **kwargs)
-    plain = create(features_only=True, **kwargs)
-    with torch.no_grad():
-        maps, equivariant = model(X), plain(X)
-    assert model.feature_info.channels() == [found.shape[1] for found in maps]
-    assert model.feature_info.reduction() == plain.feature_info.reduction()
-    for level, (found, expected) in enumerate(zip(maps, equivariant, strict=True)):
-        torch.testing.assert_close(found, expected.unflatten(1, (-1, 8)).amax(2))
-        assert moves(lambda x, level=level: model(x)[level]) < 1e-5
-        assert moves(lambda x, level=level: plain(x)[level]) > 0.1
 
 
 def test_a_name_is_enough(tmp_path):

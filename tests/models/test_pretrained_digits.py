@@ -52,11 +52,6 @@ def test_package_carries_small_files() -> None:
     assert "CC BY-SA 3.0" in (folder / "README.md").read_text()
 
 
-def test_twins_have_as_many_parameters() -> None:
-    counts = [sum(p.numel() for p in timm.create_model(name).parameters()) for name in NAMES]
-    assert max(counts) < 1.1 * min(counts)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_reads_held_out_upright_digits(name: str) -> None:
     digits, labels = load_digits()
@@ -88,12 +83,6 @@ def test_the_alias_free_network_reads_every_angle() -> None:
         least[name] = min(part.double().mean().item() for part in right)
     assert least["test_c8resnetaf"] > 0.9
     assert least["test_c8resnet"] < least["test_c8resnetaf"] - 0.1
-
-
-def test_symmetries_that_the_group_lacks_change_the_logits() -> None:
-    assert _change(_pretrained("test_c1resnet"), QUARTER) > 1
-    assert _change(_pretrained("test_c8resnet"), MIRROR) > 1
-    assert _change(_pretrained("test_d4resnet"), MIRROR) < 1e-4
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -16,20 +16,6 @@ def seeded(name, **kwargs):
     return timm.create_model(name, **kwargs).eval()
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_five_levels_with_their_fields(name):
-    model, x = seeded(name, features_only=True), image((1, 3, 96, 96))
-    with torch.no_grad():
-        maps = model(x)
-    info = model.feature_info
-    order = {"d4": 8, "c8": 8}[name[:2]]
-    assert info.reduction() == [2, 4, 8, 16, 32]
-    assert [m.shape[1] for m in maps] == info.channels() == [order * fields for fields in info.get("num_fields")]
-    assert [m.shape[2:] for m in maps] == [(96 // reduction,) * 2 for reduction in info.reduction()]
-    assert info.get("group") == 5 * [name[:2]]
-    assert info.get("num_fields")[0] == 8
-
-
 @pytest.mark.parametrize(
     ("feature_cls", "out_indices"),
     [*((kind, (1, -1)) for kind in ("list", "dict", "hook", "fx", "getter")), ("list", (0, 1, 2, 3, 4)), ("fx", 2)],
@@ -44,19 +30,6 @@ def test_every_wrapper_gives_the_intermediates(feature_cls, out_indices):
     found = list(found.values()) if isinstance(found, dict) else found
     for ours, reference in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, reference)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_intermediates_equal_the_features(name):
-    model, x = seeded(name), image((2, 3, 65, 65))
-    with torch.no_grad():
-        last, maps = model.forward_intermediates(x)
-        torch.testing.assert_close(last, model.forward_features(x))
-        torch.testing.assert_close(maps[-1], last)
-        early, stopped = model.forward_intermediates(x, [0, 2], stop_early=True)
-        assert early.shape == maps[2].shape
-        assert [m.shape for m in stopped] == [maps[0].shape, maps[2].shape]
-    assert last.shape[1] == model.num_features
 
 
 def test_equivariant_and_invariant_maps_by_one_keyword():
@@ -100,11 +73,14 @@ def test_pools_over_space_before_the_group():
 
 @pytest.mark.parametrize(("output_stride", "side"), [(32, 3), (16, 5), (8, 9)])
 @pytest.mark.parametrize("name", NAMES)
-def test_output_stride(name, output_stride, side):
+def test_levels_with_their_fields(name, output_stride, side):
     model = seeded(name, output_stride=output_stride, features_only=True)
-    maps = model(image((1, 3, 65, 65)))
+    maps, info = model(image((1, 3, 65, 65))), model.feature_info
     assert maps[-1].shape[2:] == (side, side)
-    assert model.feature_info.reduction() == [min(r, output_stride) for r in (2, 4, 8, 16, 32)]
+    assert info.reduction() == [min(r, output_stride) for r in (2, 4, 8, 16, 32)]
+    assert [m.shape[1] for m in maps] == info.channels() == [8 * fields for fields in info.get("num_fields")]
+    assert info.get("group") == 5 * [name[:2]]
+    assert info.get("num_fields")[0] == 8
 
 
 def test_drop_path_and_dropout_act_in_training():

@@ -12,8 +12,6 @@ import torch.nn.functional as F
 from support.reference_data import image
 from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2
-from timm.utils import ModelEmaV3, freeze, unfreeze
-from timm.utils.model import get_state_dict
 
 from equivision_timm.layers import ConvNormAct
 from equivision_timm.models.equivariant_resnet import BasicBlock
@@ -87,33 +85,6 @@ def test_scaled_gradients_in_mixed_precision(name, dtype, memory_format):
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_channels_last(name):
-    model, x = create(name).eval(), image((2, 3, 65, 65))
-    expected = step(model, x)
-    model = model.to(memory_format=torch.channels_last)
-    x = x.contiguous(memory_format=torch.channels_last)
-    assert model.conv1.conv(x).is_contiguous(memory_format=torch.channels_last)
-    for found, gradient in zip(step(model, x), expected, strict=True):
-        torch.testing.assert_close(found, gradient, rtol=1e-3, atol=1e-4)
-
-
-def test_averages_of_weights_follow_through_changes_of_mode():
-    model, x = create().train(), image((2, 3, 33, 33))
-    ema, optimizer = ModelEmaV3(model, decay=0.5), torch.optim.SGD(model.parameters(), lr=0.1)
-    averages = {name: value.clone().double() for name, value in model.state_dict().items()}
-    for index in range(3):
-        step(model.train(), image((2, 3, 33, 33), seed=index))
-        optimizer.step()
-        model.eval()(x)
-        ema.update(model)
-        for name, value in model.state_dict().items():
-            averages[name] = (averages[name] + value) / 2 if value.is_floating_point() else value.double()
-    for name, value in get_state_dict(ema.module).items():
-        torch.testing.assert_close(value.double(), averages[name], rtol=1e-4, atol=1e-6)
-    assert not torch.allclose(ema.module.eval()(x), model(x))
-
-
 @pytest.mark.parametrize("convert", [convert_sync_batchnorm, nn.SyncBatchNorm.convert_sync_batchnorm])
 def test_every_norm_becomes_a_sync_norm_inside_its_field_norm(convert):
     model = create()
@@ -124,20 +95,6 @@ def test_every_norm_becomes_a_sync_norm_inside_its_field_norm(convert):
     assert len(names) == 20
     assert all(name.endswith("norm.per_field") for name in names)
     assert list(converted.state_dict()) == list(state)
-
-
-def test_freeze_and_unfreeze():
-    model = create().train()
-    freeze(model, ["conv1", "layer1"])
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    assert frozen == {name for name, _ in model.named_parameters() if name.split(".")[0] in ("conv1", "layer1")}
-    before = {name: buffer.clone() for name, buffer in model.named_buffers() if "running" in name}
-    F.cross_entropy(model(image((2, 3, 33, 33))), LABELS).backward()
-    for name, buffer in model.named_buffers():
-        if "running" in name:
-            assert torch.equal(buffer, before[name]) == (name.split(".")[0] in ("conv1", "layer1")), name
-    unfreeze(model, ["conv1", "layer1"])
-    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("features_only", [False, True])

@@ -6,7 +6,6 @@ import pytest
 import timm
 import torch
 from support.reference_data import image
-from timm.models import load_checkpoint
 from timm.models._hub import save_for_hf
 
 import equivision_timm  # noqa: F401  (registers the models)
@@ -49,38 +48,6 @@ def test_device_and_type_of_every_tensor(device_and_type):
     classifier_of = timm.create_model("d4resnet18_fast", device=device, dtype=dtype)
     classifier_of.reset_classifier(3)
     assert classifier_of.fc.weight.dtype == dtype
-
-
-def test_checkpoint_file_with_other_image_channels(tmp_path):
-    torch.save(create(num_classes=1000).state_dict(), tmp_path / "weights.pth")
-    overlay = {"file": str(tmp_path / "weights.pth")}
-    colour = create(pretrained=True, pretrained_cfg_overlay=overlay, num_classes=1000)
-    grey = create(pretrained=True, pretrained_cfg_overlay=overlay, num_classes=1000, in_chans=1)
-    x = image((2, 1, 65, 65))
-    with torch.no_grad():  # timm sums the weights over the channels
-        torch.testing.assert_close(grey(x), colour(x.expand(-1, 3, -1, -1)), rtol=1e-3, atol=1e-5)
-    assert grey.conv1.conv.weight.shape[1] == 1
-
-    six = create(pretrained=True, pretrained_cfg_overlay=overlay, num_classes=1000, in_chans=6)
-    with torch.no_grad():  # and repeats them
-        torch.testing.assert_close(six(x.expand(-1, 6, -1, -1)), grey(x), rtol=1e-3, atol=1e-5)
-    other = create(pretrained=True, pretrained_cfg_overlay=overlay, num_classes=5)
-    assert torch.equal(other.conv1.conv.weight, colour.conv1.conv.weight)
-    assert other.fc.weight.shape[0] == 5
-    features = timm.create_model(
-        "d4resnet18_fast", pretrained=True, pretrained_cfg_overlay=overlay, features_only=True
-    ).eval()
-    assert torch.equal(features.conv1.conv.weight, colour.conv1.conv.weight)
-
-
-def test_strict_loading_of_a_training_checkpoint(tmp_path):
-    source, target = create(), create(in_chans=3)
-    torch.nn.init.normal_(source.fc.bias)
-    torch.save({"state_dict": {f"module.{k}": v for k, v in source.state_dict().items()}}, tmp_path / "last.pth.tar")
-    load_checkpoint(target, str(tmp_path / "last.pth.tar"))
-    assert torch.equal(target.fc.bias, source.fc.bias)
-    with pytest.raises(RuntimeError, match="conv1"):
-        load_checkpoint(create("c4resnet18_fast"), str(tmp_path / "last.pth.tar"))
 
 
 def test_round_trip_through_a_local_folder(tmp_path):
