@@ -79,11 +79,7 @@ def build_pretrained(
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Build `variant` with pretrained weights by `build`, timm's `build_model_with_cfg` with the model class.
-
-    Raises:
-        WeightsError: as `find_weights`; the file holds another model.
-    """
+    """Build `variant` with pretrained weights by `build`, timm's `build_model_with_cfg` with the model class."""
     overlay = dict(pretrained_cfg_overlay or {})
     build = partial(build, variant, pretrained=True, pretrained_cfg=pretrained_cfg, **kwargs)
     if not _is_converted(variant, resolve_pretrained_cfg(variant, pretrained_cfg, overlay)):

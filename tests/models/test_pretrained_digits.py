@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 from safetensors import safe_open
 
-from equivision_timm.cli.demo import load_digits, predict, turn
+from equivision_timm.cli.demo import classify, load_digits, turn
 
 QUARTER, MIRROR = partial(torch.rot90, dims=(-2, -1)), partial(torch.flip, dims=(-1,))
 NAMES = ("test_c8resnetaf", "test_c8resnet", "test_d4resnet", "test_c1resnet")
@@ -56,7 +56,7 @@ def test_package_carries_small_files() -> None:
 def test_reads_held_out_upright_digits(name: str) -> None:
     digits, labels = load_digits()
     assert torch.bincount(labels).tolist() == [50] * 10
-    accuracy = (predict(_pretrained(name), digits, 0) == labels).double().mean().item()
+    accuracy = (classify(_pretrained(name), digits, 0).argmax(1) == labels).double().mean().item()
     assert accuracy > 0.95
     with safe_open(files("equivision_timm") / "digits" / f"{name}.safetensors", "pt") as file:
         reported = float(re.match(r"0\.\d+", file.metadata()["upright_accuracy"])[0])  # of twice as many digits
@@ -68,9 +68,9 @@ def test_quarter_turns_change_nothing(name: str) -> None:
     model = _pretrained(name)
     assert _change(model, QUARTER) < 1e-4
     digits, labels = load_digits()
-    right = predict(model, digits[::5], 0) == labels[::5]
+    right = classify(model, digits[::5], 0).argmax(1) == labels[::5]
     for degrees in (90, 180, 270):
-        assert torch.equal(predict(model, digits[::5], degrees) == labels[::5], right)
+        assert torch.equal(classify(model, digits[::5], degrees).argmax(1) == labels[::5], right)
 
 
 def test_the_alias_free_network_reads_every_angle() -> None:
@@ -79,7 +79,7 @@ def test_the_alias_free_network_reads_every_angle() -> None:
     least = {}
     for name in ("test_c8resnetaf", "test_c8resnet"):
         model = _pretrained(name)
-        right = [predict(model, digits, angle) == labels for angle in (0, 30, 45, 60)]
+        right = [classify(model, digits, angle).argmax(1) == labels for angle in (0, 30, 45, 60)]
         least[name] = min(part.double().mean().item() for part in right)
     assert least["test_c8resnetaf"] > 0.9
     assert least["test_c8resnet"] < least["test_c8resnetaf"] - 0.1
