@@ -12,8 +12,7 @@ degrees, reflections) should reach float accuracy at exact sizes (`model.exact_s
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,9 +20,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from equivision_timm.groups import Group, move_pixels
-from equivision_timm.torch_state import BatchNorm
 
-__all__ = ["angle_error", "assert_equivariant", "calibrate_norms", "equivariance_error"]
+__all__ = ["angle_error", "assert_equivariant", "equivariance_error"]
 
 
 @torch.no_grad()
@@ -125,8 +123,8 @@ def angle_error(model: nn.Module, images: torch.Tensor, angles: Sequence[float])
     images have next to none.
 
     Args:
-        model: a timm model, or another with `forward_intermediates` and `feature_info`. It is measured in eval mode; if
-            its weights are random, call `calibrate_norms` first.
+        model: a timm model, or another with `forward_intermediates` and `feature_info`. It is measured in eval mode:
+            random weights need norms with the statistics of the images, far from the initial 0 and 1.
         images: [B, C, n, n], normalised as the model expects, of its dtype and on its device.
         angles: in degrees, counter-clockwise.
 
@@ -140,54 +138,18 @@ def angle_error(model: nn.Module, images: torch.Tensor, angles: Sequence[float])
             images.
     """
     images = _behind_mask(images)
-    with _eval_mode(model):
-        levels = _maps(model, images)
-        for (name, _, found), (_, _, black) in zip(levels, _maps(model, torch.zeros_like(images[:1])), strict=True):
-            if (found - black).abs().max() <= 1e-6 * black.abs().max():
-                raise ValueError(f"the map of {name} does not depend on the images: nothing was measured")
-        errors: dict[str, dict[float, float]] = {name: {} for name, _, _ in levels}
-        for angle in angles:
-            rotated = _maps(model, _rotate(images, angle))
-            for (name, rotations, before), (_, _, after) in zip(levels, rotated, strict=True):
-                expected = _rotate(_shift_fields(before, rotations, angle), angle)
-                errors[name][angle] = _relative_error(name, after, expected)
+    network = copy.deepcopy(model).eval()
+    levels = _maps(network, images)
+    for (name, _, found), (_, _, black) in zip(levels, _maps(network, torch.zeros_like(images[:1])), strict=True):
+        if (found - black).abs().max() <= 1e-6 * black.abs().max():
+            raise ValueError(f"the map of {name} does not depend on the images: nothing was measured")
+    errors: dict[str, dict[float, float]] = {name: {} for name, _, _ in levels}
+    for angle in angles:
+        rotated = _maps(network, _rotate(images, angle))
+        for (name, rotations, before), (_, _, after) in zip(levels, rotated, strict=True):
+            expected = _rotate(_shift_fields(before, rotations, angle), angle)
+            errors[name][angle] = _relative_error(name, after, expected)
     return errors
-
-
-@torch.no_grad()
-def calibrate_norms(model: nn.Module, images: torch.Tensor) -> None:
-    """Set the running statistics of all batch norms to those of `images` [B, C, n, n] as `angle_error` masks them.
-
-    Raises:
-        ValueError: images that are not square; the model has no batch norm with running statistics.
-    """
-    images = _behind_mask(images)
-    norms = [m for m in model.modules() if isinstance(m, BatchNorm) and m.track_running_stats]
-    if not norms:
-        raise ValueError(f"{type(model).__name__} has no batch norms to calibrate: leave it out")
-    momenta = [norm.momentum for norm in norms]
-    with _eval_mode(model):
-        try:
-            for norm in norms:
-                norm.reset_running_stats()
-                norm.momentum = None  # the mean over all calls: of one
-                norm.train()
-            model(images)
-        finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
-                norm.momentum = momentum
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode; afterwards each module has its own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _of(module: nn.Module, name: str, argument: str) -> Any:

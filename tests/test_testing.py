@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import equivision_timm  # noqa: F401  (registers the models)
 from equivision_timm.layers import GroupPool
-from equivision_timm.testing import angle_error, assert_equivariant, calibrate_norms, equivariance_error
+from equivision_timm.testing import angle_error, assert_equivariant, equivariance_error
 
 POOL = {"group": "c4", "in_channels": 8, "size": 9, "input_type": "regular", "output_type": "trivial"}
 
@@ -115,7 +115,6 @@ def test_measuring_leaves_the_model_as_it_was():
     with pytest.raises(ValueError, match="finite"):
         angle_error(model, torch.full((1, 3, 65, 65), float("nan")), [45])
     torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
-    calibrate_norms(model, torch.rand(1, 3, 65, 65))
     assert modes == {name: module.training for name, module in model.named_modules()}
     assert not any(module.training for module in frozen)
     assert model.training
@@ -166,20 +165,6 @@ def test_maps_that_rotate_with_the_image(photographs):
     assert min(wrong.values()) > 0.2
     backwards = angle_error(Maps(lambda x: _fields(x).flip(1), "c8"), photographs, [45])["stage"]
     assert backwards[45] > 0.2
-
-
-def test_calibrated_norms_have_the_statistics_of_the_images(photographs):
-    model = timm.create_model("test_c8resnet")
-    calibrate_norms(model, photographs)
-    norm = model.conv1.norm.per_field
-    assert norm.momentum == 0.1
-    seen = []
-    norm.register_forward_hook(lambda _, args, output: seen.append(output.clone()))  # the activation overwrites it
-    angle_error(model, photographs, [])  # shows the network the same images
-    assert seen[0].mean((0, 2, 3)).abs().max() < 1e-3
-    assert (seen[0].var((0, 2, 3)) - 1).abs().max() < 1e-2
-    with pytest.raises(ValueError, match="batch norms"):
-        calibrate_norms(timm.create_model("test_convnext"), photographs)
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,6 @@ import csv
 import html
 import io
 import sys
-from itertools import groupby
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -256,7 +254,8 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #ddd; vertical-align: top; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 td { white-space: nowrap; } thead th { border-bottom: 2px solid #888; }
-.left td { text-align: left; white-space: normal; } .wide { overflow-x: auto; } .note { color: #555; font-size: .9rem; }
+.left td, .left th { text-align: left; white-space: normal; }
+.wide { overflow-x: auto; } .note { color: #555; font-size: .9rem; }
 .names td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 9rem; }
 """
 
@@ -317,15 +316,12 @@ def _summary(results: list[Result]) -> str:
 
 def _origins(results: list[Result]) -> str:
     """The commands, days, versions and weights of the figures."""
-    tables = []
-    for origin, measured in groupby(results, attrgetter("command", "date", "versions")):
-        rows = [list(row) for row in zip(("command", "date", "versions"), map(one_line, origin), strict=True)]
-        rows += [[f"weights (SHA-256) of {_label(result)}", result.settings.weights] for result in measured]
-        tables.append(f'<div class="left">{_table([], rows)}</div>')
-    return "<br>".join(tables)
+    origins = [(one_line(result.command), result.date, result.versions, result.settings.weights) for result in results]
+    rows = [[_label(result), *origin] for result, origin in zip(results, origins, strict=True)]
+    return f'<div class="left">{_table(["model", "command", "date", "versions", "weights (SHA-256)"], rows)}</div>'
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
-    top = f"<thead><tr>{''.join(f'<th>{html.escape(name)}</th>' for name in head)}</tr></thead>" if head else ""
+    top = f"<thead><tr>{''.join(f'<th>{html.escape(name)}</th>' for name in head)}</tr></thead>"
     body = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
     return f"<table>{top}<tbody>{''.join(f'<tr>{cells}</tr>' for cells in body)}</tbody></table>"
