@@ -3,20 +3,16 @@
 import argparse
 import copy
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn as nn
 from timm.data import resolve_data_config
 from timm.models import resolve_pretrained_cfg
-from timm.utils import AverageMeter, accuracy
-from tqdm import tqdm
 
 from equivision_timm.cli.options import Parsers, add_command, add_options
-from equivision_timm.data import ImageFolder, load_crops, preparation
+from equivision_timm.data import load_crops
 from equivision_timm.errors import InputError, one_line
 from equivision_timm.files import file_sha256
 from equivision_timm.groups import Group
@@ -24,7 +20,6 @@ from equivision_timm.models import Canonicalized, EquivariantResNet, Equivariant
 from equivision_timm.models.tensor_hash import TENSORS_SHA256
 from equivision_timm.testing import equivariance_error
 from equivision_timm.weights.folder import Loaded, load_strictly
-from equivision_timm.weights.released import released
 from equivision_timm.weights.statistics import fit
 
 __all__ = ["Check", "register", "verify"]
@@ -34,12 +29,11 @@ _TOLERANCE = 1e-4
 
 
 def register(commands: Parsers) -> None:
-    text = "check weights: hash, origin, values, equivariance, statistics, accuracy"
-    more = "Prints a table with a row for each check; the exit status is 1 if one fails."
+    text = "check weights: hash, origin, values, equivariance, statistics"
+    more = """Prints a table with a row for each check; the exit status is 1 if one fails. timm's validate.py measures
+        the accuracy, with --model local-dir:DIR."""
     parser = add_command(commands, "verify", run, "not all was checked", text, more)
-    add = parser.add_argument
-    add("target", metavar="PATH_OR_NAME", help="model folder, safetensors file, or pretrained model")
-    add("--data", type=Path, metavar="DIR", help="labelled images, such as ImageNet's validation set")
+    parser.add_argument("target", metavar="PATH_OR_NAME", help="model folder, safetensors file, or pretrained model")
     add_options(parser, "images", "json")
 
 
@@ -50,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
             f"{args.target!r} is a checkpoint, and verify checks model folders and safetensors files: use convert "
             f"{args.target} --model NAME --out DIR, or timm's validate.py --model NAME --checkpoint {args.target}"
         )
-    checks = verify(args.target, args.images, args.data)
+    checks = verify(args.target, args.images)
     passed = all(check.ok is not False for check in checks)
     if args.json:
         print(json.dumps({"ok": passed, "checks": [asdict(check) for check in checks]}, indent=1))
@@ -70,16 +64,16 @@ class Check:
     finding: str
 
 
-def verify(target: str, images: str | Path | None = None, data: str | Path | None = None) -> list[Check]:
+def verify(target: str, images: str | Path | None = None) -> list[Check]:
     """All rows for a model folder, a safetensors file, or a pretrained model; it passes if no `ok` is False.
 
-    The statistics are compared on photographs in `images`; the accuracy is measured on the class folders in `data`.
+    The batch-norm statistics are compared on photographs in `images`, by default those of scikit-image.
     """
     try:
         loaded = load_strictly(target)
     except Exception as error:  # of timm, torch, safetensors, huggingface_hub, json
         return [Check("loads", False, f"{type(error).__name__}: {str(error).strip() or target}")]
-    checks = [
+    return [
         Check("loads", True, f"{loaded.name}, every entry{' as hashed' * (TENSORS_SHA256 in loaded.provenance)}"),
         Check("sha256", None, file_sha256(loaded.weights)),
         *(Check(key, None, value) for key, value in loaded.provenance.items()),
@@ -87,7 +81,6 @@ def verify(target: str, images: str | Path | None = None, data: str | Path | Non
         _equivariance(loaded.model),
         _statistics(loaded.model, images),
     ]
-    return [*checks, *_accuracy(loaded, data)] if data is not None else checks
 
 
 def _preprocessing(loaded: Loaded) -> Check:
@@ -139,32 +132,3 @@ def _statistics(model: nn.Module, images: str | Path | None) -> Check:
     found = fit(model, crops)
     finding = f"log(variance on {len(crops)} crops / running variance): {found.rms:.2g} rms"
     return Check("statistics", None if found.is_finite else False, finding)
-
-
-def _accuracy(loaded: Loaded, data: str | Path) -> Iterator[Check]:
-    """Top-1 and top-5, at least the reported figures less a margin."""
-    model = loaded.model
-    try:
-        dataset = ImageFolder(str(data), "validation")
-    except (OSError, RuntimeError, ValueError) as error:
-        yield Check("accuracy", False, f"{data}: {error}")
-        return
-    classes = len(dataset.class_to_idx)
-    if classes != model.num_classes:
-        yield Check("accuracy", False, f"{data} has {classes} classes, the model {model.num_classes}")
-        return
-    dataset.transform = preparation(resolve_data_config({}, model=model))
-    loader = torch.utils.data.DataLoader(dataset, batch_size=32)
-    meters = AverageMeter(), AverageMeter()
-    with torch.no_grad():
-        for batch, labels in tqdm(loader, desc="accuracy"):
-            for meter, value in zip(meters, accuracy(model(batch), labels, topk=(1, 5)), strict=True):
-                meter.update(value.item(), len(labels))
-    reported = released()[loaded.name].reported if loaded.name in released() else {}
-    for name, meter in zip(("top-1", "top-5"), meters, strict=True):
-        finding, ok = f"{meter.avg:.2f} % of {meter.count} images", None
-        if (expected := reported.get(name.replace("-", ""))) is not None:
-            least = 100 * expected - 1 - 400 * (expected * (1 - expected) / meter.count) ** 0.5  # four standard errors
-            finding += f", reported {100 * expected:.1f} % (at least {least:.1f} % expected here)"
-            ok = meter.avg >= least
-        yield Check(name, ok, finding)
