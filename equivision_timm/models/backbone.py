@@ -176,7 +176,7 @@ class EquivariantBackbone(nn.Module):
         Arguments as in timm; `norm` has no effect, because there is no norm after the last block.
         """
         if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt {output_fmt!r} does not exist for this model: use 'NCHW'")
+            raise ValueError(f"output_fmt '{output_fmt}' does not exist for this model: use 'NCHW'")
         take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
         intermediates = []
         x = self.stem(self.check_image(x))

@@ -441,7 +441,7 @@ class EquivariantViT(nn.Module):
             ValueError: an unknown format; `norm`, which only fits the last kind of block, for another one.
         """
         if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"unknown output_fmt {output_fmt!r}: use 'NCHW' or 'NLC'")
+            raise ValueError(f"unknown output_fmt '{output_fmt}': use 'NCHW' or 'NLC'")
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         if norm and not self.ends_equivariant and min(take_indices) < self.equivariant_depth:
             raise ValueError(
