@@ -50,7 +50,6 @@ class FieldAngle(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew."""
         nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
 
     def vector(self, x: torch.Tensor) -> torch.Tensor:

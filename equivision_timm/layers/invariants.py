@@ -19,9 +19,6 @@ class Invariants(nn.Module):
       in the order of octic-vits (https://github.com/davnords/octic-vits), whose DeiT III models use them.
     - 'trivial': only the trivial irrep; fields numbers, not projected.
     - '': NOT invariant, the channels themselves, for hybrids: those of E copy by copy, E0+ E1+ E0- E1-; not projected.
-
-    Raises:
-        ValueError: an unknown kind, or polynomials of another group than D4.
     """
 
     def __init__(
@@ -45,7 +42,7 @@ class Invariants(nn.Module):
         return self.proj(self.invariants(x))
 
     def invariants(self, x: torch.Tensor) -> torch.Tensor:
-        """The invariants themselves."""
+        """The invariants before the projection."""
         trivial, ones = x[..., : self.fields], x[..., self.fields : self.ones * self.fields]
         if self.kind == "trivial":
             return trivial
@@ -80,15 +77,8 @@ def _polynomials(x: torch.Tensor) -> list[torch.Tensor]:
     pairs += [(uu0, uu0, uu1, uu1)]
     quartic_as_a2 = [as_b2[0] * as_b1[0], u1 * v0 * vv0 - u0 * v1 * vv1]
     quartic_as_a2 += [as_b2[2] * as_b1[0], u1 * v0 * uu0 - u0 * v1 * uu1, as_b2[2] * as_b1[2]]
-    terms = [a1]
-    terms += as_a1
-    terms += [b2 * b2, b1 * b1, a2 * a2]
-    terms += [b2 * p for p in as_b2]
-    terms += [b1 * p for p in as_b1]
-    terms += [a2 * as_a2, a2 * b1 * b2]
-    terms += [p0 * q0 + p1 * q1 for p0, q0, p1, q1 in pairs]
-    terms += [b1 * b2 * as_a2]
-    terms += [a2 * b2 * p for p in as_b1]
-    terms += [a2 * b1 * p for p in as_b2]
-    terms += [a2 * p for p in quartic_as_a2]
+    terms = [a1, *as_a1, b2 * b2, b1 * b1, a2 * a2]
+    terms += [b2 * p for p in as_b2] + [b1 * p for p in as_b1] + [a2 * as_a2, a2 * b1 * b2]
+    terms += [p0 * q0 + p1 * q1 for p0, q0, p1, q1 in pairs] + [b1 * b2 * as_a2]
+    terms += [a2 * b2 * p for p in as_b1] + [a2 * b1 * p for p in as_b2] + [a2 * p for p in quartic_as_a2]
     return terms

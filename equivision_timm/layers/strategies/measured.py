@@ -1,10 +1,8 @@
-"""The table of measured strategies, which `tune` writes and 'auto' reads: a JSON file in the user's cache folder.
+"""The table of measured strategies, which `tune` writes and 'auto' reads: JSON files in the user's cache folder.
 
-There is a file for each set of conditions:
-
-    conditions    device, number of threads, versions
-    layers        for each layer the seconds of each strategy
-    models        for each tuned model its strategies by layer, and whether they won; 'auto' takes those that won
+conditions    device, number of threads, versions
+layers        for each layer the seconds of each strategy
+models        for each tuned model its strategies by layer, and whether they won; 'auto' takes those that won
 """
 
 import hashlib
