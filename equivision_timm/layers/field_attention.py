@@ -19,11 +19,7 @@ class FieldAttention(nn.Module):
     layer that squeezes over all of them does not see. It is timm's own layer (`per_field`).
 
     Args:
-        fields: m, the number of fields.
-        order: |G|.
         attn_layer: a name timm knows, such as 'se', 'ese' or 'eca', or a class; must treat all positions alike.
-        device: where to create the parameters.
-        dtype: their type.
 
     Raises:
         ValueError: an unknown name, or a layer that depends on the position (CBAM, coordinate attention, ...).
@@ -38,13 +34,13 @@ class FieldAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        make = _attention(attn_layer)
         try:
+            make = get_attn(attn_layer)
+            assert make is not None
             check_positionwise(make, fields)
-        except (ValueError, TypeError, AssertionError) as error:  # the latter two where timm cannot make it
+        except (ValueError, TypeError, AssertionError) as error:  # the latter two from timm
             raise ValueError(
-                f"attn_layer {attn_layer!r} does not treat all positions of {fields} channels alike, so the network "
-                "would not be equivariant: use 'se', 'ese' or 'eca'"
+                f"attn_layer {attn_layer!r} is unknown or does not treat all positions alike: use 'se', 'ese' or 'eca'"
             ) from error
         self.fields = fields
         self.order = order
@@ -61,13 +57,3 @@ class FieldAttention(nn.Module):
     def _is_empty(self, x: torch.Tensor) -> bool:
         """Whether there are no images, which timm's 'eca' cannot take."""
         return has_sizes(x) and not torch.compiler.is_compiling() and x.shape[0] == 0
-
-
-def _attention(attn_layer: str | Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    try:
-        layer = get_attn(attn_layer)
-    except AssertionError as error:
-        raise ValueError(f"unknown attn_layer {attn_layer!r}: use 'se', 'ese' or 'eca'") from error
-    if layer is None:
-        raise ValueError(f"unknown attn_layer {attn_layer!r}: use 'se', 'ese' or 'eca'")
-    return layer

@@ -96,9 +96,7 @@ class FieldMlp(nn.Module):
     with gradients, as dense matrices: the same function.
 
     Args:
-        fields: number of fields.
         hidden_fields: number of fields between the two linear layers.
-        group: name of the group.
         act_layer: pointwise activation.
         use_grn: global response normalisation after the activation.
     """

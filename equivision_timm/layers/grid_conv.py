@@ -23,7 +23,10 @@ __all__ = ["DepthwiseConv2d", "PatchConv2d"]
 
 
 class _GridConv2d(nn.Module):
-    """Parameters `weight` [fields, channels, k, k] and `bias` [fields], and the filters they stand for."""
+    """Parameters `weight` [fields, channels, k, k] and `bias` [fields], and the filters they stand for.
+
+    Args: `regular`, whether the input consists of regular fields; `steps`, the stride, padding and groups.
+    """
 
     def __init__(
         self,
@@ -33,19 +36,17 @@ class _GridConv2d(nn.Module):
         group: str,
         regular: bool,
         bias: bool,
+        steps: tuple[int, int, int],
         device: Device,
         dtype: DType,
     ) -> None:
         super().__init__()
-        parsed = irreps_of(group).group  # refuses other groups
-        self.stride: int = kernel_size  # whole patches
-        self.padding: int = 0
-        self.conv_groups: int = 1
+        self.stride, self.padding, self.conv_groups = steps
         self.group = group
-        self.order: int = parsed.order
+        self.order: int = irreps_of(group).order
         self.fields = fields
         self.kernel_size = kernel_size
-        self.elements: int = parsed.order if regular else 1
+        self.elements: int = self.order if regular else 1
         self.weight: nn.Parameter = nn.Parameter(
             torch.empty(fields, channels, kernel_size, kernel_size, device=device, dtype=dtype)
         )
@@ -108,15 +109,7 @@ def _moved_pixels(group: str, size: int, regular: bool, dtype: torch.dtype, devi
 class PatchConv2d(_GridConv2d):
     """Convolution of whole patches, stride = kernel, to fields: [B, channels, H, W] -> [B, fields * |G|, H / k, W / k].
 
-    Exactly equivariant if k divides H and W.
-
-    Args:
-        channels: of the input: those of an image, or fields * |G|.
-        fields: number of output fields.
-        kernel_size: k, side of the patches.
-        group: name of the group.
-        regular: whether the input consists of regular fields.
-        bias: whether there is one.
+    Exactly equivariant if k divides H and W. `channels` are those of an image or, if `regular`, of regular fields.
     """
 
     def __init__(
@@ -130,18 +123,11 @@ class PatchConv2d(_GridConv2d):
         device: Device = None,
         dtype: DType = None,
     ) -> None:
-        super().__init__(fields, channels, kernel_size, group, regular, bias, device, dtype)
+        super().__init__(fields, channels, kernel_size, group, regular, bias, (kernel_size, 0, 1), device, dtype)
 
 
 class DepthwiseConv2d(_GridConv2d):
-    """Depthwise convolution of regular fields, one free filter a field: [B, fields * |G|, H, W] -> the same shape.
-
-    Args:
-        fields: number of fields.
-        kernel_size: odd.
-        group: name of the group.
-        bias: whether there is one.
-    """
+    """Depthwise convolution of regular fields, one free filter a field: [B, fields * |G|, H, W] -> the same shape."""
 
     def __init__(
         self,
@@ -152,9 +138,7 @@ class DepthwiseConv2d(_GridConv2d):
         device: Device = None,
         dtype: DType = None,
     ) -> None:
-        super().__init__(fields, 1, kernel_size, group, False, bias, device, dtype)
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size {kernel_size} has no centre: use an odd one")
-        self.stride: int = 1
-        self.padding: int = kernel_size // 2
-        self.conv_groups: int = fields * self.order
+        steps = 1, kernel_size // 2, fields * irreps_of(group).order
+        super().__init__(fields, 1, kernel_size, group, False, bias, steps, device, dtype)

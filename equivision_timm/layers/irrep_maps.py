@@ -25,10 +25,7 @@ class MirrorDepthwiseConv2d(nn.Module):
     Parameters: `weight` [2 * fields, 1, k, (k + 1) / 2], the left half of the filters with their centre, which A does
     not use; `bias` [fields] of the symmetric channels.
 
-    Args:
-        fields: number of fields, even.
-        kernel_size: k, odd.
-        bias: whether there is one.
+    `fields` must be even, `kernel_size` odd.
     """
 
     def __init__(

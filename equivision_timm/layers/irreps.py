@@ -109,7 +109,6 @@ class ChangeBasis(nn.Module):
     functions commute with it.
 
     Args:
-        group: name of the group.
         to: 'regular' or 'irreps'.
     """
 

@@ -30,8 +30,7 @@ __all__ = ["EquivariantPatchEmbed", "TileConv2d", "UnfoldTiles", "resize_tiles",
 
 def tile_count(group: str) -> int:
     """Number of tiles of a field: one for each one-dimensional irrep, two for E."""
-    irreps = irreps_of(group)
-    return irreps.ones + irreps.rows
+    return irreps_of(group).ones + irreps_of(group).rows
 
 
 def tile_size(height: int, width: int, group: str) -> tuple[int, int]:
@@ -126,10 +125,6 @@ class TileConv2d(nn.Module):
     Parameters: `weight` [tile_count * fields, in_chans, h, w], four axes, the input second, as timm expects of a first
     convolution; `bias` [fields].
 
-    Args:
-        in_chans: number of image channels.
-        patch_size: p, in pixels.
-
     Raises:
         ValueError: the tiles do not divide the patch.
     """
@@ -184,15 +179,10 @@ class EquivariantPatchEmbed(PatchEmbed):
 
     Without `strict_img_size` [B, H / p, W / p, |G| * fields].
 
-    Args:
-        img_size: height and width in pixels, or both.
-        patch_size: p, the side of the patches in pixels.
-        in_chans: number of image channels.
-        strict_img_size: only accept images of `img_size`; otherwise of every size that the patch divides.
-
     Raises:
         ValueError: a patch that has no tiles.
-        AssertionError: in the forward pass, for an image of another size.
+        AssertionError: in the forward pass, for an image of another size than `img_size`, with `strict_img_size`, or
+            that the patch does not divide.
     """
 
     img_size: tuple[int, int]
@@ -225,11 +215,8 @@ def _check_patches(x: torch.Tensor, patch: int, img_size: tuple[int, int] | None
     height, width = x.shape[2], x.shape[3]
     if img_size is not None and (height != img_size[0] or width != img_size[1]):
         raise AssertionError(
-            f"image of {height} x {width} pixels, but the model expects {img_size[0]} x {img_size[1]}: resize the "
-            "image, or create the model with dynamic_img_size=True"
+            f"image of {height} x {width} pixels, not {img_size[0]} x {img_size[1]}: resize it, or set dynamic_img_size"
         )
     if height % patch != 0 or width % patch != 0:
-        raise AssertionError(
-            f"image of {height} x {width} pixels is not a multiple of the patch, {patch}: resize or crop the image"
-        )
+        raise AssertionError(f"image of {height} x {width} pixels is not a multiple of the patch, {patch}: resize it")
     return x

@@ -186,9 +186,6 @@ class IrrepNorm(nn.Module):
     weights depend on it: it counts E once, where the variance of the regular basis would be the sum with 4 var_E.
 
     Parameters: `weight` [scales * fields], `bias` [fields].
-
-    Args:
-        eps: added to the sum of the variances.
     """
 
     def __init__(self, fields: int, group: str, eps: float = 1e-5, device: Device = None, dtype: DType = None) -> None:
@@ -260,9 +257,8 @@ class IrrepMlp(nn.Module):
     """Linear, activation in the regular basis, linear: tokens [..., |G| * fields] -> the same shape.
 
     Args:
-        hidden_fields: number of fields between the two linear layers.
         act_layer: pointwise activation.
-        drop: dropout after each linear layer.
+        drop: dropout before and after the second linear layer.
     """
 
     def __init__(
@@ -295,11 +291,6 @@ class IrrepAttention(nn.Module):
     matrices: the products of queries and keys do not change, and the values transform as the tokens. So the attention
     itself is the usual one, fused or not as timm's (`timm.layers.set_fused_attn`).
 
-    Args:
-        num_heads: number of heads, a divisor of `fields`.
-        attn_drop: dropout of the attention weights.
-        proj_drop: dropout of the output.
-
     Raises:
         ValueError: `num_heads` does not divide `fields`.
     """
@@ -320,10 +311,7 @@ class IrrepAttention(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.order: int = irreps_of(group).order
         if num_heads < 1 or fields % num_heads:
-            raise ValueError(
-                f"num_heads {num_heads} makes heads of width {self.order * fields}/{num_heads}, which {self.order}, "
-                f"the order of {group}, does not divide: embed_dim must be a multiple of {self.order} * num_heads"
-            )
+            raise ValueError(f"num_heads {num_heads}: embed_dim must be a multiple of {self.order} * num_heads")
         self.num_heads = num_heads
         self.head_fields: int = fields // num_heads
         self.scale: float = (self.order * self.head_fields) ** -0.5

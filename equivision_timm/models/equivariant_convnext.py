@@ -120,10 +120,7 @@ def _grouped_conv(layer: IrrepLinear) -> nn.Conv2d:
 
 
 class EquivariantConvNeXtBlock(nn.Module):
-    """Depthwise convolution, norm, MLP, LayerScale, stochastic depth, shortcut: [B, fields * |G|, H, W] -> the same.
-
-    Arguments as of timm's ConvNeXtBlock.
-    """
+    """Depthwise convolution, norm, MLP, LayerScale, stochastic depth, shortcut: [B, fields * |G|, H, W] -> the same."""
 
     def __init__(
         self,
@@ -167,11 +164,7 @@ class EquivariantConvNeXtBlock(nn.Module):
 
     @torch.no_grad()
     def fold(self, form: str) -> None:
-        """Make its weights constants, LayerScale part of those of the last linear layer.
-
-        Args:
-            form: 'native', the layers as they are; 'dense', of plain matrices; 'blocks', for element-major maps.
-        """
+        """Make its weights constants, LayerScale part of those of the last linear layer; `form` as of the stage."""
         conv, element_major = self.conv_dw.dense_conv(), form == "blocks"
         if element_major:  # [fields * |G|, ...] -> [|G| * fields, ...]
             for parameter in conv.parameters():
@@ -186,10 +179,7 @@ class EquivariantConvNeXtBlock(nn.Module):
 
 
 class MirrorBlock(nn.Module):
-    """The block of flopping-for-flops, of group d1, in the irreps basis: tokens [B, H, W, 2 * fields] -> the same.
-
-    Arguments as of `EquivariantConvNeXtBlock`; `dd`: device and type.
-    """
+    """The block of flopping-for-flops, of group d1, in the irreps basis: tokens [B, H, W, 2 * fields] -> the same."""
 
     def __init__(
         self,
@@ -238,11 +228,10 @@ class EquivariantConvNeXtStage(nn.Module):
         self.grad_checkpointing: bool = False
         self.downsample: nn.Module = nn.Identity()
         if downsample or in_fields != fields:
+            channels, size = in_fields * irreps_of(group).order, 2 if downsample else 1
             self.downsample = nn.Sequential(
                 _norm(in_fields, group, norm_eps, mirror, **dd),
-                PatchConv2d(
-                    in_fields * irreps_of(group).order, fields, 2 if downsample else 1, group, True, conv_bias, **dd
-                ),
+                PatchConv2d(channels, fields, size, group, True, conv_bias, **dd),
             )
         shared: dict[str, Any] = dict(conv_bias=conv_bias, norm_eps=norm_eps, **block, **dd)
         make = MirrorBlock if mirror else EquivariantConvNeXtBlock
@@ -295,10 +284,7 @@ def _is_unchanged(block: Any) -> bool:
 
 
 class InvariantHead(nn.Module):
-    """Pooling over space and group, norm, dropout, classifier: [B, fields * |G|, H, W] -> [B, num_classes].
-
-    The norm is over the channels that the pooling leaves, `in_features`.
-    """
+    """Pooling over space and group, norm, dropout, classifier: [B, fields * |G|, H, W] -> [B, num_classes]."""
 
     def __init__(
         self,
@@ -357,10 +343,10 @@ class EquivariantConvNeXt(nn.Module):
         global_pool: over space, 'avg', 'max', 'avgmax', or '' for the map.
         group_pool: over the group, after that over space: 'max' or 'avg'; '' keeps the group axis, NOT invariant.
         map_pool: 'max' or 'avg' for invariant maps of one channel a field, with num_classes=0; '' for regular fields.
-        dims: channels of the stages, multiples of |G|.
+        dims: multiples of |G|.
         mirror: whether norms, LayerScale and depthwise filters act on the irreps of d1, as in flopping-for-flops;
             without GRN, with group_pool='avg'.
-        act_layer: activation, a timm name or a class; must be pointwise.
+        act_layer: must be pointwise.
 
     Raises:
         ValueError: a value of a keyword that does not exist, does not fit the others, or would break the symmetry.
@@ -393,15 +379,12 @@ class EquivariantConvNeXt(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         order = irreps_of(group).order
-        wrong = [dim for dim in dims if dim % order]
-        if wrong:
-            raise ValueError(f"dims {list(dims)} must be multiples of {order}, the order of {group}, unlike {wrong[0]}")
+        if any(dim % order for dim in dims):
+            raise ValueError(f"dims {list(dims)} must be multiples of {order}, the order of {group}")
         if map_pool and num_classes:
             raise ValueError(f"map_pool {map_pool!r} is for maps: use num_classes=0, or map_pool=''")
         if mirror and (group, group_pool, use_grn) != ("d1", "avg", False):
-            raise ValueError(
-                f"mirror=True needs group='d1', group_pool='avg' and no GRN, but got {group!r}, {group_pool!r}"
-            )
+            raise ValueError(f"mirror=True with {group!r}, {group_pool!r}: needs 'd1', group_pool='avg' and no GRN")
         fields = [dim // order for dim in dims]
         self.group = group
         self.num_classes: int = num_classes

@@ -102,21 +102,20 @@ class EquivariantViT(nn.Module):
 
     Args: as of timm's VisionTransformer, but for
         group: name of the group: 'd4', 'd1', 'c4', or another one that maps a square grid onto itself.
-        img_size: height and width in pixels, or both; the position map is made for this grid, which must be square and
-            even for groups with rotations by 90 degrees, and even in width for the others.
-        patch_size: side of the patches in pixels, even.
+        img_size: the position map is made for this grid, which must be square and even for groups with rotations by
+            90 degrees, and even in width for the others.
+        patch_size: even.
         global_pool: input of the head: 'token' (the class token); of the patches 'avg', 'max', 'avgmax'; '' all.
         embed_dim: d, channels of a token.
-        num_heads: attention heads; |G| divides their width.
+        num_heads: |G| divides the width of a head.
         equivariant_depth: number of equivariant blocks; the first half if None.
         invariants: 'power', 'polynomial' or 'trivial' (only the trivial irrep; all blocks must be equivariant), or ''
             for a hybrid, which is NOT invariant.
         init_values: initial scales of the residual branches.
         equivariant_eps: of the norms of equivariant blocks.
-        distilled: a distillation token with a classifier of its own, as in timm's VisionTransformerDistilled.
         dynamic_img_size: accept images of every size that the patch divides; the position map is resized.
-        act_layer: activation, a timm name or a class; must be pointwise.
-        drop_path_rate: stochastic depth, the same in every block.
+        act_layer: must be pointwise.
+        drop_path_rate: the same in every block.
 
     Raises:
         ValueError: a value of a keyword that does not exist, does not fit the others, or would break the symmetry.
@@ -161,7 +160,12 @@ class EquivariantViT(nn.Module):
         equivariant_depth = depth // 2 if equivariant_depth is None else equivariant_depth
         self.group = group
         self.order: int = irreps_of(group).order
-        _check_depths(depth, equivariant_depth, invariants)
+        if not 0 < equivariant_depth <= depth:
+            raise ValueError(f"equivariant_depth {equivariant_depth} of {depth} blocks: use 1 to {depth}, or None")
+        if invariants == "trivial" and equivariant_depth < depth:
+            raise ValueError(f"invariants 'trivial' need equivariant_depth={depth}: use 'power'")
+        if not invariants and equivariant_depth == depth:
+            raise ValueError("invariants '' is for hybrids, with ordinary blocks: use invariants='power'")
         if embed_dim % self.order:
             raise ValueError(f"embed_dim {embed_dim} must be a multiple of {self.order}, the order of {group}")
         act_layer = check_pointwise(act_layer)
@@ -256,15 +260,12 @@ class EquivariantViT(nn.Module):
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         p = self.patch_embed.patch_size[0]
         if min(height, width) < p or height % p or width % p:
-            fitting = f"{max(1, round(height / p)) * p} x {max(1, round(width / p)) * p}"
-            raise ValueError(f"img_size {height} x {width} is not a multiple of the patch, {p}: use {fitting}")
+            raise ValueError(f"img_size {height} x {width} is not a multiple of the patch: use multiples of {p}")
         try:
             return tile_size(height // p, width // p, self.group)
         except ValueError as error:
-            fitting = max(1, round(max(height, width) / (2 * p))) * 2 * p
             raise ValueError(
-                f"img_size {height} x {width}, patch {p}: {error}. Use img_size={fitting}, with dynamic_img_size=True "
-                f"to accept {height} x {width} as well"
+                f"img_size {height} x {width}, patch {p}: {error}. Use another one, and dynamic_img_size=True"
             ) from error
 
     @torch.jit.unused
@@ -324,25 +325,18 @@ class EquivariantViT(nn.Module):
     def is_exact(self, size: int | tuple[int, int]) -> bool:
         """Whether an image of this size, n or (height, width), may be rotated and reflected without any resampling."""
         sides = to_2tuple(size)
-        if not self.dynamic_img_size:
-            return tuple(sides) == tuple(self.patch_embed.img_size)
-        return all(side % self.patch_embed.patch_size[0] == 0 for side in sides)
+        if self.dynamic_img_size:
+            return all(side % self.patch_embed.patch_size[0] == 0 for side in sides)
+        return tuple(sides) == tuple(self.patch_embed.img_size)
 
     @torch.jit.unused
     def exact_sizes(self, near: int = 224) -> tuple[int, int]:
-        """The exact square sizes next to `near`: the largest that is not above, the smallest not below.
-
-        Raises:
-            ValueError: the model only accepts a rectangle.
-        """
+        """The exact square sizes next to `near`: the largest that is not above, the smallest not below."""
         patch, (height, width) = self.patch_embed.patch_size[0], self.patch_embed.img_size
         if self.dynamic_img_size:
             return max(1, near // patch) * patch, max(1, -(-near // patch)) * patch
         if height != width:
-            raise ValueError(
-                f"the model only accepts {height} x {width} pixels, so no square size is exact: create it with "
-                "dynamic_img_size=True"
-            )
+            raise ValueError(f"the model only accepts {height} x {width} pixels: create it with dynamic_img_size=True")
         return height, width
 
     @torch.jit.unused
@@ -358,13 +352,10 @@ class EquivariantViT(nn.Module):
     ) -> None:
         """Resize the position map for images of another size.
 
-        Raises:
-            ValueError: a size that does not fit, or another patch size; nothing has changed.
+        Raises ValueError for a size that does not fit, or another patch size; nothing has changed.
         """
         if patch_size is not None and to_2tuple(patch_size) != self.patch_embed.patch_size:
-            raise ValueError(
-                f"patch_size {patch_size}, but the kernels are of {self.patch_embed.patch_size[0]}: resize the images"
-            )
+            raise ValueError(f"patch_size {patch_size} is not that of the kernels: resize the images")
         if img_size is None:
             return
         tiles = self._position_tiles(img_size)
@@ -437,17 +428,13 @@ class EquivariantViT(nn.Module):
         Arguments as of timm's VisionTransformer; 'NCHW' are maps [B, d, H / p, W / p], 'NLC' tokens [B, N, d]. Also
         returned are the tokens after the last block computed, normed if the norm fits.
 
-        Raises:
-            ValueError: an unknown format; `norm`, which only fits the last kind of block, for another one.
+        Raises ValueError for `norm`, which only fits the last kind of block, of another one.
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"unknown output_fmt '{output_fmt}': use 'NCHW' or 'NLC'")
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         if norm and not self.ends_equivariant and min(take_indices) < self.equivariant_depth:
-            raise ValueError(
-                f"norm=True only fits blocks {self.equivariant_depth} to {len(self.blocks) - 1}, but block "
-                f"{min(take_indices)} is equivariant: use norm=False"
-            )
+            raise ValueError(f"norm=True does not fit block {min(take_indices)}, which is equivariant: use norm=False")
         size = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
         x = self._embed(x)
         taken, fields = [], True
@@ -505,16 +492,6 @@ class EquivariantViT(nn.Module):
         return take_indices
 
 
-def _check_depths(depth: int, equivariant_depth: int, invariants: str) -> None:
-    """Raises ValueError if these do not make a network."""
-    if not 0 < equivariant_depth <= depth:
-        raise ValueError(f"equivariant_depth {equivariant_depth} of {depth} blocks: use 1 to {depth}, or None")
-    if invariants == "trivial" and equivariant_depth < depth:
-        raise ValueError(f"invariants 'trivial' need equivariant_depth={depth}, not {equivariant_depth}: use 'power'")
-    if not invariants and equivariant_depth == depth:
-        raise ValueError(f"invariants '' is for hybrids, with equivariant_depth below {depth}: use invariants='power'")
-
-
 def _rename_transition(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Checkpoints made before 0.2 have the transition under the name of `hand_over`, whatever block it belongs to."""
     new = next((name for name, _ in model.named_modules() if name.endswith("transition")), "transition")
@@ -563,9 +540,8 @@ def _row(size: str, patch_size: int = 16, tag: str = "", full: bool = False, **k
     """A row of the table: the size, the tag of published weights, keywords of `EquivariantViT`."""
     group, hybrid = keywords.get("group", "d4"), keywords.get("invariants") == ""
     kind = {"d1": MIRROR, "d4": HYBRID if hybrid else INVARIANT}[group]
-    text = (
-        f"{'Hybrid ' if hybrid else ''}{group.upper()} ViT {size}, patch {patch_size}, {tag or 'no weights'}: {kind}."
-    )
+    prefix = "Hybrid " if hybrid else ""
+    text = f"{prefix}{group.upper()} ViT {size}, patch {patch_size}, {tag or 'no weights'}: {kind}."
     arguments: dict[str, Any] = {**SIZES[size], "patch_size": patch_size, **keywords}
     if full or group == "d1":
         arguments["equivariant_depth"] = arguments["depth"]
@@ -607,10 +583,7 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     if kwargs.pop("use_naflex", False):
         raise ValueError("use_naflex=True: NaFlexViT has no equivariant version; use dynamic_img_size=True")
     if kwargs.get("feature_cls", "getter") not in ("getter", FeatureGetterNet):
-        raise ValueError(
-            f"feature_cls {kwargs['feature_cls']!r} would return tokens in the irreps basis, not the regular fields of "
-            "feature_info: use 'getter', the default"
-        )
+        raise ValueError(f"feature_cls {kwargs['feature_cls']!r} would return tokens in the irreps basis: use 'getter'")
     build = partial(
         build_model_with_cfg,
         EquivariantViT,

@@ -7,10 +7,12 @@ import timm
 import torch
 import torch.nn as nn
 from packaging.version import Version
+from timm.models.convnext import ConvNeXtBlock
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from equivision_timm.layers.strategies.expand import Expand
+from equivision_timm.models.equivariant_convnext import EquivariantConvNeXtBlock
 
 LAST = torch.channels_last
 MODELS = {"test_c8resnet": {}, "c8resnetaa50d": {"width": 16}, "test_c8resnetaf": {}}
@@ -102,6 +104,35 @@ def test_maps_of_convnexts_keep_their_format(train):
     maps = [t for name, t in found.maps if name.startswith(("aten.convolution", "aten.add")) and t.shape[2] > 1]
     assert len(maps) == 1 + 3 + 2 * 5  # stem, downsampling, blocks
     assert all(t.is_contiguous(memory_format=LAST) for t in maps)
+
+
+class Kernels(TorchDispatchMode):
+    """Names and results of the operations that are not views."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if not function.is_view and not str(function).startswith(("aten._unsafe_view", "aten.detach")):
+            self.found.append((str(function), out))
+        return out
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_kernels_of_a_convnext_block(training):
+    """At most 3.5 times as many as of timm's, and no copy of a map."""
+    counts = []
+    for make in (lambda: ConvNeXtBlock(384), lambda: EquivariantConvNeXtBlock(48, "d4")):
+        with torch.device("meta"), torch.set_grad_enabled(training):
+            block, x = make().train(training), torch.empty(2, 384, 14, 14).to(memory_format=LAST)
+            with Kernels() as kernels:
+                assert block(x).is_contiguous(memory_format=LAST)
+        copies = ("aten.clone", "aten.copy_", "aten.cat", "aten.stack")
+        assert not [name for name, out in kernels.found if name.startswith(copies) and out.numel() >= x.numel() // 2]
+        counts.append(len(kernels.found))
+    assert counts[1] <= 3.5 * counts[0]
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, LAST], ids=["contiguous", "channels_last"])

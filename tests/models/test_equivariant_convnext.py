@@ -13,7 +13,7 @@ from timm.optim import create_optimizer_v2
 from timm.utils.model import reparameterize_model
 
 from equivision_timm import fuse
-from equivision_timm.cli.demo import load_digits, predict
+from equivision_timm.cli.demo import classify, load_digits
 from equivision_timm.groups import Group
 from equivision_timm.layers.field_mlp import CHUNK, FieldGRN, FieldLayerNorm, FieldMlp
 from equivision_timm.layers.grid_conv import DepthwiseConv2d, PatchConv2d
@@ -44,10 +44,9 @@ def create(name="d4convnext_atto", **keywords):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("size", [(64, 64), (96, 64)], ids=str)
-def test_maps_and_logits(kind, size):
+def test_maps_and_logits(kind):
     model = create(**KINDS[kind])
-    group, x = Group.from_name(model.group), image((2, 3, *size))
+    group, x = Group.from_name(model.group), image((2, 3, 96, 64))
     with torch.no_grad():
         last, maps = model.forward_intermediates(x)
         logits = model.forward_head(last)
@@ -60,9 +59,8 @@ def test_maps_and_logits(kind, size):
             assert (model.forward_head(moved) - logits).abs().max() < 1e-5 * logits.abs().max()
 
 
-@pytest.mark.parametrize("name", ["d4convnext_tiny", "d4convnextv2_atto"])
-def test_at_the_size_of_imagenet(name):
-    assert_equivariant(timm.create_model(name, num_classes=10), 224, 2e-5)
+def test_at_the_size_of_imagenet():
+    assert_equivariant(timm.create_model("d4convnext_tiny", num_classes=10), 224, 2e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -219,8 +217,7 @@ def test_layer_decay_and_checkpointing():
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.(script|trace).* is (deprecated|not supported)")
-@pytest.mark.parametrize("kind", ["d4", "d4v2"])
-@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(("kind", "grad"), [("d4", True), ("d4v2", True), ("d4v2", False)])
 def test_graphs(kind, grad):
     model = create(**KINDS[kind])
     with torch.set_grad_enabled(grad):
@@ -253,7 +250,7 @@ def test_memory_of_training():
     assert stored[0] < 1.1 * stored[1]
 
 
-def test_meta_device_types_and_channels_last():
+def test_meta_device_and_types():
     with torch.device("meta"):
         model = timm.create_model("d4convnext_atto", **SMALL)
     model = model.to_empty(device="cpu")
@@ -261,29 +258,22 @@ def test_meta_device_types_and_channels_last():
     assert model.eval()(X).isfinite().all()
     half = create().bfloat16()
     assert half(X.bfloat16()).dtype == torch.bfloat16
-    maps = (
-        create()
-        .to(memory_format=torch.channels_last)
-        .forward_intermediates(X.contiguous(memory_format=torch.channels_last), intermediates_only=True)
-    )
-    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in maps)
 
 
 @pytest.mark.parametrize(
-    ("keywords", "error", "word"),
+    ("keywords", "word"),
     [
-        ({"group": "c8"}, ValueError, "c8"),
-        ({"dims": (16, 32, 50, 64)}, ValueError, "dims"),
-        ({"map_pool": "max"}, ValueError, "map_pool"),
-        ({"global_pool": ""}, ValueError, "global_pool"),
-        ({"kernel_sizes": 4}, ValueError, "kernel_size"),
-        ({"act_layer": nn.GLU}, ValueError, "pointwise"),
-        ({"conv_mlp": True}, TypeError, "conv_mlp"),
-        ({"output_stride": 16}, TypeError, "output_stride"),
+        ({"group": "c8"}, "c8"),
+        ({"dims": (16, 32, 50, 64)}, "dims"),
+        ({"map_pool": "max"}, "map_pool"),
+        ({"global_pool": ""}, "global_pool"),
+        ({"kernel_sizes": 4}, "kernel_size"),
+        ({"act_layer": nn.GLU}, "pointwise"),
+        ({"mirror": True}, "mirror"),
     ],
 )
-def test_refused_keywords(keywords, error, word):
-    with pytest.raises(error, match=word):
+def test_refused_keywords(keywords, word):
+    with pytest.raises(ValueError, match=word):
         timm.create_model("d4convnext_atto", **{**SMALL, **keywords})
 
 
@@ -362,11 +352,11 @@ def test_reads_held_out_digits_in_every_orientation():
     """As many as test_c8resnet, but for two of 500."""
     digits, labels = load_digits()
     models = {name: timm.create_model(name, pretrained=True).eval() for name in ("test_d4convnext", "test_c8resnet")}
-    upright = {name: predict(model, digits, 0) for name, model in models.items()}
+    upright = {name: classify(model, digits, 0) for name, model in models.items()}
     correct = {name: (found == labels).sum().item() for name, found in upright.items()}
     assert correct["test_d4convnext"] >= correct["test_c8resnet"] - 2 > 0.96 * len(labels)
     for degrees in (90, 180, 270):
-        found = predict(models["test_d4convnext"], digits[::5], degrees)
+        found = classify(models["test_d4convnext"], digits[::5], degrees)
         assert torch.equal(found, upright["test_d4convnext"][::5])
     assert_equivariant(models["test_d4convnext"], 64, 1e-5)
     assert "test_d4convnext.digits" in timm.list_pretrained("test_*")

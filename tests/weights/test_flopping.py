@@ -60,5 +60,3 @@ def test_entries_that_do_not_fit(tmp_path):
     with pytest.raises(WeightsError, match="d1convnext_tiny"):
         convert_file(tmp_path / "file.safetensors", "d1convnext_tiny", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match="mirror"):
-        timm.create_model("d4convnext_atto", mirror=True)
