@@ -94,7 +94,7 @@ BAD = [
     (["export", "test_c8resnet", "m.onnx", "--size", "2"], "2 x 2 pixels"),
     (["list", "c8resnet18", "--near", "5"], "--near 5 is not possible for c8resnet18"),
     ([*PREDICT, "nowhere.png"], "none of the 1 images can be read, such as 'nowhere.png'"),
-    ([*PREDICT, "nothing"], "there are no pictures .* in the folder 'nothing'"),
+    ([*PREDICT, "nothing"], "none of the 1 images can be read, such as 'nothing'"),
     ([*PREDICT, "image.png", "--out", "nothing"], "cannot write nothing"),
     ([*PREDICT, "image.png", "--class-map", "missing"], "--class-map: missing cannot be read: No such file"),
     ([*PREDICT, "image.png", "--class-map", "image.png"], "not text in UTF-8"),

@@ -3,9 +3,7 @@
 import argparse
 import csv
 import io
-import itertools
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +15,7 @@ from tqdm import tqdm
 
 from equivision_timm.cli.models import find_device, load
 from equivision_timm.cli.options import Parsers, add_command, add_model, add_options, integer
-from equivision_timm.data import ENDINGS, PictureError, find_pictures, open_rgb, preparation
+from equivision_timm.data import PictureError, find_pictures, open_rgb, preparation
 from equivision_timm.errors import InputError, one_line
 from equivision_timm.files import check_writable, write_file
 
@@ -45,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     """Write the classes of all images when all are computed; returns the exit status, 1 if a file was left out."""
     if args.out is not None:
         check_writable(args.out, make_folders=True)
-    files = list(dict.fromkeys(itertools.chain.from_iterable(map(_files, args.images))))
+    files = list(dict.fromkeys(file for path in args.images for file in find_pictures(path) or [path]))
     device = find_device(args.device)
     loaded = load(args.model, args.size, model_kwargs=args.model_kwargs)
     loaded.try_image(torch.zeros(loaded.input_size))
@@ -68,14 +66,6 @@ def run(args: argparse.Namespace) -> int:
     if names == [str(index) for index in range(len(names))]:
         print("predict: the classes have no names, only numbers; --class-map FILE gives names", file=sys.stderr)
     return 0 if len(found) == len(files) else 1
-
-
-def _files(path: str) -> list[str]:
-    """The pictures in a folder; or the file, which may be missing: that is an error of this file only."""
-    found = find_pictures(path) if os.path.isdir(path) else [path]
-    if not found:
-        raise InputError(f"there are no pictures ({' '.join(ENDINGS)}) in the folder {path!r}: name another folder")
-    return found
 
 
 def _read(files: list[str], prepare: Any) -> Iterator[tuple[str, torch.Tensor]]:
