@@ -117,14 +117,6 @@ def test_arguments():
         fuse(model.to("meta"), "native")
 
 
-@needs_native
-def test_a_named_strategy_counts():
-    """A layer whose strategy is not native becomes a plain convolution."""
-    fused = fuse(make(conv_strategy={"layer1.0.conv1.conv": "expand"}), "native")
-    assert isinstance(fused.layer1[0].conv1.conv, nn.Conv2d)
-    assert isinstance(fused.layer1[0].conv2, NativeConv2d)
-
-
 @forms
 def test_derivatives_with_respect_to_the_image(form):
     model = make().double()

@@ -176,12 +176,12 @@ def broken_folder(tmp_path, monkeypatch):
     return tmp_path / TAGGED
 
 
-@pytest.mark.parametrize("keep", [0, 4, 100_000, -1])
-def test_a_damaged_local_file(keep, folder, broken_folder):
+def test_a_damaged_local_file(folder, broken_folder):
     content, file = (folder / TAGGED / "model.safetensors").read_bytes(), broken_folder / "model.safetensors"
-    file.write_bytes(content[:keep])
-    with pytest.raises(WeightsError, match="damaged"):
-        timm.create_model(NAME, pretrained=True)
+    for keep in (0, 4, 100_000, -1):
+        file.write_bytes(content[:keep])
+        with pytest.raises(WeightsError, match="damaged"):
+            timm.create_model(NAME, pretrained=True)
 
 
 def test_a_local_file_with_other_tensors(folder, broken_folder):
@@ -205,25 +205,18 @@ def test_a_local_file_that_names_a_model_of_the_same_shapes(broken_folder):
         timm.create_model("c8resnet18", pretrained=True)
 
 
-IMPOSSIBLE = {
-    "NaN": {"fc.bias": torch.full((1000,), float("nan"))},
-    "an integer dtype": {"fc.bias": torch.ones(1000, dtype=torch.int32)},
-    "another shape": {"fc.bias": torch.ones(999)},
-    "another entry": {"fc.more": torch.ones(1)},
-}
-
-
-@pytest.mark.parametrize("changes", IMPOSSIBLE.values(), ids=IMPOSSIBLE)
-def test_a_local_file_that_does_not_hold_the_model(changes, converted, broken_folder):
+@pytest.mark.parametrize(
+    "bias",
+    [torch.full((1000,), float("nan")), torch.ones(1000, dtype=torch.int32), torch.ones(999), None],
+    ids=["NaN", "integers", "shape", "missing"],
+)
+def test_a_local_file_that_does_not_hold_the_model(bias, converted, broken_folder):
     """Without metadata, so that no hash notices. One error, which names the file, on one line."""
-    save_file({**converted.state_dict(), **changes}, broken_folder / "model.safetensors")
-    with pytest.raises(WeightsError, match=r"model\.safetensors.*fc\.") as raised:
+    entries = {key: value for key, value in converted.state_dict().items() if key != "fc.bias"}
+    save_file(entries if bias is None else {**entries, "fc.bias": bias}, broken_folder / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"model\.safetensors.*fc\.bias") as raised:
         timm.create_model(NAME, pretrained=True)
     assert "\n" not in str(raised.value)
-    entries = {key: value for key, value in converted.state_dict().items() if key != "fc.bias"}
-    save_file(entries, broken_folder / "model.safetensors")
-    with pytest.raises(WeightsError, match=r"fc\.bias"):
-        timm.create_model(NAME, pretrained=True)
 
 
 def test_the_configuration_keeps_no_local_path(folder, tmp_path):

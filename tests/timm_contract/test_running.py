@@ -120,17 +120,8 @@ def test_weight_decay_and_layer_decay_reach_the_coefficients():
     for name, parameter in model.named_parameters():
         decays = name.endswith("conv.weight") or name == "fc.weight"
         assert groups[id(parameter)]["weight_decay"] == (0.05 if decays else 0), name
-    scales = [groups[id(model.get_parameter(f"{name}.weight"))]["lr_scale"] for name in LAYERS]
+    layers = ("conv1.conv", *(f"layer{stage}.0.conv1.conv" for stage in (1, 2, 3, 4)), "fc")
+    scales = [groups[id(model.get_parameter(f"{name}.weight"))]["lr_scale"] for name in layers]
     assert scales == sorted(scales)
     assert len(set(scales)) == 6
     assert scales[-1] == 1
-
-
-LAYERS = (
-    "conv1.conv",
-    "layer1.0.conv1.conv",
-    "layer2.0.conv1.conv",
-    "layer3.0.conv1.conv",
-    "layer4.1.conv1.conv",
-    "fc",
-)
