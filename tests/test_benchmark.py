@@ -32,7 +32,7 @@ def test_the_dense_twin_is_plain_and_as_wide():
         assert any(isinstance(m, nn.BatchNorm2d) for m in ours.modules()) == norms
 
 
-def test_forms_take_turns(monkeypatch, capfd):
+def test_forms_take_turns(monkeypatch):
     """In a process each; one that ends is not a result."""
     monkeypatch.setattr(benchmark, "get_context", lambda _: context)  # forks of a process that has PyTorch loaded
     taken = []
@@ -50,7 +50,6 @@ def test_forms_take_turns(monkeypatch, capfd):
         benchmark.in_turns(
             {"ours": partial(benchmark.prepare_step, "ours", "no_such_model", "eval", setting)}, 1, setting
         )
-    assert "no_such_model" in capfd.readouterr().err
 
 
 def test_writes_what_it_measured(tmp_path, monkeypatch, capsys):

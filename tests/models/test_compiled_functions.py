@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 from support.compiled_functions import FUNCTIONS, X, largest_differences
-from support.fresh_process import FreshProcess
+from support.fresh_process import in_fresh_process
 
 import equivision_timm  # noqa: F401  registers the models
 
@@ -18,7 +18,7 @@ SLOW = pytest.mark.slow
 def test_transforms_inside_compile(name, function):
     """Each in a process of its own: the assertion in PyTorch that forward mode may meet, for timm's network too,
     makes what is compiled after it fail."""
-    differences = FreshProcess(os.environ, largest_differences, name, function).result()
+    differences = in_fresh_process(os.environ, largest_differences, name, function)
     if function == "jvp" and isinstance(differences, str):
         assert "INTERNAL ASSERT FAILED" in differences  # PyTorch's own: no result, instead of a wrong one
         return

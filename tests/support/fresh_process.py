@@ -5,43 +5,23 @@ The processes are forks of one that has only PyTorch loaded, which is what takes
 
 import multiprocessing
 import os
-from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["torch", "torchvision"])
 
 
-class FreshProcess:
-    """Starts `function(*arguments)`, of a module of this package, with just these environment variables."""
-
-    def __init__(self, environment: Mapping[str, object], function: Callable, *arguments) -> None:
-        variables = {key: str(value) for key, value in environment.items()}
-        self.receiver, sender = context.Pipe(duplex=False)
-        self.process = context.Process(target=_run, args=(sender, variables, function, arguments))
-        self.process.start()
-        sender.close()
-
-    def result(self):
-        """What the function returned."""
-        with self.receiver:
-            result = self.receiver.recv()
-        self._end()
-        return result
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.receiver.close()
-        self._end()
-
-    def _end(self) -> None:
-        self.process.join()
-        self.process.close()
+def in_fresh_process(environment, function, *arguments):
+    """What `function(*arguments)`, of a module of this package, returns with just these environment variables."""
+    variables = {key: str(value) for key, value in environment.items()}
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_run, variables, function, arguments).result()
 
 
-def _run(sender, variables: dict[str, str], function: Callable, arguments: tuple) -> None:
+def _run(variables, function, arguments):
     os.environ.clear()
     os.environ.update(variables)
-    sender.send(function(*arguments))
+    return function(*arguments)
 
 
 def create_pretrained(*models: tuple[str, dict]) -> list[float | str]:

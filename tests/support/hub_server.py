@@ -83,7 +83,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def list_and_create_published(published: dict[str, tuple[str, str]], *models: tuple[str, dict]) -> tuple[list, list]:
-    """For FreshProcess: what timm lists and `create_pretrained`, as if these commits and hashes were in the package."""
+    """What timm lists and `create_pretrained`, as if these commits and hashes were in the package."""
     import timm
 
     from equivision_timm.models import equivariant_resnet, pretrained

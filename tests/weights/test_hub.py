@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load, save
-from support.fresh_process import FreshProcess
+from support.fresh_process import in_fresh_process
 from support.hub_server import Hub, list_and_create_published
 
 from equivision_timm.models.pretrained import HUB_ORG
@@ -38,7 +38,7 @@ def run(hub, tmp_path):
 
     def run(published, *models, **variables):
         arguments = (published, *(models or [(NAME, {})]))
-        return FreshProcess({**environment, **variables}, list_and_create_published, *arguments).result()
+        return in_fresh_process({**environment, **variables}, list_and_create_published, *arguments)
 
     return run
 
