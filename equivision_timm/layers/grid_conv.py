@@ -41,7 +41,9 @@ class _GridConv2d(nn.Module):
         dtype: DType,
     ) -> None:
         super().__init__()
-        self.stride, self.padding, self.conv_groups = steps
+        self.stride: int = steps[0]
+        self.padding: int = steps[1]
+        self.conv_groups: int = steps[2]
         self.group = group
         self.order: int = irreps_of(group).order
         self.fields = fields

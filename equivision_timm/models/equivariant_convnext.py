@@ -506,7 +506,7 @@ class EquivariantConvNeXt(nn.Module):
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
         """Maps of the stages; arguments as of timm's ConvNeXt (`norm` has no effect: there is no last norm)."""
         if output_fmt != "NCHW":
-            raise ValueError(f"unknown output_fmt {output_fmt!r}: use 'NCHW'")
+            raise ValueError(f"unknown output_fmt {output_fmt}: use NCHW")
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         maps = []
         x = self.stem(self.check_image(x))
