@@ -77,7 +77,7 @@ def _polynomials(x: torch.Tensor) -> list[torch.Tensor]:
     pairs += [(uu0, uu0, uu1, uu1)]
     quartic_as_a2 = [as_b2[0] * as_b1[0], u1 * v0 * vv0 - u0 * v1 * vv1]
     quartic_as_a2 += [as_b2[2] * as_b1[0], u1 * v0 * uu0 - u0 * v1 * uu1, as_b2[2] * as_b1[2]]
-    terms = [a1, *as_a1, b2 * b2, b1 * b1, a2 * a2]
+    terms = [a1] + as_a1 + [b2 * b2, b1 * b1, a2 * a2]  # noqa: RUF005  (TorchScript)
     terms += [b2 * p for p in as_b2] + [b1 * p for p in as_b1] + [a2 * as_a2, a2 * b1 * b2]
     terms += [p0 * q0 + p1 * q1 for p0, q0, p1, q1 in pairs] + [b1 * b2 * as_a2]
     terms += [a2 * b2 * p for p in as_b1] + [a2 * b1 * p for p in as_b2] + [a2 * p for p in quartic_as_a2]
