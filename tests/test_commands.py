@@ -63,9 +63,8 @@ BAD = [
     ([*ROTATE_EVAL, "--nope"], "--nope"),
     ([*ROTATE_EVAL, "-b", "0"], "--batch-size"),
     ([*ROTATE_EVAL, "--num-classes", "7"], "3 classes, not 7"),
-    ([*ROTATE_EVAL, "--device", "meta"], "--device meta"),
     ([*ROTATE_EVAL, "--angles=-1e308:1e308:1e-300"], "3600 angles"),
-    ([*ROTATE_EVAL, "--split", "nosuch"], "sub-folder 'nosuch'"),
+    ([*ROTATE_EVAL, "--split", "nosuch"], "no folder 'data/nosuch'"),
     ([*ROTATE_EVAL, "--class-map", "map.pkl"], "map.pkl"),
     ([*ROTATE_EVAL, "--class-map", "map.txt"], r"class \d+, .* classes 0 to 2"),
     ([*ROTATE_EVAL, "--data", "damaged"], "none of the 3 images in 'damaged'"),
@@ -84,27 +83,20 @@ BAD = [
     ([*SHOW, "--model", "c8resnet18"], "fetch c8resnet18`.*give a file, c8resnet18="),
     ([*SHOW, "--out", "show.xyz"], "ending of a picture"),
     ([*SHOW, "--out", "text/show.png"], "cannot write"),
-    ([*SHOW, "--level", "9"], "--level 9"),
     (["show", "nowhere.png", "--model", MODEL], "'nowhere.png'"),
     (["configs", "text"], "cannot write"),
     (["list", "c8resnet19"], "did you mean c8resnet18"),
     (["tune", "test_c8rsnet"], "did you mean test_c8resnet"),
-    (["tune", "test_d4vit"], "no steerable convolutions"),
     (["export", "test_c8resnet", "folder.png"], "cannot write folder.png"),
     (["export", "test_c8resnet", "m.onnx", "--size", "2"], "2 x 2 pixels"),
-    (["list", "c8resnet18", "--near", "5"], "--near 5 is not possible for c8resnet18"),
-    ([*PREDICT, "nowhere.png"], "none of the 1 images can be read, such as 'nowhere.png'"),
-    ([*PREDICT, "nothing"], "none of the 1 images can be read, such as 'nothing'"),
     ([*PREDICT, "image.png", "--out", "nothing"], "cannot write nothing"),
-    ([*PREDICT, "image.png", "--class-map", "missing"], "--class-map: missing cannot be read: No such file"),
-    ([*PREDICT, "image.png", "--class-map", "image.png"], "not text in UTF-8"),
     ([*PREDICT, "image.png", "--class-map", "nothing"], "no folder 'nothing'"),
     ([*PREDICT, "image.png", "--class-map", "text"], "--class-map has 1 names, and .* has 3 classes"),
     (
         [*PREDICT, "image.png", "--model", "c8resnet18_fast=model_best.pth.tar"],
         "checkpoint of 'c4resnet18_fast'",
     ),
-    (["verify", "best.pth.tar"], "convert best.pth.tar.*validate.py --model NAME --checkpoint best.pth.tar"),
+    (["fetch", "resnet18"], "no weights of resnet18"),
     (["convert", "other.pth", "--model", "resnet18", "--out", "out"], "checkpoints of 'resnet18'"),
 ]
 
@@ -253,7 +245,7 @@ def test_console_script(tmp_path: Path) -> None:
     path.write_text(f"import sys\nfrom {module} import {function}\nsys.exit({function}())\n")
     done = python(str(path), "lst")
     assert done.returncode == 2
-    assert "see equivision-timm --help) nor a script: did you mean 'list'?" in done.stderr
+    assert "nor a script: did you mean 'list'? (see equivision-timm --help)" in done.stderr
 
 
 # Without the extras

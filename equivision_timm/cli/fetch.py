@@ -8,7 +8,6 @@ import argparse
 from pathlib import Path
 
 from equivision_timm.cli.options import Parsers, add_command, add_names, add_options, for_each
-from equivision_timm.errors import InputError, install_command
 from equivision_timm.files import file_sha256
 from equivision_timm.models.pretrained import WEIGHTS_FILE, WeightsError, local_folder, weights_folder
 from equivision_timm.weights.checkpoint import DamagedFile
@@ -39,10 +38,8 @@ def fetch(model_name: str, images: Path | None = None, signs: str | None = None)
 
     `images` and `signs` are as in `convert_file`; signs default to those in the table of released files.
     """
-    if model_name not in released():
-        raise ValueError(f"no weights of {model_name} were released; there are: {', '.join(released())}")
+    entry, folder = released()[model_name], local_folder(model_name)
     check_options(model_name, images, signs)
-    folder, entry = local_folder(model_name), released()[model_name]
     if (folder / WEIGHTS_FILE).is_file():
         print(f"{model_name}: already in {folder}")
         return
@@ -73,18 +70,9 @@ def fetch(model_name: str, images: Path | None = None, signs: str | None = None)
 
 def _download(model_name: str, drive_id: str, checkpoint: Path) -> None:
     """Download to `checkpoint`, continuing a broken download; gdown shows the progress."""
-    try:
-        import gdown
-        import requests
-    except ModuleNotFoundError as error:
-        raise InputError(f"fetch needs {error.name}: {install_command('fetch')}") from error
+    import gdown
+
+    print(f"{model_name}: https://drive.google.com/uc?id={drive_id}, or download it in a browser as {checkpoint}")
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        # Without cookies, which gdown would write into the home folder
-        gdown.download(id=drive_id, output=str(checkpoint), resume=True, retries=3, timeout=60, use_cookies=False)
-    except (gdown.exceptions.DownloadError, requests.RequestException) as error:
-        raise ConnectionError(
-            f"Google Drive did not give the checkpoint of {model_name} (id {drive_id}): {error}\n"
-            f"The same command goes on where the download stopped; delete {checkpoint.parent} to start afresh. "
-            f"Or download https://drive.google.com/uc?id={drive_id} in a browser and save it as {checkpoint}"
-        ) from error
+    # Without cookies, which gdown would write into the home folder
+    gdown.download(id=drive_id, output=str(checkpoint), resume=True, retries=3, timeout=60, use_cookies=False)

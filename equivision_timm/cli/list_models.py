@@ -1,7 +1,6 @@
 """The command `list`: the models of this package, their cost, weights and licences."""
 
 import argparse
-import difflib
 import fnmatch
 import json
 import re
@@ -15,8 +14,8 @@ import torch.nn as nn
 from timm.models import resolve_pretrained_cfg
 from tqdm import tqdm
 
+from equivision_timm.cli.models import check_spec
 from equivision_timm.cli.options import Parsers, add_command, add_options, integer
-from equivision_timm.errors import InputError
 from equivision_timm.models import Canonicalized, EquivariantBackbone, Symmetrized, model_names
 from equivision_timm.models.pretrained import PUBLISHED, WEIGHTS_FILE, local_folder
 from equivision_timm.weights.model_card import gmacs
@@ -63,11 +62,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def list_models(pattern: str = "*", near: int = 224) -> list[Row]:
-    """The models whose names match a shell pattern, sorted by name; InputError if none does, or `near` is too small."""
+    """The models whose names match a shell pattern, sorted by name; InputError if the name is unknown."""
     names = fnmatch.filter(model_names(), pattern)
     if not names:
-        close = difflib.get_close_matches(pattern.strip("*"), model_names(), n=3)
-        raise InputError(f"no model is called {pattern!r}: did you mean {', '.join(close) or 'c8*'}?")
+        check_spec(pattern)  # a model of timm has no row
     return [_row(name, near) for name in tqdm(names, desc="counting", unit="model", leave=False, delay=5)]
 
 
@@ -75,10 +73,7 @@ def _row(name: str, near: int) -> Row:
     with torch.device("meta"):
         model: Any = timm.create_model(name).eval().requires_grad_(False)
     size = model.pretrained_cfg["input_size"][-1]
-    try:
-        exact = model.exact_sizes(near) if hasattr(model, "exact_sizes") else (near, near)  # orientation: all
-    except ValueError as error:
-        raise InputError(f"--near {near} is not possible for {name}: {error}") from error
+    exact = model.exact_sizes(near) if hasattr(model, "exact_sizes") else (near, near)  # orientation: all
     fields = model.feature_info[0]["num_fields"] if hasattr(model, "feature_info") else 1
     parameters, shape = sum(parameter.numel() for parameter in model.parameters()), (model.in_chans, size, size)
     if isinstance(model, Symmetrized | Canonicalized):

@@ -35,7 +35,7 @@ from equivision_timm.layers.strategies import native_library
 __all__ = ["main", "make_parser"]
 
 _COMMANDS = (demo, list_models, predict, export, rotate_eval, show, tune, configs, fetch, publish, convert, verify)
-_EXTRAS = {"matplotlib": "tools", "onnx": "export", "onnxruntime": "export", "onnxscript": "export"}
+_EXTRAS = {"matplotlib": "tools", "onnx": "export", "onnxruntime": "export", "onnxscript": "export", "gdown": "fetch"}
 _WHERE = (
     "timm's scripts are in its repository, not in its wheel: git clone "
     "https://github.com/huggingface/pytorch-image-models, and give the path of the script"
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not os.path.isfile(first):
             near = difflib.get_close_matches(first.lower().replace("_", "-"), names, n=1)
             remedy = f"did you mean {near[0]!r}?" if near else _WHERE
-            raise InputError(f"{first!r} is neither a command (see {_program()} --help) nor a script: {remedy}")
+            parser.error(f"{first!r} is neither a command nor a script: {remedy}")
     except (Exception, KeyboardInterrupt) as error:
         return _report(label, error, args)
     sys.argv = arguments  # as `python SCRIPT.py ...` runs it

@@ -220,19 +220,11 @@ def read_class_map(path: str) -> list[str]:
     """The names of the classes in the order of their numbers: lines of a file, or sub-folders as timm numbers them."""
     if os.path.isdir(path):
         return [name for name in ImageFolder(path, "", search_split=False).class_to_idx if name]
-    try:
-        return [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, ValueError) as error:
-        fault = getattr(error, "strerror", None) or "it is not text in UTF-8"
-        raise InputError(f"{path} cannot be read: {fault}; give a text file, one class per line") from error
+    return [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device of this name; the GPU, if there is one, if None. Raises InputError if it cannot compute."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.ones(2, device=device).sum().item()
-    except Exception as error:  # each kind of device has its own
-        raise InputError(f"--device {name} cannot be used: {reason(error)}; use cpu, or leave it out") from error
+    """The device of this name; the GPU, if there is one, if None. PyTorch's own error if it cannot compute."""
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    torch.ones(2, device=device).sum().item()
     return device

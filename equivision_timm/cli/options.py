@@ -15,6 +15,7 @@ from timm.utils import ParseKwargs
 import equivision_timm
 from equivision_timm.cli.models import check_spec, read_class_map
 from equivision_timm.errors import InputError, one_line
+from equivision_timm.weights.released import released
 
 __all__ = [
     "Parsers",
@@ -71,8 +72,14 @@ def add_model(parser: argparse.ArgumentParser, several: bool = False, option: bo
 def add_names(parser: argparse.ArgumentParser, meaning_of_all: str) -> None:
     """Names of models, or `--all`."""
     names = parser.add_mutually_exclusive_group(required=True)
-    names.add_argument("names", nargs="*", default=[], metavar="NAME", help="models, e.g. c8resnet50")
+    names.add_argument("names", nargs="*", default=[], metavar="NAME", type=_released_name, help="e.g. c8resnet50")
     names.add_argument("--all", action="store_true", help=meaning_of_all)
+
+
+def _released_name(name: str) -> str:
+    if name not in released():
+        raise InputError(f"no weights of {name} were released; there are: {', '.join(released())}")
+    return name
 
 
 def parse_angles(text: str) -> list[float]:
@@ -131,12 +138,12 @@ def add_options(parser: argparse.ArgumentParser, *names: str, **defaults: Any) -
 
 
 def for_each(names: Iterable[str], action: Callable[[str], object]) -> int:
-    """Call `action` for all names, even if one fails; 1 if one did. An InputError, which concerns all, ends it."""
+    """Call `action` for all names, even if one fails; 1 if one did. An error that concerns all ends it."""
     status = 0
     for name in names:
         try:
             action(name)
-        except InputError:  # noqa: PERF203
+        except (InputError, ModuleNotFoundError):  # noqa: PERF203
             raise
         except Exception as error:  # of the network, the file system, the Hub's client, ...
             print(f"{one_line(name)}: {type(error).__name__}: {message(error)}", file=sys.stderr)

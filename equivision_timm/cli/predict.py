@@ -16,7 +16,7 @@ from tqdm import tqdm
 from equivision_timm.cli.models import find_device, load
 from equivision_timm.cli.options import Parsers, add_command, add_model, add_options, integer
 from equivision_timm.data import PictureError, find_pictures, open_rgb, preparation
-from equivision_timm.errors import InputError, one_line
+from equivision_timm.errors import one_line
 from equivision_timm.files import check_writable, write_file
 
 __all__ = ["register"]
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
                 found += _classify(model, torch.stack(list(images.values())).to(device), list(images), names, args.topk)
             progress.update(len(chunk))
     if not found:
-        raise InputError(f"none of the {len(files)} images can be read, such as {files[0]!r}: name others")
+        return 1
     text = json.dumps(found, indent=1) + "\n" if args.format == "json" else _as_csv(found)
     if args.out is None:
         sys.stdout.write(text)

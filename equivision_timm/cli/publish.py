@@ -65,11 +65,7 @@ def upload(model_name: str, organisation: str, private: bool = False) -> str:
 
 def write_publication(model_name: str, parent: Path, organisation: str) -> Path:
     """Write the files of an upload to a sub-folder of `parent`, named as the repository; returns the sub-folder."""
-    if model_name not in released():
-        raise ValueError(f"no weights of {model_name} were released; there are: {', '.join(released())}")
     source = local_folder(model_name)
-    if not (source / WEIGHTS_FILE).is_file():
-        raise FileNotFoundError(f"there is no {source} to publish: run `python -m equivision_timm fetch {model_name}`")
     publication = parent / source.name
     for name in (CONFIG_FILE, WEIGHTS_FILE, _CARD_FILE):
         check_writable(publication / name, make_folders=True)

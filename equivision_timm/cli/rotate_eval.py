@@ -180,9 +180,10 @@ def run(args: argparse.Namespace) -> int:
     file = args.out / "results.json"
     for path in (file, *(args.out / name for name in rotate_report.FILES)):
         check_writable(path, make_folders=True)
-    folder, device = _Folder(args.data, args.split, args.class_map), find_device(args.device)
-    if args.split != "validation" and os.path.samefile(folder.root, args.data):  # the default may be missing
-        raise InputError(f"{args.data!r} has no sub-folder {args.split!r}: name another --split, or leave it out")
+    root = (
+        args.data if args.split == "validation" else os.path.join(args.data, args.split)
+    )  # the default may be missing
+    folder, device = _Folder(root, args.split, args.class_map), find_device(args.device)
     common, stored = _common_settings(args, folder), read_results(file)
     work = list(itertools.product(dict.fromkeys(args.models), dict.fromkeys(args.sizes or [None])))
 

@@ -21,7 +21,7 @@ import torch
 from equivision_timm.cli.models import Loaded, class_titles, load, short_name
 from equivision_timm.cli.options import Parsers, add_command, add_model, add_options
 from equivision_timm.data import open_rgb, preparation
-from equivision_timm.errors import InputError, one_line, shortened
+from equivision_timm.errors import one_line, shortened
 from equivision_timm.files import write_file
 from equivision_timm.groups import Group
 from equivision_timm.rotation import inscribed_circle, rotate
@@ -84,10 +84,7 @@ def run(args: argparse.Namespace) -> int:
 
 def scalar_maps(model: Any, images: torch.Tensor, level: int) -> torch.Tensor:
     """Feature maps [B, maps, h, w] that should only rotate with the image: means over regular fields, or channels."""
-    try:
-        (maps,) = model.forward_intermediates(images, indices=[level], intermediates_only=True)
-    except (AssertionError, IndexError) as error:
-        raise InputError(f"{type(model).__name__} has no feature map --level {level}: {error}") from error
+    (maps,) = model.forward_intermediates(images, indices=[level], intermediates_only=True)
     group = getattr(model, "group", None)
     return maps if group is None else maps.unflatten(1, (-1, Group.from_name(group).order)).mean(2)  # [B, m, h, w]
 

@@ -3,15 +3,14 @@
 import argparse
 import json
 
-import timm
 from timm.models import get_pretrained_cfg
 
 from equivision_timm.cli.models import check_spec, find_device
 from equivision_timm.cli.options import Parsers, add_command, add_options
-from equivision_timm.errors import InputError
 from equivision_timm.layers.strategies.measured import table_file
 from equivision_timm.models import EquivariantBackbone
 from equivision_timm.models.tune import Setting, Tuning, measure
+from equivision_timm.models.variants import create
 
 __all__ = ["as_table", "register"]
 
@@ -34,9 +33,7 @@ def register(commands: Parsers) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     device = find_device(args.device)
-    model = timm.create_model(args.name).to(device)
-    if not isinstance(model, EquivariantBackbone):
-        raise InputError(f"{args.name!r} has no steerable convolutions to choose strategies for: use a ResNet")
+    model = create(args.name, EquivariantBackbone).to(device)
     cfg = get_pretrained_cfg(args.name)
     side = args.size or model.exact_sizes(near=min(224, cfg.input_size[-1]) if cfg else 224)[1]
     setting = Setting(args.batch_size, (side, side), args.amp, args.channels_last, args.train, args.compiled)

@@ -13,7 +13,7 @@ from timm.models import resolve_pretrained_cfg
 
 from equivision_timm.cli.options import Parsers, add_command, add_options
 from equivision_timm.data import load_crops
-from equivision_timm.errors import InputError, one_line
+from equivision_timm.errors import one_line
 from equivision_timm.files import file_sha256
 from equivision_timm.groups import Group
 from equivision_timm.models import Canonicalized, EquivariantResNet, EquivariantViT, Symmetrized
@@ -39,11 +39,6 @@ def register(commands: Parsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the checks; returns the exit status."""
-    if Path(args.target).suffix in (".pth", ".pt", ".tar", ".ckpt", ".bin"):
-        raise InputError(
-            f"{args.target!r} is a checkpoint, and verify checks model folders and safetensors files: use convert "
-            f"{args.target} --model NAME --out DIR, or timm's validate.py --model NAME --checkpoint {args.target}"
-        )
     checks = verify(args.target, args.images)
     passed = all(check.ok is not False for check in checks)
     if args.json:

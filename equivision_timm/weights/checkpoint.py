@@ -59,14 +59,14 @@ class Entries:
 
     def finish(self, found: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
         """`found` as the state dict of `model`; raises WeightsError if entries are left or shapes differ."""
-        if self.left:
-            raise WeightsError(f"{len(self.left)} entries are left over, such as {next(iter(self.left))}")
-        result = {}
-        for name, expected in model.state_dict().items():
+        entries = model.state_dict()
+        faults = [f"{name} is left over, one of {len(self.left)} entries" for name in self.left]
+        for name, expected in entries.items():
             if found[name].shape != expected.shape:
-                raise WeightsError(f"{name} would have shape {tuple(found[name].shape)}, not {tuple(expected.shape)}")
-            result[name] = found[name].detach().to(expected.dtype).contiguous().clone()
-        return result
+                faults.append(f"{name} would have shape {tuple(found[name].shape)}, not {tuple(expected.shape)}")
+        if faults:
+            raise WeightsError(faults[0])
+        return {name: found[name].detach().to(value.dtype).contiguous().clone() for name, value in entries.items()}
 
 
 def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
@@ -91,15 +91,14 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     wrapper = next((key for key in _WRAPPERS if isinstance(content, dict) and isinstance(content.get(key), dict)), None)
     state_dict = content[wrapper] if wrapper else content
     pairs = state_dict.items() if isinstance(state_dict, dict) else ()
-    if not pairs or not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in pairs):
-        raise DamagedFile(f"{path} does not hold a state dict, {{name: tensor}}: it is not a checkpoint")
-    names = [
-        ".".join(part for part in name.split(".") if part not in _ADDED).removeprefix("model.") for name, _ in pairs
-    ]
-    if len(set(names)) < len(names):
+    fault = "does not hold a state dict, {name: tensor}: it is not a checkpoint"
+    if pairs and all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in pairs):
+        names = [".".join(p for p in name.split(".") if p not in _ADDED).removeprefix("model.") for name, _ in pairs]
+        if len(set(names)) == len(names):
+            return dict(zip(names, (value for _, value in pairs), strict=True))
         twice = next(name for name in names if names.count(name) > 1)
-        raise DamagedFile(f"{path} holds {twice!r} twice, with and without a prefix: remove one of them")
-    return dict(zip(names, (value for _, value in pairs), strict=True))
+        fault = f"holds {twice!r} twice, with and without a prefix: remove one of them"
+    raise DamagedFile(f"{path} {fault}")
 
 
 def _load_torch(path: Path) -> Any:

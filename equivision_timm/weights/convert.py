@@ -8,7 +8,6 @@ from types import ModuleType
 from equivision_timm.data import find_photographs
 from equivision_timm.errors import InputError
 from equivision_timm.files import file_sha256
-from equivision_timm.models.pretrained import WeightsError
 from equivision_timm.models.tensor_hash import TENSORS_SHA256, hash_tensors
 from equivision_timm.weights import equivision, flopping, octic, redet
 from equivision_timm.weights.checkpoint import Translation, read_checkpoint
@@ -51,10 +50,7 @@ def convert_file(
     check_model_folder(folder, model_name)
     tensors = read_checkpoint(checkpoint)
     options = {"images": images, "signs": signs} if module is equivision else {}
-    try:
-        found: Translation = module.translate(tensors, model_name, **options)
-    except WeightsError as error:
-        raise type(error)(f"{checkpoint} as a checkpoint of {model_name}: {error}") from error
+    found: Translation = module.translate(tensors, model_name, **options)
     dtypes = {str(value.dtype).removeprefix("torch.") for value in tensors.values() if value.is_floating_point()}
     provenance = {
         "model": model_name,
@@ -74,11 +70,9 @@ def convert_file(
 def check_options(model_name: str, images: str | Path | None, signs: str | None) -> ModuleType:
     """The translator of a model; raises InputError if there is none, or if options of `convert_file` do not apply."""
     module = next((module for module in _FORMATS if model_name in module.models()), None)
-    if module is None:
-        raise InputError(f"there are no checkpoints of {model_name!r} to convert: use a model such as c8resnet50")
-    if module is not equivision and (images is not None or signs is not None):
-        option = "--images" if images is not None else "--signs"
-        raise InputError(f"{option} is for checkpoints of equivision, not of {model_name}: leave it out")
+    if module is None or (module is not equivision and (images is not None or signs is not None)):
+        remedy = "leave --images and --signs out" if module else "use a model such as c8resnet50"
+        raise InputError(f"there are no such checkpoints of {model_name!r} to convert: {remedy}")
     if signs is not None:
         parse_signs(model_name.removeprefix("test_").partition("resnet")[0], signs)
     if images is not None:

@@ -46,10 +46,7 @@ def invariants_of(state_dict: dict[str, torch.Tensor]) -> str:
     if "invariant_proj.weight" not in state_dict:
         return ""
     width, count = state_dict["invariant_proj.weight"].shape
-    kinds = {width * 6: "power", width * 32: "polynomial"}  # d = 8 fields; 6 or 32 invariants of each
-    if 8 * count not in kinds:
-        raise WeightsError(f"invariant_proj.weight has shape {(width, count)}: neither power nor polynomial invariants")
-    return kinds[8 * count]
+    return "polynomial" if 8 * count == 32 * width else "power"  # width = 8 fields; 32 or 6 invariants of each field
 
 
 def translate_to(model: EquivariantViT, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

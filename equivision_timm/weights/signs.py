@@ -58,13 +58,10 @@ def known_patterns(group_name: str) -> dict[str, str]:
 def parse_signs(group_name: str, signs: str) -> str:
     """The pattern of a name of `known_patterns` or of a string of '+' and '-'; raises InputError for anything else."""
     known, count = known_patterns(group_name), len(sign_groups(group_name))
-    if not count:
-        raise InputError(f"the basis of {group_name} is the same on every machine: leave signs={signs!r} out")
     pattern = known.get(signs, signs)
-    if len(pattern) != count or set(pattern) - {"+", "-"}:
-        raise InputError(
-            f"signs={signs!r} is not a pattern of {group_name}: use {', '.join(known)}, or {count} of '+' and '-'"
-        )
+    if not count or len(pattern) != count or set(pattern) - {"+", "-"}:
+        patterns = f"use {', '.join(known)}, or {count} of '+' and '-'" if count else "there are none, leave it out"
+        raise InputError(f"signs={signs!r} is not a pattern of {group_name}: {patterns}")
     return pattern
 
 

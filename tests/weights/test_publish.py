@@ -129,7 +129,7 @@ def test_what_cannot_be_published(monkeypatch, tmp_path, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert str(tmp_path / "file") in line
     monkeypatch.setenv("EQUIVISION_TIMM_WEIGHTS", str(tmp_path))
-    for name, noun in (("d8resnet18", "fetch d8resnet18"), ("resnet18", "no weights"), ("--all", "fetch --all")):
+    for name, noun in (("d8resnet18", "d8resnet18.equivision_in1k"), ("--all", "fetch --all")):
         assert main(["publish", name, "--to", str(tmp_path / "out")]) == 1
         assert noun in capsys.readouterr().err
     assert list(content(tmp_path)) == ["file"]
