@@ -131,16 +131,19 @@ def _check_statistics(
         other = best_fit(network, images)
         lead = own.lead(other)
         figures = f"log variances off by {own.rms:.2g} and {other.rms:.2g}, {abs(lead):.1f} standard errors apart"
+        fault = ""
         if other.is_finite and lead <= -Z_LIMIT and other.rms <= CLEARLY * own.rms:
-            raise WeightsError(
+            fault = (
                 f"this is not a checkpoint of {name}: its batch-norm statistics fit {rival}, which has the same names "
                 f"and shapes ({figures}): convert it as {rival}"
             )
-        if not decided and not (lead >= Z_LIMIT and own.rms <= CLEARLY * (other.rms if other.is_finite else 1e30)):
-            raise WeightsError(
+        elif not decided and not (lead >= Z_LIMIT and own.rms <= CLEARLY * (other.rms if other.is_finite else 1e30)):
+            fault = (
                 f"{name} and {rival} have the same names and shapes, and the batch-norm statistics of this checkpoint "
                 f"do not decide between them ({figures}; {Z_LIMIT:.0f} and a ratio of {CLEARLY} are needed): give "
                 "photographs like those of its training (--images DIR), or a checkpoint with its basis"
             )
+        if fault:
+            raise WeightsError(fault)
         notes[f"better_than_{rival}"] = f"{lead:.1f} standard errors"
     return notes

@@ -87,7 +87,7 @@ def test_other_invariants_are_recognised_by_shape(tmp_path):
 def test_another_models_checkpoint_is_refused(tmp_path, name):
     torch.save(foreign(name), tmp_path / "x.pth")
     for other in TABLE.keys() - {name}:
-        with pytest.raises(WeightsError, match="missing|left over|shape"):
+        with pytest.raises(WeightsError, match=r"missing|left over|shape"):
             convert_file(tmp_path / "x.pth", other, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
