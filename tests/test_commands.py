@@ -67,7 +67,6 @@ BAD = [
     ([*ROTATE_EVAL, "--split", "nosuch"], "no folder 'data/nosuch'"),
     ([*ROTATE_EVAL, "--class-map", "map.pkl"], "map.pkl"),
     ([*ROTATE_EVAL, "--class-map", "map.txt"], r"class \d+, .* classes 0 to 2"),
-    ([*ROTATE_EVAL, "--data", "damaged"], "none of the 3 images in 'damaged'"),
     ([*ROTATE_EVAL, "--data", "flat"], "the folder 0 sub-folders"),
     ([*ROTATE_EVAL, "--data", "text"], "no folder 'text'"),
     ([*ROTATE_EVAL, "--out", "text"], "cannot write text"),
@@ -115,6 +114,17 @@ def test_bad_input_is_one_line(arguments: list[str], message: str, folder: Path,
     assert len(lines) == 1, lines
     assert re.search(message, lines[0])
     assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("words", [[*ROTATE_EVAL, "--data", "damaged"], [*PREDICT, "damaged", "--out", "old.csv"]])
+def test_no_image_can_be_read(words: list[str], folder: Path, monkeypatch, capsys) -> None:
+    """They are reported, and nothing is written."""
+    monkeypatch.chdir(folder)
+    before = sorted(folder.rglob("*"))
+    assert main(words) == 1
+    assert "left out" in "".join(capsys.readouterr())
+    assert sorted(folder.rglob("*")) == before
+    assert (folder / "old.csv").read_text() == "old"
 
 
 def test_every_command_has_a_description_and_one_option_for_models() -> None:

@@ -180,9 +180,8 @@ def run(args: argparse.Namespace) -> int:
     file = args.out / "results.json"
     for path in (file, *(args.out / name for name in rotate_report.FILES)):
         check_writable(path, make_folders=True)
-    root = (
-        args.data if args.split == "validation" else os.path.join(args.data, args.split)
-    )  # the default may be missing
+    # The default may be missing; a split that was named may not
+    root = args.data if args.split == "validation" else os.path.join(args.data, args.split)
     folder, device = _Folder(root, args.split, args.class_map), find_device(args.device)
     common, stored = _common_settings(args, folder), read_results(file)
     work = list(itertools.product(dict.fromkeys(args.models), dict.fromkeys(args.sizes or [None])))
@@ -210,8 +209,8 @@ def run(args: argparse.Namespace) -> int:
     finally:
         if stored:
             rotate_report.write(stored, args.out, samples)
-    print(one_line(f"{args.out}/report.html"))
-    return 0
+            print(one_line(f"{args.out}/report.html"))
+    return 0 if stored else 1  # no image can be read
 
 
 def _content(file: Path) -> bytes:
@@ -281,9 +280,6 @@ def _measured(
                 yield result
             bar.update(result.position - bar.n)
         samples.classify(settings, averaged(model, settings.turns), loaded, folder, device)
-    if not result.images:
-        fault = f"none of the {len(folder)} images in {args.data!r} can be read"
-        raise InputError(f"{fault}, such as {folder.filename(0)!r}: name another folder")
     if result.unreadable:
         listed = ", ".join(map(one_line, result.unreadable[:5])) + (", ..." if len(result.unreadable) > 5 else "")
         tqdm.write(f"left out {len(result.unreadable)} unreadable image(s): {listed}")

@@ -84,9 +84,12 @@ def translate_basis(source: torch.Tensor, target: torch.Tensor, name: str) -> to
     `source` and `target` [n_basis, |G|, H, ...] are the same kernels; `name` is of the convolution, for the error.
 
     Raises:
-        WeightsError: `source` is not in the span of `target`.
+        WeightsError: the two span different spaces.
     """
     translation = _solve(source.flatten(1), target, name)
+    rank = torch.linalg.matrix_rank(translation, rtol=1e-3).item()
+    if rank < len(source):
+        raise WeightsError(f"{name}: the sampled_basis has {len(source)} kernels, but only {rank} independent ones")
     signs = translation.round()
     is_signs = torch.allclose(translation, signs, rtol=0, atol=1e-5)  # without rounding errors then
     return signs if is_signs else translation
