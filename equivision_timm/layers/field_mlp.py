@@ -7,7 +7,7 @@ import torch
 import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import trunc_normal_
+from timm.layers import register_notrace_module, trunc_normal_
 
 from equivision_timm.layers.conv import is_watched
 from equivision_timm.layers.irreps import Device, DType, irreps_of
@@ -148,6 +148,9 @@ class FieldMlp(nn.Module):
         if self.grn is not None:
             x = self.grn(x, field_major=True)
         return F.linear(x, *self.fc2.dense())
+
+
+register_notrace_module(FieldMlp)  # one node if timm traces a model, which TorchScript can compile
 
 
 def _in_chunks(mlp: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:

@@ -146,6 +146,9 @@ class IrrepLinear(nn.Module):
         return f"{self.in_fields}, {self.out_fields}, {self.group!r}, {self.source!r}, {self.target!r}"
 
 
+register_notrace_module(IrrepLinear)  # one node if timm traces a model, which TorchScript can compile
+
+
 @constant
 def _pair_matrix(group: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Q with the pairs of blocks of E that a matrix joins apart: the first of each pair, then the second."""
