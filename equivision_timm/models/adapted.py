@@ -13,6 +13,7 @@ Sources: Puny et al., Frame Averaging for Invariant and Equivariant Network Desi
 
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -25,6 +26,7 @@ from timm.layers import Format, nchw_to, nhwc_to
 from timm.models import create_model
 
 from equivision_timm.groups import Group
+from equivision_timm.layers.checks import check_choice
 from equivision_timm.layers.views import act, act_each, check_square
 
 __all__ = ["Canonicalized", "Symmetrized"]
@@ -35,17 +37,15 @@ GROUPS = ("c2", "c4", "c8", "d1", "d2", "d4", "d8")
 torch.fx.wrap("check_square")  # asks for sizes: one node in a graph of torch.fx
 
 
-class _Adapted(nn.Module):
+class _Adapted(nn.Module, ABC):
     """The contract of timm for a `backbone` whose images and maps are moved by a group."""
 
     __jit_unused_properties__: ClassVar[list[str]] = ["feature_info", "head_hidden_size", "num_features"]
 
     def __init__(self, backbone: str | nn.Module, group: str, group_pool: str, chunk: int, **options: Any) -> None:
         super().__init__()
-        if group not in GROUPS:
-            raise ValueError(f"unknown group {group!r}: use one of {', '.join(GROUPS)}")
-        if group_pool not in ("avg", "prob", "max"):
-            raise ValueError(f"unknown group_pool {group_pool!r}: use 'avg', 'prob' or 'max'")
+        check_choice("group", group, GROUPS)
+        check_choice("group_pool", group_pool, ("avg", "prob", "max"))
         if not isinstance(backbone, str) and options:
             raise TypeError(f"{sorted(options)} are keywords of the backbone, which is a module: create it with them")
         network = create_model(backbone, **options) if isinstance(backbone, str) else backbone
@@ -138,8 +138,6 @@ class _Adapted(nn.Module):
         height, width = getattr(getattr(self.backbone, "patch_embed", None), "grid_size", None) or (0, 0)
         if height * width != count:  # of other images than the backbone's own
             height = width = math.isqrt(count)
-        if height * width != count:
-            raise ValueError(f"{tokens} tokens are not a square grid: use images of the backbone's own size")
         return height, width
 
     def fields(self, views: Views) -> torch.Tensor:
@@ -166,9 +164,9 @@ class _Adapted(nn.Module):
 
     # timm's contract
 
+    @abstractmethod
     def combine(self, run: Run, x: torch.Tensor, for_head: int = 0) -> list[torch.Tensor]:
         """What `run` computes of the views of x, for the image itself; the last `for_head` are for `forward_head`."""
-        raise NotImplementedError
 
     def pool(self, outputs: torch.Tensor, log_weights: torch.Tensor, group_pool: str) -> torch.Tensor:
         """Logits or embeddings of the views, [|G|, B, C], pooled under weights [|G|, B]: [B, C]."""
@@ -341,8 +339,7 @@ class Symmetrized(_Adapted):
         **options: Any,
     ) -> None:
         super().__init__(backbone, group, group_pool, chunk, **options)
-        if train_views not in (0, 1):
-            raise ValueError(f"train_views={train_views!r} is not possible: use 1, or 0 for all")
+        check_choice("train_views", train_views, (0, 1))
         self.train_views: int = train_views
 
     @property
@@ -419,16 +416,13 @@ class Canonicalized(_Adapted):
         **options: Any,
     ) -> None:
         super().__init__(backbone, group, group_pool, chunk, **options)
-        if choice not in ("hard", "soft"):
-            raise ValueError(f"unknown choice {choice!r}: use 'hard' or 'soft'")
+        check_choice("choice", choice, ("hard", "soft"))
         if group_pool != "avg" and (choice, group_pool) != ("soft", "prob"):
             raise ValueError(f"group_pool={group_pool!r} with choice={choice!r}: use 'avg', or 'prob' with 'soft'")
         if not 0 <= gate < 1 or (gate > 0 and choice == "soft"):
             raise ValueError(f"gate={gate!r} with choice={choice!r}: use 0 to 1 with 'hard', 0 with 'soft'")
         self.choice: str = choice
         self.gate: float = gate
-        if orientation is None and group not in ("c4", "c8"):
-            raise ValueError(f"the package has no orientation network of {group}: name one by orientation=")
         own = {name: options[name] for name in ("pretrained", "device", "dtype") if name in options}
         if not isinstance(orientation, nn.Module):
             orientation = create_model(orientation or f"{group}orient_tiny", in_chans=self.in_chans, **own)

@@ -1,5 +1,6 @@
 """Shared parts of the convolutional families: head, feature levels, exact sizes, strategies."""
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -11,9 +12,10 @@ from timm.models._features import feature_take_indices
 
 from equivision_timm.groups import Group
 from equivision_timm.layers import GroupPool, InvariantPool, SteerableConv2d, conv_input_shapes
+from equivision_timm.layers.checks import check_choice
 from equivision_timm.torch_state import has_sizes
 
-__all__ = ["CheckImage", "EquivariantBackbone", "init_weights"]
+__all__ = ["CheckImage", "EquivariantBackbone", "check_classifier", "init_weights"]
 
 
 class CheckImage(nn.Module):
@@ -28,16 +30,23 @@ class CheckImage(nn.Module):
         if not has_sizes(x):
             return x
         # Not `assert`: torch.compile would treat the sizes in its message as constants
-        if x.ndim != 4:
-            raise AssertionError(f"expected a batch of images [B, C, H, W], got {x.ndim} dimension(s)")
-        if x.shape[1] != self.in_chans:
-            raise AssertionError(f"expected {self.in_chans} image channel(s), got {x.shape[1]}: set in_chans")
-        if not x.is_floating_point():
-            raise AssertionError(f"expected floating-point images, got {x.dtype}: convert with x.float() and normalise")
+        if x.ndim != 4 or x.shape[1] != self.in_chans:
+            raise AssertionError(
+                f"expected images [B, {self.in_chans}, H, W], got {x.shape}: add the batch, or set in_chans"
+            )
         for side in x.shape[2:]:
             if side < self.min_size:
                 raise AssertionError(f"images with a side of {side} pixels are too small: use at least {self.min_size}")
         return x
+
+
+def check_classifier(num_classes: int, global_pool: str | None, map_pool: str) -> None:
+    """ValueError for a classifier on a map."""
+    if num_classes > 0 and (global_pool == "" or map_pool):
+        raise ValueError(
+            f"a classifier of {num_classes} on a map, global_pool={global_pool!r} and map_pool={map_pool!r}: "
+            "use num_classes=0"
+        )
 
 
 def init_weights(model: nn.Module) -> None:
@@ -50,7 +59,7 @@ def init_weights(model: nn.Module) -> None:
             reset()
 
 
-class EquivariantBackbone(nn.Module):
+class EquivariantBackbone(nn.Module, ABC):
     """Images [B, in_chans, H, W] -> logits [B, num_classes] that the group leaves unchanged.
 
     `forward` runs `stem`, then `pool_stem`, then the stages `layer1`, `layer2`, ...; maps between them are regular
@@ -70,8 +79,7 @@ class EquivariantBackbone(nn.Module):
 
     def __init__(self, group: str, in_chans: int = 3, map_pool: str = "", drop_rate: float = 0.0) -> None:
         super().__init__()
-        if map_pool not in ("max", "avg", ""):
-            raise ValueError(f"unknown map_pool {map_pool!r}: use 'max', 'avg', or '' for equivariant maps")
+        check_choice("map_pool", map_pool, ("max", "avg", ""))
         self.group = group
         self.in_chans = in_chans
         self.drop_rate = drop_rate
@@ -99,17 +107,10 @@ class EquivariantBackbone(nn.Module):
         self.num_classes: int = num_classes
         self.map_pool: GroupPool = GroupPool(self._order, self._map_pool)
         self.num_features: int = self.feature_info[-1]["num_chs"]
-        self._check_classifier(num_classes, global_pool)
+        check_classifier(num_classes, global_pool, self.map_pool.pool_type)
         self.global_pool: InvariantPool = self._create_global_pool(global_pool, group_pool)
         self._create_classifier(**dd)
         self.set_conv_strategy(conv_strategy)
-
-    def _check_classifier(self, num_classes: int, pool_type: str | None) -> None:
-        """Raises ValueError for a classifier on a map."""
-        if num_classes > 0 and pool_type == "":
-            raise ValueError(f"global_pool='' keeps the map, and a classifier of {num_classes}: use num_classes=0")
-        if num_classes > 0 and self.map_pool.pool_type:
-            raise ValueError(f"map_pool is for maps, not for a classifier of {num_classes}: use num_classes=0")
 
     def _create_global_pool(self, pool_type: str, group_pool: str) -> InvariantPool:
         """The pooling before the classifier; after `map_pool` there is no group axis left."""
@@ -127,17 +128,17 @@ class EquivariantBackbone(nn.Module):
 
     # Running
 
+    @abstractmethod
     def stem(self, x: torch.Tensor) -> torch.Tensor:
         """Images [B, in_chans, H, W] -> the first regular fields."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pool_stem(self, x: torch.Tensor) -> torch.Tensor:
         """From the stem's fields to the first stage's input."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stages(self, x: torch.Tensor) -> torch.Tensor:
         """All stages, one after the other."""
-        raise NotImplementedError
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """The map of the last stage, [B, num_features, H', W']: regular fields, or invariant ones with `map_pool`."""
@@ -205,7 +206,7 @@ class EquivariantBackbone(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier, and the pooling over space unless `global_pool` is None; 0 classes: none."""
-        self._check_classifier(num_classes, global_pool)
+        check_classifier(num_classes, global_pool, self.map_pool.pool_type)
         if global_pool is not None:
             pool = self._create_global_pool(global_pool, self.group_pool.pool_type)
             self.global_pool = pool.train(self.training)
@@ -228,9 +229,9 @@ class EquivariantBackbone(nn.Module):
             self.reset_classifier(0, "")
         return take_indices
 
+    @abstractmethod
     def remove_stem_pool(self) -> None:
         """Let `pool_stem` return its input; called if only the stem is left."""
-        raise NotImplementedError
 
     @torch.jit.unused
     def init_weights(self) -> None:
@@ -296,9 +297,6 @@ class EquivariantBackbone(nn.Module):
         layers = self._convolutions()
         if isinstance(strategy, str):
             strategy = {name: strategy for name, layer in layers.items() if layer.input_type == "regular"}
-        unknown = [name for name in strategy if name not in layers]
-        if unknown:
-            raise ValueError(f"{unknown[0]!r} is not a convolution of this model: see conv_strategies()")
         for name, value in strategy.items():
             layers[name].check_strategy(value)
         for name, value in strategy.items():

@@ -31,7 +31,7 @@ from equivision_timm.layers.grid_conv import DepthwiseConv2d, PatchConv2d
 from equivision_timm.layers.irrep_maps import MirrorDepthwiseConv2d, OnTokens
 from equivision_timm.layers.irreps import Device, DType, irreps_matrix, irreps_of
 from equivision_timm.layers.tokens import IrrepLinear, IrrepMlp, IrrepNorm, IrrepScale
-from equivision_timm.models.backbone import CheckImage, init_weights
+from equivision_timm.models.backbone import CheckImage, check_classifier, init_weights
 from equivision_timm.models.pretrained import build_pretrained
 from equivision_timm.models.variants import Variant, digits_cfg, register_family
 
@@ -311,10 +311,6 @@ class InvariantHead(nn.Module):
         if pool_type is not None:
             group_pool = self.global_pool.group_pool
             self.global_pool = InvariantPool(pool_type, group_pool.order, group_pool.pool_type)
-        if num_classes and pool_type == "":
-            raise ValueError("global_pool '' leaves the map, but the classifier needs a vector: use global_pool='avg'")
-        if pool_type == "catavgmax":
-            raise ValueError("global_pool 'catavgmax' does not fit the norm of the head: use 'avg'")
         like = next(self.norm.parameters(), torch.empty(0))
         self.fc = nn.Identity()
         if num_classes:
@@ -381,8 +377,7 @@ class EquivariantConvNeXt(nn.Module):
         order = irreps_of(group).order
         if any(dim % order for dim in dims):
             raise ValueError(f"dims {list(dims)} must be multiples of {order}, the order of {group}")
-        if map_pool and num_classes:
-            raise ValueError(f"map_pool {map_pool!r} is for maps: use num_classes=0, or map_pool=''")
+        check_classifier(num_classes, global_pool, map_pool)
         if mirror and (group, group_pool, use_grn) != ("d1", "avg", False):
             raise ValueError(f"mirror=True with {group!r}, {group_pool!r}: needs 'd1', group_pool='avg' and no GRN")
         fields = [dim // order for dim in dims]
@@ -453,8 +448,7 @@ class EquivariantConvNeXt(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier, and the pooling over space unless `global_pool` is None; 0 classes: none."""
-        if num_classes and self.map_pool.pool_type:
-            raise ValueError(f"map_pool {self.map_pool.pool_type!r} is for maps: use num_classes=0")
+        check_classifier(num_classes, global_pool, self.map_pool.pool_type)
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
 

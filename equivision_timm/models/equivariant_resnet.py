@@ -31,10 +31,10 @@ from equivision_timm.layers import (
     element_major_stage,
     get_aa_layer,
 )
+from equivision_timm.layers.checks import check_choice
 from equivision_timm.models.backbone import EquivariantBackbone
 from equivision_timm.models.pretrained import WEIGHTS_FILE, build_pretrained, hub_id
 from equivision_timm.models.variants import Variant, digits_cfg, register_family
-from equivision_timm.torch_state import BatchNorm
 
 Layer = Callable[..., nn.Module]
 Unit = Callable[..., ConvNormAct]
@@ -221,10 +221,8 @@ class EquivariantResNet(EquivariantBackbone):
     ) -> None:
         super().__init__(group, in_chans, map_pool, drop_rate)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        if output_stride not in (8, 16, 32):
-            raise ValueError(f"output_stride {output_stride!r} does not exist: use 8, 16 or 32")
-        if even not in ("", "box"):
-            raise ValueError(f"unknown even {even!r}: use '' or 'box'")
+        check_choice("output_stride", output_stride, (8, 16, 32))
+        check_choice("even", even, ("", "box"))
         self.even = even
         act_layer = check_pointwise(act_layer)
         if act_layer is nn.ReLU:  # for the gradient of SiLU and others PyTorch would copy what it overwrites
@@ -235,7 +233,7 @@ class EquivariantResNet(EquivariantBackbone):
         axes = Group.from_name(group).reversed_axes if even else (False, False)
         aa = partial(get_aa_layer(aa_layer), even=axes) if aa_layer else None
         blur = aa or partial(Blur2d, taps=3, even=axes)
-        attn_layer = _attention(block_args or {}, Group.from_name(group).order, dd)
+        attn_layer = _attention(Group.from_name(group).order, dd, **(block_args or {}))
 
         # Stem: trivial fields (the image) -> regular fields
         norm_act: dict[str, Any] = {"norm_layer": norm_layer, "act_layer": act_layer}
@@ -344,8 +342,7 @@ def _stem(
     even: tuple[bool, bool],
 ) -> nn.Module:
     """[B, in_chans, H, W] -> [B, width * |G|, H / 2, W / 2]."""
-    if stem_type not in ("", "deep", "deep_tiered"):
-        raise ValueError(f"unknown stem_type {stem_type!r}: use '', 'deep' or 'deep_tiered'")
+    check_choice("stem_type", stem_type, ("", "deep", "deep_tiered"))
     if stem_type == "":
         if stem_width is not None:
             raise ValueError(f"stem_width={stem_width!r} is for stem_type 'deep' or 'deep_tiered': leave it out")
@@ -371,8 +368,7 @@ def _stem_pool(
     even: tuple[bool, bool],
 ) -> nn.Module:
     """[B, width * |G|, H / 2, W / 2] -> [B, width * |G|, H / 4, W / 4]."""
-    if stem_pool not in ("max", "blur"):
-        raise ValueError(f"unknown stem_pool {stem_pool!r}: use 'max' or 'blur'")
+    check_choice("stem_pool", stem_pool, ("max", "blur"))
     if replace_stem_pool:
         stride, low_pass = _split_stride(2, aa)
         conv = spatial(width, width, 3, stride=stride)
@@ -385,12 +381,8 @@ def _stem_pool(
     return nn.Sequential(nn.MaxPool2d(kernel_size=3, stride=1, padding=1), aa(stride=2))
 
 
-def _attention(block_args: dict[str, Any], order: int, dd: dict[str, Any]) -> Layer | None:
-    """The factory of the attention in `block_args`, called with the number of fields."""
-    unknown = set(block_args) - {"attn_layer"}
-    if unknown:
-        raise ValueError(f"block_args {sorted(unknown)} are not supported: use only 'attn_layer'")
-    attn_layer = block_args.get("attn_layer")
+def _attention(order: int, dd: dict[str, Any], attn_layer: str | None = None) -> Layer | None:
+    """The factory of the attention that `block_args` names, called with the number of fields."""
     return None if attn_layer is None else partial(FieldAttention, order=order, attn_layer=attn_layer, **dd)
 
 
@@ -403,10 +395,8 @@ def _drop_block(stage: int, rate: float) -> Layer | None:
 
 
 def _batch_norm_options(norm_layer: Any, **options: float | None) -> Callable[..., nn.Module]:
-    """`norm_layer` with the batch norm options that are set; any other norm has none of them."""
+    """`norm_layer` with the batch norm options that are set."""
     given = {name: value for name, value in options.items() if value is not None}
-    if given and not (isinstance(norm_layer, type) and issubclass(norm_layer, BatchNorm)):
-        raise ValueError(f"bn_{next(iter(given))} needs a batch norm, but norm_layer is {norm_layer!r}: leave it out")
     return partial(norm_layer, **given) if given else norm_layer
 
 

@@ -29,6 +29,7 @@ from timm.models.vision_transformer import Block
 
 from equivision_timm.kernels import Kernel
 from equivision_timm.layers import check_pointwise
+from equivision_timm.layers.checks import check_choice
 from equivision_timm.layers.invariants import Invariants
 from equivision_timm.layers.irreps import ChangeBasis, Device, DType, irreps_of
 from equivision_timm.layers.patches import EquivariantPatchEmbed, UnfoldTiles, resize_tiles, tile_count, tile_size
@@ -162,10 +163,8 @@ class EquivariantViT(nn.Module):
         self.order: int = irreps_of(group).order
         if not 0 < equivariant_depth <= depth:
             raise ValueError(f"equivariant_depth {equivariant_depth} of {depth} blocks: use 1 to {depth}, or None")
-        if invariants == "trivial" and equivariant_depth < depth:
-            raise ValueError(f"invariants 'trivial' need equivariant_depth={depth}: use 'power'")
-        if not invariants and equivariant_depth == depth:
-            raise ValueError("invariants '' is for hybrids, with ordinary blocks: use invariants='power'")
+        if invariants == ("trivial" if equivariant_depth < depth else ""):
+            raise ValueError(f"invariants {invariants!r} with {equivariant_depth} of {depth} blocks: use 'power'")
         if embed_dim % self.order:
             raise ValueError(f"embed_dim {embed_dim} must be a multiple of {self.order}, the order of {group}")
         act_layer = check_pointwise(act_layer)
@@ -248,8 +247,7 @@ class EquivariantViT(nn.Module):
         self.init_weights()
 
     def _check_pool(self, global_pool: str) -> None:
-        if global_pool not in POOLS:
-            raise ValueError(f"unknown global_pool {global_pool!r}: use one of {POOLS}")
+        check_choice("global_pool", global_pool, POOLS)
         if self.distilled and global_pool not in ("token", ""):
             raise ValueError(f"global_pool {global_pool!r} ignores the distillation token: use 'token'")
         if (global_pool == "token" or self.distilled) and not self.has_class_token:
@@ -580,8 +578,6 @@ VARIANTS: dict[str, Variant] = {
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     """Build `name` through timm; see `EquivariantViT` for the keywords, all of which may be overridden."""
-    if kwargs.pop("use_naflex", False):
-        raise ValueError("use_naflex=True: NaFlexViT has no equivariant version; use dynamic_img_size=True")
     if kwargs.get("feature_cls", "getter") not in ("getter", FeatureGetterNet):
         raise ValueError(f"feature_cls {kwargs['feature_cls']!r} would return tokens in the irreps basis: use 'getter'")
     build = partial(

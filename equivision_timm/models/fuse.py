@@ -10,6 +10,7 @@ from timm.layers import DropBlock2d, DropPath
 from timm.utils.model import reparameterize_model
 
 from equivision_timm.layers import ConvNormAct, NativeConv2d, SteerableConv2d, conv_input_shapes
+from equivision_timm.layers.checks import check_choice
 from equivision_timm.layers.conv import is_watched
 from equivision_timm.layers.strategies import STRATEGIES, native_library
 from equivision_timm.models.equivariant_convnext import EquivariantConvNeXtStage
@@ -50,8 +51,7 @@ def fuse(model: nn.Module, form: str | None = None, input_size: int | tuple[int,
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     reason = native_library.why_not() if device.type == "cpu" else f"the model is on {device}"
     form = form or ("dense" if reason else "native")
-    if form not in _FORMS:
-        raise ValueError(f"unknown form {form!r}: use 'native', 'blocks', 'dense', or None for the fastest in PyTorch")
+    check_choice("form", form, _FORMS)
     if form == "native" and reason:
         raise RuntimeError(f"form 'native' is not available: {reason}. Use form 'blocks' or 'dense'")
     root = nn.Sequential(copy.deepcopy(model).eval().requires_grad_(False))  # so that the model itself is a child

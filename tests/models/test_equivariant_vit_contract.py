@@ -319,14 +319,13 @@ def test_onnx(opset, keywords):
         ({"invariants": "linear"}, "linear"),
         ({"invariants": "trivial"}, "trivial"),
         ({"invariants": "polynomial", "group": "c4"}, "polynomial"),
-        ({"invariants": "", "equivariant_depth": 4}, "hybrid"),
+        ({"invariants": "", "equivariant_depth": 4}, "invariants"),
         ({"img_size": 80}, "80 x 80"),
         ({"img_size": 70}, "70 x 70"),
         ({"patch_size": 15, "img_size": 60}, "15 x 15"),
         ({"global_pool": "map"}, "global_pool"),
         ({"class_token": False}, "class_token"),
         ({"act_layer": nn.GLU}, "pointwise"),
-        ({"use_naflex": True}, "NaFlex"),
     ],
 )
 def test_keyword_of_the_wrong_value(keywords, word):
