@@ -297,6 +297,9 @@ class EquivariantBackbone(nn.Module, ABC):
         layers = self._convolutions()
         if isinstance(strategy, str):
             strategy = {name: strategy for name, layer in layers.items() if layer.input_type == "regular"}
+        unknown = [name for name in strategy if name not in layers]
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} is not a convolution of this model: see conv_strategies()")
         for name, value in strategy.items():
             layers[name].check_strategy(value)
         for name, value in strategy.items():
