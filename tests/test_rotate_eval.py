@@ -208,7 +208,7 @@ def test_stages(textures: str, c4: str, c1: str, tmp_path: Path, capsys: pytest.
     assert main(words) == 0  # everything is there already
     assert main([*words, "--out", str(tmp_path / "other"), "--test-time-turns", "4"]) == 2
     assert not (tmp_path / "other").exists()
-    assert main(command([c4], textures, tmp_path / "small", "45", "--size", "33", "--by-stage")) == 1
+    assert main(command([c4], textures, tmp_path / "small", "45", "--size", "33", "--by-stage")) == 2
     assert "layer4" in capsys.readouterr().err  # a map of one pixel
 
 

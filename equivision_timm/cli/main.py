@@ -119,4 +119,4 @@ def _report(label: str, error: BaseException, args: argparse.Namespace) -> int:
     if sys.flags.dev_mode and not isinstance(error, InputError):
         traceback.print_exception(error)
     print(f"{label}: {message(error)}", file=sys.stderr)
-    return 2 if isinstance(error, InputError) else 1
+    return 2 if isinstance(error, (ValueError, AssertionError, FileNotFoundError)) else 1  # what the user gave

@@ -224,7 +224,11 @@ def read_class_map(path: str) -> list[str]:
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device of this name; the GPU, if there is one, if None. PyTorch's own error if it cannot compute."""
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    torch.ones(2, device=device).sum().item()
+    """The device of this name; the GPU, if there is one, if None. Raises InputError if it cannot compute."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.ones(2, device=device).sum().item()
+    except Exception as error:  # each kind of device has its own
+        raise InputError(f"--device {name} cannot be used: {reason(error)}; use cpu, or leave it out") from error
     return device

@@ -201,7 +201,7 @@ def test_convert_writes_a_model_that_verify_accepts(ckpt, tmp_path, photographs,
 @pytest.mark.parametrize(
     ("arguments", "status", "noun"),
     [
-        (["missing.ckpt", "--model", CONVERTED, "--out", "out"], 1, "missing.ckpt"),
+        (["missing.ckpt", "--model", CONVERTED, "--out", "out"], 2, "missing.ckpt"),
         (["last.ckpt", "--model", "resnet18", "--out", "out"], 2, "resnet18"),
         (["last.ckpt", "--model", "c4resnet18", "--out", "out"], 1, "has shape"),
         (["last.ckpt", "--model", CONVERTED, "--out", "out", "--signs", "++"], 2, "signs"),
