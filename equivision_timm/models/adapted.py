@@ -423,6 +423,8 @@ class Canonicalized(_Adapted):
             raise ValueError(f"gate={gate!r} with choice={choice!r}: use 0 to 1 with 'hard', 0 with 'soft'")
         self.choice: str = choice
         self.gate: float = gate
+        if orientation is None and group not in ("c4", "c8"):
+            raise ValueError(f"the package has no orientation network of {group}: name one by orientation=")
         own = {name: options[name] for name in ("pretrained", "device", "dtype") if name in options}
         if not isinstance(orientation, nn.Module):
             orientation = create_model(orientation or f"{group}orient_tiny", in_chans=self.in_chans, **own)

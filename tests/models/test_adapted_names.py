@@ -166,7 +166,7 @@ def test_weights_come_from_timms_repositories(tmp_path):
         ("symmetrized", {"train_views": 2}, ValueError, "train_views"),
         ("symmetrized", {"widht": 3}, TypeError, "widht"),
         ("symmetrized", {"backbone": torch.nn.Identity()}, TypeError, "name"),
-        ("canonicalized", {"group": "d4"}, RuntimeError, "d4orient_tiny"),
+        ("canonicalized", {"group": "d4"}, ValueError, "orientation"),
         ("canonicalized", {"orientation": "c8orient_tiny"}, ValueError, "c8"),
         ("canonicalized", {"orientation": "resnet18"}, ValueError, "c4"),
         ("canonicalized", {"choice": "best"}, ValueError, "choice"),
