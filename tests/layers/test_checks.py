@@ -41,12 +41,10 @@ def test_images():
     x = torch.zeros(2, 3, 32, 40, dtype=torch.bfloat16)
     assert CheckImage(3)(x) is x
     for shape, word in (
-        ((3, 64, 64), "dim"),
+        ((3, 64, 64), "batch"),
         ((1, 1, 64, 64), "in_chans"),
         ((1, 3, 31, 64), "31"),
         ((1, 3, 64, 8), "8"),
     ):
         with pytest.raises(AssertionError, match=word):
             CheckImage(3)(torch.zeros(shape))
-    with pytest.raises(AssertionError, match="uint8"):
-        CheckImage(3)(x.to(torch.uint8))
