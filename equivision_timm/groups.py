@@ -131,12 +131,6 @@ class Group:
                 rows += [cos, sin]
         return torch.stack(rows)
 
-    def inverse_angle(self, g: int, angle: torch.Tensor) -> torch.Tensor:
-        """The polar angle (radians) of g^-1 x for points x at polar angle `angle`; g^-1 = (r^k f^p)^-1 = f^p r^-k."""
-        p, k = divmod(g, self.rotations)
-        rotated = angle - 2 * math.pi * k / self.rotations
-        return math.pi - rotated if p else rotated
-
     def quarter_turns(self, g: int) -> int | None:
         """The rotation part of `g` in units of 90 degrees; None if it is not a multiple of 90 degrees."""
         turns, remainder = divmod(4 * (g % self.rotations), self.rotations)

@@ -1,5 +1,7 @@
 """`Kernel`: names, rings, errors; and the functions of the plane, against their definition by torch's cos and exp."""
 
+import math
+
 import pytest
 import torch
 
@@ -61,7 +63,9 @@ def on_pixels(kernel, g):
     size = kernel.size - 2 * kernel.low_pass
     offsets = torch.arange(size, dtype=torch.float64) - size // 2
     y, x = torch.meshgrid(-offsets, offsets, indexing="ij")
-    distance, angle = torch.hypot(x, y), Group.from_name(kernel.group).inverse_angle(g, torch.atan2(y, x))
+    reflected, rotation = divmod(g, Group.from_name(kernel.group).rotations)
+    angle = torch.atan2(y, x) - 2 * math.pi * rotation / Group.from_name(kernel.group).rotations  # of g^-1 x
+    distance, angle = torch.hypot(x, y), math.pi - angle if reflected else angle
     rows = []
     for harmonic in harmonics(kernel):
         ring, m = harmonic.ring, harmonic.frequency
