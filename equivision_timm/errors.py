@@ -1,15 +1,30 @@
-"""The error for input that a user can correct, the remedy for a missing extra, and text on one line."""
+"""The error for input that a user can correct, the check of an option, and text for error messages."""
 
 import argparse
 import importlib.metadata
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["InputError", "install_command", "one_line", "reason", "shortened"]
+__all__ = ["InputError", "check_choice", "install_command", "one_line", "reason", "shortened"]
 
 
 class InputError(ValueError, argparse.ArgumentTypeError):
     """Input of the user that cannot be used. The message quotes it and names a remedy; commands exit with status 2."""
+
+
+def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
+    """ValueError that names all choices unless `value`, of the option `name`, is one of them.
+
+    Example:
+        >>> check_choice("even", "circle", ("", "box"))
+        Traceback (most recent call last):
+        ValueError: unknown even 'circle': use '' or 'box'
+    """
+    known = list(choices)
+    if value not in known:
+        *others, last = map(repr, known)
+        raise ValueError(f"unknown {name} {value!r}: use {', '.join(others)}{' or ' if others else ''}{last}")
 
 
 def reason(error: BaseException, lines: int = 1) -> str:

@@ -1,7 +1,7 @@
-"""Checks of an option with few values, of a pointwise activation, and of a normalisation of all positions alike."""
+"""Checks that an activation is pointwise and that a normalisation treats all positions alike."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -9,21 +9,7 @@ import torch.nn as nn
 from timm.layers import get_act_layer
 from torch.func import functional_call
 
-__all__ = ["check_choice", "check_pointwise", "check_positionwise"]
-
-
-def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
-    """ValueError that names all choices unless `value`, of the option `name`, is one of them.
-
-    Example:
-        >>> check_choice("even", "circle", ("", "box"))
-        Traceback (most recent call last):
-        ValueError: unknown even 'circle': use '' or 'box'
-    """
-    known = list(choices)
-    if value not in known:
-        *others, last = map(repr, known)
-        raise ValueError(f"unknown {name} {value!r}: use {', '.join(others)}{' or ' if others else ''}{last}")
+__all__ = ["check_pointwise", "check_positionwise"]
 
 
 def check_pointwise(act_layer: str | Callable[..., nn.Module]) -> Callable[..., nn.Module]:

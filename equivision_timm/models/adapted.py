@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from timm.layers import Format, nchw_to, nhwc_to
 from timm.models import create_model
 
+from equivision_timm.errors import check_choice
 from equivision_timm.groups import Group
-from equivision_timm.layers.checks import check_choice
 from equivision_timm.layers.views import act, act_each, check_square
 
 __all__ = ["Canonicalized", "Symmetrized"]

@@ -10,9 +10,9 @@ from timm.layers import trunc_normal_
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 
+from equivision_timm.errors import check_choice
 from equivision_timm.groups import Group
 from equivision_timm.layers import GroupPool, InvariantPool, SteerableConv2d, conv_input_shapes
-from equivision_timm.layers.checks import check_choice
 from equivision_timm.torch_state import has_sizes
 
 __all__ = ["CheckImage", "EquivariantBackbone", "check_classifier", "init_weights"]

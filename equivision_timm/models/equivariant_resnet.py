@@ -21,6 +21,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropBlock2d, DropPath, get_norm_layer
 from timm.models import build_model_with_cfg
 
+from equivision_timm.errors import check_choice
 from equivision_timm.groups import Group
 from equivision_timm.layers import (
     Blur2d,
@@ -31,7 +32,6 @@ from equivision_timm.layers import (
     element_major_stage,
     get_aa_layer,
 )
-from equivision_timm.layers.checks import check_choice
 from equivision_timm.models.backbone import EquivariantBackbone
 from equivision_timm.models.pretrained import WEIGHTS_FILE, build_pretrained, hub_id
 from equivision_timm.models.variants import Variant, digits_cfg, register_family

@@ -27,9 +27,9 @@ from timm.models import build_model_with_cfg, checkpoint, checkpoint_seq
 from timm.models._features import FeatureGetterNet, feature_take_indices
 from timm.models.vision_transformer import Block
 
+from equivision_timm.errors import check_choice
 from equivision_timm.kernels import Kernel
 from equivision_timm.layers import check_pointwise
-from equivision_timm.layers.checks import check_choice
 from equivision_timm.layers.invariants import Invariants
 from equivision_timm.layers.irreps import ChangeBasis, Device, DType, irreps_of
 from equivision_timm.layers.patches import EquivariantPatchEmbed, UnfoldTiles, resize_tiles, tile_count, tile_size

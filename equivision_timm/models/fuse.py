@@ -9,8 +9,8 @@ import torch.nn as nn
 from timm.layers import DropBlock2d, DropPath
 from timm.utils.model import reparameterize_model
 
+from equivision_timm.errors import check_choice
 from equivision_timm.layers import ConvNormAct, NativeConv2d, SteerableConv2d, conv_input_shapes
-from equivision_timm.layers.checks import check_choice
 from equivision_timm.layers.conv import is_watched
 from equivision_timm.layers.strategies import STRATEGIES, native_library
 from equivision_timm.models.equivariant_convnext import EquivariantConvNeXtStage
