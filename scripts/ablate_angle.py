@@ -1,20 +1,19 @@
-"""Ablation of the design choices that make a network equivariant between the quarter turns.
+"""Ablation of the design choices that make a network equivariant at angles between the quarter turns.
 
     pip install '.[test,train]'
     python scripts/ablate_angle.py photographs   # errors by stage, random weights: a minute or two
     python scripts/ablate_angle.py digits        # accuracy by angle after training: some minutes for a row and seed
     python scripts/ablate_angle.py cost          # time on the CPU, one thread
+    python scripts/ablate_angle.py table         # measure nothing, write table and picture again
 
-Each writes its part of scripts/benchmarks/angle.json, and all parts as a table to angle.md and a picture to angle.png
-beside it. Results of digits that are in the file are not trained again.
+Each part is written to scripts/benchmarks/angle.json, all parts as tables to angle.md and as a picture to angle.png.
+Networks whose results are in the file are not trained again.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -22,15 +21,17 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from report import BENCHMARKS, markdown, read, write
 from skimage import data
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torchvision.transforms.functional import center_crop, normalize
 from train_digits import Recipe, load_digits, train
 
 import equivision_timm  # noqa: F401  registers the models
 from equivision_timm.cli.demo import turn
 from equivision_timm.testing import angle_error
 
-RESULTS = Path(__file__).parent / "benchmarks" / "angle.json"
+RESULTS = BENCHMARKS / "angle"
 SIZE = 225
 SEEDS = (0, 1, 2)
 DRAWS = 10  # of random weights
@@ -41,10 +42,10 @@ SMOOTH = dict(**BLUR, low_pass=True)
 ALIAS_FREE = dict(**SMOOTH, act_layer="silu", stem_pool="blur", even="box")
 PHOTOGRAPHS: dict[str, tuple[str, dict[str, Any]]] = {
     "as it is": ("c8resnet18_fast", {}),
-    "five-tap blur behind the activation in front of each stride, blurred max-pooling": ("c8resnet18_fast", BLUR),
+    "five-tap blur between activation and stride, blurred max-pooling": ("c8resnet18_fast", BLUR),
     "and smooth kernels (5x5 low pass), blurred image": ("c8resnet18_fast", SMOOTH),
     "and SiLU": ("c8resnet18_fast", dict(**SMOOTH, act_layer="silu")),
-    "and blur alone as the pooling: alias-free": ("c8resnet18_fast", ALIAS_FREE),
+    "and only blur as pooling: alias-free": ("c8resnet18_fast", ALIAS_FREE),
     "alias-free, with three taps": ("c8resnet18_fast", {**ALIAS_FREE, "aa_layer": "blur"}),
     "alias-free, but smooth kernels that stride themselves": ("c8resnet18_fast", {**ALIAS_FREE, "aa_layer": ""}),
     "alias-free, but 3x3 kernels": ("c8resnet18_fast", {**ALIAS_FREE, "low_pass": False}),
@@ -92,20 +93,16 @@ def photographs(size: int) -> torch.Tensor:
     images = []
     for photograph in (data.astronaut(), data.coffee()):
         pixels = torch.from_numpy(photograph.copy()).permute(2, 0, 1)[None] / 255  # [1, 3, H, W]
-        height, width = pixels.shape[2:]
-        side = min(height, width)
-        top, left = (height - side) // 2, (width - side) // 2
-        square = pixels[..., top : top + side, left : left + side]
+        square = center_crop(pixels, min(pixels.shape[2:]))
         images.append(F.interpolate(square, (size, size), mode="bilinear", antialias=True))
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    return (torch.cat(images) - mean) / std
+    return normalize(torch.cat(images), IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
-def measure_photographs(results: dict[str, Any]) -> None:
+def measure_photographs() -> dict[str, Any]:
     """The error of each stage at 45 degrees, mean over the photographs, for each draw of the weights."""
-    rows = [(SIZE, row) for row in PHOTOGRAPHS.items()] + [(EVEN_SIZE, row) for row in EVEN_PHOTOGRAPHS.items()]
-    for size, (title, (name, arguments)) in rows:
-        images = photographs(size)
+    results = {}
+    for title, (name, arguments) in {**PHOTOGRAPHS, **EVEN_PHOTOGRAPHS}.items():
+        images = photographs(EVEN_SIZE if title in EVEN_PHOTOGRAPHS else SIZE)
         errors: dict[str, list[float]] = {}
         quarter = 0.0
         for seed in range(DRAWS):
@@ -117,17 +114,18 @@ def measure_photographs(results: dict[str, Any]) -> None:
                 quarter = max(quarter, by_angle[90])
         results[title] = {"errors": errors, "quarter": quarter}
         print(title, {stage: round(statistics.mean(values), 3) for stage, values in errors.items()}, flush=True)
+    return results
 
 
 @torch.inference_mode()
 def accuracy(model: nn.Module, digits: torch.Tensor, labels: torch.Tensor, degrees: float) -> float:
     """Accuracy in per cent on digits [N, 28, 28] uint8, rotated by an angle."""
     images = turn(digits, degrees, model.pretrained_cfg["input_size"][-1]).split(250)
-    right = [(model(batch.expand(-1, 3, -1, -1)).argmax(1)) for batch in images]  # grey as RGB
-    return 100 * (torch.cat(right) == labels).double().mean().item()
+    predicted = [model(batch.expand(-1, 3, -1, -1)).argmax(1) for batch in images]  # grey as RGB
+    return 100 * (torch.cat(predicted) == labels).double().mean().item()
 
 
-def measure_digits(results: dict[str, Any], titles: list[str], seeds: list[int], keep: Callable[[], None]) -> None:
+def measure_digits(results: dict[str, Any], titles: list[str], seeds: list[int], save: Callable[[], None]) -> None:
     """Accuracy on the held-out digits at every angle, by seed; stored after each."""
     parts = load_digits()
     digits, labels = (torch.from_numpy(parts["held_out"].digits), torch.from_numpy(parts["held_out"].labels).long())
@@ -138,13 +136,13 @@ def measure_digits(results: dict[str, Any], titles: list[str], seeds: list[int],
                 continue
             model = train(DIGITS[title], parts["train"], seed)
             done[str(seed)] = [accuracy(model, digits, labels, angle) for angle in DIGIT_ANGLES]
-            keep()
-            print(f"{title}, seed {seed}: {_summary(done[str(seed)])}", flush=True)
+            save()
+            print(f"{title}, seed {seed}: mean {statistics.mean(done[str(seed)]):.1f}", flush=True)
 
 
 @torch.no_grad()
 def calibrate_norms(model: nn.Module, images: torch.Tensor) -> None:
-    """The running statistics of all batch norms become those of `images` [B, C, n, n], masked as by `angle_error`."""
+    """Set the running statistics of all batch norms to those of `images` [B, C, n, n], masked as by `angle_error`."""
     axis = torch.linspace(-1, 1, images.shape[-1])
     t = ((1 - torch.hypot(axis[:, None], axis[None, :])) / 0.15).clamp(0, 1)  # smooth from radius 0.85 to the border
     for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
@@ -154,11 +152,12 @@ def calibrate_norms(model: nn.Module, images: torch.Tensor) -> None:
     model.eval()
 
 
-def measure_cost(results: dict[str, Any]) -> None:
+def measure_cost() -> dict[str, dict[str, float]]:
     """Seconds of one thread for two images of 225 x 225 pixels: the best of five, the models interleaved."""
     torch.set_num_threads(1)
     models = {title: timm.create_model(title.split()[0], **arguments) for title, arguments in COST.items()}
     images = torch.randn(2, 3, SIZE, SIZE)
+    results: dict[str, dict[str, float]] = {title: {} for title in COST}
     for mode in ("eval", "train"):
         for _ in range(5):
             for title, model in models.items():
@@ -169,72 +168,54 @@ def measure_cost(results: dict[str, Any]) -> None:
                 if mode == "train":
                     output.sum().backward()
                 seconds = time.process_time() - start
-                best = results.setdefault(title, {})
-                best[mode] = min(best.get(mode, seconds), seconds)
-    print(results)
-
-
-def _summary(by_angle: list[float]) -> str:
-    return f"upright {by_angle[0]:.1f}, mean {statistics.mean(by_angle):.1f}, worst {min(by_angle):.1f}"
+                results[title][mode] = min(results[title].get(mode, seconds), seconds)
+    return results
 
 
 def table(results: dict[str, Any]) -> str:
     """All parts as Markdown."""
-    lines = ["# Between the quarter turns", "", "Written by `scripts/ablate_angle.py`.", ""]
-    if results["photographs"]:
-        lines += [
-            "## Photographs",
-            "",
-            f"`equivision_timm.testing.angle_error` at 45 degrees: astronaut and coffee of scikit-image, {SIZE} px, "
-            f"random weights, calibrated norms; mean over {DRAWS} draws of the weights, in brackets the largest.",
-            "",
-            "| network | stem | layer1 | layer2 | layer3 | layer4 | 90 degrees, any stage |",
-            "|---|---:|---:|---:|---:|---:|---:|",
-        ]
-        for title, row in results["photographs"].items():
-            cells = [f"{statistics.mean(values):.3f} ({max(values):.3f})" for values in row["errors"].values()]
-            lines.append(f"| {title} | {' | '.join(cells)} | {row['quarter']:.0e} |")
-        lines.append("")
-    if results["digits"]:
-        lines += [
-            "## Digits",
-            "",
-            "Held-out handwritten digits at 24 angles, accuracy in per cent; networks of the size of `test_c8resnet` "
-            "(about 100,000 parameters), 12 epochs of batches of 128 where nothing else is "
-            "stated; mean over the seeds.",
-            "",
-            "| network and training | seeds | upright | mean over angles | worst angle |",
-            "|---|---:|---:|---:|---:|",
-        ]
-        for title, seeds in results["digits"].items():
-            if seeds:
-                runs = list(seeds.values())
-                figures = [[run[0] for run in runs], [statistics.mean(run) for run in runs], [min(run) for run in runs]]
-                cells = " | ".join(f"{statistics.mean(figure):.1f}" for figure in figures)
-                lines.append(f"| {title} | {len(runs)} | {cells} |")
-        lines.append("")
-    if results["cost"]:
-        lines += [
-            "## Cost",
-            "",
-            f"Seconds of one CPU thread, 2 x 3 x {SIZE} x {SIZE}, float32, torch {torch.__version__}; train: forward "
-            "and backward.",
-            "",
-            "| network | eval | train |",
-            "|---|---:|---:|",
-        ]
-        for title, row in results["cost"].items():
-            plain = results["cost"][title.split()[0]]
-            cells = [f"{row[mode]:.2f} ({row[mode] / plain[mode]:.2f} times)" for mode in ("eval", "train")]
-            lines.append(f"| {title} | {' | '.join(cells)} |")
-        lines.append("")
-    return "\n".join(lines)
+    photographs = [
+        [title, *(f"{statistics.mean(v):.3f} ({max(v):.3f})" for v in row["errors"].values()), f"{row['quarter']:.0e}"]
+        for title, row in results["photographs"].items()
+    ]
+    digits = []
+    for title, runs in results["digits"].items():
+        by_seed = [(run[0], statistics.mean(run), min(run)) for run in runs.values()]
+        digits.append([title, len(runs), *(f"{statistics.mean(figure):.1f}" for figure in zip(*by_seed, strict=True))])
+    cost = []
+    for title, row in results["cost"].items():
+        plain = results["cost"][title.split()[0]]
+        cost.append([title, *(f"{row[mode]:.2f} ({row[mode] / plain[mode]:.2f} times)" for mode in ("eval", "train"))])
+    return f"""# Between the quarter turns
+
+Written by `scripts/ablate_angle.py`.
+
+## Photographs
+
+`equivision_timm.testing.angle_error` at 45 degrees: astronaut and coffee of scikit-image, {SIZE} px, random weights, \
+calibrated norms; mean over {DRAWS} draws of the weights, in brackets the largest.
+
+{markdown(["network", "stem", "layer1", "layer2", "layer3", "layer4", "90 degrees, any stage"], photographs)}
+
+## Digits
+
+Held-out handwritten digits at 24 angles, accuracy in per cent; networks of the size of `test_c8resnet` (about 100,000 \
+parameters), 12 epochs of batches of 128 unless stated otherwise; mean over the seeds.
+
+{markdown(["network and training", "seeds", "upright", "mean over angles", "worst angle"], digits)}
+
+## Cost
+
+Seconds of one CPU thread, 2 x 3 x {SIZE} x {SIZE}, float32, torch {torch.__version__}; train: forward and backward.
+
+{markdown(["network", "eval", "train"], cost)}
+"""
 
 
 STAGES_DRAWN = {  # rows of the photographs
     "resnet18 of timm": ("plain: timm's resnet18", "#d55e00"),
     "as it is": ("c8resnet18_fast", "#56b4e9"),
-    "and blur alone as the pooling: alias-free": ("c8resnetaf18_fast", "#0072b2"),
+    "and only blur as pooling: alias-free": ("c8resnetaf18_fast", "#0072b2"),
 }
 ANGLES_DRAWN = {  # rows of the digits
     "plain, upright": ("plain", "#d55e00", "-"),
@@ -247,7 +228,7 @@ ANGLES_DRAWN = {  # rows of the digits
 
 def picture(results: dict[str, Any]) -> Figure:
     """Left the errors of the stages at 45 degrees, right accuracy against the angle; both means over the seeds."""
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 4.2), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
     stages = ["layer1", "layer2", "layer3", "layer4"]
     for place, (title, (label, colour)) in enumerate(STAGES_DRAWN.items()):
@@ -262,11 +243,10 @@ def picture(results: dict[str, Any]) -> Figure:
     left.legend(frameon=False, loc="upper left", fontsize=9)
     angles = [*DIGIT_ANGLES, 360]
     for title, (label, colour, line) in ANGLES_DRAWN.items():
-        runs = list(results["digits"].get(title, {}).values())
-        if runs:
-            mean = [statistics.mean(values) for values in zip(*runs, strict=True)]
-            label = f"{label}: at worst {statistics.mean(min(run) for run in runs):.1f} %"
-            right.plot(angles, [*mean, mean[0]], line, color=colour, label=label, linewidth=2)
+        runs = list(results["digits"][title].values())
+        mean = [statistics.mean(values) for values in zip(*runs, strict=True)]
+        label = f"{label}: at worst {statistics.mean(min(run) for run in runs):.1f} %"
+        right.plot(angles, [*mean, mean[0]], line, color=colour, label=label, linewidth=2)
     right.set_xticks(range(0, 361, 45), [f"{angle}°" for angle in range(0, 361, 45)])
     right.set_ylim(0, 102)
     right.set_ylabel("accuracy on digits, %")
@@ -283,30 +263,18 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=DIGITS, default=list(DIGITS), help="of the digits; default: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="of the digits; default: 0 1 2")
     args = parser.parse_args()
-    mine = _read()[args.part] if args.part == "digits" else {}
+    results = read(RESULTS)
 
-    def keep() -> None:
-        """Write this part, and the other parts as they now are in the file."""
-        results = _read()
-        if args.part in results:
-            results[args.part] = mine
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-        RESULTS.with_suffix(".md").write_text(table(results))
-        if results["photographs"]:
-            picture(results).savefig(RESULTS.with_suffix(".png"), dpi=110)
+    def save() -> None:
+        write(RESULTS, results, table(results), picture(results))
 
     if args.part == "photographs":
-        measure_photographs(mine)
+        results["photographs"] = measure_photographs()
     elif args.part == "digits":
-        measure_digits(mine, args.rows, args.seeds, keep)
+        measure_digits(results["digits"], args.rows, args.seeds, save)
     elif args.part == "cost":
-        measure_cost(mine)
-    keep()
-
-
-def _read() -> dict[str, Any]:
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    return {part: results.get(part, {}) for part in ("photographs", "digits", "cost")}
+        results["cost"] = measure_cost()
+    save()
 
 
 if __name__ == "__main__":

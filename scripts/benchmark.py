@@ -1,4 +1,4 @@
-"""Time our networks against the dense network of the same width and timm's ResNet.
+"""Time networks of this package against the dense network of the same width and timm's ResNet.
 
     python scripts/benchmark.py                                      # the models of the README, eval and train
     python scripts/benchmark.py c8resnet50 'd8*' --modes eval --batch-size 4 --size 225
@@ -6,32 +6,29 @@
     python scripts/benchmark.py d4vit_base_patch16_224               # against timm's ViT of the same size
     python scripts/benchmark.py d4convnext_tiny --name convnext      # against timm's ConvNeXt of the same size
     python scripts/benchmark.py c8resnet50 --layers                  # every layer, every strategy
-    python scripts/benchmark.py --draw                               # only the picture, of what was measured before
+    python scripts/benchmark.py --draw                               # only the picture, of stored results
     python scripts/benchmark.py c8resnet50 --device cuda --amp bfloat16 --channels-last --compile --batch-size 128
 
-The dense network has plain `nn.Conv2d` and `nn.BatchNorm2d` of the same number of channels in place of ours, ReLU and
-the shortcut in place as in timm's ResNets, and runs in each of its forms: eager or compiled, NCHW or channels-last, for
-eval also with its batch norms folded into the convolutions. The fastest of them is what we are compared with. Ours
-trains as `create_model` makes it and infers as `fuse` makes it; timm's ResNet runs as `create_model` makes it. Both are
-channels-last or compiled where these options say so.
+The dense network has plain `nn.Conv2d` and `nn.BatchNorm2d` with the same number of channels, ReLU and shortcut in
+place as in timm's ResNets, and runs in each of its forms: eager or compiled, NCHW or channels-last, for eval also with
+batch norms folded into the convolutions. The fastest form is compared. The equivariant network trains as `create_model`
+makes it and infers as `fuse` makes it, timm's network runs as `create_model` makes it; both are channels-last or
+compiled if these options are given.
 
-Each network runs in a process of its own, and after warming up they take turns, so that a busy machine slows all alike;
-medians count, and the ratios of medians. With one thread the time is the CPU's, else that of the clock on the wall. The
-form of the dense network is found just before, one form after another. A training step is forward, backward and SGD
-with momentum. Peak memory is what the process gained until it was warm. glibc's allocator keeps freed memory
-(MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ are raised), which spares all networks the page faults of each new
-feature map. On another device than the CPU the clock waits for it, and memory is its own.
+Each network runs in its own process. After warm-up the networks alternate, so that a busy machine slows all equally;
+reported are medians and ratios of medians. The time is CPU time for one thread, else wall time. The fastest dense form
+is chosen before, from three steps of each. A training step is forward, backward and SGD with momentum. Peak memory is
+the growth of the process until it is warm. glibc's allocator is set to keep freed memory (MALLOC_MMAP_THRESHOLD_ and
+MALLOC_TRIM_THRESHOLD_), which avoids page faults for each new feature map. On other devices than the CPU the clock
+waits for the device, and memory is the device's.
 
 Writes NAME.json, NAME.md and NAME.png into --out (default: scripts/benchmarks).
 """
 
 import argparse
 import contextlib
-import copy
 import fnmatch
-import json
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -41,16 +38,16 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from datetime import date
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from report import BENCHMARKS, markdown, processor, read, today, write
 from tqdm import tqdm
 
 from equivision_timm import fuse
@@ -67,62 +64,34 @@ DENSE_FORMS = ("dense", "dense channels-last", "dense compiled", "dense compiled
 
 @dataclass(frozen=True)
 class Setting:
-    """What networks are measured on.
-
-    Attributes:
-        batch_size: number of images.
-        size: of the images, pixels along a side.
-        threads: of the CPU.
-        device: where to run.
-        amp: type of autocast, such as 'bfloat16'; '' for none.
-        channels_last: whether ours and timm's are made channels-last, with the images.
-        compiled: whether ours and timm's are compiled.
-    """
+    """Images, threads and device of a measurement."""
 
     batch_size: int = 8
-    size: int = 224
+    size: int = 224  # pixels along a side
     threads: int = 1
     device: str = "cpu"
-    amp: str = ""
-    channels_last: bool = False
-    compiled: bool = False
+    amp: str = ""  # type of autocast, such as 'bfloat16'
+    channels_last: bool = False  # the forms 'ours' and 'timm'
+    compiled: bool = False  # the forms 'ours' and 'timm'
 
     def is_channels_last(self, form: str) -> bool:
-        """Whether the network called `form` and its images are."""
         return "channels-last" in form or (self.channels_last and form in ("ours", "timm"))
 
     def is_compiled(self, form: str) -> bool:
-        """Whether the network called `form` is."""
         return "compiled" in form or (self.compiled and form in ("ours", "timm"))
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """Mixed precision, or nothing."""
         if not self.amp:
             return contextlib.nullcontext()
         return torch.autocast(torch.device(self.device).type, getattr(torch, self.amp))
 
     def synchronize(self) -> None:
-        """Wait until the device has done what it was given."""
         if self.device != "cpu":
             torch.accelerator.synchronize()
 
 
-def dense_twin(model: nn.Module) -> nn.Module:
-    """The plain network with as many channels everywhere: convolutions and batch norms without any symmetry."""
-    twin = copy.deepcopy(model)
-    for name, module in model.named_modules():
-        if isinstance(module, ConvNormAct):
-            conv = module.conv.fuse()
-            plain = PlainUnit(conv, nn.BatchNorm2d(conv.out_channels), module.act)
-        else:
-            continue
-        parent, _, child = name.rpartition(".")
-        setattr(twin.get_submodule(parent), child, plain.requires_grad_().train(module.training))
-    return in_place(twin)
-
-
 class PlainUnit(nn.Module):
-    """Convolution, norm, shortcut and activation as timm writes them."""
+    """Convolution, norm, shortcut and activation as in timm's ResNets."""
 
     def __init__(self, conv: nn.Module, norm: nn.Module, act: nn.Module) -> None:
         super().__init__()
@@ -135,20 +104,27 @@ class PlainUnit(nn.Module):
         return self.act(x)
 
 
-def in_place(model: nn.Module) -> nn.Module:
-    """`model`, of plain convolutions, with ReLU and shortcuts in place: what costs least."""
+def plain(model: nn.Module) -> nn.Module:
+    """Change `model` into a plain network with as many channels everywhere, ReLU and shortcuts in place.
+
+    Batch norms are new unless `fuse` has folded them.
+    """
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.ReLU):
             module.inplace = True
         elif isinstance(module, ConvNormAct):
+            conv, norm = module.conv, module.norm
+            if isinstance(conv, SteerableConv2d):
+                conv = conv.fuse()
+                norm = nn.BatchNorm2d(conv.out_channels)
             parent, _, child = name.rpartition(".")
-            plain = PlainUnit(module.conv, module.norm, module.act).train(module.training)
-            setattr(model.get_submodule(parent), child, plain)
+            unit = PlainUnit(conv, norm, module.act).requires_grad_().train(module.training)
+            setattr(model.get_submodule(parent), child, unit)
     return model
 
 
 def family(name: str) -> str:
-    """Of timm's rival: only ResNets are also compared with the dense network."""
+    """Family of timm's rival; only ResNets are also compared with the dense network."""
     return "ConvNeXt" if "convnext" in name else "ViT" if "vit_" in name else "ResNet"
 
 
@@ -166,16 +142,14 @@ def timms_rival(name: str) -> str:
 
 
 def build(form: str, name: str, mode: str, setting: Setting) -> nn.Module:
-    """The network called `form`, in train or eval mode, on the device."""
+    """A form of the network, in train or eval mode, on the device."""
     torch.manual_seed(0)
     if form == "timm":
         model = timm.create_model(timms_rival(name))
     else:
         model = timm.create_model(name)
-        if form == "dense folded" or form == "dense folded channels-last":
-            model = in_place(fuse(model, "dense"))
-        elif form.startswith("dense"):
-            model = dense_twin(model)
+        if form.startswith("dense"):
+            model = plain(fuse(model, "dense") if "folded" in form else model)
         elif form == "escnn":
             from escnn_network import to_escnn  # needs the extra `escnn`
 
@@ -218,22 +192,22 @@ def make_step(model: nn.Module, form: str, mode: str, setting: Setting) -> Calla
 
 
 def prepare_step(form: str, name: str, mode: str, setting: Setting) -> Callable[[], None]:
-    """What is timed of the network called `form`."""
+    """The timed step: creation, or a step of the created network."""
     if mode == "create":
-        return partial(build, form, name, "train", setting)  # nothing is fused
+        return partial(build, form, name, "train", setting)  # not fused
     return make_step(build(form, name, mode, setting), form, mode, setting)
 
 
 class Runner:
-    """A network in a process of its own, warm, that takes a step when asked.
+    """A network in its own process, warm, ready for timed steps.
 
     Args:
-        form: what to call it.
-        prepare: makes the step, in the process; a function of a module, or a `partial` of one.
+        form: its name in the results.
+        prepare: makes the step, in the process; picklable.
         setting: threads and device.
 
     Raises:
-        RuntimeError: the process ended, most likely for want of memory.
+        RuntimeError: the process ended, most likely for lack of memory.
     """
 
     def __init__(self, form: str, prepare: Callable[[], Callable[[], None]], setting: Setting) -> None:
@@ -243,7 +217,7 @@ class Runner:
         self.process = context.Process(target=serve, args=(other, prepare, setting), daemon=True)
         self.process.start()
         other.close()
-        self.memory = self._receive()  # MB that the process gained
+        self.memory = self._receive()  # growth of the process, MB
 
     def step(self) -> float:
         """Seconds of one step: CPU time of a single thread, else wall time."""
@@ -260,22 +234,22 @@ class Runner:
         except EOFError:
             self.process.join()
             raise RuntimeError(
-                f"the process that measures {self.form!r} ended with exit code {self.process.exitcode}: if memory was "
-                "short (-9), use a smaller --batch-size"
+                f"the process that measures {self.form!r} ended with exit code {self.process.exitcode}: if it is -9, "
+                "for lack of memory, use a smaller --batch-size"
             ) from None
 
 
 def serve(connection, prepare: Callable[[], Callable[[], None]], setting: Setting) -> None:
-    """What the process of a `Runner` does."""
+    """Main function of a `Runner`'s process: warm up, then a timed step for every message."""
     torch.set_num_threads(setting.threads)
-    # One thread's CPU time does not count the time that other programs take
+    # CPU time of one thread excludes the time of other programs
     clock = time.process_time if setting.threads == 1 and setting.device == "cpu" else time.perf_counter
     before = peak_memory(setting.device)
     step = prepare()
     for _ in range(3):
         step()
     connection.send(peak_memory(setting.device) - before)
-    with contextlib.suppress(EOFError):  # the other side closes
+    with contextlib.suppress(EOFError):  # the other side closed
         while connection.recv():
             start = clock()
             step()
@@ -283,10 +257,7 @@ def serve(connection, prepare: Callable[[], Callable[[], None]], setting: Settin
 
 
 def peak_memory(device: str) -> float:
-    """MB that this process has held at most: of the device, or, on Linux, of the machine.
-
-    `getrusage` would count what its parent held, too.
-    """
+    """Peak memory of this process in MB, on a GPU or (Linux) in RAM; `getrusage` would include the parent's."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
@@ -296,7 +267,7 @@ def peak_memory(device: str) -> float:
 def in_turns(
     steps: dict[str, Callable[[], Callable[[], None]]], repeats: int, setting: Setting
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Seconds of each form and its peak memory in MB, for what prepares its step."""
+    """Seconds of each form and its peak memory in MB, measured alternately."""
     with contextlib.ExitStack() as stack:
         runners = []
         for form, prepare in steps.items():
@@ -310,7 +281,7 @@ def in_turns(
 
 
 def compare(name: str, mode: str, dense: list[str], others: list[str], repeats: int, setting: Setting) -> dict:
-    """Our network, the fastest of the forms `dense`, and `others`, as one row of results."""
+    """One row of results: the equivariant network, the fastest of the forms `dense`, and `others`."""
     prepare = {form: partial(prepare_step, form, name, mode, setting) for form in ("ours", *dense, *others)}
     tried = {form: statistics.median(in_turns({form: prepare[form]}, 3, setting)[0][form]) for form in dense}
     best = min(tried, key=tried.__getitem__) if tried else None
@@ -336,7 +307,7 @@ def in_new_process(function: Callable, *args):
 
 
 def import_seconds(repeats: int) -> float:
-    """What `import equivision_timm` adds to `import timm`, median of fresh processes."""
+    """CPU time that `import equivision_timm` adds to `import timm`, median of fresh processes."""
     code = "import timm, time; t = time.process_time(); import equivision_timm; print(time.process_time() - t)"
     command = [sys.executable, "-c", code]
     runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(repeats)]
@@ -394,18 +365,11 @@ def measure_layers(name: str, batch_size: int, size: int, repeats: int, threads:
     return rows
 
 
-def markdown(columns: list[str], rows: list[list]) -> str:
-    """A table, the first column on the left, the others on the right; None as a dash."""
-    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
-    return "\n".join("| " + " | ".join("-" if cell is None else str(cell) for cell in line) + " |" for line in lines)
-
-
 def layer_table(layers: list[dict]) -> str:
-    """For each layer and each strategy the time and the rate of its products, and which one `auto` takes."""
+    """Time and rate of products for each layer and strategy, and the choice of `auto`."""
     fast = [s for s in STRATEGIES if s != "expand"]
     columns = ["layer", "times", "fields", "kernel", "input", "eval: expand, ms (GFLOP/s)"]
-    columns += [f"{s.replace('_', ' ')}" for s in fast] + ["train: expand, ms"] + [s.replace("_", " ") for s in fast]
-    columns += ["auto", "share of eval", "of train"]
+    columns += [*fast, "train: expand, ms", *fast, "auto", "share of eval", "of train"]
     rows = []
     for layer in layers:
         stride = f"/{layer['stride']}" if layer["stride"] > 1 else ""
@@ -415,9 +379,7 @@ def layer_table(layers: list[dict]) -> str:
             for s in ("expand", *fast):
                 cell = f"{layer[f'{s} {mode} ms']:.1f}" if f"{s} {mode} ms" in layer else None
                 row.append(f"{cell} ({layer[f'{s} {mode} GFLOP/s']:.0f})" if cell and mode == "eval" else cell)
-        rows.append(
-            [*row, layer["auto"].replace("_", " "), f"{layer['eval share']:.0%}", f"{layer['train share']:.0%}"]
-        )
+        rows.append([*row, layer["auto"], f"{layer['eval share']:.0%}", f"{layer['train share']:.0%}"])
     return markdown(columns, rows)
 
 
@@ -437,7 +399,7 @@ def result_table(results: list[dict]) -> str:
 
 
 def transformer_table(results: list[dict]) -> str:
-    """Ours as a multiple of timm's network of the same size: time, memory, 10^9 multiply-accumulates of an image."""
+    """Multiples of timm's network of the same size: time, memory, 10^9 multiply-accumulates of an image."""
     columns = ["model", "mode", "ours, ms", "timm's, ms", "**time, of timm's**", "memory", "operations, of timm's"]
     rows = []
     for result in results:
@@ -452,18 +414,12 @@ def transformer_table(results: list[dict]) -> str:
 BARS = {"ours": ("ours", "#0072b2"), "dense": ("dense, as many channels, at its best", "0.65"), "timm": ("", "#d55e00")}
 
 
-def picture(results: list[dict], path: Path, title: str) -> None:
-    """Bars: the time of a step of ours, of the best dense form and of timm's network, a panel for each mode."""
+def picture(results: list[dict], title: str) -> Figure:
+    """Bars: time of a step of the equivariant, the best dense and timm's network, a panel for each mode."""
     modes = [mode for mode in ("eval", "train") if any(result["mode"] == mode for result in results)]
     names = list(dict.fromkeys(result["model"] for result in results))
-    figure, panels = plt.subplots(
-        1,
-        len(modes),
-        figsize=(5.2 * len(modes), 0.75 * len(names) + 1.8),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
+    figure = Figure(figsize=(5.2 * len(modes), 0.75 * len(names) + 1.8), dpi=130, layout="constrained")
+    panels = figure.subplots(1, len(modes), sharey=True, squeeze=False)
     height = 0.8 / len(BARS)
     for axis, mode in zip(panels[0], modes, strict=True):
         for place, (key, (label, colour)) in enumerate(BARS.items()):
@@ -482,28 +438,19 @@ def picture(results: list[dict], path: Path, title: str) -> None:
             axis.bar_label(bars, words, padding=3, fontsize=9)
         axis.set_title({"eval": "inference", "train": "training step"}[mode], fontsize=12)
         axis.set_xlabel("milliseconds (times ours)", fontsize=11)
-        axis.set_xlim(0, axis.get_xlim()[1] * 1.16)  # room for the last label
+        axis.set_xlim(0, axis.get_xlim()[1] * 1.16)  # space for the last label
         axis.spines[["top", "right"]].set_visible(False)
     panels[0, 0].set_yticks(range(len(names)), names, fontsize=11)
     panels[0, 0].invert_yaxis()
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(BARS), frameon=False, fontsize=11)
     figure.supxlabel(textwrap.fill(title, 60 * len(modes)), fontsize=9, color="0.35")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    return figure
 
 
 def rivals(names: list[str]) -> str:
-    """What timm's networks are called beside ours."""
+    """Label of timm's networks."""
     return f"timm's {' or '.join(sorted(set(map(family, names))))} of the same depth"
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    return f"{names[0] if names else platform.processor()}{' with AVX-512' if 'avx512f' in flags else ''}"
 
 
 def device_name(device: str) -> str:
@@ -519,22 +466,23 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="side of the images (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=7, help="timed runs of each form (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--device", default="cpu", help="where the networks run (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="of the networks (default: %(default)s)")
     parser.add_argument("--amp", choices=("bfloat16", "float16"), default="", help="mixed precision, for all networks")
-    parser.add_argument("--channels-last", action="store_true", help="ours and timm's ResNet channels-last")
-    parser.add_argument("--compile", action="store_true", help="ours and timm's ResNet compiled")
-    parser.add_argument("--eager", action="store_true", help="leave out the compiled forms, which take minutes to make")
-    parser.add_argument("--escnn", action="store_true", help="also the network as escnn builds it, in minutes")
+    parser.add_argument("--channels-last", action="store_true", help="equivariant and timm's network channels-last")
+    parser.add_argument("--compile", action="store_true", help="equivariant and timm's network compiled")
+    parser.add_argument("--eager", action="store_true", help="no compiled dense forms, which take minutes to compile")
+    parser.add_argument("--escnn", action="store_true", help="also the escnn network; takes minutes")
     parser.add_argument("--layers", action="store_true", help="a table of layers instead of networks")
-    parser.add_argument("--draw", action="store_true", help="measure nothing, draw the picture of NAME.json again")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "benchmarks")
+    parser.add_argument("--draw", action="store_true", help="only draw the picture of NAME.json")
+    parser.add_argument("--out", type=Path, default=BENCHMARKS)
     parser.add_argument("--name", default="networks", help="of the files written (default: %(default)s)")
     args = parser.parse_args()
     stem = args.out / args.name
     if args.draw:
-        about = json.loads(stem.with_suffix(".json").read_text())
+        about = read(stem)
         results = about.pop("results")
-        picture(results, stem.with_suffix(".png"), ", ".join(v for k, v in about.items() if k != "import"))
+        title = ", ".join(value for key, value in about.items() if key != "import")
+        picture(results, title).savefig(stem.with_suffix(".png"))
         return
     os.environ.update(ALLOCATOR)  # for the processes that measure
     known = model_names()
@@ -548,9 +496,8 @@ def main() -> None:
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
     about = {
-        "date": date.today().isoformat(),
+        **today("torch", "timm"),
         "machine": f"{processor()}, {args.threads} threads" if args.device == "cpu" else device_name(args.device),
-        "versions": f"torch {torch.__version__.split('+')[0]}, timm {timm.__version__}",
         "batch": f"{args.batch_size} x 3 x {args.size} x {args.size}, {args.amp or 'float32'}",
         "ours": " ".join([*(["channels-last"] if args.channels_last else []), "compiled" if args.compile else "eager"]),
         "dense forms": "eager and compiled" if not args.eager else "eager forms only",
@@ -559,7 +506,6 @@ def main() -> None:
     if "create" in args.modes and not args.layers:
         seconds = import_seconds(args.repeats)
         about["import"] = f"{seconds:.3f} s of CPU time for `import equivision_timm` after `import timm`"
-    args.out.mkdir(parents=True, exist_ok=True)
 
     if args.layers:
         layers = {
@@ -567,8 +513,7 @@ def main() -> None:
             for name in names
         }
         text = f"{title}\n" + "".join(f"\n## {name}\n{layer_table(rows)}\n" for name, rows in layers.items())
-        stem.with_suffix(".json").write_text(json.dumps({**about, "layers": layers}, indent=1) + "\n")
-        stem.with_suffix(".md").write_text(text)
+        write(stem, {**about, "layers": layers}, text)
         print(text)
         return
 
@@ -585,10 +530,9 @@ def main() -> None:
             others = [result for result in results if "operations" not in result]
             tables = [transformer_table(transformers)] * bool(transformers) + [result_table(others)] * bool(others)
             text = "\n\n".join([title, *tables]) + "\n" + (f"\n{about['import']}\n" if "import" in about else "")
-            stem.with_suffix(".json").write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
-            stem.with_suffix(".md").write_text(text)
+            write(stem, {**about, "results": results}, text)
     if any(result["mode"] != "create" for result in results):
-        picture(results, stem.with_suffix(".png"), title)
+        picture(results, title).savefig(stem.with_suffix(".png"))
     print(text)
 
 

@@ -1,4 +1,4 @@
-"""Time of the batch norm of fields: by channel, by PyTorch's on [B, fields, |G| * H, W], and of all channels.
+"""Time of the batch norm of fields: by channel, PyTorch's on [B, fields, |G| * H, W], and plain, of all channels.
 
     python scripts/benchmark_norm.py
     python scripts/benchmark_norm.py --device cuda --dtype bfloat16 --batch-size 128
@@ -13,7 +13,7 @@ import time
 
 import torch
 import torch.nn as nn
-from benchmark import markdown
+from report import markdown
 
 from equivision_timm.layers import FieldNorm
 

@@ -5,17 +5,16 @@
     python scripts/deployment.py c8resnet18 --threads 1
 
 Forms of a network: `eager`, as `create_model` makes it; `fused`, the default of `equivision_timm.fuse`; its `dense` and
-`blocks`, a plain network and a block-diagonal one, also as ONNX files in onnxruntime and OpenVINO. Each runs in a
-process of its own; the processes alternate, as in `benchmark.py`, two steps each, of which the second is timed, with
-several threads after a pause, because the threads of the previous process still spin. Ratios are to timm's ResNet-50 as
-an ONNX file in onnxruntime. Images have the size of the model's `pretrained_cfg`.
+`blocks`, a plain network and a block-diagonal one, also as ONNX files in onnxruntime and OpenVINO. Each runs in its own
+process; the processes alternate, as in `benchmark.py`, two steps each, of which the second is timed. With several
+threads there is a pause before, because the threads of the previous process still spin. Ratios are to timm's ResNet-50
+as an ONNX file in onnxruntime. Images have the size of the model's `pretrained_cfg`.
 
 Writes deployment.json and deployment.md into --out (default: scripts/benchmarks), after each model.
 """
 
 import argparse
 import io
-import json
 import logging
 import os
 import statistics
@@ -24,16 +23,15 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
-from datetime import date
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import torch.nn as nn
-from benchmark import ALLOCATOR, Runner, Setting, markdown, processor
+from benchmark import ALLOCATOR, Runner, Setting
+from report import BENCHMARKS, markdown, processor, today, write
 from tqdm import tqdm
 
 from equivision_timm import fuse
@@ -77,7 +75,7 @@ def build(name: str, form: str) -> tuple[nn.Module, torch.Tensor]:
 
 
 def write_onnx(name: str, form: str, folder: str) -> int:
-    """Write the network as an ONNX file, once; its size in bytes."""
+    """Write the network as an ONNX file if it does not exist; return its size in bytes."""
     path = onnx_file(name, form, folder)
     if not path.exists():
         model, image = build(name, form)
@@ -95,7 +93,7 @@ def onnx_file(name: str, form: str, folder: str) -> Path:
 
 
 def prepare(name: str, form: str, folder: str, threads: int) -> Callable[[], Any]:
-    """A timed step: the network on one image, in the runtime that `form` begins with."""
+    """A timed step: the network on one image, in the runtime named by `form`."""
     runtime = form.split(":")[0]
     if runtime == "PyTorch":
         model, image = build(name, form)
@@ -152,8 +150,8 @@ def table(about: dict[str, str], results: list[dict[str, Any]]) -> str:
     lines = [
         "# Deployed on a CPU",
         "",
-        "Written by `scripts/deployment.py`. One image at a time; time as a multiple of what timm's ResNet-50 takes as "
-        "an ONNX file in onnxruntime, interleaved measurements. Smaller is faster.",
+        "Written by `scripts/deployment.py`. One image at a time; time as a multiple of that of timm's ResNet-50 as an "
+        "ONNX file in onnxruntime, interleaved measurements. Smaller is faster.",
         "",
         ", ".join(about.values()),
     ]
@@ -182,28 +180,24 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=list(MODELS), help="timm models (default: README's)")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="(default: 1 2)")
     parser.add_argument("--repeats", type=int, default=15, help="timed runs of each form (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "benchmarks")
+    parser.add_argument("--out", type=Path, default=BENCHMARKS)
     args = parser.parse_args()
     unknown = [name for name in args.models if not timm.is_model(name)]
     if unknown:
         parser.error(f"unknown models of timm: {', '.join(unknown)}")
     os.environ.update(ALLOCATOR)
-    packages = ("torch", "timm", "onnxruntime", "openvino")
     about = {
-        "date": date.today().isoformat(),
+        **today("torch", "timm", "onnxruntime", "openvino"),
         "machine": processor(),
-        "versions": ", ".join(f"{name} {version(name)}" for name in packages),
         "images": "one image of the model's size (225 or 224 pixels a side), float32",
     }
     results: list[dict[str, Any]] = []
-    args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         for threads in args.threads:
             for name in (progress := tqdm(args.models)):
                 progress.set_description(f"{name}, threads {threads}")
                 results.append(measure(name, threads, args.repeats, folder))
-                (args.out / "deployment.json").write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
-                (args.out / "deployment.md").write_text(table(about, results))
+                write(args.out / "deployment", {**about, "results": results}, table(about, results))
     print(table(about, results))
 
 

@@ -1,4 +1,4 @@
-"""Draw the pictures of the README that a command makes, of the digits that the package carries.
+"""Draw the pictures of the README that commands make, from the digits in the package.
 
     pip install '.[tools]'
     python scripts/draw_pictures.py          # into scripts/pictures, a minute or two
@@ -7,13 +7,10 @@
     rotate_eval_digits.png   equivision-timm rotate-eval, of four small networks
     show_digit.png           equivision-timm show, of an equivariant network and its plain twin
 
-Others: segment.jpg is that of `scripts/examples/segment.py --picture`; those in scripts/benchmarks are drawn by the
-scripts that measure.
+`scripts/examples/segment.py --picture` draws segment.jpg; the scripts that measure draw those in scripts/benchmarks.
 """
 
-import argparse
 import shutil
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -24,31 +21,29 @@ from equivision_timm.cli.main import main as run
 
 MODELS = ["test_c8resnetaf", "test_c8resnet", "test_d4resnet", "test_c1resnet"]
 SHOWN = ["test_c8resnet", "test_c1resnet"]
+OUT = Path(__file__).parent / "pictures"
 
 
-def write_digits(folder: Path, every: int) -> None:
-    """Every n-th of the held-out digits as `folder`/CLASS/NUMBER.png."""
+def write_digits(folder: Path) -> None:
+    """The held-out digits as `folder`/CLASS/NUMBER.png."""
     digits, labels = demo.load_digits()
-    for number in range(0, len(digits), every):
-        path = folder / str(labels[number].item()) / f"{number:03}.png"
+    for number, (digit, label) in enumerate(zip(digits.numpy(), labels.tolist(), strict=True)):
+        path = folder / str(label) / f"{number:03}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(digits[number].numpy()).save(path)
+        Image.fromarray(digit).save(path)
 
 
-def main(out: Path, every: int = 1) -> None:
-    """Write the pictures into the folder `out`; of every n-th digit, for a quick look."""
+def main() -> None:
     with TemporaryDirectory() as temporary:
         data, results = Path(temporary, "digits"), Path(temporary, "results")
-        write_digits(data, every)
+        write_digits(data)
         place = ["--data", str(data), "--out", str(results)]
         run(["rotate-eval", "--models", *MODELS, *place, "-j", "0", "--device", "cpu"])
-        shutil.copyfile(results / "rotation.png", out / "rotate_eval_digits.png")
+        shutil.copyfile(results / "rotation.png", OUT / "rotate_eval_digits.png")
         two = min((data / "2").iterdir())
-        run(["show", str(two), "--model", *SHOWN, "--out", str(out / "show_digit.png")])
-    demo.measure(out / "demo.png", every=every)
+        run(["show", str(two), "--model", *SHOWN, "--out", str(OUT / "show_digit.png")])
+    demo.measure(OUT / "demo.png")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()
-    sys.exit(main(Path(__file__).parent / "pictures"))
+    main()

@@ -6,36 +6,34 @@
 
 Seven photographs that scikit-image ships: brick, grass, gravel, a cell and a retina (CC0), galaxies (NASA, public
 domain) and tissue (no known copyright restrictions). Grey pieces of 65 pixels in a disc, each with mean 0 and
-deviation 1, so that form decides and brightness does not. Labelled pieces come from the left half of each photograph,
-test pieces from the right half. The labelled ones lie as photographed, all in one orientation; the test pieces are
-rotated by any angle.
+deviation 1, so that brightness does not matter. Labelled pieces come from the left half of each photograph, test pieces
+from the right half. The labelled ones are upright as photographed, the test pieces are rotated by any angle.
 
-The networks have as many parameters, the same optimiser and the same number of steps. Results are written to
-scripts/benchmarks/few_labels.json, with a table and a picture beside it.
+The networks have about as many parameters, the same optimiser and the same number of steps. Results are written to
+scripts/benchmarks/few_labels.json, .md and .png.
 """
 
 import argparse
-import json
 import math
 import statistics
 from dataclasses import dataclass
-from datetime import date
-from pathlib import Path
+from functools import cache
 
 import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from report import BENCHMARKS, markdown, read, spread, today, write
 from skimage import data
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import random_seed
 from tqdm import tqdm
 
-import equivision_timm  # registers the models
+import equivision_timm  # noqa: F401  registers the models
 
-RESULTS = Path(__file__).parent / "benchmarks" / "few_labels.json"
+RESULTS = BENCHMARKS / "few_labels"
 SIZE = 65  # pixels of a piece
 WINDOW = 93  # holds a piece at every angle: more than sqrt(2) times as large
 SIDE = 512  # of a photograph
@@ -47,17 +45,10 @@ STEPS, BATCH_SIZE, LEARNING_RATE = 150, 32, 5e-3
 
 @dataclass(frozen=True)
 class Network:
-    """A network of the comparison.
-
-    Attributes:
-        model: its name.
-        limit: training pieces are rotated by up to so many degrees, either way.
-        colour: of its line.
-        style: of its line.
-    """
+    """A network of the comparison, the rotations in its training, and its line in the picture."""
 
     model: str
-    limit: float
+    limit: float  # degrees, either way
     colour: str
     style: str = "-"
 
@@ -72,6 +63,7 @@ NETWORKS = {
 }
 
 
+@cache
 def photographs() -> dict[str, torch.Tensor]:
     """Grey photographs [SIDE, SIDE] by class."""
     surfaces = ("brick", "grass", "gravel", "immunohistochemistry", "cell", "hubble_deep_field", "retina")
@@ -141,56 +133,45 @@ def train(network: Network, labels_of_each: int, seed: int, steps: int = STEPS) 
 
 @torch.inference_mode()
 def accuracy(model: nn.Module, limit: float) -> float:
-    """Per cent of the test pieces, rotated by up to `limit` degrees, classified correctly; the same for all models."""
+    """Accuracy in per cent on the test pieces, rotated by up to `limit` degrees; the same pieces for all models."""
     generator = torch.Generator().manual_seed(2**31)
     pieces, labels = windows("test", TEST_PIECES, generator)
     inputs = images(pieces, limit, generator)
-    right = torch.cat([model(batch).argmax(1) for batch in inputs.split(100)]) == labels
-    return 100 * right.double().mean().item()
+    correct = torch.cat([model(batch).argmax(1) for batch in inputs.split(100)]) == labels
+    return 100 * correct.double().mean().item()
 
 
 def table(results: dict[str, dict]) -> str:
     """As Markdown: mean over the seeds, and the least and the largest."""
-    lines = [
-        "# Few labels, any orientation",
-        "",
-        f"Written by `scripts/few_labels.py`, {results['about']}. Which of seven surfaces a rotated piece shows, "
-        f"per cent of {7 * TEST_PIECES} test pieces; mean of the seeds (least to largest). Labelled pieces all lie one "
-        "way.",
-        "",
-        "| network and training | "
-        + " | ".join(f"{n} labels a class" for n in LABELS)
-        + " | upright test pieces, 50 |",
-        "|---|" + "---:|" * (len(LABELS) + 1),
-    ]
-    for title in NETWORKS:
-        cells = []
-        for count in LABELS:
-            runs = [run["rotated"] for run in results["runs"].get(title, {}).get(str(count), {}).values()]
-            cells.append(f"{statistics.mean(runs):.1f} ({min(runs):.0f} to {max(runs):.0f})" if runs else "")
-        upright = [run["upright"] for run in results["runs"].get(title, {}).get(str(LABELS[-1]), {}).values()]
-        cells.append(f"{statistics.mean(upright):.1f}" if upright else "")
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-    lines += ["", f"![The same as curves]({RESULTS.stem}.png)"]
-    return "\n".join(lines) + "\n"
+    rows = []
+    for title, by_count in results["runs"].items():
+        runs = {count: by_count[str(count)].values() for count in LABELS if str(count) in by_count}
+        cells = [spread([run["rotated"] for run in runs[count]]) if count in runs else "" for count in LABELS]
+        upright = [run["upright"] for run in runs.get(LABELS[-1], ())]
+        rows.append([title, *cells, f"{statistics.mean(upright):.1f}" if upright else ""])
+    columns = ["network and training", *(f"{n} labels a class" for n in LABELS), "upright test pieces, 50"]
+    return f"""# Few labels, any orientation
+
+Written by `scripts/few_labels.py`, {results["about"]}. Which of seven surfaces a rotated piece shows, per cent of \
+{7 * TEST_PIECES} test pieces; mean of the seeds (least to largest). Labelled pieces are all upright.
+
+{markdown(columns, rows)}
+
+![The same as curves]({RESULTS.name}.png)
+"""
 
 
 def picture(results: dict[str, dict]) -> Figure:
     """Accuracy against the number of labels: the mean of the seeds as a line, their range as a band."""
-    figure = Figure(figsize=(7.5, 4.4), layout="constrained")
+    figure = Figure(figsize=(7.5, 4.4), dpi=110, layout="constrained")
     axes = figure.subplots()
-    for title, network in NETWORKS.items():
-        by_count = results["runs"].get(title, {})
-        runs = {
-            count: [run["rotated"] for run in by_count[str(count)].values()]
-            for count in LABELS
-            if str(count) in by_count
-        }
-        if runs:
-            counts, mean = list(runs), [statistics.mean(values) for values in runs.values()]
-            axes.plot(counts, mean, "o", ls=network.style, color=network.colour, label=title, linewidth=2)
-            low, high = [min(values) for values in runs.values()], [max(values) for values in runs.values()]
-            axes.fill_between(counts, low, high, color=network.colour, alpha=0.1, linewidth=0)
+    for title, by_count in results["runs"].items():
+        network = NETWORKS[title]
+        runs = [[run["rotated"] for run in by_seed.values()] for by_seed in by_count.values()]
+        counts, mean = [int(count) for count in by_count], [statistics.mean(values) for values in runs]
+        axes.plot(counts, mean, "o", ls=network.style, color=network.colour, label=title, linewidth=2)
+        low, high = [min(values) for values in runs], [max(values) for values in runs]
+        axes.fill_between(counts, low, high, color=network.colour, alpha=0.1, linewidth=0)
     axes.set_xscale("log")
     axes.set_xticks(LABELS, [str(count) for count in LABELS])
     axes.minorticks_off()
@@ -204,23 +185,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="train nothing, write table and picture")
     args = parser.parse_args()
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": {}}
-
-    def keep() -> None:
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-        RESULTS.with_suffix(".md").write_text(table(results))
-        picture(results).savefig(RESULTS.with_suffix(".png"), dpi=110)
-
+    results = read(RESULTS) or {"runs": {}}
     plan = [(seed, count, title) for seed in SEEDS for count in LABELS for title in NETWORKS]
     for seed, count, title in tqdm([] if args.table else plan, unit="run"):
         done = results["runs"].setdefault(title, {}).setdefault(str(count), {})
         if str(seed) not in done:
             model = train(NETWORKS[title], count, seed)
             done[str(seed)] = {"rotated": accuracy(model, 180), "upright": accuracy(model, 0)}
-            versions = f"torch {torch.__version__.split('+')[0]}, equivision_timm {equivision_timm.__version__}"
-            results["about"] = f"{date.today().isoformat()}, {versions}"
-            keep()
-    keep()
+            results["about"] = ", ".join(today("torch", "equivision_timm").values())
+            write(RESULTS, results, table(results), picture(results))
+    write(RESULTS, results, table(results), picture(results))
 
 
 if __name__ == "__main__":
