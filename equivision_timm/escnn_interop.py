@@ -46,8 +46,5 @@ def field_type(group: str, fields: int) -> "FieldType":
 
 def to_geometric_tensor(features: torch.Tensor, group: str) -> "GeometricTensor":
     """Equivariant features [B, fields * |G|, H, W] as an escnn `GeometricTensor` (no copy)."""
-    order = Group.from_name(group).order
-    if features.ndim != 4 or features.shape[1] % order:
-        shape = list(features.shape)
-        raise ValueError(f"features {shape} are not regular fields of {group}: use [B, fields * {order}, H, W]")
-    return import_escnn().nn.GeometricTensor(features, field_type(group, features.shape[1] // order))
+    fields = features.shape[1] // Group.from_name(group).order
+    return import_escnn().nn.GeometricTensor(features, field_type(group, fields))

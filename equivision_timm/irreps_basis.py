@@ -48,8 +48,6 @@ class IrrepsBasis:
 @constant
 def load_irreps_basis(kernel: Kernel) -> IrrepsBasis:
     """The basis of the kernels between regular fields, block diagonal."""
-    if kernel.input_type != "regular":
-        raise ValueError(f"the kernels {kernel.name} have {kernel.input_type} input: only regular fields have irreps")
     group, coefficients = Group.from_name(kernel.group), load_kernel_basis(kernel).coefficients
     fourier, blocks = group.fourier_matrix(), group.irreps()
     change = _change_to_few_terms(kernel)

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
+from equivision_timm.errors import check_choice
 from equivision_timm.groups import Group, circle
 
 __all__ = ["Harmonic", "Kernel", "Ring", "harmonics", "mixing", "pixels"]
@@ -58,8 +59,7 @@ class Kernel:
         smallest = 3 if self.low_pass else 1
         if not isinstance(self.size, int) or self.size % 2 == 0 or self.size < smallest:
             raise ValueError(f"kernel_size {self.size!r} is not supported: use an odd number from {smallest} on")
-        if self.input_type not in ("regular", "trivial"):
-            raise ValueError(f"unknown input_type {self.input_type!r}: use 'regular' or 'trivial'")
+        check_choice("input_type", self.input_type, ("regular", "trivial"))
         if self.cutoff is not None and (not isinstance(self.cutoff, int) or self.cutoff < 1):
             raise ValueError(f"cutoff {self.cutoff!r} is not supported: use a positive integer, or None")
         cutoff = "" if self.cutoff is None else f"-{self.cutoff}"

@@ -39,8 +39,6 @@ def rotate(images: torch.Tensor, degrees: float) -> torch.Tensor:
     The nearest multiple of 90 degrees permutes pixels (an odd one swaps H and W); the rest, at most 45 degrees, is
     resampled bilinearly: output(x) = input(R(-angle) x). Beyond the border the image is reflected.
     """
-    if not math.isfinite(degrees):
-        raise ValueError(f"images cannot be rotated by {degrees} degrees: give a finite angle")
     degrees = math.fmod(degrees, 360)
     quarters = round(degrees / 90)
     images = images.rot90(quarters, dims=(-2, -1))

@@ -19,6 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from equivision_timm.errors import check_choice
 from equivision_timm.groups import Group, move_pixels
 
 __all__ = ["angle_error", "assert_equivariant", "equivariance_error"]
@@ -58,8 +59,8 @@ def equivariance_error(
     """
     parsed = Group.from_name(_of(module, "group", "group") if group is None else group)
     channels = _of(module, "in_chans", "in_channels") if in_channels is None else in_channels
-    if input_type not in ("trivial", "regular") or output_type not in ("invariant", "trivial", "regular"):
-        raise ValueError(f"unknown input_type {input_type!r} or output_type {output_type!r}: see the documentation")
+    check_choice("input_type", input_type, ("trivial", "regular"))
+    check_choice("output_type", output_type, ("invariant", "trivial", "regular"))
     network = copy.deepcopy(module).eval()
     for name, scale in network.named_parameters():
         if scale.ndim < 2 and not name.endswith("bias") and len(scale.unique()) == 1 and scale.abs().max() < 0.1:
@@ -133,9 +134,7 @@ def angle_error(model: nn.Module, images: torch.Tensor, angles: Sequence[float])
         of the rotated image have next to nothing in common with the rotated features.
 
     Raises:
-        TypeError: the model has no `forward_intermediates`.
-        ValueError: images that are not square, or a map that is zero in the disc, not finite, or the same for black
-            images.
+        ValueError: a map that is zero in the disc, not finite, or the same for black images.
     """
     images = _behind_mask(images)
     network = copy.deepcopy(model).eval()
@@ -161,24 +160,17 @@ def _of(module: nn.Module, name: str, argument: str) -> Any:
 
 def _behind_mask(images: torch.Tensor) -> torch.Tensor:
     """Faded to zero towards the border, so that a rotation brings nothing new into view."""
-    if images.ndim != 4 or images.shape[2] != images.shape[3] or not len(images):
-        raise ValueError(f"expected square images [B, C, n, n], but got {list(images.shape)}: crop them")
     t = ((1 - _radius(images.shape[-1])) / 0.15).clamp(0, 1)  # 1 up to radius 0.85, 0 from 1 on
     return images * (t * t * (3 - 2 * t)).to(images)
 
 
 def _maps(model: nn.Module, images: torch.Tensor) -> list[tuple[str, int, torch.Tensor]]:
     """For every stage its name, N of its group, and its map [B, C, H, W]."""
-    forward, levels = getattr(model, "forward_intermediates", None), getattr(model, "feature_info", None)
-    if forward is None or levels is None:
-        raise TypeError(
-            f"{type(model).__name__} has no forward_intermediates with feature_info: use a timm model, without "
-            "features_only"
-        )
-    maps = forward(images, intermediates_only=True)
+    network: Any = model
+    maps = network.forward_intermediates(images, intermediates_only=True)
     return [
         (info["module"], Group.from_name(info.get("group", "c1")).rotations, x.float())
-        for info, x in zip(levels, maps, strict=True)
+        for info, x in zip(network.feature_info, maps, strict=True)
     ]
 
 

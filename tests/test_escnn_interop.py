@@ -31,12 +31,6 @@ def test_message_without_escnn(function):
         function("c4")
 
 
-@pytest.mark.parametrize("shape", [(1, 9, 3, 3), (1, 8)])
-def test_features_that_are_not_whole_fields(shape):
-    with pytest.raises(ValueError, match="regular fields"):
-        to_geometric_tensor(torch.zeros(shape), "c4")
-
-
 @needs_escnn
 @pytest.mark.parametrize("group", GROUPS)
 def test_geometric_tensor_has_our_transform(group):

@@ -60,5 +60,3 @@ def test_functions_consist_of_few_sums_and_differences(kernel, count):
 def test_sums_and_differences():
     e = sums_and_differences(5)
     assert e.tolist() == [[0, 0, 1, 0, 0], [0, 1, 0, 1, 0], [0, -1, 0, 1, 0], [1, 0, 0, 0, 1], [-1, 0, 0, 0, 1]]
-    with pytest.raises(ValueError, match="trivial"):
-        load_irreps_basis(Kernel("c4", 3, "trivial"))

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 
 from equivision_timm.constants import constant, constant_like
+from equivision_timm.errors import check_choice
 from equivision_timm.torch_state import has_static_value, is_channels_last, leaves_python, needs_plain_operations
 
 __all__ = ["Blur2d", "get_aa_layer"]
@@ -46,8 +47,8 @@ class Blur2d(nn.Module):
         self, taps: int = 5, stride: int = 2, padding: str = "zeros", even: tuple[bool, bool] = (False, False)
     ) -> None:
         super().__init__()
-        if taps not in (1, 3, 5, 7) or padding not in ("zeros", "reflect"):
-            raise ValueError(f"unknown taps={taps!r} or padding={padding!r}: use 1, 3, 5 or 7, 'zeros' or 'reflect'")
+        check_choice("taps", taps, (1, 3, 5, 7))
+        check_choice("padding", padding, ("zeros", "reflect"))
         self.taps = taps
         self.stride = stride
         self.padding = padding
@@ -144,10 +145,8 @@ def get_aa_layer(aa_layer: str) -> Callable[..., nn.Module]:
     """The factory of an anti-aliasing layer, called with `stride=`.
 
     `aa_layer` is timm's 'blur' (three taps, reflected border) or 'blurpc' (zeros), in timm's spellings, or 'blur5'
-    (five taps, zeros). timm's 'avg' is refused: 2 x 2 pixels cover one border of an odd size and not the other.
+    (five taps, zeros). timm's 'avg' is not equivariant: 2 x 2 pixels cover one border of an odd size and not the other.
     """
-    name = re.sub("[_-]|pool", "", aa_layer.lower()) if isinstance(aa_layer, str) else None
-    if name not in _AA_LAYERS:
-        known = "is not equivariant" if name == "avg" else "is unknown"
-        raise ValueError(f"aa_layer {aa_layer!r} {known}: use 'blur', 'blurpc' or 'blur5'")
+    name = re.sub("[_-]|pool", "", str(aa_layer).lower())
+    check_choice("aa_layer", name, _AA_LAYERS)
     return _AA_LAYERS[name]

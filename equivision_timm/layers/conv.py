@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 
 from equivision_timm.constants import constant_like
+from equivision_timm.errors import check_choice
 from equivision_timm.kernel_basis import initial_std, sample_kernels
 from equivision_timm.kernels import Kernel
 from equivision_timm.layers.strategies import STRATEGIES, Layer, auto, expand
@@ -134,11 +135,9 @@ class SteerableConv2d(nn.Module):
     @torch.jit.unused
     def check_strategy(self, strategy: str) -> None:
         """Raises ValueError if `strategy` does not exist or cannot compute this layer on this machine."""
+        check_choice("conv_strategy", strategy, ("auto", *STRATEGIES))
         if strategy == "auto":
             return
-        if strategy not in STRATEGIES:
-            names = ", ".join(map(repr, ("auto", *STRATEGIES)))
-            raise ValueError(f"unknown conv_strategy {strategy!r}: use one of {names}")
         reason = STRATEGIES[strategy].supports(self.describe(self.weight.device, self.weight.dtype))
         if reason:
             raise ValueError(f"conv_strategy {strategy!r} cannot compute this layer: {reason}. Use 'auto' or 'expand'")

@@ -3,6 +3,7 @@
 import torch
 import torch.nn as nn
 
+from equivision_timm.errors import check_choice
 from equivision_timm.layers.irreps import Device, DType, irreps_of
 
 __all__ = ["INVARIANTS", "Invariants"]
@@ -26,8 +27,7 @@ class Invariants(nn.Module):
     ) -> None:
         super().__init__()
         irreps = irreps_of(group)
-        if kind not in INVARIANTS:
-            raise ValueError(f"unknown invariants {kind!r}: use one of {INVARIANTS}")
+        check_choice("invariants", kind, INVARIANTS)
         if kind == "polynomial" and group != "d4":
             raise ValueError(f"invariants 'polynomial' need group 'd4', but the group is {group!r}: use 'power'")
         self.kind = kind

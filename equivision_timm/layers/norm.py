@@ -70,8 +70,6 @@ class FieldBatchNorm2d(nn.BatchNorm2d):
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         weight, bias = (None if t is None else t.to(dtype) for t in (self.weight, self.bias))
         values = x.numel() // self.num_features
-        if values == 1:
-            raise ValueError(f"a batch norm in training needs more than one value for each field, but got {x.shape}")
         weight = x.new_ones(self.num_features, dtype=dtype) if weight is None else weight
         bias = x.new_zeros(self.num_features, dtype=dtype) if bias is None else bias
         by_channel = field_batch_norm_by_definition if torch.compiler.is_compiling() else field_batch_norm

@@ -4,6 +4,8 @@ import torch
 import torch.nn as nn
 from timm.layers import SelectAdaptivePool2d
 
+from equivision_timm.errors import check_choice
+
 __all__ = ["GroupPool", "InvariantPool"]
 
 
@@ -19,8 +21,7 @@ class GroupPool(nn.Module):
 
     def __init__(self, order: int, pool_type: str = "max") -> None:
         super().__init__()
-        if pool_type not in ("max", "avg", ""):
-            raise ValueError(f"unknown group_pool {pool_type!r}: use 'max', 'avg', or '' to keep the group axis")
+        check_choice("group_pool", pool_type, ("max", "avg", ""))
         self.order = order
         self.pool_type = pool_type
 

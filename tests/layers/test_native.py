@@ -53,7 +53,7 @@ def test_memory_is_checked_before_c():
         freed.untyped_storage().resize_(0)
         for call, error in (
             (lambda: layer(x[:, :7]), "fields"),
-            (lambda: operator(x.double(), weight, name, 1, 1), "same"),
+            (lambda: operator(x.double(), weight, name, 1, 1), "weight"),
             (lambda: operator(x, weight[:, :, :-1], name, 1, 1), "weight"),
             (lambda: operator(x, weight, "c8-1-regular", 1, 1), "weight"),
             (lambda: operator(x[:, :4], weight, name, 1, 1), "fields"),

@@ -74,8 +74,6 @@ STRATEGIES: dict[str, Strategy] = {}
 
 
 def register(strategy: type[Strategy]) -> type[Strategy]:
-    """Make a strategy available under its name, which must not be taken; `del STRATEGIES[name]` removes it."""
-    if strategy.name == "auto" or strategy.name in STRATEGIES:
-        raise ValueError(f"there is a conv_strategy {strategy.name!r} already: use another name")
+    """Make a strategy available under its name; `del STRATEGIES[name]` removes it."""
     STRATEGIES[strategy.name] = strategy()
     return strategy

@@ -702,7 +702,6 @@ static void gather_part(void *argument) {
 static int knows(const Layer *l) { return l->kernel_size == 1 || l->kernel_size == 3 || l->kernel_size == 5; }
 
 /* For `native_library.py`: bytes of a layer, and the hash that this file had when it was compiled */
-long layer_size(void) { return sizeof(Layer); }
 const char *source_hash(void) { return SOURCE_HASH; }
 
 /* MR, the number of rows of a tile of packed weights */

@@ -63,10 +63,6 @@ class NativeConv2d(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach().to(packed))
 
     def forward(self, x: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
-        if self.packed.is_meta or self.packed.dtype not in (torch.float32, torch.float64):
-            raise RuntimeError(
-                "a model fused in the form 'native' was moved or cast: move or cast it first, then `fuse`"
-            )
         return fused_conv2d(x, self.packed, self.bias, shortcut, self.relu, *self.layer)
 
     def extra_repr(self) -> str:
@@ -77,17 +73,11 @@ class NativeConv2d(nn.Module):
 # padding dilation * (k // 2): [B, O * |G|, H', W']. Not differentiable in forward mode nor by `torch.func` transforms.
 
 
-def _conv2d(x: torch.Tensor, weight: torch.Tensor, kernel: str, stride: int, dilation: int) -> torch.Tensor:
-    if weight.dtype != x.dtype or not x.is_floating_point():
-        raise RuntimeError(f"input type {x.dtype} and weight type {weight.dtype} should be the same float type")
-    return native_call.convolve(x, weight, kernel, stride, dilation)
-
-
 def _operator(name: str, function: Callable[..., Any]) -> Any:
     return torch.library.custom_op(f"equivision_timm::{name}", function, mutates_args=())
 
 
-conv2d: Any = _operator("native_conv2d", _conv2d)
+conv2d: Any = _operator("native_conv2d", native_call.convolve)
 fused_conv2d: Any = _operator("native_fused_conv2d", native_call.forward)
 gradients: Any = _operator("native_conv2d_backward", native_call.backward)  # for x and the block weights W
 

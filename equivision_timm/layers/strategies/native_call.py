@@ -192,14 +192,13 @@ class _Call:
                 raise ValueError(
                     f"conv_strategy 'native' takes {size} contiguous values of {self.dtype} on the CPU as {name}, "
                     f"not {list(value.shape)} of {value.dtype} on {value.device}, strides {value.stride()}, "
-                    f"{held} bytes of memory: use 'auto', or `fuse` where it runs"
+                    f"{held} bytes of memory: use 'auto', or move and cast a model before `fuse`"
                 )
             values.append(ctypes.c_void_p(value.data_ptr()))
         status = getattr(self.code, function)(ctypes.byref(self.layer), *values, ctypes.c_long(self.threads))
-        if status == 1:
-            raise MemoryError(f"no memory for a convolution in chunks of {self.layer.images} x {self.layer.rows} rows")
         if status:
-            raise ValueError(f"native.c has no kernels of {self.layer.kernel_size} x {self.layer.kernel_size} pixels")
+            size, rows = self.layer.kernel_size, f"{self.layer.images} x {self.layer.rows} rows"
+            raise MemoryError(f"native.c has no memory for chunks of {rows}, or no kernels of {size} x {size} pixels")
 
 
 @lru_cache(maxsize=1024)
