@@ -19,7 +19,9 @@ import math
 import re
 import statistics
 import struct
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -40,9 +42,9 @@ STEPS, BATCH_SIZE = 200, 32
 ENTRY = "uffff" + "us" + "ffu" + "ffffff" + "u" * 14 + "suu" + "s" * 7 + "u" * 5
 
 
-def catalogue(file: Path) -> np.ndarray:
-    """Galaxies [N, 5]: right ascension, declination, long and short axis, position angle, in degrees."""
-    data, at, galaxies = gzip.decompress(file.read_bytes()), 0, []
+def entries(file: Path) -> Iterator[list[Any]]:
+    """Each object of the catalogue, its values in the order of ENTRY."""
+    data, at = gzip.decompress(file.read_bytes()), 0
 
     def read(kind: str) -> float | str:
         nonlocal at
@@ -56,10 +58,22 @@ def catalogue(file: Path) -> np.ndarray:
 
     read("s"), read("s")  # version and edition
     while at < len(data):
-        _, ra, dec, _, _, kind, _, major, minor, angle, *_ = [read(k) for k in ENTRY]
+        yield [read(kind) for kind in ENTRY]
+
+
+def catalogue(file: Path) -> np.ndarray:
+    """Galaxies [N, 5]: right ascension, declination, long and short axis, position angle, in degrees."""
+    galaxies = []
+    for _, ra, dec, _, _, kind, _, major, minor, angle, *_ in entries(file):
         if kind <= 3 and 0 < minor < 0.75 * major:  # (active, radio, interacting) galaxies with a clear axis
             galaxies.append((math.degrees(ra), math.degrees(dec), major, minor, angle))
     return np.array(galaxies)
+
+
+def photographs(folder: Path) -> list[dict[str, Any]]:
+    """What `textures.json` has on each photograph."""
+    text = (folder / "textures.json").read_text()
+    return json.loads(re.sub(r"(?<!\d)\.(?=\d)", "0.", text))["subTiles"]  # .5 is not JSON
 
 
 def on_plane(sky: np.ndarray, centre: np.ndarray) -> np.ndarray:
@@ -71,27 +85,34 @@ def on_plane(sky: np.ndarray, centre: np.ndarray) -> np.ndarray:
     return np.degrees(np.stack([east, north]) / np.where(depth > 0, depth, np.nan)).T
 
 
+def placed(photograph: dict[str, Any], sky: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where places on the sky [N, 2] are in a photograph, [N, 2] in 0 ... 1, upwards; and how it lies.
+
+    Also its centre [2] in degrees, and [2, 2], by how much a degree to the east and one to the north move a place.
+    """
+    corners, places = np.array(photograph["worldCoords"][0]), np.array(photograph["textureCoords"][0])  # [4, 2]
+    angles = np.radians(corners)
+    points = np.stack([np.cos(angles[:, 1]) * f(angles[:, 0]) for f in (np.cos, np.sin)])
+    x, y, z = *points.mean(1), np.sin(angles[:, 1]).mean()
+    centre = np.degrees([np.arctan2(y, x), np.arctan2(z, np.hypot(x, y))])
+    matrix = np.linalg.lstsq(np.c_[on_plane(corners, centre), np.ones(4)], places, rcond=None)[0]  # [3, 2]
+    return np.c_[on_plane(sky, centre), np.ones(len(sky))] @ matrix, centre, matrix[:2]
+
+
 def load(folder: Path) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     """Crops [N, 1, 2 * SIZE, 2 * SIZE] in 0 ... 1, axes [N] in radians, counter-clockwise from the right, and files."""
-    text = re.sub(r"(?<!\d)\.(?=\d)", "0.", (folder / "textures.json").read_text())  # .5 is not JSON
     galaxies = catalogue(folder / "catalog.dat")
     crops, axes, files = [], [], []
-    for entry in json.loads(text)["subTiles"]:
-        corners, places = np.array(entry["worldCoords"][0]), np.array(entry["textureCoords"][0])  # [4, 2]
-        angles = np.radians(corners)
-        points = np.stack([np.cos(angles[:, 1]) * f(angles[:, 0]) for f in (np.cos, np.sin)])
-        x, y, z = *points.mean(1), np.sin(angles[:, 1]).mean()
-        centre = np.degrees([np.arctan2(y, x), np.arctan2(z, np.hypot(x, y))])
-        matrix = np.linalg.lstsq(np.c_[on_plane(corners, centre), np.ones(4)], places, rcond=None)[0]  # [3, 2]
-        where = np.c_[on_plane(galaxies[:, :2], centre), np.ones(len(galaxies))] @ matrix  # in 0 ... 1, upwards
+    for entry in photographs(folder):
+        where, _, matrix = placed(entry, galaxies[:, :2])
         for index in np.nonzero(((where > 0.02) & (where < 0.98)).all(1))[0]:
             image = Image.open(folder / entry["imageUrl"]).convert("L")
-            scale = math.sqrt(abs(np.linalg.det(matrix[:2])) * image.width * image.height)  # pixels a degree
+            scale = math.sqrt(abs(np.linalg.det(matrix)) * image.width * image.height)  # pixels a degree
             side = WINDOW * galaxies[index, 2] * scale
             if side < SIZE:
                 continue
             angle = math.radians(galaxies[index, 4])
-            right, up = np.array([math.sin(angle), math.cos(angle)]) @ matrix[:2] * image.size
+            right, up = np.array([math.sin(angle), math.cos(angle)]) @ matrix * image.size
             column, row = where[index, 0] * image.width, (1 - where[index, 1]) * image.height
             box = [round(v) for v in (column - side / 2, row - side / 2, column + side / 2, row + side / 2)]
             crop = image.crop(box).resize((2 * SIZE, 2 * SIZE), Image.Resampling.BOX)
