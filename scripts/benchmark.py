@@ -51,7 +51,7 @@ from report import BENCHMARKS, markdown, processor, read, today, write
 from tqdm import tqdm
 
 from equivision_timm import fuse
-from equivision_timm.layers import ConvNormAct, SteerableConv2d
+from equivision_timm.layers import ConvNormAct, SteerableConv2d, conv_input_shapes
 from equivision_timm.layers.strategies import STRATEGIES
 from equivision_timm.layers.strategies.basis import block_shapes
 from equivision_timm.models import model_names
@@ -319,7 +319,7 @@ def measure_layers(name: str, batch_size: int, size: int, repeats: int, threads:
     torch.set_num_threads(threads)
     model = timm.create_model(name)
     kinds: dict[tuple, list[str]] = {}
-    for layer_name, shape in model.conv_input_shapes(size).items():
+    for layer_name, shape in conv_input_shapes(model, torch.zeros(1, 3, size, size)).items():
         layer = model.get_submodule(layer_name)
         kind = (layer.in_fields, layer.out_fields, layer.kernel_size, layer.stride, layer.input_type)
         kinds.setdefault((*kind, *shape[1:]), []).append(layer_name)

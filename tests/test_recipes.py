@@ -49,7 +49,7 @@ class TwoBlocks(EquivariantBackbone):
         self.pool = nn.Identity()
         self.add_level("layer1", Block(width, width, group, **dd), width, reduction=4)
         self.add_level("layer2", Block(width, 2 * width, group, **dd), 2 * width, reduction=8)
-        self.create_head(num_classes, global_pool, "max", "auto", **dd, **kwargs)
+        self.create_head(num_classes, global_pool, "max", "auto", **kwargs)
 
     def stem(self, x):
         return self.stem1(x)

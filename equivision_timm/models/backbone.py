@@ -19,24 +19,18 @@ __all__ = ["CheckImage", "EquivariantBackbone", "check_classifier", "init_weight
 
 
 class CheckImage(nn.Module):
-    """Returns images [B, in_chans, H, W] as they are; AssertionError for anything else, or a side below `min_size`."""
+    """Returns images [B, in_chans, H, W] as they are; AssertionError for anything else."""
 
-    def __init__(self, in_chans: int, min_size: int = 32) -> None:
+    def __init__(self, in_chans: int) -> None:
         super().__init__()
         self.in_chans = in_chans
-        self.min_size = min_size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not has_sizes(x):
-            return x
         # Not `assert`: torch.compile would treat the sizes in its message as constants
-        if x.ndim != 4 or x.shape[1] != self.in_chans:
+        if has_sizes(x) and (x.ndim != 4 or x.shape[1] != self.in_chans):
             raise AssertionError(
                 f"expected images [B, {self.in_chans}, H, W], got {x.shape}: add the batch, or set in_chans"
             )
-        for side in x.shape[2:]:
-            if side < self.min_size:
-                raise AssertionError(f"images with a side of {side} pixels are too small: use at least {self.min_size}")
         return x
 
 
@@ -85,7 +79,6 @@ class EquivariantBackbone(nn.Module, ABC):
         self.drop_rate = drop_rate
         self.grad_checkpointing: bool = False
         self.feature_info: list[dict[str, Any]] = []
-        self._order = Group.from_name(group).order
         self._map_group = "c1" if map_pool else group  # pooled, a field is one channel that nothing permutes
         self._map_pool = map_pool
         self.check_image: CheckImage = CheckImage(in_chans)
@@ -101,30 +94,15 @@ class EquivariantBackbone(nn.Module, ABC):
         )
 
     def create_head(
-        self, num_classes: int, global_pool: str, group_pool: str, conv_strategy: str | dict[str, str], **dd: Any
+        self, num_classes: int, global_pool: str, group_pool: str, conv_strategy: str | dict[str, str]
     ) -> None:
         """Pooling and classifier on the last level; see `EquivariantResNet` for the arguments."""
-        self.num_classes: int = num_classes
-        self.map_pool: GroupPool = GroupPool(self._order, self._map_pool)
+        order = Group.from_name(self.group).order
+        self.map_pool: GroupPool = GroupPool(order, self._map_pool)
         self.num_features: int = self.feature_info[-1]["num_chs"]
-        check_classifier(num_classes, global_pool, self.map_pool.pool_type)
-        self.global_pool: InvariantPool = self._create_global_pool(global_pool, group_pool)
-        self._create_classifier(**dd)
+        self.global_pool: InvariantPool = InvariantPool("", 1 if self._map_pool else order, group_pool)
+        self.reset_classifier(num_classes, global_pool)
         self.set_conv_strategy(conv_strategy)
-
-    def _create_global_pool(self, pool_type: str, group_pool: str) -> InvariantPool:
-        """The pooling before the classifier; after `map_pool` there is no group axis left."""
-        return InvariantPool(pool_type, 1 if self.map_pool.pool_type else self.map_pool.order, group_pool)
-
-    def _create_classifier(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
-        """The linear layer on what both poolings leave; its input is `head_hidden_size` wide."""
-        group_axis = self.group_pool.order if self.group_pool.pool_type else 1
-        feat_mult = self.global_pool.feat_mult()  # 'catavgmax': twice
-        self.head_hidden_size: int = self.num_features // group_axis * feat_mult
-        self.fc: nn.Module = nn.Identity()
-        if self.num_classes > 0:
-            self.fc = nn.Linear(self.head_hidden_size, self.num_classes, device=device, dtype=dtype)
-        self.fc.train(self.training)
 
     # Running
 
@@ -207,12 +185,17 @@ class EquivariantBackbone(nn.Module, ABC):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier, and the pooling over space unless `global_pool` is None; 0 classes: none."""
         check_classifier(num_classes, global_pool, self.map_pool.pool_type)
+        order, group_pool = self.group_pool.order, self.group_pool.pool_type
         if global_pool is not None:
-            pool = self._create_global_pool(global_pool, self.group_pool.pool_type)
-            self.global_pool = pool.train(self.training)
-        self.num_classes = num_classes
-        parameter = next(self.parameters())
-        self._create_classifier(device=parameter.device, dtype=parameter.dtype)
+            self.global_pool = InvariantPool(global_pool, order, group_pool).train(self.training)
+        self.num_classes: int = num_classes
+        feat_mult = self.global_pool.feat_mult()  # 'catavgmax': twice
+        self.head_hidden_size: int = self.num_features // (order if group_pool else 1) * feat_mult
+        self.fc: nn.Module = nn.Identity()
+        if num_classes > 0:
+            like = next(self.parameters())
+            self.fc = nn.Linear(self.head_hidden_size, num_classes, device=like.device, dtype=like.dtype)
+        self.fc.train(self.training)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -267,14 +250,11 @@ class EquivariantBackbone(nn.Module, ABC):
             >>> timm.create_model("test_c8resnet").exact_sizes(near=224)
             (193, 225)
         """
-        smallest = self.check_image.min_size
-        if near < smallest:
-            raise ValueError(f"images of {near} pixels are too small: use at least {smallest}")
         if self.is_exact(near):
             return near, near
         reduction = self._reduction()
         below = (near - 1) // reduction * reduction + 1
-        return max(below, smallest // reduction * reduction + 1), below + reduction
+        return below, below + reduction
 
     def _reduction(self) -> int:
         return max(level["reduction"] for level in self.feature_info)
@@ -308,15 +288,9 @@ class EquivariantBackbone(nn.Module, ABC):
     @torch.jit.unused
     def conv_strategies(self, size: int = 224, batch_size: int = 8) -> dict[str, str]:
         """The strategy that each convolution takes for `batch_size` images of size x size pixels: {layer: strategy}."""
-        device = next(self.parameters()).device
-        layers, shapes = self._convolutions(), self.conv_input_shapes(size)
-        return {name: layers[name].strategy_for((batch_size, *shape[1:]), device) for name, shape in shapes.items()}
+        image = next(self.parameters()).new_zeros(1, self.in_chans, size, size)
+        layers, shapes = self._convolutions(), conv_input_shapes(self, image)
+        return {name: layers[name].strategy_for((batch_size, *s[1:]), image.device) for name, s in shapes.items()}
 
     def _convolutions(self) -> dict[str, SteerableConv2d]:
         return {name: module for name, module in self.named_modules() if isinstance(module, SteerableConv2d)}
-
-    @torch.jit.unused
-    def conv_input_shapes(self, size: int = 224) -> dict[str, torch.Size]:
-        """The input [1, C, H, W] of each convolution for an image of size x size pixels: {layer: shape}."""
-        image = next(self.parameters()).new_zeros(1, self.in_chans, size, size)
-        return conv_input_shapes(self, image)

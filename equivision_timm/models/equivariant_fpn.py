@@ -10,7 +10,7 @@ import torch
 import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.models import FeatureDictNet, FeatureInfo
+from timm.models import FeatureInfo
 
 from equivision_timm.groups import Group
 from equivision_timm.layers import ConvNormAct, GroupPool
@@ -21,8 +21,8 @@ __all__ = ["EquivariantFPN"]
 class PyramidLevel(nn.Module):
     """relu(norm(conv3x3(relu(norm(conv1x1(c)) + up(x))))), up the interpolation to the size of c.
 
-    `forward` takes the backbone's map c [B, in_fields * |G|, h, w] and the coarser level x [B, fields * |G|, h', w'],
-    or None above the coarsest one, and returns [B, fields * |G|, h, w].
+    c [B, in_fields * |G|, h, w] is the backbone's map, x [B, fields * |G|, h', w'] the coarser level, None above the
+    coarsest one; the output is [B, fields * |G|, h, w].
     """
 
     def __init__(self, in_fields: int, fields: int, group: str) -> None:
@@ -46,13 +46,13 @@ class EquivariantFPN(nn.Module):
     value under a quarter turn at 224 pixels, by 1e-6 at 225.
 
     Args:
-        encoder: a model of this package made with `features_only=True`; its `out_indices` are the levels.
+        encoder: a model of this package made with `features_only=True`; its `out_indices`, rising, are the levels.
         num_classes: channels of the logits; 1 for a single foreground class, decided by the sign.
         fields: number of fields of the pyramid.
 
     Raises:
-        TypeError: `encoder` returns no list of maps, as one made with `features_only=True` does.
-        ValueError: its levels are not all regular fields of one group, or not in the order from fine to coarse.
+        TypeError: `encoder` is not made with `features_only=True`.
+        ValueError: its levels are not all regular fields of one group.
 
     Source of the architecture: Lin et al., Feature Pyramid Networks for Object Detection (2017).
 
@@ -99,17 +99,14 @@ def _resize(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def _levels(encoder: nn.Module) -> list[dict[str, Any]]:
     """timm's description of the maps that `encoder` returns, after a check that a pyramid can stand on them."""
-    info, name = getattr(encoder, "feature_info", None), type(encoder).__name__
-    if not isinstance(info, FeatureInfo) or type(encoder) is FeatureDictNet:
-        raise TypeError(f"{name} returns no list of maps: create the encoder with features_only=True, no feature_cls")
-    levels: list[dict[str, Any]] = [info.info[index] for index in info.out_indices]
+    info = getattr(encoder, "feature_info", None)
+    if not isinstance(info, FeatureInfo):
+        raise TypeError(f"{type(encoder).__name__} returns no list of maps: create it with features_only=True")
+    levels: Any = info.get_dicts()
     groups = [level.get("group", "c1") for level in levels]
     if "c1" in groups or len(set(groups)) > 1:
         raise ValueError(
             f"the levels of the encoder have the groups {groups} ('c1': no symmetry): use an equivariant model without "
             "map_pool, and out_indices of one group"
         )
-    indices = [level["index"] for level in levels]
-    if indices != sorted(set(indices)):
-        raise ValueError(f"the levels {indices} of the encoder are not in order: give out_indices from fine to coarse")
     return levels

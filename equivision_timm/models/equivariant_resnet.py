@@ -13,7 +13,7 @@ evaluated at 224 by their author; to repeat published accuracies, give `--img-si
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -149,9 +149,8 @@ class EquivariantResNet(EquivariantBackbone):
         width: fields of the stem and of the first stage; the stages have 1, 2, 4 and 8 times as many.
         num_classes: number of classes; 0 removes the classifier.
         output_stride: 32, 16 or 8; below 32 the last stages dilate instead of striding.
-        stem_type: '' for one 7x7 convolution; 'deep' for three of 3x3, 'deep_tiered' with three quarters of the fields
-            in the first.
-        stem_width: fields inside a deep stem; None takes half of `width`.
+        stem_type: '' for one 7x7 convolution; 'deep' for three of 3x3, with half of `width` inside, 'deep_tiered' with
+            three quarters of that in the first.
         replace_stem_pool: whether a 3x3 convolution strides in place of the max-pooling.
         stem_pool: pooling after the stem, 'max' or 'blur' (only a low pass: a maximum makes high frequencies).
         avg_down: whether the shortcuts average before a 1x1 convolution instead of striding it. timm averages
@@ -195,7 +194,6 @@ class EquivariantResNet(EquivariantBackbone):
         in_chans: int = 3,
         output_stride: int = 32,
         stem_type: str = "",
-        stem_width: int | None = None,
         replace_stem_pool: bool = False,
         stem_pool: str = "max",
         avg_down: bool = False,
@@ -227,18 +225,21 @@ class EquivariantResNet(EquivariantBackbone):
         act_layer = check_pointwise(act_layer)
         if act_layer is nn.ReLU:  # for the gradient of SiLU and others PyTorch would copy what it overwrites
             act_layer = partial(nn.ReLU, inplace=True)
-        norm_layer = _batch_norm_options(get_norm_layer(norm_layer), momentum=bn_momentum, eps=bn_eps)
+        bn_options = {"momentum": bn_momentum, "eps": bn_eps}
+        given = {name: value for name, value in bn_options.items() if value is not None}
+        norm_layer = partial(cast(Layer, get_norm_layer(norm_layer)), **given)
         check_positionwise(norm_layer, width)
 
-        axes = Group.from_name(group).reversed_axes if even else (False, False)
+        parsed = Group.from_name(group)
+        axes = parsed.reversed_axes if even else (False, False)
         aa = partial(get_aa_layer(aa_layer), even=axes) if aa_layer else None
         blur = aa or partial(Blur2d, taps=3, even=axes)
-        attn_layer = _attention(Group.from_name(group).order, dd, **(block_args or {}))
+        attn_layer = partial(FieldAttention, order=parsed.order, **block_args, **dd) if block_args else None
 
         # Stem: trivial fields (the image) -> regular fields
         norm_act: dict[str, Any] = {"norm_layer": norm_layer, "act_layer": act_layer}
         unit = partial(ConvNormAct, group=group, cutoff=cutoff, even=bool(even), **norm_act, **dd)
-        self.conv1: nn.Module = _stem(unit, in_chans, width, stem_type, stem_width, low_pass, axes)
+        self.conv1: nn.Module = _stem(unit, in_chans, width, stem_type, low_pass, axes)
         self.act1: nn.Module
         self.add_level("act1", nn.Identity(), width, reduction=2)  # in conv1; as many children as timm's, for cuts [:n]
         spatial = partial(_spatial, unit, low_pass=low_pass)
@@ -278,7 +279,7 @@ class EquivariantResNet(EquivariantBackbone):
                 in_fields = width * 2**stage * block.expansion
             self.add_level(f"layer{stage + 1}", Stage(*blocks), in_fields, reduction)
 
-        self.create_head(num_classes, global_pool, group_pool, conv_strategy, **dd)
+        self.create_head(num_classes, global_pool, group_pool, conv_strategy)
         if zero_init_last:
             self._zero_init_last()
 
@@ -332,23 +333,13 @@ def _spatial(
     return unit(in_fields, out_fields, 5 if smooth else kernel_size, low_pass=smooth, **kwargs)
 
 
-def _stem(
-    unit: Unit,
-    in_chans: int,
-    width: int,
-    stem_type: str,
-    stem_width: int | None,
-    low_pass: bool,
-    even: tuple[bool, bool],
-) -> nn.Module:
+def _stem(unit: Unit, in_chans: int, width: int, stem_type: str, low_pass: bool, even: tuple[bool, bool]) -> nn.Module:
     """[B, in_chans, H, W] -> [B, width * |G|, H / 2, W / 2]."""
     check_choice("stem_type", stem_type, ("", "deep", "deep_tiered"))
     if stem_type == "":
-        if stem_width is not None:
-            raise ValueError(f"stem_width={stem_width!r} is for stem_type 'deep' or 'deep_tiered': leave it out")
         stem = partial(unit, in_chans, width, 7, input_type="trivial", stride=2)
         return nn.Sequential(Blur2d(taps=3, stride=1, even=even), stem(even=False)) if low_pass else stem()
-    inner = max(1, width // 2) if stem_width is None else stem_width
+    inner = max(1, width // 2)
     first = max(1, 3 * inner // 4) if stem_type == "deep_tiered" else inner
     spatial = partial(_spatial, unit, low_pass=low_pass)
     return nn.Sequential(
@@ -381,23 +372,12 @@ def _stem_pool(
     return nn.Sequential(nn.MaxPool2d(kernel_size=3, stride=1, padding=1), aa(stride=2))
 
 
-def _attention(order: int, dd: dict[str, Any], attn_layer: str | None = None) -> Layer | None:
-    """The factory of the attention that `block_args` names, called with the number of fields."""
-    return None if attn_layer is None else partial(FieldAttention, order=order, attn_layer=attn_layer, **dd)
-
-
 def _drop_block(stage: int, rate: float) -> Layer | None:
     """timm's: blocks of 5 pixels in the third stage, of 3 in the fourth."""
     if not rate or stage < 2:
         return None
     block_size, gamma_scale = ((5, 0.25), (3, 1.0))[stage - 2]
     return partial(DropBlock2d, drop_prob=rate, block_size=block_size, gamma_scale=gamma_scale)
-
-
-def _batch_norm_options(norm_layer: Any, **options: float | None) -> Callable[..., nn.Module]:
-    """`norm_layer` with the batch norm options that are set."""
-    given = {name: value for name, value in options.items() if value is not None}
-    return partial(norm_layer, **given) if given else norm_layer
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
@@ -440,28 +420,11 @@ def _features_only(**kwargs: Any) -> dict[str, Any]:
 
 
 _LAYERS: dict[int, dict[str, Any]] = {
+    10: dict(block=BasicBlock, layers=(1, 1, 1, 1)),
     18: dict(block=BasicBlock, layers=(2, 2, 2, 2)),
     50: dict(block=Bottleneck, layers=(3, 4, 6, 3)),
     101: dict(block=Bottleneck, layers=(3, 4, 23, 3)),
 }
-_TEST_LAYERS: dict[str, Any] = dict(block=BasicBlock, layers=(1, 1, 1, 1))
-
-
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 225, 225),
-        "pool_size": (8, 8),
-        "crop_pct": 0.875,
-        "interpolation": "bilinear",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "conv1.conv",
-        "classifier": "fc",
-        "license": "mit",
-        "origin_url": "https://github.com/dmklee/equivision",
-        **kwargs,
-    }
 
 
 def _symmetry(group: str) -> str:
@@ -472,57 +435,49 @@ def _symmetry(group: str) -> str:
     return " and ".join(filter(None, (rotations, reflections))) or "no symmetry (the plain twin)"
 
 
-def _resnet(depth: int, group: str, width: int, name: str = "", **keywords: Any) -> Variant:
-    """A row of the table: depth, group, fields of the first stage, maybe the model's name, keywords of the network."""
+def _row(name: str, depth: int, group: str, width: int, keywords: dict[str, Any]) -> Variant:
+    """A row of the table: name, depth, group, fields of the first stage, keywords of the network."""
     channels = width * Group.from_name(group).order
     summary = f"{group.upper()} ResNet-{depth}: {_symmetry(group)}; {width} fields, {channels} channels"
-    arguments = {**_LAYERS[depth], "group": group, "width": width, **keywords}
     if keywords:
         summary += f"; {', '.join(f'{name}={value!r}' for name, value in keywords.items())}"
-    tag = "equivision_in1k" if name in _RELEASED else ""
-    cfg = _cfg(**_first_conv(keywords), **_converted(name, tag))
+    cfg: dict[str, Any] = {
+        "num_classes": 1000,
+        "input_size": (3, 225, 225),
+        "pool_size": (8, 8),
+        "crop_pct": 0.875,
+        "interpolation": "bilinear",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "conv1.0.conv" if "stem_type" in keywords else "conv1.conv",
+        "classifier": "fc",
+        "license": "mit",
+        "origin_url": "https://github.com/dmklee/equivision",
+    }
+    if "low_pass" in keywords:  # a blur of the image comes first
+        cfg.update(first_conv="conv1.1.conv")
     if "even" in keywords:  # exact at every size
         cfg.update(input_size=(3, 224, 224), pool_size=(7, 7))
-    return Variant(summary, arguments, cfg, tag)
-
-
-def _first_conv(keywords: dict[str, Any]) -> dict[str, str]:
-    """The entry of a cfg that says where the image enters, if not at 'conv1.conv'."""
-    if "low_pass" in keywords:
-        return {"first_conv": "conv1.1.conv"}  # after the blur of the image
-    return {"first_conv": "conv1.0.conv"} if "stem_type" in keywords else {}
+    tag = "equivision_in1k" if name in _RELEASED else ""
+    if name.startswith("test_"):
+        summary, tag = f"{summary}; tiny, for tests", "digits"
+        cfg.update(digits_cfg(name, 65), pool_size=(3, 3))
+    elif "reresnet" in name:
+        summary += ". A backbone for oriented detection. With 1000 classes the logits are NOT invariant, as published"
+        summary += " (group_pool='avg' makes them); maps are equivariant"
+        tag = "redet_in1k"
+        cfg.update(license="apache-2.0", origin_url="https://github.com/csuhan/ReDet")
+    if tag.endswith("in1k"):
+        cfg.update(hf_hub_id=hub_id(name, tag), hf_hub_filename=WEIGHTS_FILE)
+    return Variant(summary, {**_LAYERS[depth], "group": group, "width": width, **keywords}, cfg, tag)
 
 
 # What rotates between the quarter turns, too: see scripts/benchmarks/angle.md for what each step buys
 _ALIAS_FREE: dict[str, Any] = dict(
     low_pass=True, aa_layer="blur5", avg_down=True, stem_pool="blur", act_layer="silu", even="box"
 )
-
-
-def _reresnet(depth: int, name: str) -> Variant:
-    """ReDet's C8 network: more functions of the plane in each kernel, and a classifier that reads the group axis."""
-    summary = (
-        f"ReDet's C8 ResNet-{depth}, a backbone for oriented detection: {_symmetry('c8')}; 8 fields, 64 channels. With "
-        "1000 classes the logits are NOT invariant, as published (group_pool='avg' makes them); maps are equivariant"
-    )
-    arguments = {**_LAYERS[depth], "group": "c8", "width": 8, "cutoff": 3, "zero_init_last": True}
-    cfg = _cfg(**_converted(name, "redet_in1k"), license="apache-2.0", origin_url="https://github.com/csuhan/ReDet")
-    return Variant(summary, arguments, cfg, "redet_in1k")
-
-
-def _converted(name: str, tag: str) -> dict[str, Any]:
-    """Where timm finds the converted weights of a model with this tag, '' for none."""
-    return dict(hf_hub_id=hub_id(name, tag), hf_hub_filename=WEIGHTS_FILE) if tag else {}
-
-
-def _test_resnet(group: str, width: int, name: str, **arguments: Any) -> Variant:
-    """A tiny network for tests and the demo, see `digits_cfg`."""
-    cfg = _cfg(**digits_cfg(name, 65), pool_size=(3, 3), **_first_conv(arguments))
-    kind = "alias-free ResNet" if arguments else "ResNet"
-    summary = f"Tiny {group.upper()} {kind} for tests: {_symmetry(group)}; {width} fields"
-    return Variant(summary, {**_TEST_LAYERS, "group": group, "width": width, **arguments}, cfg, "digits")
-
-
+# ReDet's: more functions of the plane in each kernel
+_REDET: dict[str, Any] = dict(cutoff=3, zero_init_last=True)
 # Fields of the first stage: of the models that have as many parameters as the plain ResNet, and of the fast ones
 _WIDTHS: dict[int, dict[str, tuple[int, int]]] = {
     18: {"c1": (78, 64), "d1": (55, 32), "c4": (39, 16), "d4": (28, 8), "c8": (28, 8), "d8": (20, 3)},
@@ -531,30 +486,31 @@ _WIDTHS: dict[int, dict[str, tuple[int, int]]] = {
 }
 _RELEASED = {f"{group}resnet{depth}" for group in ("d1", "c4", "d4") for depth in (18, 50, 101)}
 _RELEASED |= {"c8resnet18", "d8resnet18", "c8resnet50"}
-VARIANTS = {
-    f"{group}resnet{depth}{suffix}": _resnet(depth, group, widths[suffix != ""], f"{group}resnet{depth}{suffix}")
+_ROWS: dict[str, tuple[int, str, int, dict[str, Any]]] = {
+    f"{group}resnet{depth}{suffix}": (depth, group, widths[suffix != ""], {})
     for depth, groups in _WIDTHS.items()
     for group, widths in groups.items()
     for suffix in ("", "_fast")
 }
-VARIANTS |= {
-    "c16resnet18": _resnet(18, "c16", 20),
-    "c16resnet50": _resnet(50, "c16", 18),
-    "c6resnet18_fast": _resnet(18, "c6", 11),
-    "c8resnet50d": _resnet(50, "c8", 25, stem_type="deep", avg_down=True),
-    "c8resnetaa50d": _resnet(50, "c8", 25, stem_type="deep", avg_down=True, aa_layer="blur"),
-    "c8resnetblur50": _resnet(50, "c8", 25, aa_layer="blur"),
-    "c4resnetaf18": _resnet(18, "c4", 39, **_ALIAS_FREE),
-    "c8resnetaf18": _resnet(18, "c8", 28, **_ALIAS_FREE),
-    "d8resnetaf18": _resnet(18, "d8", 20, **_ALIAS_FREE),
-    "c8resnetaf50": _resnet(50, "c8", 25, **_ALIAS_FREE),
-    "c8resnetaf18_fast": _resnet(18, "c8", 8, **_ALIAS_FREE),
-    "d8resnetaf18_fast": _resnet(18, "d8", 5, **_ALIAS_FREE),
-    "c8reresnet50": _reresnet(50, "c8reresnet50"),
-    "c8reresnet101": _reresnet(101, "c8reresnet101"),
-    "test_c1resnet": _test_resnet("c1", 11, "test_c1resnet"),
-    "test_d4resnet": _test_resnet("d4", 4, "test_d4resnet"),
-    "test_c8resnet": _test_resnet("c8", 4, "test_c8resnet"),
-    "test_c8resnetaf": _test_resnet("c8", 4, "test_c8resnetaf", **_ALIAS_FREE),
+_ROWS |= {
+    "c16resnet18": (18, "c16", 20, {}),
+    "c16resnet50": (50, "c16", 18, {}),
+    "c6resnet18_fast": (18, "c6", 11, {}),
+    "c8resnet50d": (50, "c8", 25, dict(stem_type="deep", avg_down=True)),
+    "c8resnetaa50d": (50, "c8", 25, dict(stem_type="deep", avg_down=True, aa_layer="blur")),
+    "c8resnetblur50": (50, "c8", 25, dict(aa_layer="blur")),
+    "c4resnetaf18": (18, "c4", 39, _ALIAS_FREE),
+    "c8resnetaf18": (18, "c8", 28, _ALIAS_FREE),
+    "d8resnetaf18": (18, "d8", 20, _ALIAS_FREE),
+    "c8resnetaf50": (50, "c8", 25, _ALIAS_FREE),
+    "c8resnetaf18_fast": (18, "c8", 8, _ALIAS_FREE),
+    "d8resnetaf18_fast": (18, "d8", 5, _ALIAS_FREE),
+    "c8reresnet50": (50, "c8", 8, _REDET),
+    "c8reresnet101": (101, "c8", 8, _REDET),
+    "test_c1resnet": (10, "c1", 11, {}),
+    "test_d4resnet": (10, "d4", 4, {}),
+    "test_c8resnet": (10, "c8", 4, {}),
+    "test_c8resnetaf": (10, "c8", 4, _ALIAS_FREE),
 }
+VARIANTS = {name: _row(name, *row) for name, row in _ROWS.items()}
 register_family(__name__, EquivariantResNet, _create, VARIANTS)

@@ -28,7 +28,6 @@ from timm.models._features import FeatureGetterNet, feature_take_indices
 from timm.models.vision_transformer import Block
 
 from equivision_timm.errors import check_choice
-from equivision_timm.kernels import Kernel
 from equivision_timm.layers import check_pointwise
 from equivision_timm.layers.invariants import Invariants
 from equivision_timm.layers.irreps import ChangeBasis, Device, DType, irreps_of
@@ -39,8 +38,6 @@ from equivision_timm.models.pretrained import WEIGHTS_FILE, build_pretrained
 from equivision_timm.models.variants import Variant, digits_cfg, register_family
 
 __all__ = ["EquivariantBlock", "EquivariantViT"]  # the entrypoints are added below
-
-POOLS = ("token", "avg", "avgmax", "max", "")
 
 
 class EquivariantBlock(nn.Module):
@@ -159,12 +156,11 @@ class EquivariantViT(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         equivariant_depth = depth // 2 if equivariant_depth is None else equivariant_depth
+        check_choice("equivariant_depth", equivariant_depth, range(1, depth + 1))
+        kinds = ("power", "polynomial", "trivial" if equivariant_depth == depth else "")
+        check_choice("invariants", invariants, kinds)
         self.group = group
         self.order: int = irreps_of(group).order
-        if not 0 < equivariant_depth <= depth:
-            raise ValueError(f"equivariant_depth {equivariant_depth} of {depth} blocks: use 1 to {depth}, or None")
-        if invariants == ("trivial" if equivariant_depth < depth else ""):
-            raise ValueError(f"invariants {invariants!r} with {equivariant_depth} of {depth} blocks: use 'power'")
         if embed_dim % self.order:
             raise ValueError(f"embed_dim {embed_dim} must be a multiple of {self.order}, the order of {group}")
         act_layer = check_pointwise(act_layer)
@@ -189,7 +185,7 @@ class EquivariantViT(nn.Module):
         self.global_pool: str = global_pool
 
         # Images -> tokens in the irreps basis; class token, distillation token and registers are of the trivial irrep
-        self.check_image: CheckImage = CheckImage(in_chans, min_size=patch_size)
+        self.check_image: CheckImage = CheckImage(in_chans)
         self.patch_embed: EquivariantPatchEmbed = EquivariantPatchEmbed(
             img_size, patch_size, in_chans, fields, group, strict_img_size=not dynamic_img_size, **dd
         )
@@ -247,11 +243,9 @@ class EquivariantViT(nn.Module):
         self.init_weights()
 
     def _check_pool(self, global_pool: str) -> None:
-        check_choice("global_pool", global_pool, POOLS)
-        if self.distilled and global_pool not in ("token", ""):
-            raise ValueError(f"global_pool {global_pool!r} ignores the distillation token: use 'token'")
-        if (global_pool == "token" or self.distilled) and not self.has_class_token:
-            raise ValueError("class_token=False: use global_pool='avg', without distilled=True")
+        """The tokens that there are: with `distilled` the head has one classifier for each of its two."""
+        token, patches = ["token"] * self.has_class_token, [] if self.distilled else ["avg", "avgmax", "max"]
+        check_choice("global_pool", global_pool, [*token, *patches, ""])
 
     def _position_tiles(self, img_size: int | tuple[int, int]) -> tuple[int, int]:
         """Height and width of the tiles of the position map; raises ValueError if the image or the grid has none."""
@@ -259,12 +253,7 @@ class EquivariantViT(nn.Module):
         p = self.patch_embed.patch_size[0]
         if min(height, width) < p or height % p or width % p:
             raise ValueError(f"img_size {height} x {width} is not a multiple of the patch: use multiples of {p}")
-        try:
-            return tile_size(height // p, width // p, self.group)
-        except ValueError as error:
-            raise ValueError(
-                f"img_size {height} x {width}, patch {p}: {error}. Use another one, and dynamic_img_size=True"
-            ) from error
+        return tile_size(height // p, width // p, self.group)
 
     @torch.jit.unused
     def init_weights(self) -> None:
@@ -329,33 +318,18 @@ class EquivariantViT(nn.Module):
 
     @torch.jit.unused
     def exact_sizes(self, near: int = 224) -> tuple[int, int]:
-        """The exact square sizes next to `near`: the largest that is not above, the smallest not below."""
-        patch, (height, width) = self.patch_embed.patch_size[0], self.patch_embed.img_size
+        """The exact sizes next to `near`: the largest that is not above, the smallest not below.
+
+        Without `dynamic_img_size` the height and width that the model accepts.
+        """
+        patch = self.patch_embed.patch_size[0]
         if self.dynamic_img_size:
             return max(1, near // patch) * patch, max(1, -(-near // patch)) * patch
-        if height != width:
-            raise ValueError(f"the model only accepts {height} x {width} pixels: create it with dynamic_img_size=True")
-        return height, width
+        return self.patch_embed.img_size
 
     @torch.jit.unused
-    def kernels(self) -> set[Kernel]:
-        """Kernel bases of the coefficients: none."""
-        return set()
-
-    @torch.jit.unused
-    def set_input_size(
-        self,
-        img_size: int | tuple[int, int] | None = None,
-        patch_size: int | tuple[int, int] | None = None,
-    ) -> None:
-        """Resize the position map for images of another size.
-
-        Raises ValueError for a size that does not fit, or another patch size; nothing has changed.
-        """
-        if patch_size is not None and to_2tuple(patch_size) != self.patch_embed.patch_size:
-            raise ValueError(f"patch_size {patch_size} is not that of the kernels: resize the images")
-        if img_size is None:
-            return
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Resize the position map for images of another size; ValueError, nothing changed, if it does not fit."""
         tiles = self._position_tiles(img_size)
         self.patch_embed.set_input_size(img_size)
         if tiles != self.pos_embed.shape[2:]:
@@ -428,8 +402,7 @@ class EquivariantViT(nn.Module):
 
         Raises ValueError for `norm`, which only fits the last kind of block, of another one.
         """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"unknown output_fmt '{output_fmt}': use 'NCHW' or 'NLC'")
+        check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         if norm and not self.ends_equivariant and min(take_indices) < self.equivariant_depth:
             raise ValueError(f"norm=True does not fit block {min(take_indices)}, which is equivariant: use norm=False")
@@ -452,19 +425,6 @@ class EquivariantViT(nn.Module):
             return taken
         x = self.norm(x) if fields == self.ends_equivariant else x
         return (self.to_regular(x) if fields else x), taken
-
-    @torch.jit.unused
-    def get_intermediate_layers(
-        self,
-        x: torch.Tensor,
-        n: int | list[int] = 1,
-        reshape: bool = False,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-    ) -> list[Any]:
-        """`forward_intermediates` with the interface of DINO: tokens, or maps with `reshape`."""
-        output_fmt = "NCHW" if reshape else "NLC"
-        return list(self.forward_intermediates(x, n, return_prefix_tokens, norm, False, output_fmt, True))
 
     def prune_intermediate_layers(
         self,

@@ -40,11 +40,6 @@ def test_other_norms_are_refused(norm_layer):
 def test_images():
     x = torch.zeros(2, 3, 32, 40, dtype=torch.bfloat16)
     assert CheckImage(3)(x) is x
-    for shape, word in (
-        ((3, 64, 64), "batch"),
-        ((1, 1, 64, 64), "in_chans"),
-        ((1, 3, 31, 64), "31"),
-        ((1, 3, 64, 8), "8"),
-    ):
+    for shape, word in (((3, 64, 64), "batch"), ((1, 1, 64, 64), "in_chans")):
         with pytest.raises(AssertionError, match=word):
             CheckImage(3)(torch.zeros(shape))

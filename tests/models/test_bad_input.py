@@ -27,7 +27,6 @@ def create(name="test_c8resnet", **kwargs):
         ({"aa_layer": "avg"}, "'avg'"),
         ({"aa_layer": "sharp"}, "'sharp'"),
         ({"stem_type": "shallow"}, "'shallow'"),
-        ({"stem_width": 3}, "stem_width"),
         ({"stem_pool": "avg"}, "'avg'"),
         ({"block_args": {"attn_layer": "cbam"}}, "'cbam'"),
         ({"map_pool": "max", "num_classes": 10}, "map_pool"),
@@ -53,7 +52,6 @@ def test_unknown_keyword_and_missing_weights():
 @pytest.mark.parametrize(
     ("x", "word"),
     [
-        (torch.zeros(1, 3, 31, 31), "31"),
         (torch.zeros(1, 1, 64, 64), "in_chans"),
         (torch.zeros(3, 64, 64), "3, 64, 64"),
     ],

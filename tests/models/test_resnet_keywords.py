@@ -15,7 +15,7 @@ KEYWORDS = [
     {"aa_layer": "blur"},
     {"aa_layer": "blur5", "avg_down": True},
     {"stem_type": "deep", "avg_down": True},
-    {"stem_type": "deep_tiered", "stem_width": 3, "replace_stem_pool": True},
+    {"stem_type": "deep_tiered", "replace_stem_pool": True},
     {"replace_stem_pool": True, "aa_layer": "blurpc"},
     {"stem_pool": "blur"},
     {"low_pass": True, "stem_pool": "blur", "avg_down": True, "act_layer": "silu"},
