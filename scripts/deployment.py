@@ -1,6 +1,6 @@
 """Inference time of networks of this package and of timm's ResNets in PyTorch, onnxruntime and OpenVINO, batch size 1.
 
-    pip install '.[export]' openvino
+    pip install '.[export,tools]' openvino
     python scripts/deployment.py                                 # the models of the README's table, one and two threads
     python scripts/deployment.py c8resnet18 --threads 1
 

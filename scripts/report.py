@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 
@@ -45,7 +46,7 @@ def read(stem: Path) -> dict[str, Any]:
     return json.loads(file.read_text()) if file.exists() else {}
 
 
-def write(stem: Path, results: dict[str, Any], text: str, picture: Figure | None = None) -> None:
+def write(stem: Path, results: dict[str, Any], text: str, picture: "Figure | None" = None) -> None:
     """Write `stem`.json, `stem`.md and `stem`.png."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
