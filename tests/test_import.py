@@ -1,12 +1,12 @@
-"""Import, training and inference where what POSIX, Linux and GNU OpenMP have is missing: macOS, as if."""
+"""Importing the package is light; import, training and inference work without POSIX, Linux and GNU OpenMP."""
 
 import subprocess
 import sys
 
 SCRIPT = """
 import ctypes, os, sys
-# What other packages need of it, they need before it goes
-import filelock, huggingface_hub, matplotlib.figure, timm, timm.data, torch, torchvision, tqdm
+# Dependencies need some of it when they are imported
+import filelock, huggingface_hub, timm, timm.data, torch, torchvision, tqdm
 
 for name in ("fcntl", "resource", "pwd", "grp", "termios"):
     sys.modules[name] = None  # importing it fails
@@ -23,6 +23,9 @@ class Library(ctypes.CDLL):
 
 
 import equivision_timm
+assert "equivision_timm.models.equivariant_resnet" in sys.modules
+heavy = {"escnn", "matplotlib", "sklearn", "scipy", "skimage", "onnx", "gdown", "equivision_timm.cli"}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
 from equivision_timm.cli.main import main
 from equivision_timm.weights.folder import write_model_folder
 from equivision_timm.layers.strategies import native_library

@@ -1,7 +1,5 @@
 """A model is an ordinary PyTorch module: what timm's ResNet can do it can do, with right values."""
 
-import io
-
 import pytest
 import timm
 import torch
@@ -11,7 +9,7 @@ from timm.utils.model import reparameterize_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrize
 
-import equivision_timm  # noqa: F401  registers the models
+from equivision_timm import fuse
 from equivision_timm.layers import SteerableConv2d
 from equivision_timm.layers.strategies import native_library
 
@@ -202,21 +200,46 @@ def test_modules_are_called_in_inference_and_obey_their_mode(name):
         assert not torch.allclose(model(X), before)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning", "ignore:`torch.jit.trace:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:`torch.jit:FutureWarning")
 @torch.no_grad()
-def test_traced():
+def test_traced_and_scripted(tmp_path):
     model = create()
-    torch.testing.assert_close(torch.fx.symbolic_trace(model)(X), model(X), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(torch.jit.trace(model, X)(X), model(X), rtol=1e-4, atol=1e-4)
+    fused = torch.jit.script(reparameterize_model(model))
+    fused.save(tmp_path / "model.pt")
+    assert not list(fused.buffers())
+    assert model(X).std() > 1e-2
+    for program in (
+        torch.fx.symbolic_trace(model),
+        torch.jit.trace(model, X),
+        torch.jit.script(model),
+        torch.jit.load(tmp_path / "model.pt"),
+    ):
+        for images in (X, X[:1]):
+            torch.testing.assert_close(program(images), model(images), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore")  # of the old exporter, on its own age
-@pytest.mark.parametrize("fuse", [False, True])
-def test_the_old_onnx_exporter(fuse):
+@torch.no_grad()
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)  # of exporters
+def test_exported(tmp_path):
+    """A program of plain convolutions with a dynamic batch, its ONNX file, and those of the old exporter."""
     onnxruntime = pytest.importorskip("onnxruntime", reason="runs ONNX files")
-    model, file = create(), io.BytesIO()
-    expected = model(X)
-    torch.onnx.export(reparameterize_model(model) if fuse else model, (X,), file, dynamo=False)
-    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {session.get_inputs()[0].name: X.numpy()})
-    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-3, atol=1e-4)
+    model, files = create(), [tmp_path / f"{name}.onnx" for name in ("old", "old_fused", "new")]
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(fuse(model, "dense"), (X,), dynamic_shapes=({0: batch},))
+    torch.testing.assert_close(program.module()(X[:1]), model(X[:1]), rtol=1e-4, atol=1e-4)
+    operations = [str(node.target) for node in program.graph.nodes]
+    assert sum("conv2d" in name for name in operations) == 12  # all of the model
+    assert not any("matmul" in name for name in operations)  # no filter is expanded
+    assert not program.graph_signature.buffers
+    torch.onnx.export(model, (X,), files[0], dynamo=False)
+    torch.onnx.export(reparameterize_model(model), (X,), files[1], dynamo=False)
+    runs = [(files[0], X), (files[1], X)]
+    if torch.__version__ >= "2.9":  # before, its exporter lacks operators
+        torch.onnx.export(program, f=files[2], dynamo=True, external_data=False, verbose=False)
+        runs += [(files[2], X), (files[2], X[:1])]
+    for file, images in runs:
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), model(images), rtol=1e-3, atol=1e-4)
