@@ -24,7 +24,7 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.utils.misc import natural_key
 from torchvision.transforms import Compose, Grayscale
 
-from equivision_timm.errors import InputError, install_command, reason
+from equivision_timm.errors import InputError, reason
 
 __all__ = [
     "ENDINGS",
@@ -40,8 +40,6 @@ __all__ = [
 ]
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".avif", ".bmp")  # of picture files in folders
-_MOST_ASPECT = 300  # resized to 224 pixels along the short side, such a picture takes 45 MB
-_FORMATS = ("PNG", "JPEG", "MPO", "TIFF", "WEBP", "AVIF", "JPEG2000", "GIF", "BMP", "PPM")  # none runs other programs
 _WHITE_IS_ZERO = 262, 0  # tag and value in a TIFF file; Pillow inverts 8 bits, but not 16
 _MOST_FAULTS = 50  # consecutive unreadable pictures of a data set
 
@@ -56,48 +54,30 @@ def open_rgb(path: str | Path) -> Image.Image:
     Transparency is dropped, and an orientation in the metadata ignored, as timm does it.
 
     Raises:
-        PictureError: missing, damaged, of a format not in `_FORMATS`, of more than 179 megapixels, more than 300 times
-            as long as wide, or of an unknown range of values.
+        PictureError: Pillow cannot read the file, or its range of values is unknown.
     """
-    name = repr(str(path))
     try:
-        if not Path(path).is_file():  # opening a pipe would wait for ever
-            raise PictureError(f"there is no picture file {name}: give the name of one")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata; sizes that Pillow still reads
-            Image.init()
-            with Image.open(path, formats=[format for format in _FORMATS if format in Image.OPEN]) as file:
-                if max(file.size) > _MOST_ASPECT * min(file.size):
-                    raise PictureError(f"the picture {name} is too thin, {file.width} x {file.height} pixels: cut it")
+            with Image.open(path) as file:
                 if file.mode.startswith("I") or file.mode == "F":
-                    return Image.fromarray(_scale(file, name)).convert("RGB")
+                    return Image.fromarray(_scale(file)).convert("RGB")
                 return (file.convert("RGBA") if "transparency" in file.info else file).convert("RGB")
-    except PictureError:
-        raise
     except Exception as error:  # damaged files raise a dozen types in Pillow
-        fault = reason(error)[:200]
-        raise PictureError(f"cannot read the picture {name} ({fault}): convert it or leave it out") from error
+        fault = f"cannot read the picture {str(path)!r} ({reason(error, 200)})"
+        raise PictureError(f"{fault}: convert it to 8 bits, or leave it out") from error
 
 
-def _scale(file: Image.Image, name: str) -> np.ndarray:
+def _scale(file: Image.Image) -> np.ndarray:
     """The channel of a grey picture with more than 8 bits, [H, W] uint8."""
     values = np.asarray(file)
     low, high = values.min(), values.max()
-    if file.mode == "F":
-        top, least = 1.0, 0.0
-    elif file.mode.startswith("I;16") or file.format in ("PNG", "PPM"):  # at most 16 bits in these two
-        top, least = 65535.0, 4096
-    else:
-        raise PictureError(
-            f"the picture {name} holds 32-bit integers from {low} to {high}, of which white is unknown: "
-            "save it with 8 or 16 bits"
-        )
-    if not (low >= 0 and high <= top and (high >= least or high == low == 0)):
-        raise PictureError(
-            f"the picture {name} holds values from {low:g} to {high:g}, where black is 0 and white {top:g}: scale them "
-            "to this range, or save it with 8 bits"
-        )
-    grey = values * (255 / top)
+    white, least = (1.0, 0.0) if file.mode == "F" else (65535.0, 4096.0)
+    is_known = file.mode == "F" or file.mode.startswith("I;16") or file.format in ("PNG", "PPM")  # at most 16 bits
+    if not (is_known and low >= 0 and high <= white and (high >= least or high == 0)):
+        expected = f"black is 0 and white {white:g}" if is_known else "white is unknown"
+        raise ValueError(f"its values are from {low:g} to {high:g}, where {expected}")
+    grey = values * (255 / white)
     tag, white_is_zero = _WHITE_IS_ZERO
     if isinstance(file, TiffImageFile) and file.tag_v2.get(tag) == white_is_zero:
         grey = 255 - grey
@@ -137,26 +117,27 @@ class ImageFolder(ImageDataset):
         super().__init__(root, reader, input_img_mode=input_img_mode)
         self.samples: list[tuple[str, Any]] = reader.samples  # paths and classes
         self.class_to_idx: dict[str, Any] = reader.class_to_idx
+        self._faults = 0  # consecutive unreadable pictures
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        """The picture and its class; unreadable pictures are replaced by the next one, with a warning, as timm does it.
+        """The picture and its class; an unreadable picture is replaced by the next one, with a warning, as in timm.
 
         Raises:
             PictureError: 50 consecutive pictures, or all, cannot be read.
         """
-        index = range(len(self))[index]  # IndexError at the end of a loop
-        faults: list[str] = []
-        for i in range(index, index + min(_MOST_FAULTS, len(self))):
-            try:
-                image, target = self.change(self.picture(i % len(self)), self.samples[i % len(self)][1], index)
-            except PictureError as error:
-                faults.append(str(error))
-                continue
-            if faults:
-                warnings.warn(f"{len(faults)} picture(s) left out: {'; '.join(faults)}", stacklevel=2)
-            image = image if self.transform is None else self.transform(image)
-            return image, target if self.target_transform is None else self.target_transform(target)
-        raise PictureError(f"{len(faults)} consecutive pictures cannot be read, such as: {faults[0]}")
+        target = self.samples[index][1]
+        try:
+            image = self.picture(index)
+        except PictureError as error:
+            self._faults += 1
+            if self._faults >= min(_MOST_FAULTS, len(self)):
+                raise
+            warnings.warn(f"left out: {error}", stacklevel=2)
+            return self[(index + 1) % len(self)]
+        self._faults = 0
+        image, target = self.change(image, target, index)
+        image = image if self.transform is None else self.transform(image)
+        return image, target if self.target_transform is None else self.target_transform(target)
 
     def picture(self, index: int) -> Image.Image:
         """The picture in `input_img_mode`, before any transform."""
@@ -169,11 +150,8 @@ class ImageFolder(ImageDataset):
 
 def preparation(config: dict[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
     """The transform of timm's `validate.py` for a data config of 1 or 3 channels: an RGB picture -> [C, H, W]."""
-    channels = config["input_size"][0]
-    if channels not in (1, 3):
-        raise InputError(f"the model takes images of {channels} channels, and pictures have 1 or 3: use another model")
     transform: Any = create_transform(**config, is_training=False)
-    return transform if channels == 3 else Compose([Grayscale(), transform])
+    return Compose([Grayscale(), transform]) if config["input_size"][0] == 1 else transform
 
 
 # Crops of photographs, on which the statistics of weights are checked
@@ -213,49 +191,30 @@ def _crop(photograph: np.ndarray, size: int, generator: torch.Generator) -> torc
 
 
 def load_photographs(folder: str | Path | None, count: int = _MOST) -> list[np.ndarray]:
-    """Photographs, [H, W, 3] uint8 each, shrunk to a megapixel; unreadable files are left out, with a warning.
+    """Photographs, [H, W, 3] uint8 each, shrunk to a megapixel.
 
     Args:
         folder: searched with its sub-folders; None takes the photographs of scikit-image.
         count: at most so many, spread evenly over the sorted files of the folder.
-
-    Raises:
-        InputError: the folder holds no readable picture.
     """
     if folder is None:
-        return _bundled()
+        from skimage import data
+
+        bundled = [getattr(data, name)() for name in _BUNDLED] + [data.stereo_motorcycle()[0]]
+        return [np.broadcast_to(a[..., None], (*a.shape, 3)) if a.ndim == 2 else a for a in bundled]
     files = find_photographs(folder)
     files = [files[i * len(files) // count] for i in range(count)] if len(files) > count else files
     photographs = []
-    for path in files:
-        try:
-            picture = open_rgb(path)
-        except PictureError as error:
-            warnings.warn(f"left out: {error}", stacklevel=3)
-            continue
+    for picture in map(open_rgb, files):
         scale = min(1, (_PIXELS / (picture.width * picture.height)) ** 0.5)
         size = [max(1, int(side * scale)) for side in picture.size]
         photographs.append(np.asarray(picture if scale == 1 else picture.resize(size, reducing_gap=3.0)))
-    if not photographs:
-        raise InputError(f"no photograph of the {len(files)} in {folder} can be read: name another folder")
     return photographs
 
 
 def find_photographs(folder: str | Path) -> list[Path]:
     """The paths of the pictures in a folder, sorted. Raises InputError if there are none."""
-    files = sorted(path for name in find_pictures(folder) if (path := Path(name)).is_file())
+    files = sorted(map(Path, find_pictures(folder)))
     if not files:
         raise InputError(f"{folder} holds no photographs ({', '.join(ENDINGS)}): name another folder")
     return files
-
-
-def _bundled() -> list[np.ndarray]:
-    try:
-        from skimage import data
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "no photographs: name a folder of a dozen or more (--images DIR), "
-            f"or install those of scikit-image: {install_command('convert')}"
-        ) from error
-    grey_or_colour = [getattr(data, name)() for name in _BUNDLED] + [data.stereo_motorcycle()[0]]
-    return [np.broadcast_to(a[..., None], (*a.shape, 3)) if a.ndim == 2 else a for a in grey_or_colour]

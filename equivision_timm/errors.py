@@ -27,10 +27,11 @@ def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
         raise ValueError(f"unknown {name} {value!r}: use {', '.join(others)}{' or ' if others else ''}{last}")
 
 
-def reason(error: BaseException, lines: int = 1) -> str:
-    """The first lines of an error's message on one line; its type if the message is empty."""
-    found = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(found[:lines]) or type(error).__name__
+def reason(error: BaseException, most: int = 1000) -> str:
+    """The message of an error on one line of at most `most` characters, with its type unless that adds nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    explained = isinstance(error, (ValueError, OSError, ModuleNotFoundError)) or text == type(error).__name__
+    return shortened(text if explained else f"{type(error).__name__}: {text}", most)
 
 
 def one_line(text: str) -> str:

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import secrets
-import shutil
 from pathlib import Path
 
 from equivision_timm.errors import InputError
@@ -26,33 +25,19 @@ def file_sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def check_writable(path: Path, make_folders: bool = False) -> None:
-    """Raise InputError, before the work, unless `write_file` can write `path`; `make_folders`: also missing ones."""
-    folder = path.absolute().parent
-    while make_folders and not os.path.lexists(folder):
-        folder = folder.parent
-    is_new = not os.path.lexists(path)
-    if not (os.access(folder, os.W_OK) and folder.is_dir() if is_new else os.access(path, os.W_OK) and path.is_file()):
-        raise InputError(f"cannot write {path}: give the name of a file in a folder that exists and is yours")
+def check_writable(path: Path) -> None:
+    """Raise InputError, before the work, unless `write_file` can write `path`."""
+    place = path if os.path.lexists(path) else next(p for p in path.absolute().parents if os.path.lexists(p))
+    if not (os.access(place, os.W_OK) and (place.is_file() if place == path else place.is_dir())):
+        raise InputError(f"cannot write {path}: give the name of a file in a folder that is yours")
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file atomically: a reader finds the complete old file or the complete new one, also after an OSError.
-
-    Missing folders above it are made; a symbolic link stays a link.
-    """
-    target = Path(os.path.realpath(path))
-    partial = target.parent / f".{secrets.token_hex(8)}.part"
+    """Write a file atomically: a reader finds the complete old or the complete new one. Missing folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if target.exists():
-            shutil.copymode(target, partial)
-        os.replace(partial, target)
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror}; the old file, if any, is unchanged") from error
+        partial.write_bytes(content)
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

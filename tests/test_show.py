@@ -57,6 +57,7 @@ def test_picture_of_two_models(photograph: str, tmp_path: Path) -> None:
 def figures(monkeypatch: pytest.MonkeyPatch) -> list:
     """The figures that the command saves."""
     found: list = []
+    monkeypatch.setattr("equivision_timm.cli.figures.check_figure_file", lambda path: None)
     monkeypatch.setattr("equivision_timm.cli.figures.figure_bytes", lambda figure, *_: found.append(figure) or b"")
     return found
 

@@ -14,7 +14,7 @@ __all__ = ["find_configs", "register"]
 def register(commands: Parsers) -> None:
     text = "copy the training recipes (YAML files for timm's train.py) into a folder"
     more = "The head of each recipe gives its purpose and the commands that train, evaluate and use the network."
-    parser = add_command(commands, "configs", run, "some recipes may be missing in {folder}", text, more)
+    parser = add_command(commands, "configs", run, text, more)
     text = "folder to write (default: %(default)s)"
     parser.add_argument("folder", nargs="?", type=Path, default=Path("configs"), metavar="DIR", help=text)
 
@@ -22,7 +22,7 @@ def register(commands: Parsers) -> None:
 def run(args: argparse.Namespace) -> int:
     """Copy the recipes and print their paths; returns the exit status."""
     copies = {args.folder / recipe.name: recipe.read_bytes() for recipe in find_configs()}
-    check_writable(next(iter(copies)), make_folders=True)
+    check_writable(next(iter(copies)))
     for path, content in copies.items():
         if path.exists() and path.read_bytes() != content:
             raise InputError(f"{str(path)!r} differs from the recipe of this package: name another folder")

@@ -13,7 +13,7 @@ def register(commands: Parsers) -> None:
     text = "convert a checkpoint of equivision, ReDet, octic-vits or flopping-for-flops into a model folder"
     more = """Writes DIR/model.safetensors and DIR/config.json, which create_model('local-dir:DIR',
         pretrained=True) loads, and prints the origin of the weights."""
-    parser = add_command(commands, "convert", run, "nothing was written to {out}", text, more)
+    parser = add_command(commands, "convert", run, text, more)
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CKPT", help="checkpoint file of the other project")
     add("--model", "--models", required=True, metavar="NAME", help="model of this package, e.g. c8resnet50")

@@ -34,7 +34,7 @@ def register(commands: Parsers) -> None:
     text = "classify rotated digits with equivariant and plain networks"
     more = """Prints a table of accuracies at 24 angles and a summary, and draws a picture. Networks and digits
         are in the package; about half a minute on two cores."""
-    parser = add_command(commands, "demo", run, "{out} was not written", text, more)
+    parser = add_command(commands, "demo", run, text, more)
     text = "picture to write (default: %(default)s)"
     parser.add_argument("--out", type=Path, default=Path("equivision_demo.png"), metavar="FILE", help=text)
 

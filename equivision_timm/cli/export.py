@@ -26,7 +26,7 @@ def register(commands: Parsers) -> None:
         channels, height, width] -> logits [batch, classes]. Its metadata are plain strings: description, model,
         group, exact, color, scale, mean, std, resize, crop, output, softmax and classes, one per line.
         onnxruntime must compute the logits of the model, otherwise nothing is written."""
-    parser = add_command(commands, "export", run, "{out} was not written", text, more)
+    parser = add_command(commands, "export", run, text, more)
     add_model(parser, option=False)
     parser.add_argument("out", type=Path, metavar="FILE", help="ONNX file to write")
     add_options(parser, "size", "class-map")
@@ -38,11 +38,10 @@ def run(args: argparse.Namespace) -> int:
     import onnxruntime  # noqa: F401
     import onnxscript  # noqa: F401
 
-    check_writable(args.out, make_folders=True)
+    check_writable(args.out)
     loaded = load(args.model, args.size, model_kwargs=args.model_kwargs)
     network, (channels, height, width) = loaded.model, loaded.input_size
     images = torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(0))
-    loaded.try_image(images[0])
     content = _as_onnx(fuse(network, "blocks"), images, _metadata(loaded, loaded.class_names(args.class_map)))
     with torch.inference_mode():
         expected = network(images)

@@ -23,7 +23,7 @@ def register(commands: Parsers) -> None:
     more = """Downloads checkpoints of equivision, ReDet and octic-vits from Google Drive, and converts them.
         The weights folder is $EQUIVISION_TIMM_WEIGHTS, by default equivision_timm in the user's cache folder;
         create_model(NAME, pretrained=True) loads from it. The same command continues a broken download."""
-    parser = add_command(commands, "fetch", run, "the same command continues from there", text, more)
+    parser = add_command(commands, "fetch", run, text, more)
     add_names(parser, "every model whose checkpoint was released")
     add_options(parser, "images", "signs")
 

@@ -7,13 +7,9 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from equivision_timm.errors import InputError
 from equivision_timm.files import check_writable
 
-__all__ = ["FORMATS", "check_figure_file", "figure_bytes", "plain_text"]
-
-# Written without other programs: PGF needs LaTeX; raw pixels are not a picture format
-FORMATS = tuple(f".{kind}" for kind in Figure().canvas.get_supported_filetypes() if kind not in ("pgf", "raw", "rgba"))
+__all__ = ["check_figure_file", "figure_bytes", "plain_text"]
 
 
 def plain_text() -> AbstractContextManager[None]:
@@ -21,11 +17,10 @@ def plain_text() -> AbstractContextManager[None]:
     return matplotlib.rc_context({"text.parse_math": False, "text.usetex": False})
 
 
-def check_figure_file(path: Path, make_folders: bool = False) -> None:
-    """Raise InputError if the ending is not a picture format or the file cannot be written, see `check_writable`."""
-    if path.suffix.lower() not in FORMATS:
-        raise InputError(f"{path} has no ending of a picture: use one of {', '.join(FORMATS)}")
-    check_writable(path, make_folders)
+def check_figure_file(path: Path) -> None:
+    """Raise ValueError, before the work, unless matplotlib has this format and the file can be written."""
+    figure_bytes(Figure(figsize=(1, 1)), path.suffix, dpi=10)
+    check_writable(path)
 
 
 def figure_bytes(figure: Figure, suffix: str, dpi: int) -> bytes:

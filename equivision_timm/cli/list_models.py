@@ -15,7 +15,7 @@ from timm.models import resolve_pretrained_cfg
 from tqdm import tqdm
 
 from equivision_timm.cli.models import check_spec
-from equivision_timm.cli.options import Parsers, add_command, add_options, integer
+from equivision_timm.cli.options import Parsers, add_command, add_options, aligned, positive
 from equivision_timm.models import Canonicalized, EquivariantBackbone, Symmetrized, model_names
 from equivision_timm.models.pretrained import PUBLISHED, WEIGHTS_FILE, local_folder
 from equivision_timm.weights.model_card import gmacs
@@ -47,10 +47,10 @@ def register(commands: Parsers) -> None:
         network with as many channels (of an adapted model, of its backbone on a single view). exact: image
         sizes at which quarter turns and reflections are exact. weights: the source of create_model(NAME,
         pretrained=True), or 'fetch' if that command downloads them; licence: of these weights."""
-    parser = add_command(commands, "list", run, "not all was counted", text, more)
+    parser = add_command(commands, "list", run, text, more)
     add = parser.add_argument
     add("pattern", nargs="?", default="*", metavar="PATTERN", help="names such as 'c8*' (default: all)")
-    add("--near", type=integer(1, 8192), default=224, metavar="N", help="exact sizes near it (default: %(default)s)")
+    add("--near", type=positive, default=224, metavar="N", help="exact sizes near it (default: %(default)s)")
     add_options(parser, "json")
 
 
@@ -116,17 +116,13 @@ def _place(name: str) -> str:
 
 def _table(rows: list[Row], near: int) -> str:
     exact = f"exact near {near}"
-    head = ("model", "group", "fields", "params (M)", "GMACs", "dense", "at", exact, "weights", "licence")
-    lines: list[tuple[str, ...]] = [head]
+    lines = [("model", "group", "fields", "params (M)", "GMACs", "dense", "at", exact, "weights", "licence")]
     for row in rows:
         sizes = ", ".join(map(str, dict.fromkeys(row.exact_sizes)))
         dense = "-" if row.dense_gmacs is None else _short(row.dense_gmacs)
         figures = (str(row.fields), _short(row.parameters / 1e6), _short(row.gmacs), dense, str(row.size), sizes)
         lines.append((row.name, row.group, *figures, row.weights, row.licence))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    left = ("model", "group", "weights", "licence")
-    form = "  ".join(f"{{:{'<' if name in left else '>'}{w}}}" for name, w in zip(head, widths, strict=True))
-    return "\n".join(form.format(*line).rstrip() for line in lines)
+    return aligned(lines, left=(0, 1, 8, 9))
 
 
 def _short(value: float) -> str:

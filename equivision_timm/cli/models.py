@@ -10,20 +10,19 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import timm
 import torch
 import torch.nn as nn
-from safetensors.torch import load_file
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 from timm.data.loader import adapt_to_chs
-from timm.models import clean_state_dict, get_pretrained_cfg
+from timm.models import get_pretrained_cfg, load_state_dict
 
 from equivision_timm.data import ImageFolder
 from equivision_timm.errors import InputError, one_line, reason, shortened
 
-__all__ = ["Loaded", "check_spec", "class_titles", "find_device", "load", "read_class_map", "short_name", "split_spec"]
+__all__ = ["Loaded", "check_spec", "class_titles", "load", "read_class_map", "short_name", "split_spec"]
 
 
 @dataclass(frozen=True)
@@ -48,44 +47,14 @@ class Loaded:
     def class_names(self, given: list[str] | None = None) -> list[str]:
         """The names of all classes: those given, the pretrained weights' own, ImageNet's, else their numbers."""
         count = self.num_classes
-        if given is not None:
-            if len(given) != count:
-                raise InputError(
-                    f"--class-map has {len(given)} names, and {self.spec!r} has {count} classes: name each"
-                )
-            return given
+        if given is not None and len(given) != count:
+            raise InputError(f"--class-map has {len(given)} names, and {self.spec!r} has {count} classes: name each")
         own = (getattr(self.model, "pretrained_cfg", None) or {}).get("label_names")
-        if not split_spec(self.spec)[1] and isinstance(own, list | tuple) and len(own) == count:
-            return [str(name) for name in own]
+        if given is None and not split_spec(self.spec)[1] and isinstance(own, list | tuple) and len(own) == count:
+            given = [str(name) for name in own]
         subset = infer_imagenet_subset(self.model)
-        if subset is not None:
-            info = ImageNetInfo(subset)
-            return [info.index_to_description(index) for index in range(count)]
-        return [str(index) for index in range(count)]
-
-    @torch.inference_mode()
-    def try_image(self, image: torch.Tensor) -> None:
-        """Raise InputError, before the work, unless the model computes finite logits of an image [C, H, W]."""
-        height, width = image.shape[1:]
-        try:
-            logits = self.model(image[None])
-            usable = isinstance(logits, torch.Tensor) and logits.ndim == 2 and bool(logits.isfinite().all())
-            fault = "" if usable else "it returns no finite logits (1, classes); use a classifier, or other weights"
-        except (ValueError, AssertionError, IndexError, TypeError, RuntimeError) as error:
-            fault = reason(error, 2)
-        if fault:
-            raise InputError(f"{self.spec!r} does not take images of {height} x {width} pixels: {fault}")
-        self.note_inexact_size()
-
-    def note_inexact_size(self) -> None:
-        """Print to stderr if rotations by 90 degrees are not exact at the size of the images, and where they are."""
-        size, model = self.input_size[1:], cast(Any, self.model)
-        if not hasattr(model, "exact_sizes") or model.is_exact(size):
-            return
-        sizes = dict.fromkeys(model.exact_sizes(max(size)))
-        if size[0] != size[1] or size[0] not in sizes:  # else the group has rotations by 45 degrees, too
-            text = f"{self.spec!r} is not exactly equivariant at {size[0]} x {size[1]} pixels: --size "
-            print(one_line(f"{text}{' or '.join(map(str, sizes))} is exact"), file=sys.stderr)
+        info = ImageNetInfo(subset) if subset is not None else None
+        return given or [info.index_to_description(i) if info else str(i) for i in range(count)]
 
 
 def load(
@@ -105,37 +74,48 @@ def load(
         test_size: without `size` and training, images have the size at which the model is validated.
 
     Raises:
-        InputError: unknown name, no weights, a checkpoint of another model or of other classes.
+        InputError: unknown name, no weights, a checkpoint of another model or of other classes, no finite logits.
     """
-    check_spec(spec)
-    name, checkpoint = split_spec(spec)
-    content = _read_checkpoint(checkpoint) if checkpoint else {}
-    trained = content.get("arch")
-    if isinstance(trained, str) and trained.partition(".")[0] != name.partition(".")[0]:
-        raise InputError(f"{checkpoint!r} is a checkpoint of {trained!r}, not of {name!r}: use {trained}={checkpoint}")
-    given = content.get("args") if isinstance(content.get("args"), argparse.Namespace) else argparse.Namespace()
-    training = {key: value for key, value in vars(given).items() if value is not None}
-    options = {**_model_options(training), **(model_kwargs or {})}
-    classes = num_classes or (_count_classes(content, name) if checkpoint else None)
+    name, checkpoint = split_spec(check_spec(spec))
+    pretrained = name == spec
     try:
+        content, weights = ({}, {}) if pretrained else _read_checkpoint(checkpoint)
+        if content.get("arch", name).partition(".")[0] != name.partition(".")[0]:
+            raise ValueError(f"{checkpoint!r} is a checkpoint of {content['arch']!r}")
+        training = {
+            key: value for key, value in vars(content.get("args", argparse.Namespace())).items() if value is not None
+        }
+        options = {**_model_options(training), **(model_kwargs or {})}
+        classes = num_classes or _count_classes(weights, name)
         model = timm.create_model(
-            name, pretrained=not checkpoint, num_classes=classes, checkpoint_path=checkpoint or None, **options
+            name, pretrained=pretrained, num_classes=classes, checkpoint_path=checkpoint, **options
         )
+        own = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes", classes)
+        if pretrained and classes not in (None, own):  # timm would replace the classifier by a random one
+            raise ValueError(f"the pretrained weights have {own} classes, not {classes}")
+        config = resolve_data_config(training, model=model, use_test_size=test_size)
+        channels = config["input_size"][0]
+        config["input_size"] = tuple(config["input_size"]) if size is None else (channels, size, size)
+        config |= {key: adapt_to_chs(config[key], channels) for key in ("mean", "std")}  # as timm's loader does it
+        _try(model.eval(), config["input_size"])
     except Exception as error:  # of timm, PyTorch, the Hub's client, pickle, zip and JSON
-        raise InputError(
-            f"cannot load the weights of {spec!r}: {reason(error, 2)}. {_remedy(name, checkpoint)}"
-        ) from error
-    own = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
-    if not checkpoint and num_classes is not None and own is not None and own != num_classes:
-        raise InputError(  # timm would replace the classifier by a random one
-            f"the weights of {spec!r} have {own} classes, not {num_classes}: leave --num-classes out, or give a "
-            f"file with as many, {name}=CHECKPOINT"
+        remedy = (
+            f"for other weights give {name}=CHECKPOINT"
+            if pretrained
+            else f"is {checkpoint!r} a checkpoint of {name!r}?"
         )
-    config = resolve_data_config(training, model=model, use_test_size=test_size)
-    channels = config["input_size"][0]
-    config["input_size"] = tuple(config["input_size"]) if size is None else (channels, size, size)
-    config |= {key: adapt_to_chs(config[key], channels) for key in ("mean", "std")}  # as timm's loader does it
-    return Loaded(spec, model.eval(), config, options)
+        raise InputError(f"cannot use {spec!r}: {reason(error, 400)}; {remedy}") from error
+    _note_inexact_size(spec, model, config["input_size"][1:])
+    return Loaded(spec, model, config, options)
+
+
+def _read_checkpoint(path: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What timm's `train.py` stores beside the weights, {} in other files; and the weights."""
+    content = {}
+    if not path.endswith(".safetensors"):
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="meta", weights_only=True)
+    return content, load_state_dict(path)
 
 
 def _model_options(training: dict[str, Any]) -> dict[str, Any]:
@@ -143,6 +123,32 @@ def _model_options(training: dict[str, Any]) -> dict[str, Any]:
     own = {"in_chans": training["input_size"][0]} if "input_size" in training else {}
     own |= {key: training[key] for key in ("in_chans", "bn_eps") if key in training}
     return {**training.get("model_kwargs", {}), **own, **({"global_pool": training["gp"]} if "gp" in training else {})}
+
+
+def _count_classes(weights: dict[str, torch.Tensor], name: str) -> int | None:
+    """The number of classes of the classifier among the weights; None if its name is unknown."""
+    cfg = None if ":" in name else get_pretrained_cfg(name)
+    classifier = cfg.classifier if cfg else None
+    weight = weights.get(f"{classifier[0] if isinstance(classifier, tuple) else classifier}.weight")  # distilled: two
+    return None if weight is None else weight.shape[0]
+
+
+@torch.inference_mode()
+def _try(model: nn.Module, size: tuple[int, int, int]) -> None:
+    """Raise an error, before the work, unless the model computes finite logits of an image (C, H, W)."""
+    logits = model(torch.zeros(1, *size))
+    if not (isinstance(logits, torch.Tensor) and logits.ndim == 2 and logits.isfinite().all()):
+        raise ValueError("it returns no finite logits [1, classes]")
+
+
+def _note_inexact_size(spec: str, model: Any, size: tuple[int, int]) -> None:
+    """Print to stderr if rotations by 90 degrees are not exact at the size of the images, and where they are."""
+    if not hasattr(model, "exact_sizes") or model.is_exact(size):
+        return
+    sizes = dict.fromkeys(model.exact_sizes(max(size)))
+    if size[0] != size[1] or size[0] not in sizes:  # else the group has rotations by 45 degrees, too
+        text = f"{spec!r} is not exactly equivariant at {size[0]} x {size[1]} pixels: --size "
+        print(one_line(f"{text}{' or '.join(map(str, sizes))} is exact"), file=sys.stderr)
 
 
 def split_spec(spec: str) -> tuple[str, str]:
@@ -162,52 +168,12 @@ def short_name(spec: str) -> str:
 
 
 def check_spec(spec: str) -> str:
-    """The spec. Raises InputError if timm does not know the name, or the checkpoint does not exist."""
-    name, checkpoint = split_spec(spec)
-    fault = ""
+    """The spec. Raises InputError if timm does not know the name."""
+    name, _ = split_spec(spec)
     if ":" not in name and not timm.is_model(name):  # 'hf-hub:...' is looked up when it is loaded
         near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=4, cutoff=0.5)
-        suggestion = f": did you mean {', '.join(near)}?" if near else ""
-        fault = f"unknown model {name!r}{suggestion}; python -c 'import timm; print(timm.list_models())'"
-    elif name != spec and not os.path.isfile(checkpoint):
-        fault = f"cannot load the weights of {spec!r}: there is no file {checkpoint!r}"
-    if fault:
-        raise InputError(fault)
+        raise InputError(f"unknown model {name!r}: did you mean {', '.join(near) or 'one of timm.list_models()'}?")
     return spec
-
-
-def _read_checkpoint(path: str) -> dict[str, Any]:
-    """The entries of a checkpoint; {} for a file that timm cannot load either, whose error names the reason."""
-    try:
-        if path.endswith(".safetensors"):
-            return dict(load_file(path))
-        with torch.serialization.safe_globals([argparse.Namespace]):  # `args` of timm's train.py
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # of pickle, zip, safetensors, PyTorch
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _count_classes(content: dict[str, Any], name: str) -> int | None:
-    """The number of classes of the classifier in a checkpoint; None if its name is unknown."""
-    states = (content.get(key) for key in ("state_dict_ema", "model_ema", "state_dict", "model"))
-    state = clean_state_dict(next((state for state in states if isinstance(state, dict)), content))
-    cfg = None if ":" in name else get_pretrained_cfg(name)
-    classifier = cfg.classifier if cfg else None
-    weight = state.get(f"{classifier[0] if isinstance(classifier, tuple) else classifier}.weight")  # distilled: two
-    return weight.shape[0] if isinstance(weight, torch.Tensor) else None
-
-
-def _remedy(name: str, checkpoint: str) -> str:
-    if checkpoint:
-        return f"Is {checkpoint!r} a checkpoint of {name!r}, with as many classes?"
-    architecture, _, tag = name.partition(".")
-    tags = timm.list_pretrained(f"{architecture}.*")
-    if tag and tags and name not in tags:
-        return f"Its pretrained tags are {', '.join(tags)}."
-    connect = "Pretrained weights are downloaded once: connect, set HF_ENDPOINT"
-    known = connect if tags else "It has no pretrained weights"
-    return f"{known}; or give a file, {name}=CHECKPOINT."
 
 
 def class_titles(names: list[str]) -> list[str]:
@@ -221,14 +187,3 @@ def read_class_map(path: str) -> list[str]:
     if os.path.isdir(path):
         return [name for name in ImageFolder(path, "", search_split=False).class_to_idx if name]
     return [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
-
-
-def find_device(name: str | None) -> torch.device:
-    """The device of this name; the GPU, if there is one, if None. Raises InputError if it cannot compute."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.ones(2, device=device).sum().item()
-    except Exception as error:  # each kind of device has its own
-        raise InputError(f"--device {name} cannot be used: {reason(error)}; use cpu, or leave it out") from error
-    return device

@@ -1,10 +1,10 @@
-"""Options that several commands have, a loop over models, and the text of an error."""
+"""Options and output that several commands have."""
 
 import argparse
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,7 +14,7 @@ from timm.utils import ParseKwargs
 
 import equivision_timm
 from equivision_timm.cli.models import check_spec, read_class_map
-from equivision_timm.errors import InputError, one_line
+from equivision_timm.errors import InputError, one_line, reason
 from equivision_timm.weights.released import released
 
 __all__ = [
@@ -23,39 +23,26 @@ __all__ = [
     "add_model",
     "add_names",
     "add_options",
+    "aligned",
     "for_each",
-    "integer",
     "libraries",
-    "message",
     "parse_angles",
+    "positive",
 ]
 
 Parsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # of `ArgumentParser.add_subparsers`
 
-_MOST_ANGLES = 3600
-
 
 def add_command(
-    commands: Parsers, name: str, run: Callable[[argparse.Namespace], int], interrupted: str, help: str, more: str
+    commands: Parsers, name: str, run: Callable[[argparse.Namespace], int], help: str, more: str
 ) -> argparse.ArgumentParser:
     """The parser of a command: `help` is the line in the list of commands, which its description continues by `more`.
 
-    `run` returns the exit status; `interrupted` is the state of the files after Ctrl-C, with options in braces.
+    `run` returns the exit status.
     """
     parser = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}. {more}")
-    parser.set_defaults(run=run, interrupted=interrupted)
+    parser.set_defaults(run=run)
     return parser
-
-
-def integer(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
-    """Type of an argument: an integer from `least` to `most`."""
-
-    def integer(text: str) -> int:
-        if not least <= (number := int(text)) <= most:
-            raise InputError(f"{text!r} is not possible: give a number from {least} to {most}")
-        return number
-
-    return integer
 
 
 def add_model(parser: argparse.ArgumentParser, several: bool = False, option: bool = True) -> None:
@@ -82,6 +69,13 @@ def _released_name(name: str) -> str:
     return name
 
 
+def positive(text: str) -> int:
+    """Type of an argument: an integer from 1 on."""
+    if (number := int(text)) < 1:
+        raise InputError(f"{text!r} is not possible: give a number from 1 on")
+    return number
+
+
 def parse_angles(text: str) -> list[float]:
     """The angles of 'start:stop:step' (stop included if it is met) or of a list '0,45,90', in degrees.
 
@@ -91,50 +85,50 @@ def parse_angles(text: str) -> list[float]:
         >>> parse_angles("0:360:90")
         [0.0, 90.0, 180.0, 270.0]
     """
-    numbers: list[float] = []
-    with contextlib.suppress(ValueError):  # not numbers, or not three
+    rotations: dict[float, float] = {}
+    with contextlib.suppress(ValueError, ArithmeticError):  # not numbers, not three, no step
         if ":" in text:
             start, stop, step = map(float, text.split(":"))
-            steps = (stop - start) / step + 1e-9 if step > 0 else -1
-            numbers = [start + step * i for i in range(int(steps) + 1)] if 0 <= steps < _MOST_ANGLES else []
+            numbers = [start + step * i for i in range(int((stop - start) / step + 1e-9) + 1)]
         else:
             numbers = [float(part) for part in text.split(",")]
-    if not 0 < len(numbers) <= _MOST_ANGLES or not all(map(math.isfinite, numbers)):
-        fault = f"{text!r} is not a list of up to {_MOST_ANGLES} angles"
-        raise InputError(f"{fault}: use START:STOP:STEP or A,B,C in degrees, such as 0:360:15")
-    rotations: dict[float, float] = {}
-    for number in numbers:
-        angle = math.fmod(number, 360) + 0.0  # + 0.0: no negative zero
-        rotations.setdefault(round(angle % 360, 6) % 360, angle)
+        for number in numbers:
+            angle = math.fmod(number, 360) + 0.0  # + 0.0: no negative zero
+            rotations.setdefault(round(angle % 360, 6) % 360, angle)
+    if not rotations:
+        raise InputError(f"{text!r} are not angles: use START:STOP:STEP or A,B,C in degrees, such as 0:360:15")
     return list(rotations.values())
 
 
 _OPTIONS: dict[str, dict[str, Any]] = {
     "angles": {"type": parse_angles, "help": "START:STOP:STEP or A,B,C in degrees (default: %(default)s)"},
-    "batch-size": {"type": integer(1), "metavar": "N", "help": "images at a time (default: %(default)s)"},
+    "batch-size": {"type": positive, "metavar": "N", "help": "images at a time (default: %(default)s)"},
     "class-map": {
         "type": read_class_map,
         "metavar": "FILE|DIR",
         "help": "names of the classes: a file, one per line, or the training folder (default: those of the weights)",
     },
-    "device": {"help": "device of PyTorch (default: cuda if available, else cpu)"},
+    "device": {
+        "type": torch.device,
+        "default": "cuda" if torch.cuda.is_available() else "cpu",
+        "help": "device of PyTorch (default: cuda if available, else cpu)",
+    },
     "images": {"type": Path, "metavar": "DIR", "help": "folder of photographs (default: those of scikit-image)"},
     "json": {"action": "store_true", "help": "print JSON instead of the table"},
-    "num-classes": {"type": integer(1, 10**6), "metavar": "N", "help": "classes (default: as trained, or the model's)"},
+    "num-classes": {"type": positive, "metavar": "N", "help": "classes (default: as trained, or the model's)"},
     "signs": {
         "metavar": "PATTERN",
         "help": "sign pattern of a D4 or D8 checkpoint, by name or as '+' and '-' (default: found on photographs)",
     },
-    "size": {"type": integer(1, 8192), "metavar": "N", "help": "side of the images in pixels (default: as trained)"},
+    "size": {"type": positive, "metavar": "N", "help": "side of the images in pixels (default: as trained)"},
 }
 
 
 def add_options(parser: argparse.ArgumentParser, *names: str, **defaults: Any) -> None:
-    """Options that several commands have, `names` without '--'; `defaults` by destination, None if not given."""
+    """Options that several commands have, `names` without '--'; `defaults` by destination."""
     for name in names:
-        dest = name.replace("-", "_")
-        keywords = {"default": defaults[dest]} if dest in defaults else {}
-        parser.add_argument(*(["-b"] if name == "batch-size" else []), f"--{name}", **_OPTIONS[name], **keywords)
+        parser.add_argument(*(["-b"] if name == "batch-size" else []), f"--{name}", **_OPTIONS[name])
+    parser.set_defaults(**defaults)
 
 
 def for_each(names: Iterable[str], action: Callable[[str], object]) -> int:
@@ -146,19 +140,19 @@ def for_each(names: Iterable[str], action: Callable[[str], object]) -> int:
         except (InputError, ModuleNotFoundError):  # noqa: PERF203
             raise
         except Exception as error:  # of the network, the file system, the Hub's client, ...
-            print(f"{one_line(name)}: {type(error).__name__}: {message(error)}", file=sys.stderr)
+            print(f"{name}: {reason(error)}", file=sys.stderr)
             status = 1
     return status
+
+
+def aligned(rows: Iterable[Iterable[str]], left: Collection[int] = (0,)) -> str:
+    """A line for each row, with columns of equal width, those in `left` to the left."""
+    rows = [[one_line(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cells = [[f"{cell:{'<' if i in left else '>'}{widths[i]}}" for i, cell in enumerate(row)] for row in rows]
+    return "\n".join("  ".join(row).rstrip() for row in cells)
 
 
 def libraries() -> str:
     """The versions of this package, timm and PyTorch."""
     return f"equivision_timm {equivision_timm.__version__}, timm {timm.__version__}, torch {torch.__version__}"
-
-
-def message(error: BaseException) -> str:
-    """The error on one line, with its type unless that adds nothing."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    text = lines[-1] if any(line.startswith("Traceback") for line in lines) else " ".join(lines)
-    explained = isinstance(error, (ValueError, OSError, ModuleNotFoundError)) or text == type(error).__name__
-    return one_line(text if explained else f"{type(error).__name__}: {text}")

@@ -13,8 +13,8 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from equivision_timm.cli.models import find_device, load
-from equivision_timm.cli.options import Parsers, add_command, add_model, add_options, integer
+from equivision_timm.cli.models import load
+from equivision_timm.cli.options import Parsers, add_command, add_model, add_options, positive
 from equivision_timm.data import PictureError, find_pictures, open_rgb, preparation
 from equivision_timm.errors import one_line
 from equivision_timm.files import check_writable, write_file
@@ -29,11 +29,11 @@ def register(commands: Parsers) -> None:
         of ImageNet, else the index; probability, the softmax of the logits, which over all classes sums to 1.
         Checkpoints of timm's train.py determine number of classes, image size and normalisation. Files that
         cannot be read are reported and left out; the exit status is then 1."""
-    parser = add_command(commands, "predict", run, "nothing was written", text, more)
+    parser = add_command(commands, "predict", run, text, more)
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE|DIR", help="files, or folders, searched at any depth")
     add_model(parser)
-    add("--topk", type=integer(1), default=5, metavar="K", help="classes of each image, or all if there are fewer (5)")
+    add("--topk", type=positive, default=5, metavar="K", help="classes of each image, or all if there are fewer (5)")
     add("--format", choices=("csv", "json"), default="csv", help="format of the result (default: %(default)s)")
     add("--out", type=Path, metavar="FILE", help="file to write (default: print)")
     add_options(parser, "class-map", "size", "batch-size", "device", batch_size=32)
@@ -42,19 +42,19 @@ def register(commands: Parsers) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the classes of all images when all are computed; returns the exit status, 1 if a file was left out."""
     if args.out is not None:
-        check_writable(args.out, make_folders=True)
+        check_writable(args.out)
     files = list(dict.fromkeys(file for path in args.images for file in find_pictures(path) or [path]))
-    device = find_device(args.device)
     loaded = load(args.model, args.size, model_kwargs=args.model_kwargs)
-    loaded.try_image(torch.zeros(loaded.input_size))
     names, prepare = loaded.class_names(args.class_map), preparation(loaded.config)
-    model = loaded.model.to(device)
+    model = loaded.model.to(args.device)
     found: list[dict[str, Any]] = []
     with tqdm(total=len(files), unit="image", file=sys.stderr) as progress:
         for chunk in (files[start : start + args.batch_size] for start in range(0, len(files), args.batch_size)):
             images = dict(_read(chunk, prepare))
             if images:
-                found += _classify(model, torch.stack(list(images.values())).to(device), list(images), names, args.topk)
+                found += _classify(
+                    model, torch.stack(list(images.values())).to(args.device), list(images), names, args.topk
+                )
             progress.update(len(chunk))
     if not found:
         return 1

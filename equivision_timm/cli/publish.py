@@ -28,7 +28,7 @@ def register(commands: Parsers) -> None:
     text = "upload weights to the Hub, or write the files of an upload"
     more = """Of each model in the local weights folder: config, weights and model card, under your login
         (`hf auth login`). The same command continues a broken upload."""
-    parser = add_command(commands, "publish", run, "the same command continues from there", text, more)
+    parser = add_command(commands, "publish", run, text, more)
     add_names(parser, "every model in the local weights folder")
     parser.add_argument("--to", type=Path, metavar="DIR", help="write to DIR/NAME.TAG instead of uploading")
     parser.add_argument("--org", default=HUB_ORG, help="user or organisation on the Hub (default: %(default)s)")
@@ -68,7 +68,7 @@ def write_publication(model_name: str, parent: Path, organisation: str) -> Path:
     source = local_folder(model_name)
     publication = parent / source.name
     for name in (CONFIG_FILE, WEIGHTS_FILE, _CARD_FILE):
-        check_writable(publication / name, make_folders=True)
+        check_writable(publication / name)
     loaded = load_strictly(str(source))
     if loaded.name != model_name or TENSORS_SHA256 not in loaded.provenance:
         raise WeightsError(

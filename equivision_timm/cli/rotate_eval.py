@@ -16,8 +16,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
-import shlex
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -31,8 +29,8 @@ from timm.utils import reparameterize_model
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from equivision_timm.cli.models import Loaded, find_device, load
-from equivision_timm.cli.options import Parsers, add_command, add_model, add_options, integer, libraries
+from equivision_timm.cli.models import Loaded, load
+from equivision_timm.cli.options import Parsers, add_command, add_model, add_options, libraries, positive
 from equivision_timm.data import ImageFolder, PictureError, preparation
 from equivision_timm.errors import InputError, one_line
 from equivision_timm.files import check_writable, file_sha256, write_file
@@ -43,8 +41,8 @@ from equivision_timm.testing import angle_error
 __all__ = ["METRICS", "Result", "Settings", "averaged", "find_result", "measure", "read_results", "register", "shown"]
 
 METRICS = ("top1", "top5", "agreement", "drift")
-# In these settings the results of one file, hence of one report, agree
-_SHARED = ("data", "images", "targets", "files", "angles", "corners", "precision", "by_stage")
+# In these settings the results of one file, hence of one picture, agree
+_SHARED = ("data", "images", "labelled", "files", "angles", "corners", "precision", "by_stage")
 
 Predict: TypeAlias = Callable[[torch.Tensor], torch.Tensor]  # images [B, C, H, W] -> logits [B, classes]
 
@@ -52,23 +50,21 @@ Predict: TypeAlias = Callable[[torch.Tensor], torch.Tensor]  # images [B, C, H, 
 def register(commands: Parsers) -> None:
     text = "measure accuracy against the rotation angle, for any timm models"
     more = """Top-1, top-5, agreement with the unrotated prediction and relative change of the logits (drift) at
-        every angle; writes results.json, results.csv, rotation.png and report.html. The same command continues
-        an interrupted one."""
-    state = "everything measured is in {out}, the same command continues from there"
-    parser = add_command(commands, "rotate-eval", run, state, text, more)
+        every angle; prints their means and worst values and writes results.json, results.csv and rotation.png.
+        The same command continues an interrupted one."""
+    parser = add_command(commands, "rotate-eval", run, text, more)
     add = parser.add_argument
     add_model(parser, several=True)
     add("--data", required=True, metavar="DIR", help="folder with one sub-folder of images per class")
     add("--out", type=Path, default=Path("rotate_eval"), metavar="DIR", help="folder to write (default: %(default)s)")
     sizes = "sides of the images in pixels (default: as trained, or the model's)"
-    add("--size", dest="sizes", type=integer(1, 8192), nargs="+", metavar="N", help=sizes)
+    add("--size", dest="sizes", type=positive, nargs="+", metavar="N", help=sizes)
     add("--corners", choices=("reflect", "circle"), default="reflect", help="reflect them, or show a circle only")
     add("--split", default="validation", help="sub-folder of DIR to look for (default: %(default)s)")
     add("--class-map", default="", metavar="FILE", help="sub-folders in the order of the model's classes")
     add("--unlabelled", action="store_true", help="the folders are not classes: measure agreement and drift only")
     add_options(parser, "num-classes", "angles", "batch-size", "device", angles="0:360:15", batch_size=256)
-    workers = integer(0, 8 * (os.cpu_count() or 1))
-    add("-j", "--workers", type=workers, default=4, metavar="N", help="processes that load images (default: 4)")
+    add("-j", "--workers", type=int, default=4, metavar="N", help="processes that load images (default: 4)")
     add("--amp", action="store_true", help="mixed precision")
     add("--amp-dtype", choices=("float16", "bfloat16"), default="float16", help="its type (default: %(default)s)")
     add("--channels-last", action="store_true", help="memory format")
@@ -87,9 +83,9 @@ class Settings:
     """Everything that the figures of a result depend on, as JSON has it: the key under which it is stored."""
 
     data: str  # name of the folder of images
-    images: str  # SHA-256 of the names and contents of its files
-    targets: str  # SHA-256 of their classes; '' without labels
-    files: int  # their number
+    images: str  # SHA-256 of the names, contents and classes of its files
+    labelled: bool  # whether the classes count
+    files: int  # number of files
     angles: list[float]  # in degrees, counter-clockwise
     corners: str  # 'reflect': continued by its reflection; 'circle': only the inscribed circle, on the mean colour
     precision: str  # 'float32', or the type of mixed precision
@@ -118,7 +114,6 @@ class Result:
     unreadable: list[str] = field(default_factory=list)  # names of the other files
     # by name, then by angle: of each of `METRICS` (without labels no top1 and top5), and of the error of each stage
     sums: dict[str, list[float]] = field(default_factory=dict)
-    command: str = ""  # what the user typed
     versions: str = ""  # of the libraries, and the device
     date: str = ""  # of the last run
 
@@ -178,57 +173,44 @@ def run(args: argparse.Namespace) -> int:
     from equivision_timm.cli import rotate_report  # matplotlib
 
     file = args.out / "results.json"
-    for path in (file, *(args.out / name for name in rotate_report.FILES)):
-        check_writable(path, make_folders=True)
+    for name in (file.name, *rotate_report.FILES):
+        check_writable(args.out / name)
     # The default may be missing; a split that was named may not
     root = args.data if args.split == "validation" else os.path.join(args.data, args.split)
-    folder, device = _Folder(root, args.split, args.class_map), find_device(args.device)
-    common, stored = _common_settings(args, folder), read_results(file)
-    work = list(itertools.product(dict.fromkeys(args.models), dict.fromkeys(args.sizes or [None])))
-
-    def prepare(spec: str, size: int | None) -> tuple[Loaded, Result]:
+    folder = _Folder(root, args.split, args.class_map)
+    common, work = _common_settings(args, folder), []
+    for spec, size in itertools.product(dict.fromkeys(args.models), dict.fromkeys(args.sizes or [None])):
         loaded = load(spec, size, args.num_classes, args.model_kwargs, test_size=True)
-        return loaded, find_result(stored, _settings(loaded, common, args.test_time_turns), args.out)
-
-    for spec, size in work:  # errors come before the work
-        loaded, _ = prepare(spec, size)
-        if not args.unlabelled:
+        if common.labelled:
             _check_classes(loaded, folder, args.class_map)
-        loaded.try_image(torch.zeros(loaded.input_size))
-    samples, written = rotate_report.Samples(folder, args.angles), _content(file)
+        work.append(
+            (loaded, find_result(read_results(file), _settings(loaded, common, args.test_time_turns), args.out))
+        )
+    samples = rotate_report.Samples(folder, args.angles)
     try:
-        for spec, size in work:
-            loaded, result = prepare(spec, size)
-            others = [other for other in stored if other.settings != result.settings]
-            for after in _measured(result, loaded, folder, device, args, samples):
-                if _content(file) != written:
-                    raise InputError(f"another run changed {file} in the meantime: choose another --out")
-                stored = [*others, after]
-                written = json.dumps({"results": [asdict(other) for other in stored]}, indent=1).encode()
-                write_file(file, written)
+        while work:
+            loaded, result = work.pop(0)
+            for after in _measured(result, loaded, folder, args, samples):
+                stored = read_results(file)
+                find_result(stored, after.settings, args.out)  # another run may have written since
+                stored = [*(other for other in stored if other.settings.cell != after.settings.cell), after]
+                write_file(file, json.dumps({"results": [asdict(other) for other in stored]}, indent=1).encode())
     finally:
-        if stored:
-            rotate_report.write(stored, args.out, samples)
-            print(one_line(f"{args.out}/report.html"))
+        if stored := read_results(file):
+            print(rotate_report.write(stored, args.out, samples))
     return 0 if stored else 1  # no image can be read
-
-
-def _content(file: Path) -> bytes:
-    return file.read_bytes() if file.exists() else b""
 
 
 def _common_settings(args: argparse.Namespace, folder: _Folder) -> Settings:
     """The settings in which all models of a run agree."""
     digest = hashlib.sha256()
-    for path, _ in tqdm(folder.samples, desc="reading", unit="image", leave=False, delay=5):
-        digest.update(os.fsencode(os.path.relpath(path, folder.root)) + b"\0")
+    for path, target in tqdm(folder.samples, desc="reading", unit="image", leave=False, delay=5):
+        digest.update(f"{os.path.relpath(path, folder.root)!a} {not args.unlabelled and target} ".encode())
         with contextlib.suppress(OSError):  # a file that cannot be read
             digest.update(file_sha256(path).encode())
-    classes = repr([target for _, target in folder.samples]).encode()
-    targets = "" if args.unlabelled else hashlib.sha256(classes).hexdigest()
-    data, images = Path(os.path.abspath(args.data)).name, digest.hexdigest()
-    precision = args.amp_dtype if args.amp else "float32"
-    return Settings(data, images, targets, len(folder), args.angles, args.corners, precision, args.by_stage)
+    precision, data = args.amp_dtype if args.amp else "float32", Path(os.path.abspath(args.data)).name
+    common = data, digest.hexdigest(), not args.unlabelled, len(folder), args.angles, args.corners
+    return Settings(*common, precision, args.by_stage)
 
 
 def _settings(loaded: Loaded, common: Settings, turns: int) -> Settings:
@@ -258,19 +240,17 @@ def _check_classes(loaded: Loaded, folder: _Folder, class_map: str) -> None:
 
 
 def _measured(
-    result: Result, loaded: Loaded, folder: _Folder, device: torch.device, args: argparse.Namespace, samples: Any
+    result: Result, loaded: Loaded, folder: _Folder, args: argparse.Namespace, samples: Any
 ) -> Iterator[Result]:
     """The result after each batch to the end of the folder; then the `rotate_report.Samples` are classified."""
+    device, settings = args.device, result.settings
     model = (reparameterize_model(loaded.model) if args.reparam else loaded.model).to(device)
     model = model.to(memory_format=torch.channels_last) if args.channels_last else model
     folder.transform = preparation(loaded.config)
     versions = f"{libraries()}; {torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}"
-    # The report may be passed on: of absolute paths it has the last part
-    command = shlex.join(re.sub(r"(^|[=:])([A-Za-z]:)?[\\/].*[\\/](?=[^\\/])", r"\1", word) for word in args.typed)
-    result = replace(result, command=command, versions=versions, date=date.today().isoformat())
+    result = replace(result, versions=versions, date=date.today().isoformat())
     rest = Subset(folder, range(result.position, len(folder)))
     batches = DataLoader(rest, args.batch_size, num_workers=args.workers, collate_fn=list)
-    settings = result.settings
     autocast = torch.autocast(device.type, dtype=getattr(torch, settings.precision), enabled=args.amp)
     label = f"{settings.model} {settings.size}px"
     with tqdm(total=len(folder), initial=result.position, unit="image", desc=label) as bar, autocast:
@@ -281,8 +261,7 @@ def _measured(
             bar.update(result.position - bar.n)
         samples.classify(settings, averaged(model, settings.turns), loaded, folder, device)
     if result.unreadable:
-        listed = ", ".join(map(one_line, result.unreadable[:5])) + (", ..." if len(result.unreadable) > 5 else "")
-        tqdm.write(f"left out {len(result.unreadable)} unreadable image(s): {listed}")
+        tqdm.write(f"left out {len(result.unreadable)} unreadable image(s): {one_line(', '.join(result.unreadable))}")
 
 
 def measure(result: Result, model: nn.Module, batches: DataLoader[Any], device: torch.device) -> Iterator[Result]:
@@ -298,7 +277,7 @@ def measure(result: Result, model: nn.Module, batches: DataLoader[Any], device: 
         sums: dict[str, list[float]] = {}
         if good:
             images = torch.stack([image for image, _ in good]).to(device)
-            targets = torch.tensor([target for _, target in good], device=device) if settings.targets else None
+            targets = torch.tensor([target for _, target in good], device=device) if settings.labelled else None
             sums = _sums(predict, images, targets, settings)
             if settings.by_stage:
                 errors = angle_error(model, images, settings.angles)

@@ -1,9 +1,7 @@
-"""The report of `rotate-eval`: tables, pictures, and one HTML page that loads nothing from elsewhere."""
+"""The report of `rotate-eval`: tables and pictures."""
 
-import base64
 import contextlib
 import csv
-import html
 import io
 import sys
 from pathlib import Path
@@ -20,6 +18,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from equivision_timm.cli.figures import figure_bytes, plain_text
 from equivision_timm.cli.models import Loaded, class_titles, short_name
+from equivision_timm.cli.options import aligned
 from equivision_timm.cli.rotate_eval import METRICS, Predict, Result, Settings, shown
 from equivision_timm.data import ImageFolder, PictureError
 from equivision_timm.errors import one_line, shortened
@@ -27,7 +26,7 @@ from equivision_timm.files import write_file
 
 __all__ = ["FILES", "Samples", "draw", "draw_stages", "write"]
 
-FILES = ("results.csv", "rotation.png", "report.html", "stages.csv", "stages.png")  # the last two if measured
+FILES = ("results.csv", "rotation.png", "stages.png")  # the last one if measured
 
 _DPI = 110
 _TITLES = {  # of the metrics that are drawn
@@ -42,20 +41,20 @@ _MARKERS = "osD^vP*"
 _LINES = ("-", "--", ":", "-.")
 _LEAST_DRIFT = 0.1  # the axis ends there at least: rounding errors stay at its floor
 _SAMPLE, _SAMPLE_SIDE = 96, 1.25  # pixels and inches along a side
-_SAMPLE_IMAGES, _SAMPLE_ANGLES, _SAMPLE_MODELS = 2, 8, 6  # at most
+_SAMPLE_ANGLES, _SAMPLE_MODELS = 8, 6  # at most
 
 
 class Samples:
     """A few readable images of a folder, and the classes that models predict for them at a few of the angles."""
 
     def __init__(self, folder: ImageFolder, angles: list[float]) -> None:
-        self.angles: list[float] = [angles[i] for i in _spread(len(angles), _SAMPLE_ANGLES)]
+        self.angles: list[float] = angles[:: -(-len(angles) // _SAMPLE_ANGLES)]
         self.pictures: list[Image.Image] = []
         self.targets: list[int] = []
         self.titles: list[str] = []  # of their classes; [] without labels
         # For the model, size and turns of a result: a class title for each angle and picture
         self.predictions: dict[tuple[str, int, int], list[list[str]]] = {}
-        for index in _spread(len(folder), 4 * _SAMPLE_IMAGES)[1::4] or [0]:
+        for index in sorted({len(folder) * part // 8 for part in (1, 5)}):
             with contextlib.suppress(PictureError):
                 self.pictures.append(folder.picture(index))
                 self.targets.append(folder.samples[index][1])
@@ -68,49 +67,49 @@ class Samples:
         if not self.pictures:
             return
         names = loaded.class_names()
-        if settings.targets and names == [str(index) for index in range(len(names))]:  # unknown: the sub-folders'
+        if settings.labelled and names == [str(index) for index in range(len(names))]:  # unknown: the sub-folders'
             own = {index: name for name, index in folder.class_to_idx.items()}
             names = [own.get(index, "") for index in range(len(names))]
         titles = class_titles(names)
         images = torch.stack([folder.transform(picture) for picture in self.pictures]).to(device)  # type: ignore[misc]
         indices = [predict(shown(images, angle, settings.corners)).argmax(1).tolist() for angle in self.angles]
-        self.titles = [titles[target] for target in self.targets] if settings.targets else []
+        self.titles = [titles[target] for target in self.targets] if settings.labelled else []
         self.predictions[settings.cell] = [[titles[index] for index in row] for row in indices]
 
 
-def _spread(count: int, most: int) -> list[int]:
-    """At most so many of the indices below `count`, evenly spread."""
-    return sorted({i * count // min(count, most) for i in range(min(count, most))})
-
-
-def write(results: list[Result], folder: Path, samples: Samples | None = None) -> None:
-    """Write `FILES` into `folder`, of results that agree in their images and angles, with at least one image each."""
-    metrics = [name for name in METRICS if name in results[0].sums]
-    rows: list[tuple] = [("model", "size", "turns", "angle", "images", *metrics)]
-    by_stage: list[tuple] = [("model", "size", "stage", "angle", "images", "error")]
+def write(results: list[Result], folder: Path, samples: Samples | None = None) -> str:
+    """Write `FILES` into `folder`, of results that agree in their images and angles; returns a table to print."""
+    rows = []
     for result in results:
         model, size, turns = result.settings.cell
         means = {name: [f"{value:.6g}" for value in result.mean(name)] for name in result.sums}
         for i, angle in enumerate(result.settings.angles):
-            rows.append((model, size, turns, f"{angle:g}", result.images, *(means[name][i] for name in metrics)))
-        for name in _stages(result):
-            angles = zip(result.settings.angles, means[name], strict=True)
-            by_stage += [(model, size, name, f"{angle:g}", result.images, error) for angle, error in angles]
-    contents = {"results.csv": _csv(rows)}
+            row = {"model": model, "size": size, "turns": turns, "angle": f"{angle:g}", "images": result.images}
+            rows.append({**row, **{name: values[i] for name, values in means.items()}})
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row))
+    table.writeheader()
+    table.writerows(rows)
+    write_file(folder / "results.csv", text.getvalue().encode(errors="backslashreplace"))
     with plain_text():
-        contents["rotation.png"] = figure_bytes(draw(results, samples), ".png", _DPI)
+        write_file(folder / "rotation.png", figure_bytes(draw(results, samples), ".png", _DPI))
         if results[0].settings.by_stage:
-            contents["stages.csv"] = _csv(by_stage)
-            contents["stages.png"] = figure_bytes(draw_stages(results), ".png", _DPI)
-    contents["report.html"] = _page(results, contents).encode(errors="backslashreplace")
-    for name, content in contents.items():
-        write_file(folder / name, content)
+            write_file(folder / "stages.png", figure_bytes(draw_stages(results), ".png", _DPI))
+    return f"{_headline(results)}\n{_summary(results)}\nAll angles: {one_line(str(folder / 'results.csv'))}"
 
 
-def _csv(rows: list[tuple]) -> bytes:
-    file = io.StringIO(newline="")
-    csv.writer(file).writerows(rows)
-    return file.getvalue().encode(errors="backslashreplace")
+def _summary(results: list[Result]) -> str:
+    """Mean and worst value of every metric that is drawn, over the angles."""
+    metrics = [name for name in _TITLES if name in results[0].sums]
+    rows = [["model", "images", *(f"{metric}, {what}" for metric in metrics for what in ("mean", "worst"))]]
+    for result in results:
+        row = [_label(result), str(result.images)]
+        for metric in metrics:
+            values, digits = result.mean(metric), ".3g" if metric == "drift" else ".2f"
+            worst = int(np.argmax(values) if metric == "drift" else np.argmin(values))
+            row += [f"{np.mean(values):{digits}}", f"{values[worst]:{digits}} at {result.settings.angles[worst]:g}°"]
+        rows.append(row)
+    return aligned(rows)
 
 
 def _stages(result: Result) -> list[str]:
@@ -236,92 +235,10 @@ def _label(result: Result, most: int = sys.maxsize) -> str:
     """Label of a curve or a row, at most so many characters: the model's name is cut."""
     settings = result.settings
     words = f", {settings.size} px" + (f", mean of {settings.turns} rotations" if settings.turns > 1 else "")
+    words += f", {result.position} of {settings.files} files" if result.position < settings.files else ""
     return shortened(short_name(settings.model), most - len(words)) + words
 
 
 def _headline(results: list[Result]) -> str:
     settings = results[0].settings
     return f"Rotated images of {one_line(settings.data)} ({settings.files} files, {_CORNERS[settings.corners]})"
-
-
-# The page
-
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 1.5rem auto; padding: 0 1rem; color: #222; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-img { max-width: 100%; height: auto; } p, .left td { overflow-wrap: anywhere; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
-th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #ddd; vertical-align: top; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
-td { white-space: nowrap; } thead th { border-bottom: 2px solid #888; }
-.left td, .left th { text-align: left; white-space: normal; }
-.wide { overflow-x: auto; } .note { color: #555; font-size: .9rem; }
-.names td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 9rem; }
-"""
-
-
-def _page(results: list[Result], contents: dict[str, bytes]) -> str:
-    """The page; `contents` of the other files."""
-    title, stages = html.escape(_headline(results)), ""
-    if "stages.png" in contents:
-        stages = f"""<h2>By stage</h2>{_image(contents["stages.png"], "Errors of the stages against the angle")}
-<p class="note">Error: |f(g x) - g f(x)| / |g f(x)| of the maps f of a stage under the rotation g; figures
-in stages.csv. 0: the map rotates with the image. 1: it has next to nothing in common with the rotated map.</p>"""
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><style>{_STYLE}</style></head><body>
-<h1>{title}</h1>
-{_notes(results)}
-<h2>Summary</h2><div class="wide names">{_summary(results)}</div>
-<h2>Against the angle</h2>
-{_image(contents["rotation.png"], "Accuracy, agreement and drift against the angle; images with predictions")}
-<p class="note">Agreement: the predicted class is that of the unrotated image. Drift: |z - z0| / |z0|, z the logits
-minus their mean, z0 those of the unrotated image. Multiples of 90 degrees permute pixels, other angles resample.
-Chance: one divided by the number of classes.</p>
-{stages}
-<h2>How it was measured</h2>{_origins(results)}</body></html>
-"""
-
-
-def _image(content: bytes, words: str) -> str:
-    """A PNG file as an element of the page."""
-    return f'<img alt="{html.escape(words)}" src="data:image/png;base64,{base64.b64encode(content).decode()}">'
-
-
-def _notes(results: list[Result]) -> str:
-    """A warning for every result that lacks images."""
-    lines = []
-    for result in results:
-        if result.position < result.settings.files:
-            lines.append(f"{_label(result)}: interrupted after {result.position} of {result.settings.files} files.")
-        if result.unreadable:
-            names = ", ".join(map(one_line, result.unreadable))
-            lines.append(f"{_label(result)}: left out {len(result.unreadable)} unreadable: {names}.")
-    return "".join(f'<p class="note">{html.escape(line)}</p>' for line in lines)
-
-
-def _summary(results: list[Result]) -> str:
-    """Mean and worst value of every metric that is drawn."""
-    metrics = [name for name in _TITLES if name in results[0].sums]
-    head = ["model", "images", *(f"{metric}, {what}" for metric in metrics for what in ("mean", "worst"))]
-    rows = [[_label(result), str(result.images)] for result in results]
-    for row, result in zip(rows, results, strict=True):
-        for metric in metrics:
-            values, digits = result.mean(metric), ".3g" if metric == "drift" else ".2f"
-            worst = int(np.argmax(values) if metric == "drift" else np.argmin(values))
-            angle = f"{result.settings.angles[worst]:g}°"
-            row += [f"{np.mean(values):{digits}}", f"{values[worst]:{digits}} (at {angle})"]
-    return _table(head, rows)
-
-
-def _origins(results: list[Result]) -> str:
-    """The commands, days, versions and weights of the figures."""
-    origins = [(one_line(result.command), result.date, result.versions, result.settings.weights) for result in results]
-    rows = [[_label(result), *origin] for result, origin in zip(results, origins, strict=True)]
-    return f'<div class="left">{_table(["model", "command", "date", "versions", "weights (SHA-256)"], rows)}</div>'
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    top = f"<thead><tr>{''.join(f'<th>{html.escape(name)}</th>' for name in head)}</tr></thead>"
-    body = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
-    return f"<table>{top}<tbody>{''.join(f'<tr>{cells}</tr>' for cells in body)}</tbody></table>"

@@ -11,7 +11,6 @@ Shown is the one with the largest variance over the upright image.
 """
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,7 @@ from equivision_timm.groups import Group
 from equivision_timm.rotation import inscribed_circle, rotate
 
 if TYPE_CHECKING:
+    from matplotlib.colors import Normalize
     from matplotlib.figure import SubFigure
 
 __all__ = ["map_error", "register", "scalar_maps"]
@@ -43,7 +43,7 @@ def register(commands: Parsers) -> None:
         the upright image, of an equivariant network zero wherever the rotation permutes the pixels. The
         percentage above the difference is its norm, relative to that of the map; predictions are the softmax of
         the logits."""
-    parser = add_command(commands, "show", run, "{out} was not written", text, more)
+    parser = add_command(commands, "show", run, text, more)
     add = parser.add_argument
     add("image", metavar="IMAGE", help="picture file")
     add_model(parser, several=True)
@@ -55,28 +55,21 @@ def register(commands: Parsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draw the picture; returns the exit status."""
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
     from equivision_timm.cli.figures import check_figure_file, figure_bytes, plain_text
 
-    models, angles = list(dict.fromkeys(args.models)), args.angles
-    width = (_COLUMN * len(angles) + 0.5) * len(models)  # inches
-    check_figure_file(args.out, make_folders=True)
+    check_figure_file(args.out)
     picture = open_rgb(args.image)
-    blocks: list[list[_Column]] = []
-    for spec in models:
-        loaded = load(spec, args.size, args.num_classes, args.model_kwargs)
-        loaded.note_inexact_size()
-        blocks.append(_measure(loaded, preparation(loaded.config)(picture), angles, args.level, args.class_map))
-    most = max(_LEAST, *(column.difference.max() for columns in blocks for column in columns))
+    models = [load(spec, args.size, args.num_classes, args.model_kwargs) for spec in dict.fromkeys(args.models)]
+    scale = Normalize(0, _LEAST)  # of the differences: it grows with them
+    width = (_COLUMN * len(args.angles) + 0.5) * len(models)  # inches
     with plain_text():
         figure = Figure(figsize=(width, _HEIGHT), layout="constrained")
         frames = figure.subfigures(1, len(models), squeeze=False, wspace=0.03)[0]
-        for frame, spec, columns in zip(frames, models, blocks, strict=True):
-            _draw_model(frame, columns, most)
-            name = shortened(short_name(spec).partition("=")[0], 20 * len(angles))
-            title = f"{name}, {columns[0].image.shape[0]} px\nfeature map: {columns[0].name}"
-            frame.suptitle(title, fontsize=14, fontweight="bold")
+        for frame, loaded in zip(frames, models, strict=True):
+            _draw_model(frame, loaded, preparation(loaded.config)(picture), args, scale)
         write_file(args.out, figure_bytes(figure, args.out.suffix, _DPI))
     print(one_line(str(args.out)))
     return 0
@@ -95,82 +88,52 @@ def map_error(rotated_back: torch.Tensor, upright: torch.Tensor) -> float:
     return ((rotated_back - upright)[inside].norm() / upright[inside].norm()).item()
 
 
-@dataclass(frozen=True)
-class _Column:
-    """One model at one angle."""
-
-    title: str  # the angle and the prediction
-    image: np.ndarray  # the rotated image, [H, W, C] or [H, W]
-    map: np.ndarray  # its feature map, [h, w]
-    name: str  # of the map: its layer, and its number
-    returned: np.ma.MaskedArray  # the map rotated back, without its border
-    difference: np.ma.MaskedArray  # from the upright map, relative to its range, without its border
-    error: float  # see `map_error`
-    limits: tuple[float, float]  # smallest and largest value of the upright map
-
-
 @torch.inference_mode()
-def _measure(
-    loaded: Loaded, upright: torch.Tensor, angles: list[float], level: int, names: list[str] | None
-) -> list[_Column]:
-    """The columns of a model, one for each angle, for an image [C, H, W]."""
+def _draw_model(
+    frame: "SubFigure", loaded: Loaded, upright: torch.Tensor, args: argparse.Namespace, scale: "Normalize"
+) -> None:
+    """A column per angle for an image [C, H, W]: image, map, map rotated back, difference; below it the scale."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.ticker import LinearLocator, PercentFormatter
+
     model: Any = loaded.model
-    loaded.try_image(upright)
-    maps = scalar_maps(model, upright[None], level)[0]  # [maps, h, w]
-    count, chosen = len(maps), int(maps.flatten(1).var(1, correction=0).argmax())
+    maps = scalar_maps(model, upright[None], args.level)[0]  # [maps, h, w]
+    chosen = int(maps.flatten(1).var(1, correction=0).argmax())
     reference = maps[chosen]
     low, high = reference.min().item(), reference.max().item()
     extent = max(high - low, torch.finfo(reference.dtype).tiny)  # a flat map has no range
-    layer = model.feature_info[level]["module"] if hasattr(model, "feature_info") else f"level {level}"
+    layer = model.feature_info[args.level]["module"] if hasattr(model, "feature_info") else f"level {args.level}"
     kind = "field" if getattr(model, "group", "c1") != "c1" else "channel"
-    titles, columns = class_titles(loaded.class_names(names)), []
-    for angle in angles:
+    name = shortened(short_name(loaded.spec).partition("=")[0], 20 * len(args.angles))
+    title = f"{name}, {upright.shape[1]} px\nfeature map: {layer}, {kind} {chosen + 1} of {len(maps)}"
+    frame.suptitle(title, fontsize=14, fontweight="bold")
+    titles = class_titles(loaded.class_names(args.class_map))
+    grid = frame.add_gridspec(5, len(args.angles), height_ratios=(1, 1, 1, 1, 0.09))
+    axes = [[frame.add_subplot(grid[row, place]) for place in range(len(args.angles))] for row in range(4)]
+    for place, angle in enumerate(args.angles):
         image = rotate(upright[None], angle)  # [1, C, H, W]
-        prediction, found = model(image).softmax(1)[0], scalar_maps(model, image, level)[0, chosen]
-        returned, best = rotate(found[None, None], -angle)[0, 0], int(prediction.argmax())
-        columns.append(
-            _Column(
-                title=f"{angle:g}°\n{titles[best]}\n{prediction[best]:.0%}",
-                image=_pixels(image[0], loaded.config),
-                map=found.numpy(),
-                name=f"{layer}, {kind} {chosen + 1} of {count}",
-                returned=_masked(returned),
-                difference=_masked((returned - reference).abs() / extent),
-                error=map_error(returned, reference),
-                limits=(low, high),
-            )
-        )
-    return columns
-
-
-def _draw_model(block: "SubFigure", columns: list[_Column], most: float) -> None:
-    """Four rows, a column per angle: image, map, map rotated back, difference; below it its scale, from 0 to `most`."""
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
-    from matplotlib.ticker import PercentFormatter
-
-    norm = Normalize(0, most)
-    grid = block.add_gridspec(5, len(columns), height_ratios=(1, 1, 1, 1, 0.09))
-    axes = [[block.add_subplot(grid[row, place]) for place in range(len(columns))] for row in range(4)]
-    for place, column in enumerate(columns):
-        image, found, returned, difference = (row[place] for row in axes)
-        low, high = column.limits
-        image.imshow(column.image, cmap="gray")
-        image.set_title(column.title, fontsize=13)
-        found.imshow(column.map, cmap="viridis", vmin=low, vmax=high)
-        returned.imshow(column.returned, cmap="viridis", vmin=low, vmax=high)
-        difference.imshow(column.difference, cmap="inferno", norm=norm)
-        difference.set_title(f"{column.error:.1%}", fontsize=13)
+        probability, best = model(image).softmax(1)[0].max(0)
+        found = scalar_maps(model, image, args.level)[0, chosen]
+        returned = rotate(found[None, None], -angle)[0, 0]
+        difference = _masked((returned - reference).abs() / extent)
+        scale.vmax = max(scale.vmax or 0, difference.max())
+        top, middle, back, bottom = (row[place] for row in axes)
+        top.imshow(_pixels(image[0], loaded.config), cmap="gray")
+        top.set_title(f"{angle:g}°\n{titles[int(best)]}\n{probability:.0%}", fontsize=13)
+        middle.imshow(found.numpy(), vmin=low, vmax=high)
+        back.imshow(_masked(returned), vmin=low, vmax=high)
+        bottom.imshow(difference, cmap="inferno", norm=scale)
+        bottom.set_title(f"{map_error(returned, reference):.1%}", fontsize=13)
     for row, label in zip(axes, ("image", "feature map", "rotated back", "difference"), strict=True):
         row[0].set_ylabel(label, fontsize=13)
         for axis in row:
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
-    scale = block.colorbar(ScalarMappable(norm, "inferno"), cax=block.add_subplot(grid[4, :]), orientation="horizontal")
-    scale.set_ticks([most * part for part in (0, 0.25, 0.5, 0.75, 1)])
-    scale.ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0 if most > 0.2 else 2))
-    scale.ax.tick_params(labelsize=12)
-    scale.set_label("difference, relative to the range of the upright map", fontsize=12)
+    place, colours = frame.add_subplot(grid[4, :]), ScalarMappable(scale, "inferno")
+    style = {"orientation": "horizontal", "ticks": LinearLocator(5), "format": PercentFormatter(1)}
+    bar = frame.colorbar(colours, cax=place, **style)
+    bar.ax.tick_params(labelsize=12)
+    bar.set_label("difference relative to the range of the map", fontsize=12)
 
 
 def _masked(values: torch.Tensor) -> np.ma.MaskedArray:

@@ -5,8 +5,8 @@ import json
 
 from timm.models import get_pretrained_cfg
 
-from equivision_timm.cli.models import check_spec, find_device
-from equivision_timm.cli.options import Parsers, add_command, add_options
+from equivision_timm.cli.models import check_spec
+from equivision_timm.cli.options import Parsers, add_command, add_options, aligned
 from equivision_timm.layers.strategies.measured import table_file
 from equivision_timm.models import EquivariantBackbone
 from equivision_timm.models.tune import Setting, Tuning, measure
@@ -20,8 +20,7 @@ def register(commands: Parsers) -> None:
     more = """Measures each convolution with every conv_strategy, then the whole model. If the fastest choices
         win, they are stored in the user's cache folder, where conv_strategy='auto', the default, finds them for
         the same layers and input. The same command continues an interrupted one."""
-    stored = "the layers measured so far are stored, the same command continues from there"
-    parser = add_command(commands, "tune", _run, stored, text, more)
+    parser = add_command(commands, "tune", _run, text, more)
     add = parser.add_argument
     add("name", metavar="MODEL", type=check_spec, help="model of this package, e.g. c8resnet50")
     add_options(parser, "size", "batch-size", "device", batch_size=8)
@@ -32,25 +31,24 @@ def register(commands: Parsers) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    device = find_device(args.device)
-    model = create(args.name, EquivariantBackbone).to(device)
+    model = create(args.name, EquivariantBackbone).to(args.device)
     cfg = get_pretrained_cfg(args.name)
     side = args.size or model.exact_sizes(near=min(224, cfg.input_size[-1]) if cfg else 224)[1]
     setting = Setting(args.batch_size, (side, side), args.amp, args.channels_last, args.train, args.compiled)
     print(as_table(measure(model, setting)))
-    print(f"Measured with {args.batch_size} images of {side} x {side} pixels; stored in {table_file(device)}")
+    print(f"Measured with {args.batch_size} images of {side} x {side} pixels; stored in {table_file(args.device)}")
     return 0
 
 
 def as_table(tuning: Tuning) -> str:
     """A line for each convolution, the verdict, and how to use the choice."""
     names = sorted({name for row in tuning.layers.values() for name in row})
-    width = max(map(len, tuning.layers))
-    lines = [f"{'layer':{width}}  {'  '.join(f'{name:>15}' for name in names)}  choice"]
+    rows = [["layer", *names, "choice"]]
     for layer, row in tuning.layers.items():
         least = min(value for value in row.values() if value is not None)
         cells = [_cell(row[name], least) if name in row else "-" for name in names]
-        lines.append(f"{layer:{width}}  {'  '.join(f'{cell:>15}' for cell in cells)}  {tuning.choice[layer]}")
+        rows.append([layer, *cells, tuning.choice[layer]])
+    lines = [aligned(rows, left=(0, len(names) + 1))]
     if not tuning.seconds:
         return "\n".join([*lines, "\n'auto' already chooses the fastest strategies."])
     auto, expand = (tuning.seconds[name] / tuning.seconds["choice"] for name in ("auto", "expand"))

@@ -11,9 +11,8 @@ import torch.nn as nn
 from timm.data import resolve_data_config
 from timm.models import resolve_pretrained_cfg
 
-from equivision_timm.cli.options import Parsers, add_command, add_options
+from equivision_timm.cli.options import Parsers, add_command, add_options, aligned
 from equivision_timm.data import load_crops
-from equivision_timm.errors import one_line
 from equivision_timm.files import file_sha256
 from equivision_timm.groups import Group
 from equivision_timm.models import Canonicalized, EquivariantResNet, EquivariantViT, Symmetrized
@@ -32,7 +31,7 @@ def register(commands: Parsers) -> None:
     text = "check weights: hash, origin, values, equivariance, statistics"
     more = """Prints a table with a row for each check; the exit status is 1 if one fails. timm's validate.py measures
         the accuracy, with --model local-dir:DIR."""
-    parser = add_command(commands, "verify", run, "not all was checked", text, more)
+    parser = add_command(commands, "verify", run, text, more)
     parser.add_argument("target", metavar="PATH_OR_NAME", help="model folder, safetensors file, or pretrained model")
     add_options(parser, "images", "json")
 
@@ -44,9 +43,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"ok": passed, "checks": [asdict(check) for check in checks]}, indent=1))
     else:
-        words, width = {True: "ok", False: "FAILED", None: "-"}, max(len(check.name) for check in checks)
-        for check in checks:
-            print(one_line(f"{check.name:{width}}  {words[check.ok]:6}  {check.finding}"))
+        words = {True: "ok", False: "FAILED", None: "-"}
+        print(aligned([[check.name, words[check.ok], check.finding] for check in checks], left=(0, 1, 2)))
     return 0 if passed else 1
 
 
@@ -121,7 +119,7 @@ def _statistics(model: nn.Module, images: str | Path | None) -> Check:
     try:
         crops = load_crops(images)
     except ModuleNotFoundError as error:
-        return Check("statistics", None, f"not checked: {error}")
+        return Check("statistics", None, f"not checked: {error}, give --images DIR")
     except (OSError, ValueError) as error:
         return Check("statistics", False, str(error))
     found = fit(model, crops)

@@ -33,7 +33,7 @@ def check_model_folder(folder: str | Path, model_name: str) -> None:
     """Raises InputError if `write_model_folder` could not write here, or would replace something else."""
     config = Path(folder) / CONFIG_FILE
     for path in (config, Path(folder) / WEIGHTS_FILE):
-        check_writable(path, make_folders=True)
+        check_writable(path)
     if config.exists():
         try:
             held = json.loads(config.read_text(encoding="utf-8"))["architecture"]
