@@ -86,7 +86,7 @@ BAD = [
     (["list", "c8resnet19"], "did you mean c8resnet18"),
     (["tune", "test_c8rsnet"], "did you mean test_c8resnet"),
     (["export", "test_c8resnet", "folder.png"], "cannot write folder.png"),
-    (["export", "test_c8resnet", "m.onnx", "--size", "2"], "2 pixels"),
+    (["export", "test_d4vit", "m.onnx", "--size", "33"], "33"),
     ([*PREDICT, "image.png", "--out", "nothing"], "cannot write nothing"),
     ([*PREDICT, "image.png", "--class-map", "nothing"], "no folder 'nothing'"),
     ([*PREDICT, "image.png", "--class-map", "text"], "--class-map has 1 names, and .* has 3 classes"),
