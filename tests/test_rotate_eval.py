@@ -28,7 +28,7 @@ from equivision_timm.cli.models import Loaded, load
 from equivision_timm.cli.options import parse_angles
 from equivision_timm.cli.rotate_eval import METRICS, Result, Settings, averaged, find_result
 from equivision_timm.errors import InputError
-from equivision_timm.models.tensor_hash import hash_tensors
+from equivision_timm.models.pretrained import hash_tensors
 from equivision_timm.testing import angle_error
 
 

@@ -209,15 +209,6 @@ def test_the_command_interrupted_and_continued(model, clock, place, capsys):
     assert measure(model, SETTING).choice == whole.choice
 
 
-def test_no_memory(model, clock, monkeypatch):
-    def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(Twin, "conv2d", full)
-    with pytest.raises(InputError, match="memory"):
-        measure(model, SETTING)
-
-
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_compiled_models_have_choices_of_their_own(compiled, dynamic, model, clock, monkeypatch):

@@ -13,8 +13,7 @@ from huggingface_hub import HfApi
 
 from equivision_timm.cli.options import Parsers, add_command, add_names, for_each
 from equivision_timm.files import check_writable
-from equivision_timm.models.pretrained import HUB_ORG, WEIGHTS_FILE, WeightsError, local_folder
-from equivision_timm.models.tensor_hash import TENSORS_SHA256
+from equivision_timm.models.pretrained import HUB_ORG, TENSORS_SHA256, WEIGHTS_FILE, WeightsError, local_folder
 from equivision_timm.weights.folder import CONFIG_FILE, load_strictly
 from equivision_timm.weights.model_card import model_card
 from equivision_timm.weights.released import released

@@ -34,7 +34,7 @@ from equivision_timm.cli.options import Parsers, add_command, add_model, add_opt
 from equivision_timm.data import ImageFolder, PictureError, preparation
 from equivision_timm.errors import InputError, one_line
 from equivision_timm.files import check_writable, file_sha256, write_file
-from equivision_timm.models.tensor_hash import hash_tensors
+from equivision_timm.models.pretrained import hash_tensors
 from equivision_timm.rotation import inscribed_circle, rotate
 from equivision_timm.testing import angle_error
 

@@ -16,7 +16,7 @@ from equivision_timm.data import load_crops
 from equivision_timm.files import file_sha256
 from equivision_timm.groups import Group
 from equivision_timm.models import Canonicalized, EquivariantResNet, EquivariantViT, Symmetrized
-from equivision_timm.models.tensor_hash import TENSORS_SHA256
+from equivision_timm.models.pretrained import TENSORS_SHA256
 from equivision_timm.testing import equivariance_error
 from equivision_timm.weights.folder import Loaded, load_strictly
 from equivision_timm.weights.statistics import fit

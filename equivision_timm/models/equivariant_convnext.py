@@ -10,7 +10,6 @@ Maps are [B, fields * |G|, H, W] in channels-last format, channel = field * |G| 
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates, to_ntuple, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint_seq
+from timm.models import checkpoint_seq
 from timm.models._features import FeatureGetterNet, feature_take_indices
 from timm.utils.model import reparameterize_model
 
@@ -32,7 +31,7 @@ from equivision_timm.layers.irrep_maps import MirrorDepthwiseConv2d, OnTokens
 from equivision_timm.layers.irreps import Device, DType, irreps_matrix, irreps_of
 from equivision_timm.layers.tokens import IrrepLinear, IrrepMlp, IrrepNorm, IrrepScale
 from equivision_timm.models.backbone import CheckImage, check_classifier, init_weights
-from equivision_timm.models.pretrained import build_pretrained
+from equivision_timm.models.pretrained import build_model
 from equivision_timm.models.variants import Variant, digits_cfg, register_family
 
 __all__ = ["EquivariantConvNeXt"]  # the entrypoints are added below
@@ -582,12 +581,8 @@ VARIANTS: dict[str, Variant] = {
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     """Build `name` through timm; see `EquivariantConvNeXt` for the keywords, all of which may be overridden."""
-    build = partial(
-        build_model_with_cfg,
-        EquivariantConvNeXt,
-        feature_cfg={"out_indices": kwargs.pop("out_indices", (0, 1, 2, 3)), "feature_cls": FeatureGetterNet},
-    )
-    return build_pretrained(build, name, **kwargs) if pretrained else build(name, pretrained, **kwargs)
+    features = {"out_indices": kwargs.pop("out_indices", (0, 1, 2, 3)), "feature_cls": FeatureGetterNet}
+    return build_model(EquivariantConvNeXt, name, pretrained, feature_cfg=features, **kwargs)
 
 
 register_family(__name__, EquivariantConvNeXt, _create, VARIANTS)

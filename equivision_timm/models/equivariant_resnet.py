@@ -19,7 +19,6 @@ import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropBlock2d, DropPath, get_norm_layer
-from timm.models import build_model_with_cfg
 
 from equivision_timm.errors import check_choice
 from equivision_timm.groups import Group
@@ -33,7 +32,7 @@ from equivision_timm.layers import (
     get_aa_layer,
 )
 from equivision_timm.models.backbone import EquivariantBackbone
-from equivision_timm.models.pretrained import WEIGHTS_FILE, build_pretrained, hub_id
+from equivision_timm.models.pretrained import WEIGHTS_FILE, build_model, hub_id
 from equivision_timm.models.variants import Variant, digits_cfg, register_family
 
 Layer = Callable[..., nn.Module]
@@ -386,8 +385,7 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
         kwargs = _features_only(**kwargs)
     elif "reresnet" in variant and kwargs.get("num_classes", 1000) == 1000:
         kwargs = {"group_pool": "", **kwargs}  # what the published classifier reads
-    build = partial(build_model_with_cfg, EquivariantResNet, pretrained_filter_fn=_averaged_classifier)
-    return build_pretrained(build, variant, **kwargs) if pretrained else build(variant, pretrained, **kwargs)
+    return build_model(EquivariantResNet, variant, pretrained, pretrained_filter_fn=_averaged_classifier, **kwargs)
 
 
 def _averaged_classifier(state_dict: dict[str, torch.Tensor], model: EquivariantResNet) -> dict[str, torch.Tensor]:

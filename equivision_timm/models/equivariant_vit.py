@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, PatchDropout, global_pool_nlc, to_2tuple, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint, checkpoint_seq
+from timm.models import checkpoint, checkpoint_seq
 from timm.models._features import FeatureGetterNet, feature_take_indices
 from timm.models.vision_transformer import Block
 
@@ -34,7 +34,7 @@ from equivision_timm.layers.irreps import ChangeBasis, Device, DType, irreps_of
 from equivision_timm.layers.patches import EquivariantPatchEmbed, UnfoldTiles, resize_tiles, tile_count, tile_size
 from equivision_timm.layers.tokens import IrrepAttention, IrrepMlp, IrrepNorm, IrrepScale
 from equivision_timm.models.backbone import CheckImage, init_weights
-from equivision_timm.models.pretrained import WEIGHTS_FILE, build_pretrained
+from equivision_timm.models.pretrained import WEIGHTS_FILE, build_model
 from equivision_timm.models.variants import Variant, digits_cfg, register_family
 
 __all__ = ["EquivariantBlock", "EquivariantViT"]  # the entrypoints are added below
@@ -540,13 +540,9 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     """Build `name` through timm; see `EquivariantViT` for the keywords, all of which may be overridden."""
     if kwargs.get("feature_cls", "getter") not in ("getter", FeatureGetterNet):
         raise ValueError(f"feature_cls {kwargs['feature_cls']!r} would return tokens in the irreps basis: use 'getter'")
-    build = partial(
-        build_model_with_cfg,
-        EquivariantViT,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
-    )
-    return build_pretrained(build, name, **kwargs) if pretrained else build(name, pretrained, **kwargs)
+    features = {"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"}
+    filter_fn = checkpoint_filter_fn
+    return build_model(EquivariantViT, name, pretrained, pretrained_filter_fn=filter_fn, feature_cfg=features, **kwargs)
 
 
 register_family(__name__, EquivariantViT, _create, VARIANTS)

@@ -8,18 +8,18 @@ are switched: several networks in a process disturb one another's times.
 
 import contextlib
 import copy
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
-import torch.nn as nn
 from tqdm import tqdm
 
 from equivision_timm.errors import InputError
-from equivision_timm.layers import SteerableConv2d
+from equivision_timm.layers import SteerableConv2d, conv_input_shapes
 from equivision_timm.layers.strategies import STRATEGIES, Layer, auto
 from equivision_timm.layers.strategies.measured import layer_key, read_table, update_table
 from equivision_timm.models.backbone import EquivariantBackbone
@@ -32,7 +32,7 @@ ROUNDS = 7
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # relative
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Setting:
     """Conditions of a measurement that the user chooses, as in `tune`; `size` is (height, width)."""
 
@@ -59,7 +59,7 @@ class Setting:
         return images.to(parameter.dtype).contiguous(memory_format=memory_format)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Tuning:
     """Result of a measurement."""
 
@@ -96,7 +96,7 @@ def tune(
         {name of a convolution: strategy}, as `set_conv_strategy` takes it.
 
     Raises:
-        InputError: no memory for the batch; the model does not take such images; no layer has the strategy 'auto'.
+        InputError: no layer has the strategy 'auto'.
     """
     setting = Setting(batch_size, (size, size) if isinstance(size, int) else size, amp, channels_last, train, compiled)
     choice = measure(model, setting).choice
@@ -109,17 +109,14 @@ def measure(model: EquivariantBackbone, setting: Setting) -> Tuning:
     model = copy.deepcopy(model).train(setting.train)
     model = model.to(memory_format=torch.channels_last) if setting.channels_last else model
     device = next(model.parameters()).device
-    try:
-        found = _inputs(model, setting)
-        rule = {name: auto.rule(layer) for name, (layer, _) in found.items()}
-        layers = _measure_layers(model, found, setting)
-        fastest = {name: _fastest(layers[name], rule[name]) for name in found}
-        seconds: dict[str, float] = {}
-        if fastest != rule:
-            forms = {"choice": fastest, "auto": rule, "expand": dict.fromkeys(fastest, "expand")}
-            seconds = _measure_model(model, forms, setting)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise InputError(f"no memory for a batch of {setting.batch_size} images: lower its size") from error
+    found = _inputs(model, setting)
+    rule = {name: auto.rule(layer) for name, (layer, _) in found.items()}
+    layers = _measure_layers(model, found, setting)
+    fastest = {name: _fastest(layers[name], rule[name]) for name in found}
+    seconds: dict[str, float] = {}
+    if fastest != rule:
+        forms = {"choice": fastest, "auto": rule, "expand": dict.fromkeys(fastest, "expand")}
+        seconds = _measure_model(model, forms, setting)
     won = bool(seconds) and seconds["choice"] < MODEL_MARGIN * min(seconds["auto"], seconds["expand"])
     keys = {layer_key(*found[name], setting.train, setting.compiled): fastest[name] for name in found}
     update_table(device, "models", _model_key(model, setting), {"won": won, "seconds": seconds, "choice": keys})
@@ -137,31 +134,23 @@ def _model_key(model: EquivariantBackbone, setting: Setting) -> str:
 
 def _inputs(model: EquivariantBackbone, setting: Setting) -> dict[str, tuple[Layer, tuple]]:
     """For each convolution of regular fields with the strategy 'auto': the layer and the shape of its input."""
+    images = setting.images(model)
+    dtype = getattr(torch, setting.amp) if setting.amp else images.dtype
+    last = images.device.type == "cpu" or setting.channels_last
+    memory_format = torch.channels_last if last else torch.contiguous_format
     found: dict[str, tuple[Layer, tuple]] = {}
-
-    def note(name: str, conv: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        assert isinstance(conv, SteerableConv2d)
-        (x,) = args
-        dtype = getattr(torch, setting.amp) if setting.amp else x.dtype
-        last = x.device.type == "cpu" or x.is_contiguous(memory_format=torch.channels_last)
-        fields = (conv.kernel, conv.in_fields, conv.out_fields, conv.stride, conv.dilation, dtype, x.device)
-        found[name] = (Layer(*fields, torch.channels_last if last else torch.contiguous_format), tuple(x.shape))
-
-    hooks = [
-        module.register_forward_pre_hook(partial(note, name))
-        for name, module in model.named_modules()
-        if isinstance(module, SteerableConv2d) and module.strategy == "auto" and module.input_type == "regular"
-    ]
-    try:
-        with setting.running(next(model.parameters()).device), torch.no_grad():
-            model(setting.images(model))
-    except (ValueError, AssertionError) as error:
-        raise InputError(str(error)) from error
-    for hook in hooks:
-        hook.remove()
+    for name, shape in conv_input_shapes(model, images[:1]).items():
+        conv = _conv(model, name)
+        if conv.strategy == "auto" and conv.input_type == "regular":
+            layer = dataclasses.replace(conv.describe(images.device, dtype), memory_format=memory_format)
+            found[name] = layer, (setting.batch_size, *shape[1:])
     if not found:
         raise InputError("no convolution of this model has the strategy 'auto': there is nothing to choose")
     return found
+
+
+def _conv(model: EquivariantBackbone, name: str) -> SteerableConv2d:
+    return cast(SteerableConv2d, model.get_submodule(name))
 
 
 def _measure_layers(
@@ -173,9 +162,7 @@ def _measure_layers(
         key = layer_key(layer, shape, setting.train)
         candidates = [s for s, strategy in STRATEGIES.items() if strategy.supports(layer) is None]
         if key not in known or known[key].keys() != set(candidates):
-            conv = model.get_submodule(name)
-            assert isinstance(conv, SteerableConv2d)
-            known[key] = _measure_layer(conv, layer, shape, candidates, setting)
+            known[key] = _measure_layer(_conv(model, name), layer, shape, candidates, setting)
             update_table(layer.device, "layers", key, known[key])
     return {name: known[layer_key(layer, shape, setting.train)] for name, (layer, shape) in found.items()}
 

@@ -8,7 +8,7 @@ from types import ModuleType
 from equivision_timm.data import find_photographs
 from equivision_timm.errors import InputError
 from equivision_timm.files import file_sha256
-from equivision_timm.models.tensor_hash import TENSORS_SHA256, hash_tensors
+from equivision_timm.models.pretrained import TENSORS_SHA256, hash_tensors
 from equivision_timm.weights import equivision, flopping, octic, redet
 from equivision_timm.weights.checkpoint import Translation, read_checkpoint
 from equivision_timm.weights.folder import check_model_folder, write_model_folder

@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 
 import equivision_timm  # noqa: F401  registers the models
 from equivision_timm.errors import InputError
-from equivision_timm.models.pretrained import read_safetensors
-from equivision_timm.models.tensor_hash import hash_tensors
+from equivision_timm.models.pretrained import hash_tensors, read_checked
 from equivision_timm.weights import folder as folder_module
 from equivision_timm.weights.folder import write_model_folder
 
@@ -36,7 +35,7 @@ def test_timm_loads_the_folder(tmp_path):
     model = timm.create_model(f"local-dir:{folder}", pretrained=True)
     assert all(torch.equal(value, state()[key]) for key, value in model.state_dict().items())
     assert json.loads((folder / "config.json").read_text())["architecture"] == NAME
-    assert read_safetensors(folder / "model.safetensors")[1].items() > PROVENANCE.items()
+    assert read_checked(folder / "model.safetensors")[1].items() > PROVENANCE.items()
 
 
 def test_other_files_are_kept_and_other_models_not_replaced(tmp_path):
@@ -45,7 +44,7 @@ def test_other_files_are_kept_and_other_models_not_replaced(tmp_path):
     write_model_folder(folder, NAME, state(1), {})
     assert (folder / "README.md").read_text() == "mine"
     assert torch.equal(load_file(folder / "model.safetensors")["fc.weight"], state(1)["fc.weight"])
-    assert read_safetensors(folder / "model.safetensors")[1].keys() == {"model_args"}
+    assert read_checked(folder / "model.safetensors")[1].keys() == {"model_args"}
     before = contents(folder)
     with pytest.raises(InputError, match="holds test_c8resnet"):
         write_model_folder(folder, "test_d4resnet", timm.create_model("test_d4resnet").state_dict(), {})

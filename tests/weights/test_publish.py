@@ -13,8 +13,7 @@ from support.small_models import narrow
 
 from equivision_timm.cli import publish
 from equivision_timm.cli.main import main
-from equivision_timm.models.pretrained import HUB_ORG, local_folder
-from equivision_timm.models.tensor_hash import TENSORS_SHA256, hash_tensors
+from equivision_timm.models.pretrained import HUB_ORG, TENSORS_SHA256, hash_tensors, local_folder
 from equivision_timm.weights.folder import write_model_folder
 from equivision_timm.weights.model_card import complexity, model_card
 

@@ -16,8 +16,7 @@ import equivision_timm  # noqa: F401  registers the models
 from equivision_timm.cli.main import main
 from equivision_timm.cli.verify import verify
 from equivision_timm.models import EquivariantResNet
-from equivision_timm.models.pretrained import read_safetensors
-from equivision_timm.models.tensor_hash import TENSORS_SHA256, hash_tensors
+from equivision_timm.models.pretrained import TENSORS_SHA256, hash_tensors, read_checked
 from equivision_timm.weights.folder import write_model_folder
 
 NAME, OTHER = "test_d4resnet", "test_c8resnet"  # the same names and shapes
@@ -45,7 +44,7 @@ def write(folder, name, state):
 
 
 def metadata(folder):
-    return read_safetensors(folder / "model.safetensors")[1]
+    return read_checked(folder / "model.safetensors")[1]
 
 
 def rows(checks):
