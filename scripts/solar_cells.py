@@ -58,7 +58,7 @@ def augmented(x: torch.Tensor, moved: bool, generator: torch.Generator) -> torch
     x = torch.stack([image[:, i : i + n, j : j + n] for image, (i, j) in zip(x, places, strict=True)])
     x = lit(x, generator)
     elements = torch.randint(VIEWS, (len(x),), generator=generator)
-    return act_each(x, elements, 4, reflections=True) if moved else x
+    return act_each(x, elements, 4) if moved else x
 
 
 def as_photographed(x: torch.Tensor, degrees: float) -> torch.Tensor:

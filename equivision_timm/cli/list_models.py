@@ -76,10 +76,10 @@ def _row(name: str, near: int) -> Row:
     exact = model.exact_sizes(near) if hasattr(model, "exact_sizes") else (near, near)  # orientation: all
     fields = model.feature_info[0]["num_fields"] if hasattr(model, "feature_info") else 1
     parameters, shape = sum(parameter.numel() for parameter in model.parameters()), (model.in_chans, size, size)
-    if isinstance(model, Symmetrized | Canonicalized):
+    if isinstance(model, Symmetrized):
         dense = _plain_gmacs(model.backbone.pretrained_cfg["architecture"], shape)
-        other = gmacs(model.orientation, shape, "blocks") if isinstance(model, Canonicalized) else 0
-        computed = other + dense * (model.order if isinstance(model, Symmetrized) else 1)
+        one = isinstance(model, Canonicalized)  # view
+        computed = dense + gmacs(model.orientation, shape, "blocks") if one else dense * model.order
     else:
         dense, computed = _dense(model, name, shape), gmacs(model, shape, "blocks")
     place = _place(name)

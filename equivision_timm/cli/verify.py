@@ -15,7 +15,7 @@ from equivision_timm.cli.options import Parsers, add_command, add_options, align
 from equivision_timm.data import load_crops
 from equivision_timm.files import file_sha256
 from equivision_timm.groups import Group
-from equivision_timm.models import Canonicalized, EquivariantResNet, EquivariantViT, Symmetrized
+from equivision_timm.models import EquivariantResNet, EquivariantViT, Symmetrized
 from equivision_timm.models.pretrained import TENSORS_SHA256
 from equivision_timm.testing import equivariance_error
 from equivision_timm.weights.folder import Loaded, load_strictly
@@ -88,7 +88,7 @@ def _preprocessing(loaded: Loaded) -> Check:
 def _equivariance(model: Any) -> Check:
     """Of the logits, or of the maps if the classifier reads the group axis."""
     group, invariant = Group.from_name(model.group), True
-    if isinstance(model, Symmetrized | Canonicalized):
+    if isinstance(model, Symmetrized):
         if not model.has_head or getattr(model, "gate", 0.0) > 0:
             return Check("equivariance", None, "not checked: of an adapted model only with a head and without a gate")
         cfg: Any = model.pretrained_cfg

@@ -12,49 +12,41 @@ import torch.nn.functional as F
 
 from equivision_timm.groups import move_pixels
 
-__all__ = ["act", "act_each", "check_square", "shrink"]
-
-
-def check_square(x: torch.Tensor, group: str) -> None:
-    """Raises ValueError if images [B, C, H, W] are not square: quarter turns would swap their sides."""
-    if x.shape[-2] != x.shape[-1]:
-        raise ValueError(f"images of {x.shape[-2]} x {x.shape[-1]} pixels are not square, as {group} needs them: crop")
+__all__ = ["act", "act_each", "shrink"]
 
 
 def act(x: torch.Tensor, g: int, n: int, inverse: bool = False) -> torch.Tensor:
     """g x, or g^-1 x, of images or maps x [..., H, W]; H = W unless n <= 2."""
-    reflect, k = g >= n, g % n
     if inverse:
-        x = _rotate(x, -k % n, n, True)
-        return x.flip(-1) if reflect else x
-    return _rotate(x.flip(-1) if reflect else x, k, n, False)
+        x = _rotate(x, -g % n, n, inverse)
+        return x.flip(-1) if g >= n else x
+    return _rotate(x.flip(-1) if g >= n else x, g % n, n, inverse)
 
 
-def act_each(x: torch.Tensor, g: torch.Tensor, n: int, reflections: bool, inverse: bool = False) -> torch.Tensor:
+def act_each(x: torch.Tensor, g: torch.Tensor, n: int, inverse: bool = False) -> torch.Tensor:
     """g[b] x[b], or g[b]^-1 x[b], of x [B, C, H, W] under elements g [B]; no branch depends on their values."""
+    g = g.view(-1, 1, 1, 1)
     k = (-g if inverse else g).remainder(n)
-    where = g.view(-1, 1, 1, 1) >= n
-    if reflections and not inverse:
-        x = torch.where(where, x.flip(-1), x)
+    if not inverse:
+        x = torch.where(g >= n, x.flip(-1), x)
     for step in [4, 2, 1] if inverse else [1, 2, 4]:  # of 360 / n degrees: the bits of k
         if step < n:
-            x = torch.where((k // step % 2 == 1).view(-1, 1, 1, 1), _rotate(x, step, n, inverse), x)
-    if reflections and inverse:
-        x = torch.where(where, x.flip(-1), x)
-    return x
-
-
-def _rotate(x: torch.Tensor, k: int, n: int, quarters_first: bool) -> torch.Tensor:
-    """x [..., H, W] rotated counter-clockwise by k of n steps."""
-    quarters, rest = divmod(4 * k, n)
-    if rest == 0:
-        return move_pixels(x, quarters)
-    if quarters_first:
-        return _eighth_turn(move_pixels(x, quarters))
-    return move_pixels(_eighth_turn(x), quarters)
+            x = torch.where(k // step % 2 == 1, _rotate(x, step, n, inverse), x)
+    return torch.where(g >= n, x.flip(-1), x) if inverse else x
 
 
 @torch.fx.wrap
+def _rotate(x: torch.Tensor, k: int, n: int, quarters_first: bool) -> torch.Tensor:
+    """x [..., H, W] rotated counter-clockwise by k of n steps."""
+    if n > 2 and x.shape[-2] != x.shape[-1]:
+        raise ValueError(f"images of {x.shape[-2]} x {x.shape[-1]} pixels do not fit quarter turns: crop to squares")
+    quarters, rest = divmod(4 * k, n)
+    if rest and not quarters_first:
+        x = _eighth_turn(x)
+    x = move_pixels(x, quarters)
+    return _eighth_turn(x) if rest and quarters_first else x
+
+
 def _eighth_turn(x: torch.Tensor) -> torch.Tensor:
     """x [..., n, n] rotated counter-clockwise by 45 degrees, bicubic; beyond the border it is 0.
 
@@ -73,9 +65,7 @@ def _eighth_turn(x: torch.Tensor) -> torch.Tensor:
 
 def shrink(x: torch.Tensor, size: int) -> torch.Tensor:
     """x [B, C, H, W] -> [B, C, size, size]: bilinear with antialiasing, as two products with matrices."""
-    rows = _shrinking(x.shape[-2], size, x)
-    columns = rows if x.shape[-1] == x.shape[-2] else _shrinking(x.shape[-1], size, x)
-    return rows @ x @ columns.transpose(0, 1)
+    return _shrinking(x.shape[-2], size, x) @ x @ _shrinking(x.shape[-1], size, x).transpose(0, 1)
 
 
 def _shrinking(source: int, size: int, like: torch.Tensor) -> torch.Tensor:

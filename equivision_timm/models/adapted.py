@@ -3,9 +3,8 @@
 **Symmetrized**: the model f runs on g^-1 x for every g of the group, F(x)[g] = g f(g^-1 x). The maps F are regular
 fields, channel = c * |G| + g; the logits are pooled over the group. It costs |G| passes.
 
-**Canonicalized**: a small orientation network scores the elements, the image is moved by the inverse of the best one,
-f runs once, and its maps are moved back. `choice="soft"` unites the two: all views, weighted by the softmax of the
-scores; the orientation network then learns with f.
+**Canonicalized**: a small orientation network weights the elements. The best one has all the weight, f runs once, and
+its maps are moved back; or `choice="soft"`, f runs on all views, and the orientation network learns with it.
 
 Sources: Puny et al., Frame Averaging for Invariant and Equivariant Network Design (2022); Basu et al., Equi-Tuning
 (2023); Kaba et al., Equivariance with Learned Canonicalization Functions (2023).
@@ -13,39 +12,71 @@ Sources: Puny et al., Frame Averaging for Invariant and Equivariant Network Desi
 
 import math
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import Format, nchw_to, nhwc_to
+from timm.layers import Format, nchw_to
 from timm.models import create_model
+from timm.models._input import update_model_args
 
 from equivision_timm.errors import check_choice
 from equivision_timm.groups import Group
-from equivision_timm.layers.views import act, act_each, check_square
+from equivision_timm.layers.views import act, act_each
 
 __all__ = ["Canonicalized", "Symmetrized"]
 
-Views = Sequence[torch.Tensor]  # one map, seen from every element of the group
-Run = Callable[[torch.Tensor], list[torch.Tensor]]  # images -> maps or tokens
+Run = Callable[[torch.Tensor], list[torch.Tensor]]  # images -> features, channels first
 GROUPS = ("c2", "c4", "c8", "d1", "d2", "d4", "d8")
-torch.fx.wrap("check_square")  # asks for sizes: one node in a graph of torch.fx
 
 
-class _Adapted(nn.Module, ABC):
-    """The contract of timm for a `backbone` whose images and maps are moved by a group."""
+class Symmetrized(nn.Module):
+    """A model of timm averaged over all views of the image: images [B, in_chans, H, W] -> invariant logits.
 
-    __jit_unused_properties__: ClassVar[list[str]] = ["feature_info", "head_hidden_size", "num_features"]
+    `forward_features`, `forward_intermediates` and `features_only` give regular fields: maps [B, C * |G|, H, W], tokens
+    [B, N, C * |G|] (prefix tokens are not moved, grid tokens are), or [B, H, W, C * |G|] if the backbone has its
+    channels last. `num_classes=0` gives the mean over the group of the embedding, an invariant vector.
 
-    def __init__(self, backbone: str | nn.Module, group: str, group_pool: str, chunk: int, **options: Any) -> None:
+    For groups with rotations by 45 degrees `forward_head(forward_features(x))` resamples the maps twice and differs
+    from `forward(x)`; use the latter.
+
+    Args:
+        backbone: name of a model of timm, with or without a tag; or the model. Of a module without `num_classes` maps
+            become regular fields, as those of a segmentation network; logits are averaged.
+        group: 'c2', 'c4', 'c8', 'd1', 'd2', 'd4' or 'd8'. Rotations by 90 degrees need square images.
+        group_pool: of the logits over the group: their mean 'avg', the logarithm of the mean probability 'prob' (for
+            pretrained classifiers that were not fine-tuned), or 'max'. Embeddings are always averaged.
+        train_views: views of an image in a training step: 0 for all; 1 draws an element for each image, in `forward`.
+        chunk: views in a pass outside training, 0 for all: memory grows with them.
+        **options: of the backbone.
+
+    Raises:
+        ValueError: an unknown group or pooling; 'prob' with fewer than two classes; a backbone that is equivariant.
+
+    Example:
+        >>> model = Symmetrized("test_resnet", group="c4").eval()
+        >>> x = torch.randn(2, 3, 64, 64)
+        >>> torch.allclose(model(x.rot90(1, dims=(-2, -1))), model(x), atol=1e-5)
+        True
+    """
+
+    __jit_unused_properties__: ClassVar[list[str]] = ["feature_info", "num_features"]
+
+    def __init__(
+        self,
+        backbone: str | nn.Module = "resnet18",
+        group: str = "d4",
+        group_pool: str = "avg",
+        train_views: int = 0,
+        chunk: int = 1,
+        **options: Any,
+    ) -> None:
         super().__init__()
         check_choice("group", group, GROUPS)
         check_choice("group_pool", group_pool, ("avg", "prob", "max"))
+        check_choice("train_views", train_views, (0, 1))
         if not isinstance(backbone, str) and options:
             raise TypeError(f"{sorted(options)} are keywords of the backbone, which is a module: create it with them")
         network = create_model(backbone, **options) if isinstance(backbone, str) else backbone
@@ -53,7 +84,9 @@ class _Adapted(nn.Module, ABC):
             raise ValueError(f"{type(network).__name__} is equivariant under {network.group} already: use it unadapted")
         self.backbone: Any = network  # timm's methods are not declared by nn.Module
         self.group: str = group
+        self.map_group: str = group  # of the levels
         self.group_pool: str = group_pool
+        self.train_views: int = train_views
         self.chunk: int = chunk
         self.order: int = Group.from_name(group).order
         self.rotations: int = Group.from_name(group).rotations
@@ -66,124 +99,92 @@ class _Adapted(nn.Module, ABC):
     def _read_head(self) -> None:
         """Note how many classes the backbone has, and whether it returns vectors: logits or an embedding."""
         self.num_classes: int = getattr(self.backbone, "num_classes", 0)
+        self.head_hidden_size: int = getattr(self.backbone, "head_hidden_size", 0)
         head = getattr(self.backbone, "head", None)
         pool = getattr(self.backbone, "global_pool", getattr(head, "global_pool", None))
         returns_maps = self.num_classes == 0 and getattr(pool, "pool_type", pool) == ""
         self.has_head: bool = hasattr(self.backbone, "num_classes") and not returns_maps
 
-    @property
-    def head_hidden_size(self) -> int:
-        """Width of the embedding, the classifier's input."""
-        return self.backbone.head_hidden_size
+    # The definition: F(x)[g] = g f(g^-1 x)
 
-    # Views and features
+    def moved_back(self, run: Run, x: torch.Tensor) -> list[torch.Tensor]:
+        """F(x) of each output f of `run`, [|G|, B, C, ...]."""
+        by_view: list[list[torch.Tensor]] = []
+        for elements in self.chunks():
+            views = torch.cat([self.move(x, g, inverse=True) for g in elements])
+            outputs = [y.chunk(len(elements)) for y in run(views)]
+            by_view += [[self.move(y[i], g) for y in outputs] for i, g in enumerate(elements)]
+        return [torch.stack(views) for views in zip(*by_view, strict=True)]
 
-    def check(self, x: torch.Tensor) -> None:
-        """Raises ValueError if the group rotates by 90 degrees and the images are not square."""
-        if self.rotations > 2:
-            check_square(x, self.group)
-
-    def views(self, x: torch.Tensor, first: int, count: int) -> torch.Tensor:
-        """g^-1 x for `count` elements from `first` on, [count * B, C, H, W]."""
-        return torch.cat([act(x, g, self.rotations, inverse=True) for g in range(first, first + count)])
-
-    def views_at_once(self) -> int:
-        """Views in a pass; in training all, so that batch norms see the whole group, whatever the image's pose."""
-        return self.order if self.training or self.chunk == 0 else min(self.chunk, self.order)
-
-    def view_logits(self, x: torch.Tensor) -> torch.Tensor:
-        """The backbone's output for every view, [|G|, B, C]."""
-        outputs: list[torch.Tensor] = []
-        count = self.views_at_once()
-        for first in range(0, self.order, count):
-            n = min(count, self.order - first)
-            outputs.append(self.backbone(self.views(x, first, n)).unflatten(0, [n, -1]))
-        return torch.cat(outputs)
-
-    def view_features(self, run: Run, x: torch.Tensor) -> list[Views]:
-        """What `run` returns, each map or token sequence as the list of its views, moved back."""
-        count, by_view = self.views_at_once(), []
-        for first in range(0, self.order, count):
-            n = min(count, self.order - first)
-            chunks = [output.chunk(n) for output in run(self.views(x, first, n))]
-            by_view += [[self.move(chunk[i], first + i) for chunk in chunks] for i in range(n)]
-        return list(zip(*by_view, strict=True))
-
-    def move_images(self, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-        """g[b]^-1 x[b]."""
-        return act_each(x, g, self.rotations, self.order > self.rotations, inverse=True)
+    def chunks(self) -> list[list[int]]:
+        """The elements of each pass; in training all in one, so that batch norms see the whole group."""
+        count = self.order if self.training or self.chunk == 0 else self.chunk
+        return [list(range(first, min(first + count, self.order))) for first in range(0, self.order, count)]
 
     def move(self, x: torch.Tensor, g: int | torch.Tensor, inverse: bool = False) -> torch.Tensor:
-        """g x or g^-1 x of what the backbone returns; g is one element, or one for each image, [B]."""
-        if isinstance(g, int):
-            mover = partial(act, g=g, n=self.rotations, inverse=inverse)
-        else:
-            mover = partial(act_each, g=g, n=self.rotations, reflections=self.order > self.rotations, inverse=inverse)
-        if x.ndim == 2:
-            return x  # logits of a module without `num_classes`
-        if x.ndim == 3:
-            grid = self._grid(x.shape[1])
-            prefix = x.shape[1] - grid[0] * grid[1]  # class token, registers: they do not move
-            maps = x[:, prefix:].transpose(1, 2).unflatten(2, grid)  # [B, C, h, w]
-            return torch.cat([x[:, :prefix], mover(maps).flatten(2).transpose(1, 2)], dim=1)
-        return mover(x) if self.axis(x) == 1 else mover(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-    def axis(self, x: torch.Tensor) -> int:
-        """The axis of the channels in features of the backbone."""
-        return 1 if x.ndim == 4 and self.output_fmt == "NCHW" else x.ndim - 1
+        """g x or g^-1 x of images or features, channels first; g is one element, or one for each image, [B]."""
+        if x.ndim == 2:  # logits and embeddings
+            return x
+        if x.ndim == 3:  # tokens [B, C, N]
+            grid = self._grid(x.shape[2])
+            prefix = getattr(self.backbone, "num_prefix_tokens", x.shape[2] - math.prod(grid))
+            maps = self.move(x[..., prefix:].unflatten(2, grid), g, inverse)  # [B, C, h, w]
+            return torch.cat([x[..., :prefix], maps.flatten(2)], dim=2)  # class token, registers: they do not move
+        return act(x, g, self.rotations, inverse) if isinstance(g, int) else act_each(x, g, self.rotations, inverse)
 
     def _grid(self, tokens: int) -> tuple[int, int]:
-        """Rows and columns of the grid in `tokens`."""
+        """Rows and columns of the grid in `tokens`: those of the backbone's own image size, or a square."""
         count = tokens - getattr(self.backbone, "num_prefix_tokens", 0)
         height, width = getattr(getattr(self.backbone, "patch_embed", None), "grid_size", None) or (0, 0)
-        if height * width != count:  # of other images than the backbone's own
-            height = width = math.isqrt(count)
-        return height, width
+        return (height, width) if height * width == count else (math.isqrt(count), math.isqrt(count))
 
-    def fields(self, views: Views) -> torch.Tensor:
-        """The moved features of all views as regular fields: C * |G| channels."""
-        axis = self.axis(views[0])
-        return torch.stack(list(views), axis + 1).flatten(axis, axis + 1)
+    # Logits
 
-    def view_heads(self, x: torch.Tensor, pre_logits: bool) -> list[torch.Tensor]:
-        """What the backbone's head makes of the views in regular fields, moved to where it was trained."""
-        axis = self.axis(x)
-        views = x.unflatten(axis, (-1, self.order)).unbind(axis + 1)
-        moved = (self.move(view, g, inverse=True) for g, view in enumerate(views))
-        return [self.backbone.forward_head(view, pre_logits=pre_logits) for view in moved]
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.has_head:
+            return self.forward_maps(x)
+        chosen = self.element(x)
+        if chosen is not None:
+            return self.backbone(act_each(x, chosen, self.rotations, inverse=True))
+        outputs: list[torch.Tensor] = []
+        for elements in self.chunks():
+            views = torch.cat([act(x, g, self.rotations, inverse=True) for g in elements])
+            outputs.append(self.backbone(views).unflatten(0, [len(elements), -1]))
+        return self.pool(torch.cat(outputs), self.log_weights(x))
 
-    def levels(self, copies: int) -> list[dict[str, Any]]:
-        """timm's description of the backbone's levels, with `copies` times the channels."""
-        info = self.backbone.feature_info
-        own = {"group": self.group if copies > 1 else "c1"}
-        return [
-            {**level, "num_chs": level["num_chs"] * copies, "num_fields": level["num_chs"], **own}
-            | {"module": f"backbone.{level['module']}"}
-            for level in getattr(info, "info", info)
-        ]
+    def element(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The element [B] of the only view that each image needs; None for all views."""
+        one = self.training and self.train_views == 1
+        return torch.randint(self.order, (x.shape[0],), device=x.device) if one else None
 
-    # timm's contract
+    def log_weights(self, x: torch.Tensor) -> torch.Tensor:
+        """The logarithms of the weights of all views, [|G|, B]; here the same for each, [1, 1]."""
+        return x.new_full([1, 1], -math.log(self.order), dtype=torch.float32)
 
-    @abstractmethod
-    def combine(self, run: Run, x: torch.Tensor, for_head: int = 0) -> list[torch.Tensor]:
-        """What `run` computes of the views of x, for the image itself; the last `for_head` are for `forward_head`."""
-
-    def pool(self, outputs: torch.Tensor, log_weights: torch.Tensor, group_pool: str) -> torch.Tensor:
+    def pool(self, outputs: torch.Tensor, log_weights: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Logits or embeddings of the views, [|G|, B, C], pooled under weights [|G|, B]: [B, C]."""
-        if self.num_classes > 0 and group_pool == "prob":
-            return (outputs.float().log_softmax(-1) + log_weights.unsqueeze(-1)).logsumexp(0).to(outputs.dtype)
-        if self.num_classes > 0 and group_pool == "max":
+        log_weights = log_weights.unsqueeze(-1)
+        if self.group_pool == "avg" or pre_logits or self.num_classes == 0:
+            return (outputs * log_weights.exp()).sum(0).to(outputs.dtype)
+        if self.group_pool == "max":
             return outputs.amax(0)
-        return (outputs * log_weights.exp().unsqueeze(-1)).sum(0).to(outputs.dtype)
+        return (outputs.float().log_softmax(-1) + log_weights).logsumexp(0).to(outputs.dtype)
+
+    # Maps
+
+    def combine(self, run: Run, x: torch.Tensor, for_head: bool = False) -> list[torch.Tensor]:
+        """Regular fields of the outputs of `run`; the mean of vectors. `for_head`: `forward_head` takes the last."""
+        return [y.mean(0) if y.ndim == 3 else y.movedim(0, 2).flatten(1, 2) for y in self.moved_back(run, x)]
 
     @torch.jit.unused
     def forward_maps(self, x: torch.Tensor) -> torch.Tensor:
         """The output of a model without a head."""
-        return self.combine(lambda views: [self.backbone(views)], x)[0]
+        return self.to_backbone(self.combine(lambda views: [self.from_backbone(self.backbone(views))], x)[0])
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """The backbone's last features; see the class for their channels."""
-        return self.combine(lambda views: [self.backbone.forward_features(views)], x, int(self.has_head))[0]
+        run = self.backbone.forward_features
+        return self.to_backbone(self.combine(lambda views: [self.from_backbone(run(views))], x, for_head=True)[0])
 
     def forward_intermediates(
         self,
@@ -195,20 +196,55 @@ class _Adapted(nn.Module, ABC):
         **options: Any,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
         """The backbone's levels and last features; arguments as in timm."""
-
         options |= dict(indices=indices, output_fmt="NCHW", intermediates_only=intermediates_only)
 
         def run(views: torch.Tensor) -> list[torch.Tensor]:
             out = self.backbone.forward_intermediates(views, **options)
-            levels, last = (out, []) if intermediates_only else (out[1], [out[0]])
-            return [*(nchw_to(level, Format(self.output_fmt)) for level in levels), *last]
+            return out if intermediates_only else [*out[1], self.from_backbone(out[0])]
 
-        levels = self.combine(run, x, 0 if intermediates_only else int(self.has_head))
-        last = [] if intermediates_only else [levels.pop()]
-        if self.output_fmt == "NHWC":
-            levels = [nhwc_to(level, Format.NCHW) for level in levels]
+        levels = self.combine(run, x, for_head=not intermediates_only)
+        last = None if intermediates_only else self.to_backbone(levels.pop())
         levels = [nchw_to(level, Format(output_fmt)) for level in levels]
-        return (last[0], levels) if last else levels
+        return levels if last is None else (last, levels)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Logits of the backbone's head on the maps of the views, pooled over the group."""
+        outputs = self.head_outputs(self.from_backbone(x), pre_logits)
+        if self.has_head:
+            return self.pool(outputs, self.log_weights(x), pre_logits)
+        maps = [self.move(self.from_backbone(y), g) for g, y in enumerate(outputs)]
+        return self.to_backbone(torch.stack(maps, 2).flatten(1, 2))
+
+    def head_outputs(self, fields: torch.Tensor, pre_logits: bool) -> torch.Tensor:
+        """Outputs [|G|, B, ...] of the backbone's head on the views in regular fields, as it saw them."""
+        views = enumerate(fields.unflatten(1, (-1, self.order)).unbind(2))
+        inputs = [self.to_backbone(self.move(view, g, inverse=True)) for g, view in views]
+        return torch.stack([self.backbone.forward_head(y, pre_logits=pre_logits) for y in inputs])
+
+    def from_backbone(self, x: torch.Tensor) -> torch.Tensor:
+        """Features of the backbone, channels first: vectors [B, C], tokens [B, C, N] or maps [B, C, H, W]."""
+        return x.movedim(1 if x.ndim == 4 and self.output_fmt == "NCHW" else -1, 1)
+
+    def to_backbone(self, x: torch.Tensor) -> torch.Tensor:
+        """The inverse of `from_backbone`."""
+        return x.movedim(1, 1 if x.ndim == 4 and self.output_fmt == "NCHW" else -1)
+
+    # What timm asks of the backbone
+
+    @property
+    def num_features(self) -> int:
+        """Channels of `forward_features`."""
+        return self.backbone.num_features * self.order
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """The backbone's levels, as fields of `map_group`."""
+        info, copies = self.backbone.feature_info, Group.from_name(self.map_group).order
+        return [
+            {**level, "num_chs": level["num_chs"] * copies, "num_fields": level["num_chs"], "group": self.map_group}
+            | {"module": f"backbone.{level['module']}"}
+            for level in getattr(info, "info", info)
+        ]
 
     @torch.jit.unused
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -239,19 +275,17 @@ class _Adapted(nn.Module, ABC):
         """The backbone's classifier."""
         return self.backbone.get_classifier()
 
-    @torch.jit.unused
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the backbone's classifier. `group_pool` 'prob', for trained classifiers, becomes 'avg'."""
         self.backbone.reset_classifier(num_classes, **({} if global_pool is None else {"global_pool": global_pool}))
         self._read_new_head()
 
-    @torch.jit.unused
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Remove the backbone's layers after the last of `indices`; returns the levels that stay."""
         taken = self.backbone.prune_intermediate_layers(indices, prune_norm, prune_head)
-        if self.num_classes != self.backbone.num_classes or prune_head:
+        if prune_head:
             self._read_new_head()
         return taken
 
@@ -259,38 +293,22 @@ class _Adapted(nn.Module, ABC):
         self._read_head()
         if self.group_pool == "prob":
             self.group_pool = "avg"
-            self._model_args = {**getattr(self, "_model_args", {}), "group_pool": "avg"}  # for save_for_hf
-
-    @torch.jit.unused
-    def init_weights(self) -> None:
-        """Draw all weights anew."""
-        networks: list[Any] = list(self.children())
-        for network in networks:
-            network.init_weights()
+            update_model_args(self, group_pool="avg")  # for save_for_hf
 
     # Exact sizes
 
-    @torch.jit.unused
     def is_exact(self, size: int | tuple[int, int]) -> bool:
         """Whether the whole group acts on images of this size, n or (height, width), without any resampling.
 
         False for groups with rotations by 45 degrees, of which the quarter turns are exact all the same.
         """
         height, width = (size, size) if isinstance(size, int) else size
-        only = self._only_size()
-        return self.rotations <= 4 and (self.rotations <= 2 or height == width) and only in (None, (height, width))
+        fits = self._only_size() in (None, (height, width))
+        return fits and (self.rotations <= 2 or (self.rotations == 4 and height == width))
 
-    @torch.jit.unused
     def exact_sizes(self, near: int = 224) -> tuple[int, int]:
-        """The square sizes next to `near` at which quarter turns and reflections are exact, (near, near) in general.
-
-        Raises:
-            ValueError: the backbone only accepts a rectangle.
-        """
-        height, width = self._only_size() or (near, near)
-        if height != width:
-            raise ValueError(f"the backbone only accepts {height} x {width} pixels: no square size is exact")
-        return height, width
+        """Square sizes with exact quarter turns and reflections: (near, near), or the backbone's only size."""
+        return self._only_size() or (near, near)
 
     def _only_size(self) -> tuple[int, int] | None:
         """(height, width) of the images, if the backbone takes no others, as most vision transformers."""
@@ -299,86 +317,7 @@ class _Adapted(nn.Module, ABC):
         return size and (size[0], size[1])
 
 
-class Symmetrized(_Adapted):
-    """The mean of a model of timm over all views of the image: images [B, in_chans, H, W] -> invariant logits.
-
-    `forward_features`, `forward_intermediates` and `features_only` give regular fields: maps [B, C * |G|, H, W], tokens
-    [B, N, C * |G|] (prefix tokens are not moved, grid tokens are), or [B, H, W, C * |G|] if the backbone has its
-    channels last. `num_classes=0` gives the mean over the group of the embedding, an invariant vector.
-
-    For groups with rotations by 45 degrees `forward_head(forward_features(x))` resamples the maps twice and differs
-    from `forward(x)`; use the latter.
-
-    Args:
-        backbone: name of a model of timm, with or without a tag; or the model. Of a module without `num_classes` maps
-            become regular fields, as those of a segmentation network; logits are averaged.
-        group: 'c2', 'c4', 'c8', 'd1', 'd2', 'd4' or 'd8'. Rotations by 90 degrees need square images.
-        group_pool: of the logits over the group: their mean 'avg', the logarithm of the mean probability 'prob' (for
-            pretrained classifiers that were not fine-tuned), or 'max'. Embeddings are always averaged.
-        train_views: views of an image in a training step: 0 for all; 1 draws an element for each image, in `forward`.
-        chunk: views in a pass outside training, 0 for all: memory grows with them.
-        **options: of the backbone.
-
-    Raises:
-        ValueError: an unknown group or pooling; 'prob' with fewer than two classes; a backbone that is equivariant.
-
-    Example:
-        >>> model = Symmetrized("test_resnet", group="c4").eval()
-        >>> x = torch.randn(2, 3, 64, 64)
-        >>> torch.allclose(model(x.rot90(1, dims=(-2, -1))), model(x), atol=1e-5)
-        True
-    """
-
-    def __init__(
-        self,
-        backbone: str | nn.Module = "resnet18",
-        group: str = "d4",
-        group_pool: str = "avg",
-        train_views: int = 0,
-        chunk: int = 1,
-        **options: Any,
-    ) -> None:
-        super().__init__(backbone, group, group_pool, chunk, **options)
-        check_choice("train_views", train_views, (0, 1))
-        self.train_views: int = train_views
-
-    @property
-    def num_features(self) -> int:
-        """Channels of `forward_features`."""
-        return self.backbone.num_features * self.order
-
-    @property
-    def feature_info(self) -> list[dict[str, Any]]:
-        """The backbone's levels, as regular fields."""
-        return self.levels(self.order)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.has_head:
-            return self.forward_maps(x)
-        self.check(x)
-        if self.training and self.train_views == 1:
-            return self.backbone(self.move_images(x, torch.randint(self.order, (x.shape[0],), device=x.device)))
-        return self.pool(self.view_logits(x), self.log_weights(x), self.group_pool)
-
-    def log_weights(self, x: torch.Tensor) -> torch.Tensor:
-        """The same for every view, [1, 1]."""
-        return x.new_full([1, 1], -math.log(self.order), dtype=torch.float32)
-
-    def combine(self, run: Run, x: torch.Tensor, for_head: int = 0) -> list[torch.Tensor]:
-        """Regular fields; the mean of vectors."""
-        self.check(x)
-        found = self.view_features(run, x)
-        return [torch.stack(list(v)).mean(0) if v[0].ndim == 2 else self.fields(v) for v in found]
-
-    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Logits of the backbone's head on the maps of the views, pooled over the group."""
-        outputs = self.view_heads(x, pre_logits)
-        if not self.has_head:
-            return self.fields([self.move(output, g) for g, output in enumerate(outputs)])
-        return self.pool(torch.stack(outputs), self.log_weights(x), "avg" if pre_logits else self.group_pool)
-
-
-class Canonicalized(_Adapted):
+class Canonicalized(Symmetrized):
     """A model of timm on images that an orientation network puts upright: [B, in_chans, H, W] -> invariant logits.
 
     `forward_intermediates` and `features_only` give the backbone's maps [B, C, H, W], moved back so that they rotate
@@ -415,18 +354,16 @@ class Canonicalized(_Adapted):
         chunk: int = 1,
         **options: Any,
     ) -> None:
-        super().__init__(backbone, group, group_pool, chunk, **options)
+        super().__init__(backbone, group, group_pool, chunk=chunk, **options)
         check_choice("choice", choice, ("hard", "soft"))
-        if group_pool != "avg" and (choice, group_pool) != ("soft", "prob"):
-            raise ValueError(f"group_pool={group_pool!r} with choice={choice!r}: use 'avg', or 'prob' with 'soft'")
+        check_choice("group_pool", group_pool, ("avg",) if choice == "hard" else ("avg", "prob"))
         if not 0 <= gate < 1 or (gate > 0 and choice == "soft"):
             raise ValueError(f"gate={gate!r} with choice={choice!r}: use 0 to 1 with 'hard', 0 with 'soft'")
+        self.map_group = "c1"
         self.choice: str = choice
         self.gate: float = gate
-        if orientation is None and group not in ("c4", "c8"):
-            raise ValueError(f"the package has no orientation network of {group}: name one by orientation=")
-        own = {name: options[name] for name in ("pretrained", "device", "dtype") if name in options}
         if not isinstance(orientation, nn.Module):
+            own = {name: options[name] for name in ("pretrained", "device", "dtype") if name in options}
             orientation = create_model(orientation or f"{group}orient_tiny", in_chans=self.in_chans, **own)
         self.orientation: nn.Module = orientation
         found = getattr(orientation, "group", None), getattr(orientation, "num_classes", None)
@@ -448,68 +385,48 @@ class Canonicalized(_Adapted):
         copies = self.order if self.choice == "soft" and self.has_head else 1
         return self.backbone.num_features * copies + (self.order if self.has_head else 0)
 
-    @property
-    def feature_info(self) -> list[dict[str, Any]]:
-        """The backbone's levels, moved back."""
-        return self.levels(1)
-
-    @torch.jit.unused
     def is_exact(self, size: int | tuple[int, int]) -> bool:
         """Not with a gate."""
         return self.gate == 0 and super().is_exact(size)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.has_head:
-            return self.forward_maps(x)
-        self.check(x)
-        if self.choice == "hard":
-            return self.backbone(self.move_images(x, self.element(x)))
-        return self.pool(self.view_logits(x), self.log_weights(x), self.group_pool)
-
-    def element(self, x: torch.Tensor) -> torch.Tensor:
+    def element(self, x: torch.Tensor) -> torch.Tensor | None:
         """The best element [B] of a hard choice; the identity for images below the gate."""
+        if self.choice == "soft":
+            return None
         p = self.orientation(x).float().softmax(1)
-        best = p.argmax(1)
-        return torch.where(p.amax(1) < self.gate, torch.zeros_like(best), best) if self.gate > 0 else best
+        return p.argmax(1).masked_fill(p.amax(1) < self.gate, 0)
 
     def log_weights(self, x: torch.Tensor) -> torch.Tensor:
         """The logarithms of the weights of a soft choice, [|G|, B]."""
         return self.orientation(x).float().log_softmax(1).transpose(0, 1)
 
-    def combine(self, run: Run, x: torch.Tensor, for_head: int = 0) -> list[torch.Tensor]:
-        """Features that move with the image; those for `forward_head` with the weights, and of a soft choice fields."""
-        self.check(x)
-        if self.choice == "hard":
-            g = self.element(x)
-            found = [self.move(y, g) for y in run(self.move_images(x, g))]
-            weights, split = F.one_hot(g, self.order).T, len(found) - for_head
+    def combine(self, run: Run, x: torch.Tensor, for_head: bool = False) -> list[torch.Tensor]:
+        """Outputs of `run` that move with the image; `for_head`: the last with the weights, of a soft choice fields."""
+        g = self.element(x)
+        if g is not None:
+            weights = F.one_hot(g, self.order).T  # [|G|, B]
+            found = [self.move(y, g) for y in run(self.move(x, g, inverse=True))]
+            last = found[-1]
         else:
-            weights, views = self.log_weights(x).exp(), self.view_features(run, x)  # [|G|, B]
-            split = len(views) - for_head
-            found = [
-                torch.einsum("gb...,gb->b...", torch.stack(list(v)), weights.to(v[0].dtype)) for v in views[:split]
-            ]
-            found += [self.fields(v) for v in views[split:]]
-        return found[:split] + [self._with_weights(y, weights) for y in found[split:]]
-
-    def _with_weights(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """x and |G| channels more, constant over space."""
-        axis = self.axis(x)
-        spread = weights.T.to(x.dtype).view(x.shape[0], *[1] * (x.ndim - 2), self.order)
-        return torch.cat([x, spread.expand(*x.movedim(axis, -1).shape[:-1], -1).movedim(-1, axis)], axis)
+            weights, views = self.log_weights(x).exp(), self.moved_back(run, x)
+            found = [torch.einsum("gb...,gb->b...", view, weights.to(view.dtype)) for view in views]
+            last = views[-1].movedim(0, 2).flatten(1, 2)
+        if for_head and self.has_head:
+            spread = weights.T.to(last.dtype).view(*weights.T.shape, *[1] * (last.ndim - 2))
+            found[-1] = torch.cat([last, spread.expand(-1, -1, *last.shape[2:])], dim=1)
+        return found
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Logits of the backbone's head on the maps in the views that the weights name."""
         if not self.has_head:
-            return x
-        axis = self.axis(x)
-        maps, constant = x.split([x.shape[axis] - self.order, self.order], dim=axis)
-        weights = constant.movedim(axis, -1).flatten(1, -2)[:, 0].T  # [|G|, B]
+            return self.backbone.forward_head(x, pre_logits=pre_logits)  # works pixel by pixel
+        x = self.from_backbone(x)
+        maps, constant = x.split([x.shape[1] - self.order, self.order], dim=1)
+        weights = constant.flatten(2)[..., 0].T  # [|G|, B]
         if self.choice == "hard":
             view = self.move(maps, weights.argmax(0), inverse=True)
-            return self.backbone.forward_head(view, pre_logits=pre_logits)
-        outputs = torch.stack(self.view_heads(maps, pre_logits))
-        return self.pool(outputs, weights.float().log(), "avg" if pre_logits else self.group_pool)
+            return self.backbone.forward_head(self.to_backbone(view), pre_logits=pre_logits)
+        return self.pool(self.head_outputs(maps, pre_logits), weights.float().log(), pre_logits)
 
 
 def _freeze(network: nn.Module) -> None:

@@ -6,22 +6,15 @@ the adapted model, with keys `backbone.*`, are loaded into the whole, strictly.
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any, cast
 
 import torch
 import torch.nn as nn
-from timm.models import (
-    build_model_with_cfg,
-    create_model,
-    get_pretrained_cfg,
-    is_model,
-    list_pretrained,
-    load_state_dict,
-)
+from timm.models import build_model_with_cfg, create_model, get_pretrained_cfg, is_model, load_state_dict
 from timm.models._builder import resolve_pretrained_cfg
 from timm.models._features import FeatureGetterNet
 from timm.models._pretrained import PretrainedCfg
+from timm.models._registry import get_arch_pretrained_cfgs
 
 from equivision_timm.models.adapted import Canonicalized, Symmetrized
 from equivision_timm.models.variants import Variant, register_family
@@ -45,14 +38,14 @@ BACKBONES = (
     "eva02_small_patch14_336",
 )
 _FEATURES = ("features_only", "out_indices", "feature_cls")
-_PREFIXED = ("first_conv", "classifier")  # fields of a configuration that name parameters
-_IDENTITY = ("architecture", "tag", "source")  # fields that differ between the adapted model and its backbone
+_PARAMETERS = ("first_conv", "classifier")  # fields of a configuration that name them
+_IDENTITY = ("architecture", "tag")  # fields that differ between the adapted model and its backbone
 
 
 def _create(
     variant: str,
     pretrained: bool,
-    network: type[Symmetrized] | type[Canonicalized],
+    network: type[Symmetrized],
     pretrained_cfg: Any = None,  # a tag, a dict or a PretrainedCfg
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     pretrained_model_args: dict[str, Any] | None = None,
@@ -60,44 +53,42 @@ def _create(
     **kwargs: Any,
 ) -> nn.Module:
     """The model called `variant`: a `network` of a backbone that timm makes and loads."""
-    features = {name: kwargs.pop(name) for name in _FEATURES if name in kwargs}
-    resolved = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
-    from_folder = resolved.source in ("hf-hub", "local-dir")
-    whole = pretrained and (from_folder or _holds_whole(resolved))
     backbone = kwargs.pop("backbone", "resnet18")
     if not isinstance(backbone, str):
         raise TypeError(f"backbone is a {type(backbone).__name__}, not a name: use the class {network.__name__}")
+    features = {name: kwargs.pop(name) for name in _FEATURES if name in kwargs}
     own = {name: kwargs.pop(name) for name in inspect.signature(network).parameters if name in kwargs}
-    overlay: dict[str, Any] = {}
+    resolved = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+    registered = _registered(variant, resolved.tag)
     if variant in _NAMES:
-        classes = _registered(variant, resolved.tag).num_classes  # of the weights
-        trained = kwargs.get("num_classes", classes) == classes and classes > 1
+        trained = kwargs.get("num_classes", registered.num_classes) == registered.num_classes > 1
         averages = network is Symmetrized or own.get("choice") == "soft"
         own.setdefault("group_pool", "prob" if averages and trained else "avg")
         backbone = f"{backbone}.{_registered(backbone, resolved.tag).tag}"
-    if not from_folder:
-        if isinstance(pretrained_cfg, (dict, PretrainedCfg)):  # of `variant`, complete for a name
-            overlay = _differences(resolved, _registered(variant, resolved.tag))
-        overlay = _renamed({**overlay, **(pretrained_cfg_overlay or {})}, lambda name: name.removeprefix("backbone."))
     if features.get("features_only"):
         features = _getter(backbone, features, kwargs)
 
+    whole = pretrained and (resolved.source in ("hf-hub", "local-dir") or _holds_whole(resolved))
+    changed = {k: v for k, v in vars(resolved).items() if k not in _IDENTITY and v != getattr(registered, k)}
+    overlay = _renamed(changed, lambda name: name.removeprefix("backbone."))
     loaded: dict[str, Any] = {"pretrained": pretrained and not whole, "pretrained_cfg_overlay": overlay}
     model = network(backbone, **loaded, cache_dir=cache_dir, **own, **kwargs)
-    cfg = resolved
-    if not from_folder:
-        cfg = {**model.backbone.pretrained_cfg, "architecture": variant, "tag": resolved.tag}
-        cfg = _renamed(cfg, lambda name: f"backbone.{name}")
+    cfg = _renamed(model.backbone.pretrained_cfg, lambda name: f"backbone.{name}")
     return build_model_with_cfg(
         lambda **_: model,  # the keywords are applied already; timm notes them
         variant,
         whole,
-        pretrained_cfg=cast(Any, cfg),  # timm takes a PretrainedCfg, too
+        pretrained_cfg={**cfg, "architecture": variant, "tag": resolved.tag},
         pretrained_model_args=pretrained_model_args,
         cache_dir=cache_dir,
         **features,
         **kwargs,
     )
+
+
+def _registered(name: str, tag: str | None) -> PretrainedCfg:
+    """timm's configuration of a model; the default one if it has no such tag."""
+    return get_arch_pretrained_cfgs(name).get(f"{name}.{tag}") or cast(PretrainedCfg, get_pretrained_cfg(name))
 
 
 def _holds_whole(cfg: PretrainedCfg) -> bool:
@@ -106,28 +97,13 @@ def _holds_whole(cfg: PretrainedCfg) -> bool:
     return any(name.startswith("backbone.") for name in state)
 
 
-def _registered(name: str, tag: str | None) -> PretrainedCfg:
-    """timm's configuration of a model; the default one if it has no such tag."""
-    tagged = f"{name}.{tag}"
-    return cast(Any, get_pretrained_cfg(tagged if tagged in list_pretrained(f"{name}.*") else name))
-
-
-def _differences(cfg: PretrainedCfg, registered: PretrainedCfg) -> dict[str, Any]:
-    """The fields of a configuration that differ from the registered one: what a script or user changed."""
-    before = asdict(registered)
-    return {k: v for k, v in asdict(cfg).items() if k not in _IDENTITY and v is not None and v != before[k]}
-
-
 def _renamed(cfg: Mapping[str, Any], rename: Any) -> dict[str, Any]:
-    """The configuration, with other names of parameters."""
-    renamed = dict(cfg)
-    for field in _PREFIXED:
-        value = renamed.get(field)
-        if isinstance(value, str):
-            renamed[field] = rename(value)
-        elif value:
-            renamed[field] = tuple(map(rename, value))
-    return renamed
+    """The configuration, with other names of parameters: none, one or several in a field."""
+
+    def new(names: Any) -> Any:
+        return rename(names) if isinstance(names, str) else names and tuple(map(rename, names))
+
+    return {field: new(value) if field in _PARAMETERS else value for field, value in cfg.items()}
 
 
 def _getter(backbone: str, features: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
@@ -136,8 +112,7 @@ def _getter(backbone: str, features: dict[str, Any], options: dict[str, Any]) ->
         raise ValueError(f"feature_cls={features['feature_cls']!r} would return maps of the views: use 'getter'")
     if "out_indices" not in features:
         with torch.device("meta"):
-            others = {k: v for k, v in options.items() if k != "device"}
-            plain = cast(Any, create_model(backbone, features_only=True, **others))
+            plain = cast(Any, create_model(backbone, **{**options, "features_only": True, "device": None}))
         features = {**features, "out_indices": tuple(plain.feature_info.out_indices)}
     return {**features, "feature_cls": "getter"}
 
@@ -156,24 +131,11 @@ _NAMES = {
     for backbone in BACKBONES
     if is_model(backbone)
 }
-
-
-def _cfgs() -> dict[str, Any]:
-    """timm's configurations by name and tag, the default one first."""
-    cfgs: dict[str, Any] = {name: dict(first_conv="backbone.conv1", classifier="backbone.fc") for name in _GENERIC}
-    pretrained = list_pretrained()
-    for name, variant in _NAMES.items():
-        backbone = variant.arguments["backbone"]
-        tags = [tagged.partition(".")[2] for tagged in pretrained if tagged.startswith(f"{backbone}.")]
-        default = cast(Any, get_pretrained_cfg(backbone)).tag
-        for tag in sorted(tags, key=lambda tag: tag != default):
-            cfg = vars(get_pretrained_cfg(f"{backbone}.{tag}"))
-            own = {key: value for key, value in cfg.items() if key not in _IDENTITY}
-            cfgs[f"{name}.{tag}"] = _renamed(own, lambda name: f"backbone.{name}")
-    return cfgs
-
-
-_CFGS = _cfgs()
+_CFGS: dict[str, Any] = {name: dict(first_conv="backbone.conv1", classifier="backbone.fc") for name in _GENERIC}
+for _name, _variant in _NAMES.items():
+    for _cfg in get_arch_pretrained_cfgs(_variant.arguments["backbone"]).values():
+        _fields = {field: value for field, value in vars(_cfg).items() if field not in _IDENTITY}
+        _CFGS[f"{_name}.{_cfg.tag}"] = _renamed(_fields, lambda name: f"backbone.{name}")
 for _network in (Symmetrized, Canonicalized):
     register_family(
         __name__,

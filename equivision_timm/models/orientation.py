@@ -4,6 +4,7 @@ They choose the view of a `Canonicalized` model; configs/orientation.yaml is the
 in the package were trained on the photographs that equivision_timm/orientation/README.md lists.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,37 +88,22 @@ class OrientationNet(nn.Module):
         """The projection to the scores."""
         return self.score
 
-    @torch.jit.unused
-    def init_weights(self) -> None:
-        """Draw all weights anew."""
-        self.network.init_weights()
-        self.score.reset_parameters()
 
-    @torch.jit.unused
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the stages in the backward pass."""
-        self.network.set_grad_checkpointing(enable)
-
-
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    return build_model_with_cfg(OrientationNet, variant, pretrained, **kwargs)
-
-
-def _variant(group: str, width: int, **options: Any) -> Variant:
-    name = f"{group}orient_tiny"
+def _variant(group: str, width: int) -> Variant:
+    order = Group.from_name(group).order
     cfg = dict(
-        file=str(_WEIGHTS / f"{name}.safetensors"),
-        num_classes=Group.from_name(group).order,
+        file=str(_WEIGHTS / f"{group}orient_tiny.safetensors"),
+        num_classes=order,
         input_size=(3, 129, 129),
         crop_pct=1.0,
-        first_conv="network.conv1.conv" if not options.get("low_pass") else "network.conv1.1.conv",
+        first_conv="network.conv1.conv",
         classifier="score",
         license="mit",
         description="upright photographs rotated by any angle; the class is the nearest element of the group",
     )
-    summary = f"Which of {Group.from_name(group).order} rotations the image has: the scores of a Canonicalized model"
-    return Variant(summary, {"group": group, "width": width, **options}, cfg, "photographs")
+    summary = f"Which of {order} rotations the image has: the scores of a Canonicalized model"
+    return Variant(summary, {"group": group, "width": width}, cfg, "photographs")
 
 
 VARIANTS = {"c4orient_tiny": _variant("c4", 8), "c8orient_tiny": _variant("c8", 6)}
-register_family(__name__, OrientationNet, _create, VARIANTS)
+register_family(__name__, OrientationNet, partial(build_model_with_cfg, OrientationNet), VARIANTS)
