@@ -112,14 +112,18 @@ def climb_with_pairs(fits: PatternFits, pattern: str) -> str:
     def score(candidate: str) -> float:
         return fits.fit(candidate, 1).log_likelihood
 
-    singles = neighbours(fits.model.group)[: len(pattern)]
+    moves = neighbours(fits.model.group)
+    singles = moves[: len(pattern)]
     while True:
-        pattern = start = fits.climb(pattern)
-        weakest = sorted(singles, key=lambda move: -score(combine(pattern, move)))[:4]
-        for a, b in itertools.combinations(weakest, 2):
-            pattern = max(pattern, fits.canonical(combine(pattern, combine(a, b))), key=score)
+        start = pattern
+        for move in moves:
+            pattern = max(pattern, fits.canonical(combine(pattern, move)), key=score)
         if pattern == start:
-            return pattern
+            weakest = sorted(singles, key=lambda move: -score(combine(pattern, move)))[:4]
+            for a, b in itertools.combinations(weakest, 2):
+                pattern = max(pattern, fits.canonical(combine(pattern, combine(a, b))), key=score)
+            if pattern == start:
+                return pattern
 
 
 def challenge(fits: PatternFits, best: str, others: set[str]) -> tuple[str, dict[str, float]]:

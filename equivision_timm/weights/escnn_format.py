@@ -17,20 +17,25 @@ from equivision_timm.layers import ConvNormAct, SteerableConv2d
 from equivision_timm.models import EquivariantResNet
 from equivision_timm.models.pretrained import WeightsError
 from equivision_timm.weights.checkpoint import Entries, Translation
+from equivision_timm.weights.signs import element_signs
 
 __all__ = ["translate_basis", "translate_resnet"]
 
 _TOLERANCE = 1e-4  # relative residual of least squares; float32 leaves 1e-6
 
 
-def translate_resnet(state_dict: dict[str, torch.Tensor], model: EquivariantResNet) -> Translation:
+def translate_resnet(
+    state_dict: dict[str, torch.Tensor], model: EquivariantResNet, signs: str | None = None
+) -> Translation:
     """The entries of `model` from those of the same network in escnn.
 
-    The note `basis_from` names the entries that determined the coefficients: 'sampled_basis', 'filter', 'coefficients'.
+    `signs` is the sign pattern of the basis of coefficients (`signs.py`). The note `basis_from` names the entries that
+    determined the coefficients: 'sampled_basis', 'filter', 'coefficients'.
 
     Raises:
-        WeightsError: entries are missing, left over or of another shape; a basis or filter of another group; a filter
-            that contradicts the coefficients.
+        WeightsError: entries are missing or of another shape; a basis or filter of another group; a filter that
+            contradicts the coefficients; a basis in a part of the convolutions, or besides `signs`.
+        InputError: `signs` is not a pattern of this group.
     """
     order, entries = Group.from_name(model.group).order, Entries(state_dict)
     found: dict[str, torch.Tensor] = {}
@@ -39,13 +44,20 @@ def translate_resnet(state_dict: dict[str, torch.Tensor], model: EquivariantResN
         if not isinstance(unit, ConvNormAct):
             continue
         conv, norm = _names(name)
-        found[f"{name}.conv.weight"], source = _coefficients(entries, conv, unit.conv)
+        weight, source = _coefficients(entries, conv, unit.conv)
+        found[f"{name}.conv.weight"] = weight if signs is None else weight * element_signs(unit.conv.kernel, signs)
         sources.add(source)
         for key in unit.norm.per_field.state_dict():
             found[f"{name}.norm.per_field.{key}"] = entries.take(f"{norm}.batch_norm_[{order}].{key}")
+    basis = " and ".join(sorted(sources - {"coefficients"}))
+    if basis and (signs is not None or "coefficients" in sources):
+        raise WeightsError(
+            f"the checkpoint holds the {basis} of {'some' if 'coefficients' in sources else 'all'} convolutions: save "
+            "that of all, and leave signs out"
+        )
     found |= {f"fc.{key}": entries.take(f"fc.{key}") for key in model.fc.state_dict()}
     entries.left = {name: value for name, value in entries.left.items() if f"indices_{order}" not in name}
-    return Translation(entries.finish(found, model), notes={"basis_from": "+".join(sorted(sources))})
+    return Translation(entries.finish(found), notes={"basis_from": basis.replace(" and ", "+") or "coefficients"})
 
 
 def _names(unit: str) -> tuple[str, str]:
@@ -87,9 +99,6 @@ def translate_basis(source: torch.Tensor, target: torch.Tensor, name: str) -> to
         WeightsError: the two span different spaces.
     """
     translation = _solve(source.flatten(1), target, name)
-    rank = torch.linalg.matrix_rank(translation, rtol=1e-3).item()
-    if rank < len(source):
-        raise WeightsError(f"{name}: the sampled_basis has {len(source)} kernels, but only {rank} independent ones")
     signs = translation.round()
     is_signs = torch.allclose(translation, signs, rtol=0, atol=1e-5)  # without rounding errors then
     return signs if is_signs else translation

@@ -53,7 +53,7 @@ def translate_to(model: EquivariantConvNeXt, state_dict: dict[str, torch.Tensor]
     for theirs, ours in (("norm", "head.norm"), ("head", "head.fc")):
         for leaf in ("weight", "bias"):
             found[f"{ours}.{leaf}"] = source.take(f"{theirs}.{leaf}")
-    return source.finish(found, model)
+    return source.finish(found)
 
 
 def _mirrored(half: torch.Tensor, sign: int) -> torch.Tensor:

@@ -75,7 +75,7 @@ def translate_to(model: EquivariantViT, state_dict: dict[str, torch.Tensor]) -> 
         module, _, leaf = name.rpartition(".")
         if module in foreign:
             found[name] = source.take(f"{foreign[module]}.{leaf}")
-    return source.finish(found, model)
+    return source.finish(found)
 
 
 def _equivariant_block(source: Entries, found: dict[str, torch.Tensor], block: str, heads: int) -> None:
