@@ -138,15 +138,18 @@ def choose_signs(model: EquivariantResNet, batches: Iterable[torch.Tensor]) -> d
         AmbiguousSigns: no known pattern is clearly the best.
     """
     known, fits = known_patterns(model.group), PatternFits(model)
-    crops, reason, misfits = 0, "there are no images", ""
+    crops, reason, misfits, best, rivals = 0, "there are no images", "", "", set()
     for images in batches:
         crops += len(images)
         fits.batches.append(images)
         found = {name: fits.fit(pattern) for name, pattern in known.items()}
         misfits = ", ".join(f"{name} {one.misfit:.4g}" for name, one in found.items())
-        best = max(found, key=lambda name: found[name].log_likelihood)
-        rivals = {combine(known[best], move) for move in neighbours(model.group)} | set(known.values())
-        leads = fits.leads(known[best], {fits.canonical(rival) for rival in rivals} - {fits.canonical(known[best])})
+        previous, best = best, max(found, key=lambda name: found[name].log_likelihood)
+        if best != previous:
+            rivals = {combine(known[best], move) for move in neighbours(model.group)} | set(known.values())
+            rivals = {fits.canonical(rival) for rival in rivals} - {fits.canonical(known[best])}
+        leads = fits.leads(known[best], rivals)
+        rivals = set(leads)
         runner_up = min(leads, key=leads.__getitem__)
         lead = leads[runner_up]
         if lead >= Z_LIMIT and all(found[best].misfit < fits.fit(rival).misfit for rival in leads):

@@ -4,9 +4,7 @@ Served: files by revision, with their metadata; large files by a redirect to ano
 """
 
 import hashlib
-import importlib
 import threading
-import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
 
@@ -80,17 +78,3 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
-
-
-def list_and_create_published(published: dict[str, tuple[str, str]], *models: tuple[str, dict]) -> tuple[list, list]:
-    """What timm lists and `create_pretrained`, as if these commits and hashes were in the package."""
-    import timm
-
-    from equivision_timm.models import equivariant_resnet, pretrained
-    from support.fresh_process import create_pretrained
-
-    pretrained.PUBLISHED.update({name: pretrained.Published(*entry) for name, entry in published.items()})
-    with warnings.catch_warnings():  # of timm, that the names are registered already
-        warnings.simplefilter("ignore")
-        importlib.reload(equivariant_resnet)  # its cfgs are made of them
-    return timm.list_pretrained("[cd]?resnet*"), create_pretrained(*models)

@@ -1,6 +1,7 @@
 """Checkpoints of equivision: every form in which they occur, and those that do not fit."""
 
 import pytest
+import timm
 import torch
 from support.equivision_data import buffers, convolutions, with_buffers
 from support.reference_data import checkpoint, networks
@@ -29,11 +30,11 @@ def test_buffers_change_nothing_if_the_bases_agree(name, kinds):
     assert close(convert_original(with_buffers(name, state, kinds=kinds), name), convert_original(state, name))
 
 
-@pytest.mark.parametrize("name", networks())
-def test_buffers_of_every_network_are_known(name):
+def test_buffers_of_every_network_are_known():
     """Names that are neither needed nor ignored would be left over."""
-    parts = {key.split("block_expansion")[0].rsplit(".", 1)[-1].rstrip("0123456789") for key in buffers(name)}
-    assert parts <= {"filter", "", "in_indices_", "out_indices_", "indices_"}  # "": of sampled_basis
+    keys = [key.split("block_expansion")[0].rsplit(".", 1)[-1] for name in networks() for key in buffers(name)]
+    parts = {key.rstrip("0123456789") for key in keys}
+    assert parts == {"filter", "", "in_indices_", "out_indices_", "indices_"}  # "": of sampled_basis
 
 
 @pytest.mark.parametrize("name", [D4, "d8resnet18_fast"])
@@ -74,8 +75,7 @@ def test_signs_negate_their_elements():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "kinds"),
-    [(torch.float16, EVERY), (torch.bfloat16, ("filter",)), (torch.float64, ("sampled_basis",)), (torch.float16, ())],
+    ("dtype", "kinds"), [(torch.float16, EVERY), (torch.bfloat16, ("filter",)), (torch.float64, ("sampled_basis",))]
 )
 def test_other_dtypes_become_float32(dtype, kinds):
     state = with_buffers(D4, checkpoint(D4), kinds=kinds)
@@ -89,8 +89,8 @@ def test_other_dtypes_become_float32(dtype, kinds):
 @pytest.mark.parametrize(
     ("changes", "noun"),
     [
-        ({"bn1.batch_norm_[8].weight": torch.zeros(16)}, "left over"),
-        ({"fc.bias": torch.zeros(999)}, "shape"),
+        ({"bn1.batch_norm_[8].weight": torch.zeros(16)}, "Unexpected key"),
+        ({"fc.bias": torch.zeros(999)}, "size mismatch"),
         ({"layer1.0.conv1.weights": torch.zeros(3)}, "shape"),
         ({"layer4.1.conv2.weights": None}, "missing"),
         ({"layer4.1.bn2.batch_norm_[4].bias": None}, "missing"),
@@ -107,16 +107,10 @@ def test_other_dtypes_become_float32(dtype, kinds):
 )
 def test_entries_that_do_not_fit(changes, noun):
     state = {key: value for key, value in {**checkpoint(NAME), **changes}.items() if value is not None}
-    with pytest.raises(WeightsError, match=noun):
-        convert_original(state, NAME)
-
-
-def test_the_order_of_the_entries_does_not_matter():
-    state = checkpoint(NAME)
-    found, expected = convert_original(dict(reversed(state.items())), NAME), convert_original(state, NAME)
-    assert all(torch.equal(found[key], value) for key, value in expected.items())
-    expected["fc.bias"].zero_()
-    assert state["fc.bias"].any()  # a copy
+    with torch.device("meta"):
+        model = timm.create_model(NAME)
+    with pytest.raises(RuntimeError, match=noun):
+        model.load_state_dict(convert_original(state, NAME), assign=True)
 
 
 @pytest.mark.parametrize("name", [NAME, D4])
@@ -135,16 +129,6 @@ def test_a_filter_that_contradicts_the_coefficients(name, kinds):
             convert_original({**state, **changes}, name)
 
 
-def test_a_basis_that_does_not_span_the_kernels():
-    state = with_buffers(NAME, checkpoint(NAME), kinds=("sampled_basis",))
-    key = next(key for key in state if key.startswith("layer2.0.conv1._basis"))
-    for damaged in (state[key][:1].expand_as(state[key]), torch.cat([state[key][:-1], state[key][:1]])):
-        with pytest.raises(WeightsError, match="independent"):
-            convert_original({**state, key: damaged}, NAME)
-    with pytest.raises(WeightsError, match="sampled_basis"):
-        convert_original({**state, key.replace("irrep", "x").replace("regular", "y"): state[key]}, NAME)
-
-
 def test_another_group_of_the_same_order_is_noticed_by_its_filters():
     state = with_buffers("c8resnet18_fast", checkpoint("c8resnet18_fast"), kinds=("filter",))
     with pytest.raises(WeightsError, match="group"):
@@ -158,7 +142,7 @@ def test_signs_that_do_not_apply():
         convert_original(with_buffers(D4, checkpoint(D4)), D4, "scipy1.11-avx2")
     state = with_buffers(D4, checkpoint(D4), kinds=("sampled_basis",))
     del state["conv1._basisexpansion.block_expansion_('irrep_0,0', 'regular').sampled_basis"]
-    with pytest.raises(WeightsError, match="only some"):
+    with pytest.raises(WeightsError, match="sampled_basis of some"):
         convert_original(state, D4)
 
 
