@@ -131,5 +131,10 @@ def load_strictly(target: str) -> Loaded:
         model = timm.create_model(f"local-dir:{path}", pretrained=True)
     else:
         model = timm.create_model(name, **converted)
-    model.load_state_dict(state_dict)  # timm leaves a classifier of another size out
+        model.load_state_dict(state_dict)
+    entries = model.state_dict()
+    for key in {**entries, **state_dict}:  # timm leaves a classifier of another size out
+        found, held = entries.get(key), state_dict.get(key)
+        if found is None or held is None or not torch.equal(found.to(held.dtype), held):
+            raise WeightsError(f"{weights} does not fit {name}: {key} is missing, or of another shape or value")
     return Loaded(name, model.eval(), weights, state_dict, provenance)
