@@ -97,7 +97,7 @@ def test_gradient_checkpointing_changes_no_gradient(kind, name):
 
 
 DDP = """
-import os, sys
+import sys
 import timm, torch
 import torch.distributed as dist
 import equivision_timm
@@ -124,5 +124,5 @@ for name, value in model.named_parameters():
 
 
 @pytest.mark.parametrize("kind", ["one", "hard", "soft"])
-def test_two_processes(kind, tmp_path):
-    run_in_two(DDP, tmp_path, kind)
+def test_two_processes(kind):
+    run_in_two(DDP, kind)

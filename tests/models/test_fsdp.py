@@ -4,7 +4,7 @@ import pytest
 from support.two_processes import run_in_two
 
 SCRIPT = """
-import copy, functools, os, sys
+import copy, functools, sys
 import timm, torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -55,5 +55,5 @@ for name, value in model.state_dict().items():
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_c8resnet"])  # the control first
-def test_two_processes(name, tmp_path):
-    run_in_two(SCRIPT, tmp_path, name)
+def test_two_processes(name):
+    run_in_two(SCRIPT, name)
