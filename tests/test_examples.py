@@ -43,7 +43,7 @@ def test_explanations_rotate_with_the_image(method):
     """At an exact size and quarter turns; those of the plain network do not, nor any at 64 pixels."""
     method = getattr(explain, method)
     equivariant, plain = (timm.create_model(f"test_{g}resnet", pretrained=True).eval().double() for g in ("c8", "c1"))
-    images = explain.with_noise(explain.digits(equivariant, 4))
+    images = explain.with_noise(explain.digits(equivariant, 2))
     assert equivariant.is_exact(images.shape[-1])
     for degrees in (90, 180, 270):
         assert explain.error(method, equivariant, images, degrees) < 1e-5
@@ -99,16 +99,13 @@ def test_segmentation():
 
     scores = segmentation.train(segmentation.unet("c8resnet18_fast", width=4), steps=8)
     assert scores[-1] > max(0.5, scores[0])
-    with torch.device("meta"):  # a model at its full width
-        assert segmentation.unet("c8resnet18").encoder.out_channels == [3, 224, 224, 448, 896, 1792]
 
 
 @needs("escnn")
-@pytest.mark.parametrize("group", ["c4", "c8"])
-def test_escnn_head(group):
+def test_escnn_head():
     import escnn_head
 
-    model = escnn_head.VectorHead(f"{group}resnet18_fast", width=2)
+    model = escnn_head.VectorHead("c8resnet18_fast", width=2)
     assert escnn_head.error(model) < 1e-3
     assert escnn_head.error(model, size=96) > 1e-3  # 96 is no exact size
 

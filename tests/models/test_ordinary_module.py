@@ -4,7 +4,6 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from timm.layers import DropPath
 from timm.utils.model import reparameterize_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrize
@@ -123,12 +122,9 @@ def test_other_weights_and_parametrisations(strategy):
     "types", [(torch.float32, torch.float64), (torch.float64, torch.float32), (torch.float32, torch.bfloat16)]
 )
 def test_types_must_agree(grad, types):
-    for layer in (
-        nn.Conv2d(64, 64, 3, dtype=types[0]),
-        SteerableConv2d(8, 8, 3, "c8", strategy="native", dtype=types[0]),
-    ):
-        with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="same"):
-            layer(torch.rand(1, 64, 33, 33, dtype=types[1]))
+    layer = SteerableConv2d(8, 8, 3, "c8", strategy="native", dtype=types[0])
+    with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="same"):
+        layer(torch.rand(1, 64, 33, 33, dtype=types[1]))
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -161,14 +157,15 @@ def test_meta_then_load(name):
 
 
 @names
-@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16])
-def test_to_low_precision_and_back(name, dtype):
+@torch.no_grad()
+def test_to_low_precision_and_back(name):
+    """The weights are rounded, constants such as kernel bases are not."""
     model, control = create(name), create(name)
-    state = {k: v.to(dtype).to(v.dtype) if v.is_floating_point() else v for k, v in control.state_dict().items()}
-    control.load_state_dict(state)
-    with torch.no_grad():
-        assert model.to(dtype)(X.to(dtype)).dtype == dtype
-        assert torch.equal(model.float()(X), control(X))
+    for tensor in control.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(tensor.bfloat16())
+    assert model.bfloat16()(X.bfloat16()).dtype == torch.bfloat16
+    assert torch.equal(model.float()(X), control(X))
 
 
 @pytest.mark.parametrize("group", ["c9", "d5", "c10"])  # kernels that nothing else in this process makes
@@ -180,24 +177,7 @@ def test_constants_first_made_in_a_mode_are_ordinary(group):
     assert model.layer1[0].conv1.conv.weight.grad.abs().sum() > 0
 
 
-# Modes, tracing, export
-
-
-@names
-def test_modules_are_called_in_inference_and_obey_their_mode(name):
-    model, called = create(name, drop_path_rate=0.5, zero_init_last=False), []
-    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: called.append(module))
-    try:
-        with torch.no_grad():
-            before = model(X)
-    finally:
-        handle.remove()
-    assert set(called) >= {module for module in model.modules() if isinstance(module, nn.BatchNorm2d)}
-    for module in model.modules():
-        if type(module) is DropPath:
-            module.train()  # Monte Carlo dropout
-    with torch.no_grad():
-        assert not torch.allclose(model(X), before)
+# Tracing and export
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:`torch.jit:FutureWarning")

@@ -6,6 +6,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 
 import torch.distributed as dist
+
 from support.fresh_process import context
 
 __all__ = ["run_in_two"]
