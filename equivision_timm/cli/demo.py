@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from equivision_timm.cli.options import Parsers, add_command
+from equivision_timm.cli.options import Parsers, add_command, aligned
 from equivision_timm.errors import one_line
 from equivision_timm.files import write_file
 from equivision_timm.models import fuse
@@ -72,8 +72,7 @@ PICTURED = (2, 5, 6, 7, 9)  # the first held-out digit of each of these classes 
 _LEGEND = """
 same: per cent of the digits that have one class at all quarter turns. At other
 angles strides alias, less with a low pass before them (af). An upside-down 6 is
-a 9: for equivariant networks only the handwriting tells them apart, while the
-plain network, like a reader, uses the orientation."""
+a 9: equivariant networks distinguish them by the handwriting only."""
 
 
 def measure(out: Path, angles: Sequence[int] = ANGLES, every: int = 1) -> None:
@@ -144,29 +143,17 @@ def _accuracy(predicted: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return 100 * (predicted == labels).double().mean(-1)
 
 
-def _swapped(predicted: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Percentage of sixes and nines that are confused with the other, per angle."""
-    six, nine = labels == 6, labels == 9
-    swaps = (predicted[:, six] == 9).sum(1) + (predicted[:, nine] == 6).sum(1)
-    return 100 * swaps.double() / (six | nine).sum()
-
-
 def _table(predictions: Predictions, labels: torch.Tensor, angles: Sequence[int]) -> str:
-    """Two columns for each network."""
-    correct, swapped = (torch.stack([f(p, labels) for p in predictions.values()]) for f in (_accuracy, _swapped))
-    columns = torch.stack([correct, swapped], 2)  # [networks, angles, 2]
-    worst = torch.stack([correct.amin(1), swapped.amax(1)], 1)  # [networks, 2]
-    rows = [*zip([f"{angle}°" for angle in angles], columns.unbind(1), strict=True)]
-    lines = [f"\n{len(labels)} held-out digits, rotated: per cent correct; 6/9: of 6 and 9, confused\n"]
-    lines += [f"{network.title:>9}  {network.model}, {network.kind}" for network in predictions]
-    lines.append("\n      " + "".join(f"{network.title:>10}" for network in predictions))
-    lines.append(" angle" + "     % 6/9" * len(predictions))
-    for title, row in [*rows, ("mean", columns.mean(1)), ("worst", worst)]:
-        lines.append(f"{title:>6}" + "".join(f"{right:6.1f}{wrong:4.0f}" for right, wrong in row.tolist()))
-    quarters = [predicted[[angle % 90 == 0 for angle in angles]] for predicted in predictions.values()]  # [turns, N]
-    same = (100 * (q == q[0]).all(0).double().mean() for q in quarters)
-    lines.append("  same" + "".join(f"{percent:6.1f}    " for percent in same).rstrip())
-    return "\n".join(lines)
+    """A column for each network."""
+    correct = torch.stack([_accuracy(predicted, labels) for predicted in predictions.values()])  # [networks, angles]
+    quarters = torch.stack([*predictions.values()])[:, [angle % 90 == 0 for angle in angles]]  # [networks, turns, N]
+    same = 100 * (quarters == quarters[:, :1]).all(1).double().mean(1)
+    rows = [*zip([f"{angle}°" for angle in angles], correct.unbind(1), strict=True)]
+    rows += [("mean", correct.mean(1)), ("worst", correct.amin(1)), ("same", same)]
+    cells = [[title, *(f"{percent:.1f}" for percent in row.tolist())] for title, row in rows]
+    kinds = aligned([[network.title, network.model, network.kind] for network in predictions], left=(0, 1, 2))
+    table = aligned([["angle", *(network.title for network in predictions)], *cells], left=())
+    return f"\n{len(labels)} held-out digits, rotated: per cent correct\n\n{kinds}\n\n{table}"
 
 
 def _draw_accuracy(axes: "Axes", predictions: Predictions, labels: torch.Tensor, angles: Sequence[int]) -> None:
