@@ -251,15 +251,17 @@ DRAWING = [
 
 def test_commands_without_matplotlib(folder: Path) -> None:
     """Those that draw say what to install, the others work; likewise for ONNX."""
-    commands = [*DRAWING, ["export", "test_c8resnet", "model.onnx"], ["list", "test_c8*"]]
+    commands = [*DRAWING, ["export", "test_c8resnet", "model.onnx"], ["fetch", "c8resnet50"], ["list", "test_c8*"]]
     commands.append(["predict", "data", "--model", "test_c8resnet", "--device", "cpu"])
     before = sorted(folder.rglob("*"))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(equivision_timm.__file__).parents[1])}
-    words = [sys.executable, "-c", WITHOUT, "matplotlib skimage onnx", json.dumps(commands)]
+    path = {"PYTHONPATH": str(Path(equivision_timm.__file__).parents[1]), "EQUIVISION_TIMM_WEIGHTS": "none"}
+    environment = {**os.environ, **path, "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-c", WITHOUT, "matplotlib skimage onnx gdown", json.dumps(commands)]
     done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=folder)
-    assert json.loads(done.stdout.splitlines()[-1]) == [2, 2, 2, 2, 0, 0], done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == [2, 2, 2, 2, 2, 0, 0], done.stderr
     lines = [line for line in done.stderr.splitlines() if "pip install" in line]
-    assert [line.partition(":")[0] for line in lines] == ["demo", "rotate-eval", "show", "export"]
+    assert [line.partition(":")[0] for line in lines] == ["demo", "rotate-eval", "show", "export", "fetch"]
     assert all(install_command("tools") in line for line in lines[:3])
     assert install_command("export") in lines[3]
+    assert install_command("fetch") in lines[4]
     assert sorted(folder.rglob("*")) == before

@@ -40,19 +40,19 @@ def _metadata(file: Path) -> dict[str, str]:
 def test_any_batch_and_metadata(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     file, classes = tmp_path / "new" / "model.onnx", tmp_path / "classes.txt"
     classes.write_text("\n".join(f"digit {i}" for i in range(10)))
-    assert main(["export", "test_c8resnet", str(file), "--class-map", str(classes)]) == 0
-    model = timm.create_model("test_c8resnet", pretrained=True).eval()
+    assert main(["export", "test_d4vit", str(file), "--class-map", str(classes)]) == 0
+    model = timm.create_model("test_d4vit", pretrained=True).eval()
     for batch in (1, 5):
-        images = torch.rand(batch, 3, 65, 65)
+        images = torch.rand(batch, 3, 64, 64)
         torch.testing.assert_close(_run(file, images), model(images), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(_run(file, images.rot90(dims=(2, 3))), model(images), rtol=1e-4, atol=1e-4)
     metadata = _metadata(file)
     assert metadata["classes"].splitlines()[3] == "digit 3"
-    expected = {"model": "test_c8resnet", "color": "RGB", "softmax": "no", "exact": "yes", "group": "c8"}
+    expected = {"model": "test_d4vit", "color": "RGB", "softmax": "no", "exact": "yes", "group": "d4"}
     assert {**expected, "mean": "0 0 0"}.items() <= metadata.items()
     captured = capsys.readouterr()
     assert f"{file}: " in captured.out
-    assert "at 65 x 65 pixels they change by" in captured.out
+    assert "at 64 x 64 pixels they change by" in captured.out
     assert "is exact" not in captured.err
 
 

@@ -6,7 +6,6 @@ import io
 import os
 import re
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,14 +19,12 @@ from support.small_models import narrow
 from equivision_timm.cli import fetch as fetch_module
 from equivision_timm.cli.fetch import fetch
 from equivision_timm.cli.main import main
-from equivision_timm.errors import install_command
 from equivision_timm.weights import equivision
 from equivision_timm.weights.equivision import convert_original
 from equivision_timm.weights.released import released
 from equivision_timm.weights.signs import known_patterns
 
 gdown = pytest.importorskip("gdown", reason="fetching needs the extra `fetch`")
-requests = pytest.importorskip("requests")
 
 NAME = "c4resnet18"
 DRIVE_ID = released()[NAME].drive_id
@@ -127,7 +124,6 @@ def test_another_file_than_the_known_one_is_refused(drive, weights, original_fil
 
 SPOILT = {
     "over quota": (gdown.exceptions.DownloadError("Too many users"), "Too many users"),
-    "no network": (requests.ConnectionError("no route"), "no route"),
     "no checkpoint": (b"no checkpoint at all" * 1000, "not a checkpoint"),
     "code inside": (saved({"conv1.weights": os.getcwd}), "not a checkpoint"),
     "another model": (saved({"fc.bias": torch.ones(3)}), "missing"),
@@ -161,12 +157,6 @@ def test_what_is_known_before_the_download(drive, weights, tmp_path, monkeypatch
     (line,) = capsys.readouterr().err.splitlines()
     assert noun in line
     assert drive.downloads == 0
-
-
-def test_without_gdown(drive, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "gdown", None)
-    assert main(["fetch", NAME]) == 2
-    assert install_command("fetch") in capsys.readouterr().err
 
 
 def test_signs_reach_the_conversion(drive, monkeypatch):

@@ -15,7 +15,7 @@ from equivision_timm.cli import publish
 from equivision_timm.cli.main import main
 from equivision_timm.models.pretrained import HUB_ORG, TENSORS_SHA256, hash_tensors, local_folder
 from equivision_timm.weights.folder import write_model_folder
-from equivision_timm.weights.model_card import complexity, model_card
+from equivision_timm.weights.model_card import model_card
 
 NAMES = ("c4resnet18", "d1resnet18")
 TAGGED = "c4resnet18.equivision_in1k"
@@ -51,33 +51,28 @@ def content(folder):
 CARDS = {  # phrases in the body, and phrases that must not be there
     "c8resnet50": (
         [
-            "import equivision_timm",
             f'timm.create_model("hf-hub:{HUB_ORG}/c8resnet50.tag", pretrained=True)',
             "the group C8. Its feature maps move with the image",
             "**Params (M):** 24.84",
             "GMACs at 225 x 225 (of ResNets with dense filters):** 44.37",
             "78.7 %",
-            "94.5 %",
             "n = 1 mod 32",
             f"source_sha256: `{PROVENANCE['source_sha256']}`",
             "signs: `+-+`",
-            "https://github.com/dmklee/equivision",
             "licence: mit",
             "klee2023equivision",
-            "cesa2022program",
-            "rw2019timm",
         ],
         ["NOT", "octic", "han2"],
     ),
     "c8reresnet50": (["**Its logits are NOT invariant", "maps move with the image", "han2021redet"], ["klee2023"]),
     "d4vit_large_patch16_224": (
-        ["logits do not change", "group D4", "[1, 197, 1024]", "84.0 %", "224 x 224 pixels", "nordstrom2025octic"],
+        ["logits do not change", "[1, 197, 1024]", "84.0 %", "224 x 224 pixels", "nordstrom2025octic"],
         ["NOT", "mod 32", "klee2023", "regular fields"],
     ),
     "d4vit_large_patch16_dinov2": (["pooled features do not change", "linear classifier", "vector = model("], ["NOT"]),
     "d4hybridvit_large_patch16_224": (
-        ["**Its logits are NOT invariant", "There are none", "nordstrom2025octic"],
-        ["do not change", "exact,", "mod 32"],
+        ["**Its logits are NOT invariant", "There are none"],
+        ["do not change", "exact,"],
     ),
 }
 
@@ -99,27 +94,17 @@ def test_the_backbone_of_a_detector_has_no_classifier(tmp_path, monkeypatch):
     """Its card shows neither classes nor accuracies, and counts no classifier."""
     monkeypatch.setenv("EQUIVISION_TIMM_WEIGHTS", str(tmp_path / "weights"))
     name, arguments = "c8reresnet50", {"num_classes": 0}
-    state_dict = timm.create_model(name, **arguments).state_dict()
-    provenance = {**PROVENANCE, TENSORS_SHA256: hash_tensors(state_dict)}
-    write_model_folder(tmp_path / "weights" / local_folder(name).name, name, state_dict, provenance, arguments)
-    card = (publish.write_publication(name, tmp_path / "out", HUB_ORG) / "README.md").read_text(encoding="utf-8")
-    body, count = card.split("---\n", 2)[2], complexity(name, **arguments)[0]
+    with narrow(name):
+        model = timm.create_model(name, **arguments)
+        provenance = {**PROVENANCE, TENSORS_SHA256: hash_tensors(model.state_dict())}
+        write_model_folder(
+            tmp_path / "weights" / local_folder(name).name, name, model.state_dict(), provenance, arguments
+        )
+        card = (publish.write_publication(name, tmp_path / "out", HUB_ORG) / "README.md").read_text(encoding="utf-8")
+    count = sum(parameter.numel() for parameter in model.parameters())
     for words in ("vector = model(", "pooled features do not change", f"**Params (M):** {count / 1e6:.4g}"):
-        assert words in " ".join(body.split())
+        assert words in " ".join(card.split())
     assert not any(words in card for words in ("**Its logits", " %"))
-
-
-def test_complexity_by_hand():
-    """d8resnet18 at 224 x 224: the convolutions of a plain ResNet-18 with 20 * 16 channels, layer by layer."""
-    macs = 3 * 320 * 7**2 * 112**2 + 160 * 1000  # stem; classifier on 8 * 20 fields
-    previous = 320
-    for width, size in ((320, 56), (640, 28), (1280, 14), (2560, 7)):
-        macs += size**2 * 3**2 * (previous * width + 3 * width**2)  # two blocks of two 3 x 3 convolutions
-        macs += size**2 * previous * width * (width != previous)  # shortcut
-        previous = width
-    parameters, gmacs = complexity("d8resnet18")
-    assert parameters == sum(p.numel() for p in timm.create_model("d8resnet18").parameters())
-    assert gmacs == pytest.approx(macs / 1e9, rel=1e-9)
 
 
 def test_what_cannot_be_published(monkeypatch, tmp_path, capsys):

@@ -71,17 +71,15 @@ def test_the_unchanged_folder_is_accepted(folder, tmp_path, photographs, capsys)
 
 
 KEY = "layer1.0.conv1.conv.weight"
-CHANGED = {
-    "a value": {KEY: STATE[KEY].nextafter(torch.tensor(9.0))},
-    "a dtype": {KEY: STATE[KEY].double()},
-    "a shape": {KEY: STATE[KEY][None]},
-    "one more": {KEY + ".more": STATE[KEY].clone()},
-    "one less": {KEY: None},
-    "a name": {KEY: None, "module." + KEY: STATE[KEY]},
-}
+TENSORS = [
+    {KEY: STATE[KEY].nextafter(torch.tensor(9.0))},
+    {KEY: STATE[KEY].double()},
+    {KEY + ".more": STATE[KEY].clone()},
+    {KEY: None, "module." + KEY: STATE[KEY]},
+]
 
 
-@pytest.mark.parametrize("changes", CHANGED.values(), ids=CHANGED)
+@pytest.mark.parametrize("changes", TENSORS, ids=["a value", "a dtype", "one more", "a name"])
 def test_changed_tensors(folder, tmp_path, photographs, changes):
     copy = shutil.copytree(folder, tmp_path / "model")
     state = {key: value for key, value in {**STATE, **changes}.items() if value is not None}
@@ -89,34 +87,29 @@ def test_changed_tensors(folder, tmp_path, photographs, changes):
     assert not accepted(copy, photographs)
 
 
-@pytest.mark.parametrize("change", [{"model": OTHER}, {"model": "resnet18"}, {TENSORS_SHA256: "0" * 64}], ids=str)
+@pytest.mark.parametrize("change", [{"model": OTHER}, {TENSORS_SHA256: "0" * 64}], ids=str)
 def test_changed_metadata(folder, tmp_path, photographs, change):
     copy = shutil.copytree(folder, tmp_path / "model")
-    changed = {**metadata(folder), **change}
-    save_file(load_file(folder / "model.safetensors"), copy / "model.safetensors", changed)
+    save_file(STATE, copy / "model.safetensors", {**metadata(folder), **change})
     assert not accepted(copy, photographs)
 
 
-CONFIG = [
-    {"architecture": OTHER},
-    {"architecture": "resnet18"},
-    {"model_args": {"group": "c8"}},
-    {"model_args": {"act_layer": "gelu"}},
-    {"model_args": {"global_pool": "max"}},
-    {"model_args": {"in_chans": 1}},
-    {"pretrained_cfg": {"mean": [0.1, 0.2, 0.3]}},
-    {"pretrained_cfg": {"interpolation": "nearest"}},
-    {"pretrained_cfg": {"input_size": [3, 97, 97]}},
-]
-
-
-@pytest.mark.parametrize("change", CONFIG, ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"architecture": OTHER},
+        {"model_args": {"group": "c8"}},
+        {"model_args": {"global_pool": "max"}},
+        {"pretrained_cfg": {"mean": [0.1, 0.2, 0.3]}},
+        {"pretrained_cfg": {"input_size": [3, 97, 97]}},
+    ],
+    ids=str,
+)
 def test_changed_config(folder, tmp_path, photographs, change):
     copy = shutil.copytree(folder, tmp_path / "model")
     config = json.loads((copy / "config.json").read_text())
     for key, value in change.items():
-        both = isinstance(value, dict) and isinstance(config.get(key), dict)
-        config[key] = {**config[key], **value} if both else value
+        config[key] = {**config.get(key, {}), **value} if isinstance(value, dict) else value
     (copy / "config.json").write_text(json.dumps(config))
     assert not accepted(copy, photographs)
 
@@ -201,10 +194,8 @@ def test_convert_writes_a_model_that_verify_accepts(ckpt, tmp_path, photographs,
     ("arguments", "status", "noun"),
     [
         (["missing.ckpt", "--model", CONVERTED, "--out", "out"], 2, "missing.ckpt"),
-        (["last.ckpt", "--model", "resnet18", "--out", "out"], 2, "resnet18"),
         (["last.ckpt", "--model", "c4resnet18", "--out", "out"], 1, "has shape"),
         (["last.ckpt", "--model", CONVERTED, "--out", "out", "--signs", "++"], 2, "signs"),
-        ([".", "--model", CONVERTED, "--out", "out"], 1, "directory"),
         (["last.ckpt", "--model", CONVERTED, "--out", "last.ckpt"], 2, "cannot write"),
         (["last.ckpt", "--model", CONVERTED, "--out", "out", "--images", "nowhere"], 2, "photographs"),
         (["last.ckpt", "--model", "c8reresnet50", "--out", "out", "--signs", "++"], 2, "signs"),
