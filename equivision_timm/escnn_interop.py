@@ -20,7 +20,6 @@ __all__ = ["field_type", "gspace", "import_escnn", "to_geometric_tensor"]
 def import_escnn() -> Any:
     """The package escnn, with `gspaces` and `nn`; ImportError if the extra is not installed."""
     try:
-        import escnn  # pyright: ignore[reportMissingImports]  an extra
         import escnn.gspaces  # pyright: ignore[reportMissingImports]  an extra
         import escnn.nn  # pyright: ignore[reportMissingImports]  an extra
     except ImportError as error:

@@ -74,16 +74,13 @@ def rotate_image(image: Image.Image, degrees: float) -> Image.Image:
 
 
 class RotatedFolder(ImageFolder):
-    """A folder of images, one sub-folder per class, each image rotated by a random angle.
+    """`ImageFolder`, each image rotated by a random angle; other arguments as there.
 
     Args:
-        root: the folder, or the one above its splits.
-        split: as for `ImageFolder`.
         training: True draws a new angle, uniform in [-limit, limit] degrees, at each access, from PyTorch's generator,
             which the data-loader workers seed. False takes an angle uniform in [0, 360) degrees, a fixed function of
             the index, so that every model and every epoch gets the same images.
         limit: in degrees, above 0 and up to 180.
-        options: other arguments of `ImageFolder`: `class_map`, `input_img_mode`, ...
     """
 
     def __init__(self, root: str | Path, split: str, training: bool, limit: float = 180, **options: Any) -> None:

@@ -17,7 +17,6 @@ __all__ = [
     "FunctionalTensor",
     "has_sizes",
     "has_static_value",
-    "in_transform",
     "is_channels_last",
     "is_watched",
     "leaves_python",
@@ -30,8 +29,7 @@ BatchNorm = nn.modules.batchnorm._BatchNorm  # of all dimensions, and synchronis
 
 
 @torch.compiler.assume_constant_result  # torch.compile has entered the transforms that it traces
-def in_transform() -> bool:
-    """Whether transforms of `torch.func` (grad, vmap, jvp, ...) or forward-mode derivatives are in progress."""
+def _in_transform() -> bool:
     return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
@@ -60,7 +58,7 @@ def mark_static(x: torch.Tensor) -> torch.Tensor:
 
 def needs_plain_operations(*tensors: torch.Tensor) -> bool:
     """Whether only PyTorch's own operations differentiate: in `torch.func`, forward mode, for DTensor and its like."""
-    if in_transform():
+    if _in_transform():
         return True
     if torch.compiler.is_compiling():
         return False

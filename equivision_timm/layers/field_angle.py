@@ -19,13 +19,11 @@ class FieldAngle(nn.Module):
         v = sum_i sum_h rho(h) w_i x_i[h],  rho(r^k f^p) = R(2 pi q k / N) ((-1)^q diag(1, -1))^p,  angle = phase(v) / q
 
     with R a rotation of the plane and one weight w_i in the plane for each field: all linear maps from the fields to v
-    with v(g x) = rho(g) v(x). So r^k adds 2 pi k / N to the angle a, and the reflection f : (x, y) -> (-x, y) makes
-    pi - a of it, as they act on directions in the image.
+    with v(g x) = rho(g) v(x). So r^k adds 2 pi k / N to the angle a, and the reflection f makes pi - a of it.
 
     Source of the maths: Serre, Linear Representations of Finite Groups (1977), chapters 2 and 5.
 
     Args:
-        group: name of the group, 'cN' or 'dN'.
         frequency: of the coefficient, at least 1 and less than N / 2.
         angles: number of outputs.
 
@@ -53,7 +51,7 @@ class FieldAngle(nn.Module):
         nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
 
     def vector(self, x: torch.Tensor) -> torch.Tensor:
-        """v, whose phase is the angle and whose length says how clear it is: [B, angles, ..., 2]."""
+        """v [B, angles, ..., 2]; its phase is the angle, its length a measure of confidence."""
         rho = constant_like(self.weight, _rho, self.group, self.frequency)  # [|G|, 2, 2]
         matrix = torch.einsum("hij,afj->aifh", rho, self.weight).flatten(2).flatten(0, 1)  # [angles * 2, fields * |G|]
         v = nn.functional.linear(x.movedim(1, -1), matrix)  # [B, ..., angles * 2]

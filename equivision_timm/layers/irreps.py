@@ -28,19 +28,12 @@ DType: TypeAlias = torch.dtype | None
 
 @dataclass(frozen=True)
 class Irreps:
-    """Decomposition of a regular field into irreps.
-
-    Attributes:
-        group: the group.
-        ones: number of one-dimensional irreps, the trivial one first.
-        rows: dimension of E, 2; 0 if the group has no rotation by 90 degrees.
-        multiplicity: how often E occurs in a field.
-    """
+    """Decomposition of a regular field into irreps."""
 
     group: Group
-    ones: int
-    rows: int
-    multiplicity: int
+    ones: int  # number of one-dimensional irreps, the trivial one first
+    rows: int  # dimension of E, 2; 0 if the group has no rotation by 90 degrees
+    multiplicity: int  # how often E occurs in a field
 
     @property
     def order(self) -> int:
@@ -55,11 +48,7 @@ class Irreps:
 
 @cache
 def irreps_of(name: str) -> Irreps:
-    """The irreps of the group called `name`.
-
-    Raises:
-        ValueError: an unknown group, or one that does not map a square grid onto itself.
-    """
+    """The irreps of the group called `name`; ValueError unless it maps a square grid onto itself."""
     group = Group.from_name(name)
     if len(group.grid_elements) != group.order:
         raise ValueError(
@@ -73,13 +62,8 @@ def irreps_of(name: str) -> Irreps:
 def plane_matrices(group: Group) -> torch.Tensor:
     """P [|G|, 2, 2] float64: the action of r^k f^p on the plane, R(90 k degrees) diag(-1, 1)^p."""
     rotation, reflection = torch.tensor([[[0.0, -1.0], [1.0, 0.0]], [[-1.0, 0.0], [0.0, 1.0]]], dtype=torch.float64)
-    return torch.stack(
-        [
-            torch.linalg.matrix_power(rotation, group.quarter_turns(g) or 0)
-            @ torch.linalg.matrix_power(reflection, g // group.rotations)
-            for g in range(group.order)
-        ]
-    )
+    powers = [torch.linalg.matrix_power(rotation, group.quarter_turns(k) or 0) for k in range(group.rotations)]
+    return torch.stack(powers + [power @ reflection for power in powers if group.reflections])
 
 
 @constant

@@ -59,8 +59,7 @@ class FieldBatchNorm2d(nn.BatchNorm2d):
         pixels = x.shape[2:] == (self.order, 1) and not torch.compiler.is_compiling()
         if x.device.type == "cpu" and not pixels:
             return False
-        supported = x.is_floating_point() and not leaves_python() and not needs_plain_operations(x)
-        return supported and self.order > 1
+        return self.order > 1 and not leaves_python() and not needs_plain_operations(x)
 
     @torch.jit.unused
     def _forward_by_channel(self, x: torch.Tensor, momentum: float) -> torch.Tensor:
@@ -68,10 +67,9 @@ class FieldBatchNorm2d(nn.BatchNorm2d):
         if self.has_given_statistics():
             return self.normalize_channels(channels).view(x.shape)
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        weight, bias = (None if t is None else t.to(dtype) for t in (self.weight, self.bias))
-        values = x.numel() // self.num_features
-        weight = x.new_ones(self.num_features, dtype=dtype) if weight is None else weight
-        bias = x.new_zeros(self.num_features, dtype=dtype) if bias is None else bias
+        fields, values = self.num_features, x.numel() // self.num_features
+        weight = x.new_ones(fields, dtype=dtype) if self.weight is None else self.weight.to(dtype)
+        bias = x.new_zeros(fields, dtype=dtype) if self.bias is None else self.bias.to(dtype)
         by_channel = field_batch_norm_by_definition if torch.compiler.is_compiling() else field_batch_norm
         y, mean, var = by_channel(channels, self.order, weight, bias, self.eps)
         with torch.no_grad():  # running <- (1 - momentum) running + momentum now, the unbiased variance
@@ -129,29 +127,26 @@ class FieldNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            if is_channels_last(x):
-                return self._forward_channels_last(x)
-            norm = self.per_field
-            if leaves_python() and isinstance(norm, FieldBatchNorm2d) and norm.has_given_statistics():
-                return norm.normalize_channels(x)  # without a reshape: the graph is open for images of every size
+            return self._forward_in_format(x)
         B, C, H, W = x.shape
         fields = x.reshape(B, self.fields, self.order * H, W)  # [B, m * |G|, H, W] -> [B, m, |G| * H, W]
-        y = self.per_field(fields).reshape(B, C, H, W)
-        return y if torch.jit.is_scripting() else self._unrecorded(y)
+        return self.per_field(fields).reshape(B, C, H, W)
 
     @torch.jit.unused
-    def _unrecorded(self, y: torch.Tensor) -> torch.Tensor:
-        return unrecorded_view(y) if isinstance(self.per_field, FieldBatchNorm2d) else y
-
-    @torch.jit.unused
-    def _forward_channels_last(self, x: torch.Tensor) -> torch.Tensor:
+    def _forward_in_format(self, x: torch.Tensor) -> torch.Tensor:
+        norm = self.per_field
+        fast = isinstance(norm, FieldBatchNorm2d)
+        if fast and leaves_python() and norm.has_given_statistics():
+            return norm.normalize_channels(x)  # without a reshape: the graph is open for images of every size
         B, C, H, W = x.shape
-        if isinstance(self.per_field, BatchNorm):  # all positions of all images alike: no copy
+        last = is_channels_last(x)
+        if last and isinstance(norm, BatchNorm):  # all positions of all images alike: no copy
             pixels = x.permute(0, 2, 3, 1).reshape(B * H * W, self.fields, self.order, 1)  # [B, H, W, m * |G|]
-            y = self.per_field(pixels).reshape(B, H, W, C).permute(0, 3, 1, 2)
-            return y if B == 1 else self._unrecorded(y)  # which changes the stride of an axis of length 1
-        fields = x.reshape(B, self.fields, self.order * H, W)
-        return self.per_field(fields).reshape(B, C, H, W).contiguous(memory_format=torch.channels_last)
+            y = norm(pixels).reshape(B, H, W, C).permute(0, 3, 1, 2)
+            return unrecorded_view(y) if fast and B > 1 else y  # for B = 1 it would change the stride of the batch
+        y = norm(x.reshape(B, self.fields, self.order * H, W)).reshape(B, C, H, W)
+        y = unrecorded_view(y) if fast else y
+        return y.contiguous(memory_format=torch.channels_last) if last else y
 
 
 register_notrace_module(FieldNorm)  # one node where timm traces a model for its features: it depends on the format of x

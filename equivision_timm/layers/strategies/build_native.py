@@ -29,10 +29,9 @@ __all__ = ["LEVELS", "build", "compile_library", "compiler", "get_build_hook", "
 SOURCE = Path(__file__).with_name("native.c")
 FLAGS = ("-O3", "-fPIC", "-shared", "-pthread")
 _AVX2 = ("-mavx2", "-mfma")
-_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 LEVELS: dict[str, tuple[str, ...]] = {"baseline": ()}  # options, besides those of the baseline
-if platform.machine() in ("x86_64", "AMD64"):
-    LEVELS = {"baseline": (), "avx2": _AVX2, "avx512": (*_AVX2, *_AVX512)}
+if platform.machine() == "x86_64":
+    LEVELS |= {"avx2": _AVX2, "avx512": (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")}
 
 
 def source_hash() -> str:
@@ -51,13 +50,8 @@ def compiler() -> list[str] | None:
 
 
 def compile_library(path: Path, real: str, level: str, command: list[str], options: tuple[str, ...] = ()) -> None:
-    """Compile native.c to the shared library `path`.
-
-    Raises:
-        OSError: the compiler cannot be started.
-        subprocess.CalledProcessError: it fails.
-    """
-    baseline = {"x86_64": "-march=x86-64", "AMD64": "-march=x86-64", "aarch64": "-mcpu=generic"}
+    """Compile native.c to the shared library `path`; OSError or CalledProcessError if that fails."""
+    baseline = {"x86_64": "-march=x86-64", "aarch64": "-mcpu=generic"}
     flags = [*filter(None, [baseline.get(platform.machine())]), *LEVELS[level]]  # of compilers that default to more
     if any("zig" in Path(word).name for word in command):
         flags = [flag.replace("x86-64", "x86_64") for flag in flags]

@@ -44,15 +44,11 @@ class Layer:
 
 
 class Strategy(ABC):
-    """One exact algorithm. An instance has no state: it serves all layers.
+    """One exact algorithm. An instance has no state: it serves all layers."""
 
-    Attributes:
-        name: the value of `conv_strategy=`.
-        plain_operations: whether it consists of PyTorch's own operations, whose derivatives are correct in `torch.func`
-            transforms, in forward mode, and for tensors with operations of their own (DTensor, ...).
-    """
-
-    name: ClassVar[str]
+    name: ClassVar[str]  # the value of `conv_strategy=`
+    # Whether it consists of PyTorch's own operations, whose derivatives are correct in `torch.func` transforms, in
+    # forward mode, and for tensors with operations of their own (DTensor, ...)
     plain_operations: ClassVar[bool] = True
 
     @abstractmethod
@@ -66,7 +62,6 @@ class Strategy(ABC):
         Args:
             x: [B, I * H, height, width], of the type `layer.dtype`.
             weight: w [O, I, n_basis, 1]; under autocast of a wider type.
-            layer: the layer.
         """
 
 

@@ -32,9 +32,8 @@ class Native(Strategy):
     def supports(self, layer: Layer) -> str | None:
         if layer.kernel.input_type != "regular":
             return f"it needs regular fields, but the input of this layer is {layer.kernel.input_type}"
-        if layer.kernel.size not in native_call.SIZES:
-            known, size = ", ".join(f"{k} x {k}" for k in native_call.SIZES), layer.kernel.size
-            return f"native.c has kernels of {known}, not {size} x {size}"
+        if (size := layer.kernel.size) not in native_call.SIZES:
+            return f"native.c has kernels of 1 x 1, 3 x 3 and 5 x 5, not {size} x {size}"
         if layer.device.type not in ("cpu", "meta"):
             return f"it runs on the CPU, but this layer is on {layer.device}"
         return native_library.why_not()
