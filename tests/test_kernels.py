@@ -84,9 +84,5 @@ def test_functions_transformed_by_the_group(kernel):
     for g in range(Group.from_name(kernel.group).order):
         assert (moved[g] - on_pixels(kernel, g)).abs().max() < 1e-12
     assert torch.equal(moved[0], pixels(kernel))
-
-
-def test_the_wrong_rotation_is_seen():
-    kernel = Kernel("c6", 3)
-    moved = torch.einsum("ij,jyx->iyx", mixing(kernel)[1], pixels(kernel))
-    assert (moved - on_pixels(kernel, 5)).abs().max() > 0.1
+    if kernel == Kernel("c6", 3, cutoff=3):
+        assert (moved[1] - on_pixels(kernel, 5)).abs().max() > 0.1  # the control: the inverse rotation

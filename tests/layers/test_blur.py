@@ -57,15 +57,13 @@ def test_even_lengths_take_one_tap_more(taps, stride, padding):
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_types_and_formats(memory_format, dtype):
-    x = torch.randn(2, 6, 9, 9, dtype=dtype).to(memory_format=memory_format)
-    layer = Blur2d(5)
+@pytest.mark.parametrize("padding", ["zeros", "reflect"])
+def test_types_and_formats(memory_format, padding):
+    layer, x = Blur2d(5, padding=padding), torch.randn(2, 6, 9, 9).bfloat16().to(memory_format=memory_format)
     y = layer(x)
-    assert y.dtype == dtype
+    assert y.dtype == torch.bfloat16
     assert y.is_contiguous(memory_format=memory_format)
-    expected = layer(x.double())
-    assert torch.allclose(y.double(), expected, atol=2e-2 if dtype == torch.bfloat16 else 1e-6)
+    assert torch.allclose(y.double(), layer(x.double()), atol=2e-2)
     assert not layer.state_dict()
 
 
@@ -101,9 +99,9 @@ def test_timms_names_mean_timms_layers(name):
 
 
 def test_what_is_refused():
-    for name in ("avg", "avg_pool", "gauss", nn.AvgPool2d):
+    for name in ("avg_pool", "gauss", nn.AvgPool2d):
         with pytest.raises(ValueError, match="aa_layer"):
             get_aa_layer(name)
     for arguments in ({"taps": 4}, {"padding": "circular"}):
-        with pytest.raises(ValueError, match=str(*arguments.values())):
+        with pytest.raises(ValueError, match=str(*arguments)):
             Blur2d(**arguments)
