@@ -31,9 +31,6 @@ void watched_parallel(void (*work)(void *), void *job, unsigned threads, unsigne
     free(started), free(members);
 }
 
-#ifdef RACE /* every thread takes itself for the first: they write the same sums */
-int watched_number(void) { return 0; }
-#else
-int watched_number(void) { return self->number; }
-#endif
+/* with RACE in the environment every thread takes itself for the first: they write the same sums */
+int watched_number(void) { return getenv("RACE") ? 0 : self->number; }
 int watched_threads(void) { return self->threads; }
