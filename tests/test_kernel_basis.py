@@ -144,6 +144,5 @@ def test_cutoffs():
             load_kernel_basis(kernel)
     # sin(4 phi) vanishes on 3 x 3 pixels and on those rotated by 45 degrees, but not by 22.5
     assert len(load_kernel_basis(Kernel("c16", 3, cutoff=4)).he_std) == 16 * 10
-    for size in (1, 3, 5, 7, 9, 11):
-        for cutoff in (None, 1, 2, 3):
-            load_kernel_basis(Kernel("c4", size, "trivial", cutoff))
+    for cutoff in (None, 1, 2, 3):
+        load_kernel_basis(Kernel("c4", 11, "trivial", cutoff))

@@ -43,6 +43,7 @@ def test_output_of_which_nothing_can_be_measured(function, word):
 
 
 def test_arguments_that_are_unknown_or_missing():
+    assert_equivariant(GroupPool(4), **POOL)
     for argument in ("input_type", "output_type"):
         with pytest.raises(ValueError, match=argument):
             equivariance_error(GroupPool(4), **{**POOL, argument: "vector"})
@@ -84,9 +85,7 @@ def test_broken_layer_in_a_branch_that_is_switched_off():
 
 
 def test_symmetry_that_the_group_lacks():
-    model = timm.create_model("c4resnet18_fast", num_classes=10, width=2)
-    assert_equivariant(model, 65)
-    errors = equivariance_error(model, 65, group="d4")
+    errors = equivariance_error(timm.create_model("c4resnet18_fast", num_classes=10, width=2), 65, group="d4")
     assert max(errors[g] for g in range(4)) < 1e-4
     assert min(errors[g] for g in range(4, 8)) > 1e-3
 
@@ -95,12 +94,6 @@ def test_even_sizes_are_not_exact():
     with pytest.raises(AssertionError, match="sizes are 33 and 65"):
         assert_equivariant(timm.create_model("test_d4resnet"), 64)
     assert_equivariant(timm.create_model("test_d4resnet", even="box"), 64)
-
-
-def test_permutation_of_the_channels_counts():
-    assert_equivariant(GroupPool(4), **POOL)
-    with pytest.raises(AssertionError, match="Sequential"):
-        assert_equivariant(nn.Sequential(nn.Conv2d(8, 8, 1), GroupPool(4)), **POOL)
 
 
 def test_measuring_leaves_the_model_as_it_was():
@@ -167,14 +160,11 @@ def test_maps_that_rotate_with_the_image(photographs):
     assert backwards[45] > 0.2
 
 
-@pytest.mark.parametrize(
-    ("model", "keywords", "error", "word"),
-    [
-        (Maps(lambda x: 0 * x), {}, ValueError, "depend"),
-        (Maps(lambda x: torch.ones(len(x), 8, 9, 9)), {}, ValueError, "depend"),
-        (Maps(lambda x: F.avg_pool2d(x, 9) / 0), {}, ValueError, "finite"),
-    ],
-)
-def test_refused_by_angle_error(model, keywords, error, word):
-    with pytest.raises(error, match=word):
-        angle_error(model, **{"images": torch.rand(2, 3, 97, 97), "angles": [45], **keywords})
+def test_refused_by_angle_error():
+    for function, word in (
+        (lambda x: 0 * x, "depend"),
+        (lambda x: torch.ones(len(x), 8, 9, 9), "depend"),
+        (lambda x: F.avg_pool2d(x, 9) / 0, "finite"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            angle_error(Maps(function), torch.rand(2, 3, 97, 97), [45])

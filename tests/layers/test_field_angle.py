@@ -72,7 +72,7 @@ def test_half_precision_gives_angles_in_float32():
     assert error(angle, layer.float()(x), 1) < 0.01
 
 
-@pytest.mark.parametrize(("group", "q"), [("c4", 2), ("d2", 1), ("c8", 0), ("c8", 4)])
-def test_frequencies_without_a_plane(group, q):
-    with pytest.raises(ValueError, match="frequency"):
-        FieldAngle(1, group, q)
+def test_frequencies_without_a_plane():
+    for group, q in (("c4", 2), ("d2", 1), ("c8", 0), ("c8", 4)):
+        with pytest.raises(ValueError, match="frequency"):
+            FieldAngle(1, group, q)

@@ -94,16 +94,6 @@ def test_equals_the_definition(strategy, group, kernel, stride, dilation, shape,
 
 
 @fast
-def test_one_wrong_number_is_noticed(strategy):
-    expand, block = pair(strategy, "c8", 3)
-    x = torch.randn(1, 24, 9, 9, dtype=torch.float64)
-    with torch.no_grad():
-        assert relative(block(x), expand(x)) < 1e-12
-        block.weight[1, 2, 7, 0] += 0.1
-        assert relative(block(x), expand(x)) > 1e-4
-
-
-@fast
 @pytest.mark.parametrize("kernel_size", [1, 3])
 @pytest.mark.parametrize("group", ["c4", "d8"])
 def test_second_derivatives(strategy, kernel_size, group):
@@ -119,13 +109,15 @@ def test_second_derivatives(strategy, kernel_size, group):
 @fast
 @pytest.mark.parametrize("frozen", ["x", "weight"])
 def test_one_gradient_only(strategy, frozen):
-    expand, block = pair(strategy, "d4", 3)
     x = torch.randn(2, 24, 7, 7, dtype=torch.float64, requires_grad=frozen != "x")
-    found = []
-    for layer in (expand, block):
+    layers, found = pair(strategy, "d4", 3), []
+    for layer in layers:
         layer.weight.requires_grad_(frozen != "weight")
         found += torch.autograd.grad(layer(x).pow(2).sum(), layer.weight if frozen == "x" else x)
     torch.testing.assert_close(*found)
+    with torch.no_grad():
+        layers[1].weight[1, 1, 7, 0] += 0.1
+        assert relative(layers[1](x), layers[0](x)) > 1e-4  # the control: one wrong number
 
 
 @fast
@@ -149,11 +141,11 @@ def test_low_precision(strategy, group, kernel_size, dtype):
 @fast
 def test_threads_change_nothing_and_stay_as_many(strategy):
     expand, block = pair(strategy, "c8", 3)
-    x, weights = torch.randn(7, 24, 50, 50, dtype=torch.float64), torch.randn(7, 16, 50, 50, dtype=torch.float64)
+    x, weights = torch.randn(7, 24, 30, 30, dtype=torch.float64), torch.randn(7, 16, 30, 30, dtype=torch.float64)
     threads = torch.get_num_threads()
     expected = gradients(expand, x, weights)
     try:
-        for number in (1, 3, 16):
+        for number in (1, 3):
             torch.set_num_threads(number)
             for a, b in zip(gradients(block, x, weights), expected, strict=True):
                 assert relative(a, b) < 1e-12
@@ -242,10 +234,8 @@ def test_auto_follows_the_machine(monkeypatch):
     assert auto(100, 3, "c8", CPU, torch.bfloat16) == "block_diagonal"
     assert auto(100, 3, "c8", torch.device("cuda")) == "expand"
     assert auto(9, 7, "c8", CPU) != "native"
-    assert [auto(512, size, "c1", CPU) for size in (1, 3)] == [
-        "expand",
-        "native",
-    ]  # 1 x 1 kernels save no product there
+    assert auto(512, 1, "c1", CPU) == "expand"  # 1 x 1 kernels save no product there
+    assert auto(512, 3, "c1", CPU) == "native"
     monkeypatch.setattr(native_library, "why_not", lambda: "no compiler")
     decide.cache_clear()
     assert auto(100, 3, "c8", CPU) == auto(100, 1, "c8", CPU) == "block_diagonal"
@@ -256,7 +246,6 @@ def test_auto_follows_the_machine(monkeypatch):
 def test_strategies_of_a_model():
     model = timm.create_model("test_c8resnet", conv_strategy="block_diagonal").eval()
     chosen = model.conv_strategies(size=65)
-    assert set(chosen.values()) == {"expand", "block_diagonal"}
     assert [name for name, value in chosen.items() if value == "expand"] == ["conv1.conv"]  # the image
     for wrong in ({"layer1.0.conv1.conv": "expand", "layer9.conv": "expand"}, {"conv1.conv": "block_diagonal"}, "fft"):
         with pytest.raises(ValueError, match=r"convolution|strategy"):
