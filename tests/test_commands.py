@@ -5,7 +5,6 @@ import io
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -166,22 +165,6 @@ def test_an_internal_error_is_one_line(folder: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(show, "load", lambda *_: {}["missing\nkey"])
     assert main(SHOW) == 1
     assert capsys.readouterr().err == "show: KeyError: 'missing\\nkey'\n"
-
-
-def test_full_disk_leaves_the_old_picture(folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    """Files can grow to a thousand bytes only: like a full disk."""
-    monkeypatch.chdir(folder)
-    (tmp_path / "show.png").write_bytes(b"old")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    try:
-        status = main([*SHOW, "--angles", "0", "--out", str(tmp_path / "show.png")])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert status == 1
-    assert "File too large" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["show.png"]
-    assert (tmp_path / "show.png").read_bytes() == b"old"
 
 
 def test_output_of_an_encoding_without_the_characters(folder: Path, tmp_path: Path, monkeypatch) -> None:

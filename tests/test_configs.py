@@ -52,14 +52,6 @@ def test_timm_parser_knows_every_key_and_value(name, timm_scripts, monkeypatch):
     assert parsed[1].items() >= read(name).items()
 
 
-@each_config
-def test_mixed_precision_is_left_to_the_command_line(name):
-    """timm has no options that switch them off; bfloat16 without its instructions takes 15 times as long."""
-    values = read(name)
-    assert not values.keys() & {"amp", "pin_mem", "model_dtype"}
-    assert ("--amp" in CONFIGS[name].read_text()) is ("amp_dtype" in values)
-
-
 def test_scratch_is_the_twin_of_finetune():
     """The same recipe without what takes weights for granted, longer and at a higher rate."""
     finetune, scratch = read("finetune"), read("scratch")

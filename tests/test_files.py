@@ -1,6 +1,7 @@
 """Atomic writes, checks before the work, and figures that draw text as it stands."""
 
 import os
+import resource
 import threading
 from pathlib import Path
 
@@ -40,11 +41,18 @@ def test_paths_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monkey
             check_writable(tmp_path / name)
 
 
-def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
-    (tmp_path / "file").mkdir()
-    with pytest.raises(IsADirectoryError):
-        write_file(tmp_path / "file", b"content")
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    """Files can grow to a thousand bytes only: like a full disk."""
+    (tmp_path / "file").write_bytes(b"old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            write_file(tmp_path / "file", bytes(2000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"old"
 
 
 def test_text_is_not_a_formula() -> None:

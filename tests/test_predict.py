@@ -86,32 +86,22 @@ def test_unreadable_files_are_named_and_left_out(digits: Path, tmp_path: Path, c
 
 
 def test_checkpoint_of_training(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Number of classes, width, epsilon, image size and crop come from the checkpoint; --size overrides its size."""
+    """Classes, width, epsilon, image size and crop come from the checkpoint, names from the training folder."""
+    for name in ("class10", "class2", "class1"):  # in timm's order, natural, so that class10 comes after class2
+        (tmp_path / "train" / name).mkdir(parents=True)
+        Image.new("L", (9, 9)).save(tmp_path / "train" / name / "image.png")
+    (tmp_path / "names.txt").write_text("class1\nclass2\nclass10\n", encoding="utf-8-sig")  # as Windows writes it
     spec = save_training(tmp_path, img_size=33, crop_pct=1.0, bn_eps=0.5)
     file = str(next(digits.rglob("*.png")))
-    (tmp_path / "names.txt").write_text("brick\ngrass\ngravel\n", encoding="utf-8-sig")  # as Windows writes it
     model = timm.create_model(
         "c4resnet18_fast", num_classes=3, width=2, bn_eps=0.5, checkpoint_path=spec.partition("=")[2]
     )
-    for options, size in (([], 33), (["--size", "65"], 65)):
-        assert main(["predict", file, "--model", spec, "--class-map", str(tmp_path / "names.txt"), *options]) == 0
+    for options, size, place in (([], 33, "names.txt"), (["--size", "65"], 65, "train")):
+        assert main(["predict", file, "--model", spec, "--class-map", str(tmp_path / place), *options]) == 0
         rows = _rows(capsys.readouterr().out)
         expected, indices = _expected(model, file, img_size=size, crop_pct=1.0).sort(descending=True)
-        assert [row["name"] for row in rows] == [("brick", "grass", "gravel")[i] for i in indices]
+        assert [row["name"] for row in rows] == [("class1", "class2", "class10")[i] for i in indices]
         assert [float(row["probability"]) for row in rows] == pytest.approx(expected.tolist(), abs=2e-6)
-
-
-def test_classes_of_the_training_folder(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """In timm's order: natural, so that class10 comes after class2."""
-    for name in ("class10", "class2", "class1"):
-        (tmp_path / "train" / name).mkdir(parents=True)
-        Image.new("L", (9, 9)).save(tmp_path / "train" / name / "image.png")
-    arguments = ["predict", str(next(digits.rglob("*.png"))), "--model", save_training(tmp_path, img_size=33)]
-    assert main([*arguments, "--class-map", str(tmp_path / "train")]) == 0
-    names = {row["index"]: row["name"] for row in _rows(capsys.readouterr().out)}
-    assert names == {"0": "class1", "1": "class2", "2": "class10"}
-    assert main(arguments) == 0
-    assert all(row["name"] == row["index"] for row in _rows(capsys.readouterr().out))  # nothing known
 
 
 def test_names_of_pretrained_weights_are_not_those_of_a_checkpoint() -> None:
