@@ -1,4 +1,4 @@
-"""Ablation of the design choices that make a network equivariant at angles between the quarter turns.
+"""Ablation of the design choices that make a network equivariant at angles between multiples of 90 degrees.
 
     pip install '.[test,train]'
     python scripts/ablate_angle.py photographs   # errors by stage, random weights: a minute or two
@@ -251,7 +251,7 @@ def picture(results: dict[str, Any]) -> Figure:
     right.set_ylim(0, 102)
     right.set_ylabel("accuracy on digits, %")
     right.set_title("Held-out digits, rotated", fontsize=11, loc="left")
-    right.legend(frameon=False, loc="center", bbox_to_anchor=(0.5, 0.56), fontsize=9)  # where no curve is
+    right.legend(frameon=False, loc="center", bbox_to_anchor=(0.5, 0.56), fontsize=9)  # between the curves
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     return figure

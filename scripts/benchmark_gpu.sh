@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything that is to be known about a GPU, in about half an hour: networks in both precisions, eager and compiled,
-# against the dense network of equal width and timm's ResNet; the batch norm of fields alone; what `tune` finds.
+# All benchmarks of a GPU, in about half an hour: networks in both precisions, eager and compiled, against the dense
+# network of equal width and timm's ResNet; the batch norm of fields; the results of `tune`.
 #
 #     scripts/benchmark_gpu.sh cuda out/                                                # device, folder of the results
 #     MODELS=test_c8resnet BATCH=2 SIZE=65 scripts/benchmark_gpu.sh cpu out/            # a rehearsal

@@ -22,7 +22,7 @@ MAPS = ((25, 57), (100, 57), (200, 29), (400, 15), (800, 8))  # fields, pixels a
 
 
 class Reshaped(nn.BatchNorm2d):
-    """PyTorch's batch norm on [B, fields, |G| * H, W], in every format."""
+    """PyTorch's batch norm on [B, fields, |G| * H, W]."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, C, H, W = x.shape

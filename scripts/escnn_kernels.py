@@ -1,8 +1,8 @@
-"""Kernel bases as escnn computes them on this machine, for comparison with `equivision_timm.kernel_basis`.
+"""Kernel bases computed by escnn on this machine, for comparison with `equivision_timm.kernel_basis`.
 
     python scripts/escnn_kernels.py d4-3-regular
 
-prints which elements have the opposite sign here (D_N). With scikit-learn installed, escnn draws random signs.
+prints the elements with the opposite sign (D_N). If scikit-learn is installed, escnn draws random signs.
 """
 
 import sys
@@ -16,7 +16,7 @@ from equivision_timm.kernels import Kernel
 
 
 def sample_kernels(kernel: Kernel) -> dict[str, Any]:
-    """escnn's own basis of the kernels from one field to one regular field; it has no low pass.
+    """escnn's basis of the kernels from one field to one regular field, without low pass.
 
     Returns:
         kernels: [n_basis, |G|, H, k, k] float32. he_std: [n_basis] float32. elements: for each basis element its

@@ -1,6 +1,6 @@
 """A network of this package as an escnn network with the same output, its modules named as in equivision.
 
-`convert_original` of `equivision_timm.weights.equivision` converts the `state_dict()` of that network, which holds its
+`equivision_timm.weights.equivision.convert_original` converts the `state_dict()` of that network, which includes its
 bases, back. Needs the extra `escnn`.
 """
 
@@ -23,7 +23,7 @@ _STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
 def to_escnn(model: EquivariantResNet) -> "EscnnResNet":
-    """An escnn network that computes what `model` computes, with a copy of its weights, in eval mode.
+    """An escnn network with the outputs of `model` and a copy of its weights, in eval mode.
 
     Example:
         network = to_escnn(timm.create_model("c8resnet18"))
@@ -32,7 +32,6 @@ def to_escnn(model: EquivariantResNet) -> "EscnnResNet":
     Raises:
         ValueError: the model has an activation, norm, pooling, low pass, attention, stem or dilation that the original
             network lacks.
-        ImportError: the extra is not installed.
     """
     stem = {"conv1": ConvNormAct, "maxpool": nn.MaxPool2d}
     for name, module in model.named_modules():
@@ -92,7 +91,7 @@ class EscnnBlock(nn.Module):
         super().__init__()
         enn = import_escnn().nn
         self.depth: int = 0
-        self.out_type: Any = in_type  # a FieldType, unknown where escnn is not installed
+        self.out_type: Any = in_type  # a FieldType
         while hasattr(block, f"conv{self.depth + 1}"):
             self.depth += 1
             conv, norm = _conv_norm(block.get_submodule(f"conv{self.depth}"), self.out_type)

@@ -1,12 +1,12 @@
 """Search all sign patterns of a D4 or D8 checkpoint of equivision that holds neither its bases nor its filters.
 
 The converter compares the few patterns of known machines. If none is clear, this script searches all 2^24 (D4) or 2^32
-(D8), by the same statistics (`equivision_timm/weights/statistics.py`). It is run once for each released file; the
+(D8) by the same statistics (`equivision_timm/weights/statistics.py`). It is run once for each released file; the
 pattern is recorded as `signs` in `equivision_timm/weights/released.json`.
 
-From the best known pattern and from random ones, single groups, irreps and pairs of the weakest groups are changed as
-long as the fit of the first stage improves. Then the neighbours of the winner, the known patterns and the other optima
-are compared with it on all stages, with more crops until the result is clear.
+Starting from the best known pattern and from random ones, single groups, irreps and pairs of the weakest groups are
+changed as long as the fit of the first stage improves. Then the winner is compared with its neighbours, the known
+patterns and the other optima on all stages, with more crops until the result is clear.
 
     python scripts/find_signs.py d4resnet18.ckpt --model d4resnet18 --images photographs/
 """
@@ -63,15 +63,15 @@ class Progress(PatternFits):
 
 
 def find_signs(model: EquivariantResNet, batches: Iterable[torch.Tensor], restarts: int = 2) -> SignSearch:
-    """The sign pattern of the basis in which the coefficients of a D_4 or D_8 model are given.
+    """The sign pattern of the basis of the coefficients of a D_4 or D_8 model.
 
     Args:
         model: with running statistics, the coefficients as in the checkpoint.
-        batches: normalised images [N, 3, n, n], n = 1 mod 32; at most `MOST_BATCHES` are used, and as many as it takes.
+        batches: normalised images [N, 3, n, n], n = 1 mod 32; as many as needed are used, at most `MOST_BATCHES`.
         restarts: number of random starts.
 
     Raises:
-        AmbiguousSigns: two patterns with different logits fit alike.
+        AmbiguousSigns: two patterns with different logits fit equally well.
     """
     if not sign_groups(model.group):
         raise ValueError(f"the basis of {model.group} is the same on every machine: only D4 and D8 have signs to find")

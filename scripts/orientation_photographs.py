@@ -5,8 +5,8 @@
     python scripts/orientation_photographs.py packages PHOTOGRAPHS
 
 writes PHOTOGRAPHS/train/upright/*.png, 160 pixels along the short side: photographs of gcompris-qt, and cut-out objects
-of tuxpaint-stamps on a plain ground and on a blurred photograph. The selection (what has an upright), made by eye, is
-in orientation_photographs.json. Put photographs of other sources into PHOTOGRAPHS/val.
+of tuxpaint-stamps on a plain and on a blurred background. The selection of pictures with a clear upright, made by eye,
+is orientation_photographs.json. Photographs of other sources belong in PHOTOGRAPHS/val.
 """
 
 import argparse
@@ -28,7 +28,7 @@ _START = re.compile(rb"\xff\xd8\xff[\xe0\xe1\xdb\xee]|RIFF....WEBP", re.DOTALL) 
 
 
 def resources(folder: Path) -> Iterator[tuple[str, Image.Image]]:
-    """The pictures of 150 pixels and more inside Qt's resource files, named FILE_NUMBER in their order there."""
+    """The pictures of at least 150 pixels in Qt's resource files, named FILE_NUMBER in the order of the file."""
     for file in sorted(folder.glob("**/*.rcc")):
         content = file.read_bytes()
         starts = [m.start() for m in _START.finditer(content)]
@@ -51,8 +51,8 @@ def shrunk(picture: Image.Image) -> Image.Image:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("packages", type=Path, help="where the packages were unpacked")
-    parser.add_argument("folder", type=Path, help="what to make")
+    parser.add_argument("packages", type=Path, help="folder of the unpacked packages")
+    parser.add_argument("folder", type=Path, help="folder to create")
     arguments = parser.parse_args()
     selection = json.loads(SELECTION.read_text())
     out = arguments.folder / "train" / "upright"

@@ -4,12 +4,12 @@
     python scripts/run_timm_tests.py d4resnet18 'c8*' --sdist timm-1.0.31.tar.gz
     GITHUB_ACTIONS=1 python scripts/run_timm_tests.py              # as timm's CI: some heavy tests are left out
 
-The tests come from the sdist of the installed timm (downloaded with pip unless given). timm picks the models for its
+The tests come from the sdist of the installed timm (by default downloaded with pip). timm selects the models for its
 tests of intermediates and pruning by the module that defines them, so the names are added to its module `resnet`; it
-recognises ViTs, which return tokens instead of maps, by the start of their names, so a filter 'vit_*' also matches ViTs
-of this package. Its tests of pretrained models load random weights from a temporary weights folder, those of adapted
-models, which load timm's weights, from a temporary cache of the Hub. One test is left out, and listed in the summary:
-`test_model_inference` downloads the expected outputs of timm's own `test_*` models from the Hub.
+recognises ViTs, which return tokens instead of maps, by their names, so a filter 'vit_*' also matches ViTs of this
+package. Its tests of pretrained models load random weights from a temporary weights folder, those of adapted models,
+which load timm's weights, from a temporary cache of the Hub. `test_model_inference`, which downloads the expected
+outputs of timm's `test_*` models from the Hub, is left out and listed in the summary.
 """
 
 import argparse
@@ -62,7 +62,7 @@ class Selection:
         items[:] = selected
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        terminalreporter.section("timm's tests on our models")
+        terminalreporter.section("timm's tests on models of equivision_timm")
         terminalreporter.write_line(f"timm {timm.__version__}, {len(self.names)} models: {' '.join(self.names)}")
         for test, count in self.counts.items():
             terminalreporter.write_line(f"{count:4d} x {test}")
@@ -80,7 +80,7 @@ def unpack_tests(sdist: Path, folder: Path) -> Path:
 
 
 def write_random_weights(names: list[str], folder: Path) -> None:
-    """Make `folder` the local weights folder, with weights for those models that have pretrained ones."""
+    """Make `folder` the local weights folder, with weights for models with pretrained weights."""
     os.environ["EQUIVISION_TIMM_WEIGHTS"] = str(folder)
     for name in set(names) & set(released()):
         write_model_folder(local_folder(name), name, timm.create_model(name).state_dict(), {"source": "random"})

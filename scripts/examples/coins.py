@@ -1,4 +1,4 @@
-"""The photograph of coins that scikit-image ships, as data for the examples: crops, masks and boxes."""
+"""scikit-image's photograph of coins as data for the examples: crops, masks and boxes."""
 
 import numpy as np
 import skimage

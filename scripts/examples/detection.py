@@ -1,8 +1,8 @@
 """Feature maps in a feature pyramid: a RetinaNet of torchvision on an equivariant backbone learns to find coins.
 
-The maps of the backbone rotate with the image, exactly by quarter turns, for every side n = 1 mod 32: so the images
-here have 289 x 193 pixels, and the detector leaves them as they are. The pyramid and the heads are torchvision's
-ordinary ones; ReDet puts rotated regions of interest there.
+The maps of the backbone rotate with the image, exactly by multiples of 90 degrees if the sides are 1 mod 32: so the
+images have 289 x 193 pixels, and the detector does not resize them. The pyramid and the heads are torchvision's, not
+equivariant; ReDet has rotated regions of interest instead.
 
 pip install '.[examples]'
 python scripts/examples/detection.py c8reresnet50         # or c8resnet50_fast, or any other backbone of timm
@@ -21,7 +21,7 @@ from torchvision.ops import FeaturePyramidNetwork
 import equivision_timm  # noqa: F401  registers the models
 
 HEIGHT, WIDTH = 289, 193  # both 1 mod 32
-PARTS = (0, 191)  # where the crops of the photograph begin, left half and right half
+PARTS = (0, 191)  # first columns of the two crops
 
 
 class PyramidBackbone(nn.Module):

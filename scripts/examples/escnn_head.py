@@ -18,7 +18,7 @@ class VectorHead(torch.nn.Module):
     """Predicts one vector a pixel that rotates with the image, such as the direction of growth: [B, 2, H / 32, W / 32].
 
     Args:
-        name: one of our models.
+        name: a model of this package.
         options: for `timm.create_model`.
     """
 
@@ -35,18 +35,18 @@ class VectorHead(torch.nn.Module):
 
 
 def error(model: VectorHead, size: int = 97) -> float:
-    """How far turning the image by 90 degrees is from turning the vectors by 90 degrees, relative to their length."""
+    """Difference of the vectors of the rotated image from the rotated vectors, by 90 degrees, relative to the norm."""
     image = torch.randn(1, 3, size, size)
     with torch.no_grad():
-        turned = model.eval()(image.rot90(1, dims=(-2, -1))).tensor
+        found = model.eval()(image.rot90(1, dims=(-2, -1))).tensor
         x, y = model(image).tensor.rot90(1, dims=(-2, -1)).unbind(1)
-        expected = torch.stack([-y, x], dim=1)  # a vector (x, y) turned counter-clockwise, y pointing up
-    return ((turned - expected).norm() / expected.norm()).item()
+        expected = torch.stack([-y, x], dim=1)  # (x, y) rotated counter-clockwise, y pointing up
+    return ((found - expected).norm() / expected.norm()).item()
 
 
 def main() -> None:
     torch.manual_seed(0)
-    print(f"error of the vectors under a quarter turn: {error(VectorHead('c8resnet18_fast')):.1e}")
+    print(f"error of the vectors under a rotation by 90 degrees: {error(VectorHead('c8resnet18_fast')):.1e}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Explanations that rotate with the image: Grad-CAM and integrated gradients of an equivariant and of a plain network.
 
-Of an equivariant network the explanation of the rotated image is the rotated explanation, exactly at quarter turns and
-exact image sizes: both methods are made of gradients of an invariant number, and sum over channels, which the group
-only permutes. Shown is the largest difference after a quarter turn, relative to the largest value, in double precision:
-gradients jump where a ReLU opens, and float noise decides when. A perfectly flat ground would make ties in max pooling,
-whose gradient goes to the pixel that comes first; a little noise, as every camera has it, breaks them.
+For an equivariant network the explanation of the rotated image is the rotated explanation, exactly for multiples of 90
+degrees and exact image sizes: both methods consist of gradients of an invariant number, and sum over channels, which
+the group permutes. Printed is the largest difference after a rotation by 90 degrees, relative to the largest value, in
+double precision: in single precision rounding decides which ReLUs are open. A constant background would cause ties in
+max pooling, whose gradient goes to the first pixel; a little noise, as of every camera, breaks them.
 
     pip install .
     python scripts/examples/explain.py test_c8resnet test_c1resnet
@@ -27,7 +27,7 @@ Explain = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def digits(model: torch.nn.Module, count: int = 10) -> torch.Tensor:
-    """Handwritten digits as the model wants them, [count, 3, H, W], on a flat ground."""
+    """Handwritten digits as inputs of the model, [count, 3, H, W], on a constant background."""
     config = timm.data.resolve_data_config(model=model)
     channels, height, width = config["input_size"]
     images = F.interpolate(load_digits()[0][:count, None] / 255, (height, width), mode="bilinear")
@@ -62,7 +62,7 @@ def integrated_gradients(
 
 
 def error(explain: Explain, model: torch.nn.Module, images: torch.Tensor, degrees: float = 90) -> float:
-    """max |explain(g x) - g explain(x)| / max |explain(x)|, for the classes that the model sees upright."""
+    """max |explain(g x) - g explain(x)| / max |explain(x)|, for the classes predicted upright."""
     with torch.no_grad():
         classes = model(images).argmax(1)
     upright, rotated = (explain(model, x, classes) for x in (images, rotate(images, degrees)))

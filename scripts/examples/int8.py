@@ -1,9 +1,9 @@
-"""An 8-bit network in onnxruntime whose answers are the same, bit by bit, whichever of four ways up an image lies.
+"""An 8-bit network in onnxruntime with bitwise equal logits for an image in each of four orientations.
 
-The network is folded, exported and quantised. Its convolutions then sum integers, exactly and so in any order: what
-float noise is elsewhere is zero here. Two things have to be seen to. The mean over space must be taken of integers,
-too, so it becomes a GlobalAveragePool, which onnxruntime has in 8 bits. The head after it stays in float: the
-quantiser would give every element of the group a scale of its own, and break their symmetry.
+The network is fused, exported and quantised. Its convolutions then sum integers, exactly and so in any order, without
+rounding errors. The mean over space must be computed from integers, too, so it becomes a GlobalAveragePool, which
+onnxruntime has in 8 bits. The head after it stays in float: the quantiser would choose a scale for each element of the
+group, and break the symmetry.
 
     pip install '.[export]'
     python scripts/examples/int8.py test_c8resnet test_c1resnet
@@ -27,7 +27,7 @@ QUANTISED = ["Conv", "MaxPool", "Add", "Relu", "GlobalAveragePool"]
 
 
 class Calibration(CalibrationDataReader):
-    """Hands images [N, 3, H, W] to the quantiser, twenty at a time."""
+    """Images [N, 3, H, W] for the quantiser, in batches of twenty."""
 
     def __init__(self, images: torch.Tensor) -> None:
         self.batches = iter(images.split(20))
@@ -38,14 +38,14 @@ class Calibration(CalibrationDataReader):
 
 
 def export(model: torch.nn.Module, images: torch.Tensor, path: Path) -> None:
-    """Fold the model and write it as ONNX, for any number of images of this size."""
+    """Write the fused model as ONNX, for any number of images of this size."""
     batch = {0: torch.export.Dim("batch", min=1, max=1024)}
     plain = fuse(model.eval(), "dense")
     options = {"input_names": ["image"], "external_data": False, "verbose": False, "dynamo": True}
     torch.onnx.export(plain, (images[:2],), path, dynamic_shapes=(batch,), **options)
     graph = onnx.load(path)
     for node in graph.graph.node:
-        if node.op_type == "ReduceMean":  # over height and width, which stay as axes of one
+        if node.op_type == "ReduceMean":  # over height and width, kept as axes of length 1
             pool = onnx.helper.make_node("GlobalAveragePool", node.input[:1], node.output, node.name)
             node.CopyFrom(pool)
     used = {name for node in graph.graph.node for name in node.input}
@@ -55,7 +55,7 @@ def export(model: torch.nn.Module, images: torch.Tensor, path: Path) -> None:
 
 
 def quantise(path: Path, images: torch.Tensor) -> Path:
-    """The network in 8 bits, in a file beside it."""
+    """Write the network in 8 bits into the same folder."""
     small = path.with_name(f"{path.stem}_int8.onnx")
     types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QUInt8}
     quantize_static(
@@ -71,7 +71,7 @@ def run(path: Path, images: torch.Tensor) -> np.ndarray:
 
 
 def compare(name: str, folder: Path, count: int = 100) -> dict[str, float]:
-    """How many logits change under quarter turns, in float and in 8 bits; how often both predict the same class."""
+    """Fraction of logits changed by rotations, in float and in 8 bits; agreement of both on the class; size of int8."""
     model = timm.create_model(name, pretrained=True)
     images, path = digits(model, count), folder / f"{name}.onnx"
     export(model, images, path)
@@ -90,7 +90,7 @@ def main(names: list[str]) -> None:
         with TemporaryDirectory() as folder:
             found = compare(name, Path(folder))
         print(
-            f"{name:16} logits that change under quarter turns: float {found['float']:.1%}, int8 {found['int8']:.1%}; "
+            f"{name:16} logits changed by rotations: float {found['float']:.1%}, int8 {found['int8']:.1%}; "
             f"same class in both {found['agreement']:.1%}; file {found['size']:.0%}"
         )
 

@@ -1,9 +1,9 @@
-"""Frozen invariant features in scikit-learn: a linear probe and k nearest neighbours, tested on turned images.
+"""Frozen invariant features in scikit-learn: a linear probe and k nearest neighbours, tested on rotated images.
 
-Of a ResNet the features are the pooled map, of a vision transformer the class token. The networks were trained on
-MNIST's digits; here they see those of the UCI repository, which scikit-learn ships (8 x 8 pixels). Classifiers are
-fitted on upright digits, and tested on upright, rotated and reflected ones: the features of D4
-do not change under either, those of C8 under rotations, those of c1 under none.
+Features are the pooled map of a ResNet, or the class token of a vision transformer. The networks were trained on
+MNIST's digits; the images are scikit-learn's digits of the UCI repository (8 x 8 pixels). Classifiers are fitted on
+upright digits, and tested on upright, rotated and reflected ones: features of D4 are invariant under both, those of C8
+under rotations, those of c1 under neither.
 
     pip install '.[examples]'
     python scripts/examples/probe.py test_d4vit test_c8resnet test_c1resnet
@@ -44,7 +44,7 @@ def load_images(config: dict) -> tuple[torch.Tensor, list[int]]:
 
 @torch.inference_mode()
 def features(model: torch.nn.Module, images: torch.Tensor):
-    """[N, head_hidden_size]: what the classifier reads, the same (but for rounding) under the group of the model."""
+    """Inputs of the classifier [N, head_hidden_size], invariant (up to rounding) under the group of the model."""
     batches = [model.forward_head(model.forward_features(x), pre_logits=True) for x in images.split(100)]
     return torch.cat(batches).numpy()
 

@@ -1,11 +1,11 @@
-"""A mask that rotates with the image: blood vessels of a retina, by a network of equivariant layers and by a U-Net.
+"""A mask that rotates with the image: blood vessels of a retina, by an equivariant network and by a U-Net.
 
-Both learn from the upper half of one photograph, which scikit-image ships, and find the vessels of the lower half,
-which mirrors it: those that rise above fall below. The labels are made by a classical method, as dark ridges narrower
-than 17 pixels: scores measure how well a network learns that method, not its agreement with an ophthalmologist.
-Both networks have 550 thousand parameters; the equivariant one takes twice the time. Shown are the intersection over
-union with the labels, upright and rotated by quarter turns; the smallest of the mask of a rotated image with the
-rotated mask; and the largest difference between their logits, relative to the largest logit.
+Both learn from the upper half of one photograph of scikit-image, and segment the lower half, which is nearly its mirror
+image. The labels come from a classical method, dark ridges narrower than 17 pixels: scores measure how well a network
+learns that method, not its agreement with an ophthalmologist. Both networks have 550 thousand parameters; the
+equivariant one takes twice the time. Printed are the intersection over union with the labels for the image rotated by
+0, 90, 180 and 270 degrees; the smallest of the mask of a rotated image with the rotated mask; and the largest
+difference between their logits, relative to the largest logit.
 
 pip install '.[examples]'
 python scripts/examples/segment.py
@@ -37,7 +37,7 @@ def equivariant() -> EquivariantFPN:
 
 
 def unet() -> smp.Unet:
-    """smp's U-Net on a narrow ResNet-18, as many parameters."""
+    """smp's U-Net on a narrow ResNet-18, with as many parameters."""
     widths = {"channels": (12, 24, 48, 96), "decoder_channels": (48, 32, 16, 8, 8)}
     return smp.Unet("tu-resnet18", encoder_weights=None, classes=1, **widths)
 
@@ -60,7 +60,7 @@ def side(model: nn.Module, pixels: int) -> int:
 
 
 def train(model: nn.Module, steps: int, rotate: bool = False, seed: int = 0) -> None:
-    """Steps on four crops each of the upper half; with `rotate` by random quarter turns and reflections."""
+    """Steps on four crops each of the upper half; with `rotate` in random orientations of the square."""
     image, mask = retina()
     size, generator = side(model, 129), np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
@@ -84,7 +84,7 @@ def train(model: nn.Module, steps: int, rotate: bool = False, seed: int = 0) -> 
 
 
 def predict(model: nn.Module, quarters: int) -> torch.Tensor:
-    """Logits of the lower half rotated by quarter turns, rotated back, [H, W]."""
+    """Logits of the lower half, rotated by `quarters` times 90 degrees before and back after the network, [H, W]."""
     image, _ = lower_half(model)
     with torch.no_grad():
         logits = model.eval()(image[None].rot90(quarters, (2, 3)))
@@ -145,9 +145,9 @@ def compare(upright: torch.Tensor, rotated: torch.Tensor) -> torch.Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Segment the vessels of a retina.")
-    parser.add_argument("--steps", type=int, default=250, help="of training, 250")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and crops, 0")
-    parser.add_argument("--picture", type=Path, help="where to draw the masks")
+    parser.add_argument("--steps", type=int, default=250, help="training steps (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and crops (default: %(default)s)")
+    parser.add_argument("--picture", type=Path, help="file to draw the masks to")
     args = parser.parse_args()
     models = {}
     print(f"{'':24}" + "".join(f"{90 * quarters:5}°" for quarters in QUARTERS) + "   same   error of the logits")

@@ -1,4 +1,4 @@
-"""An equivariant encoder in segmentation_models.pytorch, which takes timm's models as `tu-NAME`: a U-Net for coins.
+"""An equivariant encoder in segmentation_models.pytorch, by its name `tu-NAME`: a U-Net for coins.
 
 pip install '.[examples]'
 python scripts/examples/segmentation.py
@@ -18,7 +18,7 @@ def unet(name: str, **options) -> smp.Unet:
 
 
 def train(model: smp.Unet, steps: int) -> list[float]:
-    """Steps on quarters of the photograph; returns the intersection over union of mask and prediction after each."""
+    """Train on quarters of the photograph; returns the intersection over union with the mask after each step."""
     image, mask, _ = coins()
     images = torch.stack([image[:, y : y + 128, x : x + 128] for y in (0, 128) for x in (0, 128, 256)])
     masks = torch.stack([mask[y : y + 128, x : x + 128] for y in (0, 128) for x in (0, 128, 256)])
