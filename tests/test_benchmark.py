@@ -35,23 +35,19 @@ def test_the_dense_network_is_plain_and_as_wide():
 
 
 def test_forms_take_turns(monkeypatch):
-    """In a process each; one that ends is not a result."""
+    """Each in its own process; one that ends raises an error."""
     monkeypatch.setattr(benchmark, "get_context", lambda _: context)  # forks of a process that has PyTorch loaded
     taken = []
     step = benchmark.Runner.step
     monkeypatch.setattr(benchmark.Runner, "step", lambda self: taken.append(self.form) or step(self))
     setting = benchmark.Setting(1, 65)
-    steps = {
-        form: partial(benchmark.prepare_step, form, "test_c8resnet", "train", setting) for form in ("ours", "dense")
-    }
-    seconds, memory = benchmark.in_turns(steps, 2, setting)
+    prepare = partial(benchmark.prepare_step, name="test_c8resnet", mode="train", setting=setting)
+    seconds, memory = benchmark.in_turns({form: partial(prepare, form) for form in ("ours", "dense")}, 2, setting)
     assert taken == ["ours", "dense"] * 2
     assert all(len(values) == 2 and min(values) > 0 for values in seconds.values())
     assert all(1 < memory[form] < 2000 for form in ("ours", "dense"))  # MB
     with pytest.raises(RuntimeError, match="--batch-size"):
-        benchmark.in_turns(
-            {"ours": partial(benchmark.prepare_step, "ours", "no_such_model", "eval", setting)}, 1, setting
-        )
+        benchmark.in_turns({"ours": partial(prepare, "ours", name="no_such_model")}, 1, setting)
 
 
 def test_writes_what_it_measured(tmp_path, monkeypatch, capsys):
@@ -80,18 +76,15 @@ def test_writes_what_it_measured(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "networks.png").stat().st_size > 5000
 
 
-@pytest.mark.parametrize(
-    ("name", "rival"),
-    [
-        ("c8resnet50", "resnet50"),
-        ("c8resnetaf50", "resnet50"),
-        ("c8resnetaa50d", "resnetaa50d"),
-        ("c8reresnet101", "resnet101"),
-        ("d4vit_base_patch16_full_224", "vit_base_patch16_224"),
-        ("d4hybridvit_huge_patch14_224", "vit_huge_patch14_224"),
-        ("d4convnextv2_tiny", "convnextv2_tiny"),
-    ],
-)
-def test_the_rival_in_timm(name, rival):
-    assert benchmark.timms_rival(name) == rival
-    assert timm.is_model(rival)
+def test_the_rival_in_timm():
+    rivals = {
+        "c8resnet50": "resnet50",
+        "c8resnetaf50": "resnet50",
+        "c8resnetaa50d": "resnetaa50d",
+        "c8reresnet101": "resnet101",
+        "d4vit_base_patch16_full_224": "vit_base_patch16_224",
+        "d4hybridvit_huge_patch14_224": "vit_huge_patch14_224",
+        "d4convnextv2_tiny": "convnextv2_tiny",
+    }
+    assert {name: benchmark.timms_rival(name) for name in rivals} == rivals
+    assert all(map(timm.is_model, rivals.values()))

@@ -5,7 +5,7 @@ import torch
 
 
 def test_labelled_and_test_pieces_share_no_pixel(monkeypatch):
-    """Every pixel gets its column as its value, so that a piece says where it comes from."""
+    """Every pixel gets its column as its value, which shows the origin of a piece."""
     columns = torch.arange(few_labels.SIDE).float().expand(few_labels.SIDE, -1)
     monkeypatch.setattr(few_labels, "photographs", lambda: {"a": columns, "b": columns})
     used = {}
@@ -19,7 +19,7 @@ def test_labelled_and_test_pieces_share_no_pixel(monkeypatch):
 
 
 def test_learns():
-    """A few steps of the plain network name more upright pieces than one without training."""
+    """A few steps of the plain network classify more upright pieces than one step."""
     network = few_labels.NETWORKS["plain"]
     trained, untrained = (few_labels.accuracy(few_labels.train(network, 10, 0, steps), 0) for steps in (30, 1))
     assert trained > 40 > untrained  # chance: 14 %

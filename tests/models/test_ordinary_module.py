@@ -8,7 +8,7 @@ from timm.utils.model import reparameterize_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrize
 
-from equivision_timm import fuse
+import equivision_timm  # noqa: F401  registers the models
 from equivision_timm.layers import SteerableConv2d
 from equivision_timm.layers.strategies import native_library
 
@@ -182,44 +182,21 @@ def test_constants_first_made_in_a_mode_are_ordinary(group):
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:`torch.jit:FutureWarning")
 @torch.no_grad()
-def test_traced_and_scripted(tmp_path):
+def test_traced_and_scripted():
     model = create()
-    fused = torch.jit.script(reparameterize_model(model))
-    fused.save(tmp_path / "model.pt")
-    assert not list(fused.buffers())
     assert model(X).std() > 1e-2
-    for program in (
-        torch.fx.symbolic_trace(model),
-        torch.jit.trace(model, X),
-        torch.jit.script(model),
-        torch.jit.load(tmp_path / "model.pt"),
-    ):
+    for program in (torch.fx.symbolic_trace(model), torch.jit.trace(model, X), torch.jit.script(model)):
         for images in (X, X[:1]):
             torch.testing.assert_close(program(images), model(images), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore")  # of the exporter, on its own age
 @torch.no_grad()
-@pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
-)  # of exporters
-def test_exported(tmp_path):
-    """A program of plain convolutions with a dynamic batch, its ONNX file, and those of the old exporter."""
+def test_the_old_onnx_exporter(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="runs ONNX files")
-    model, files = create(), [tmp_path / f"{name}.onnx" for name in ("old", "old_fused", "new")]
-    batch = torch.export.Dim("batch", min=1, max=64)
-    program = torch.export.export(fuse(model, "dense"), (X,), dynamic_shapes=({0: batch},))
-    torch.testing.assert_close(program.module()(X[:1]), model(X[:1]), rtol=1e-4, atol=1e-4)
-    operations = [str(node.target) for node in program.graph.nodes]
-    assert sum("conv2d" in name for name in operations) == 12  # all of the model
-    assert not any("matmul" in name for name in operations)  # no filter is expanded
-    assert not program.graph_signature.buffers
-    torch.onnx.export(model, (X,), files[0], dynamo=False)
-    torch.onnx.export(reparameterize_model(model), (X,), files[1], dynamo=False)
-    runs = [(files[0], X), (files[1], X)]
-    if torch.__version__ >= "2.9":  # before, its exporter lacks operators
-        torch.onnx.export(program, f=files[2], dynamo=True, external_data=False, verbose=False)
-        runs += [(files[2], X), (files[2], X[:1])]
-    for file, images in runs:
-        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-        (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
-        torch.testing.assert_close(torch.from_numpy(found), model(images), rtol=1e-3, atol=1e-4)
+    model = create()
+    for exported in (model, reparameterize_model(model)):
+        torch.onnx.export(exported, (X,), tmp_path / "model.onnx", dynamo=False)
+        session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+        (found,) = session.run(None, {session.get_inputs()[0].name: X.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), model(X), rtol=1e-3, atol=1e-4)
