@@ -7,7 +7,7 @@ import torch
 import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import register_notrace_module, trunc_normal_
+from timm.layers import LayerNorm2d, register_notrace_module, trunc_normal_
 
 from equivision_timm.layers.conv import is_watched
 from equivision_timm.layers.irreps import Device, DType, irreps_of
@@ -20,8 +20,8 @@ CHUNK = 1024  # pixels; in inference the hidden fields of as many stay in a CPU'
 NARROW = 16  # fields; below, the backward pass in the irreps basis takes longer than dense products
 
 
-class _FieldAffine(nn.Module):
-    """One weight and one bias a field."""
+class FieldLayerNorm(nn.Module):
+    """Layer norm over the channels of each pixel, one scale and shift a field: maps [B, fields * |G|, H, W]."""
 
     def __init__(self, fields: int, order: int, eps: float = 1e-6, device: Device = None, dtype: DType = None) -> None:
         super().__init__()
@@ -32,58 +32,54 @@ class _FieldAffine(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set the initial values."""
-        raise NotImplementedError
-
-
-class FieldLayerNorm(_FieldAffine):
-    """Layer norm over all channels, with one scale and shift a field: [..., fields * |G|] -> the same shape."""
-
-    def reset_parameters(self) -> None:
         """Scale 1, shift 0."""
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 
-    def normalize(self, x: torch.Tensor) -> torch.Tensor:
-        """`forward`, for subclasses: TorchScript does not support super()."""
-        weight, bias = self.weight.repeat_interleave(self.order), self.bias.repeat_interleave(self.order)
-        return F.layer_norm(x, [x.shape[-1]], weight, bias, self.eps)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.normalize(x)
+        weight, bias = self.weight[:, None].expand(-1, self.order), self.bias[:, None].expand(-1, self.order)
+        weight, bias = torch.stack([weight, bias]).flatten(1).unbind()  # of each channel, in one kernel
+        return F.layer_norm(x.permute(0, 2, 3, 1), [x.shape[1]], weight, bias, self.eps).permute(0, 3, 1, 2)
 
     @torch.jit.unused
     def fuse(self) -> nn.Module:
-        """A plain layer norm, or itself if watched; for timm's `reparameterize_model`."""
-        return self if is_watched(self) else self.plain(nn.LayerNorm)
+        """The plain layer norm, or itself if watched; for timm's `reparameterize_model`."""
+        return self if is_watched(self) else self.plain()
 
     @torch.no_grad()
-    def plain(self, norm_layer: Callable[..., nn.Module], element_major: bool = False) -> nn.Module:
-        """The plain layer norm of class `norm_layer` with constant weights, on element-major channels if so."""
-        norm: Any = norm_layer(len(self.weight) * self.order, eps=self.eps, device="meta")
+    def plain(self, element_major: bool = False) -> nn.Module:
+        """The plain layer norm with constant weights, on element-major channels if so."""
+        norm = LayerNorm2d(len(self.weight) * self.order, eps=self.eps, device="meta")
         for name, value in self.named_parameters():
             channels = value.repeat(self.order) if element_major else value.repeat_interleave(self.order)
             setattr(norm, name, nn.Parameter(channels, requires_grad=False))
         return norm.train(self.training)
 
 
-class FieldGRN(_FieldAffine):
+class FieldGRN(nn.Module):
     """Global response normalisation of ConvNeXt V2, per field: the norm is over space and group.
 
-    Fields [|G|, B, H, W, fields] or, if `field_major`, [B, H, W, fields * |G|] -> the same shape.
+    [B, H, W, fields * |G|] -> the same shape.
     """
+
+    def __init__(self, fields: int, order: int, device: Device = None, dtype: DType = None) -> None:
+        super().__init__()
+        self.order = order
+        self.eps = 1e-6
+        self.weight: nn.Parameter = nn.Parameter(torch.empty(fields, device=device, dtype=dtype))
+        self.bias: nn.Parameter = nn.Parameter(torch.empty(fields, device=device, dtype=dtype))
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """The identity."""
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
 
-    def forward(self, x: torch.Tensor, field_major: bool = False) -> torch.Tensor:
-        if field_major:
-            x = x.unflatten(-1, (-1, self.order))  # [B, H, W, fields, |G|]
-            norm = torch.linalg.vector_norm(x, dim=[1, 2, 4], keepdim=True)
-            norm = norm / (norm.mean(-2, keepdim=True) + self.eps)
-            return (x + torch.addcmul(self.bias[:, None], self.weight[:, None], x * norm)).flatten(-2)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.on_elements(x.unflatten(-1, (-1, self.order)).movedim(-1, 0)).movedim(0, -1).flatten(-2)
+
+    def on_elements(self, x: torch.Tensor) -> torch.Tensor:
+        """The same of [|G|, B, H, W, fields]."""
         norm = torch.linalg.vector_norm(x, dim=[0, 2, 3], keepdim=True)  # [1, B, 1, 1, fields]
         norm = norm / (norm.mean(-1, keepdim=True) + self.eps)
         return x + torch.addcmul(self.bias, self.weight, x * norm)
@@ -116,7 +112,7 @@ class FieldMlp(nn.Module):
         self.narrow: bool = fields < NARROW
         self.fc1: IrrepLinear = IrrepLinear(fields, hidden_fields, group, "fields", "elements", **dd)
         self.act: nn.Module = act_layer()
-        self.grn: nn.Module | None = FieldGRN(hidden_fields, irreps_of(group).order, **dd) if use_grn else None
+        self.grn: FieldGRN | None = FieldGRN(hidden_fields, irreps_of(group).order, **dd) if use_grn else None
         self.fc2: IrrepLinear = IrrepLinear(hidden_fields, fields, group, "elements", "fields", **dd)
         self.reset_parameters()
 
@@ -140,13 +136,13 @@ class FieldMlp(nn.Module):
     def _mlp(self, x: torch.Tensor) -> torch.Tensor:
         x = self.act(self.fc1(x))  # [|G|, B, H, W, hidden_fields]
         if self.grn is not None:
-            x = self.grn(x)
+            x = self.grn.on_elements(x)
         return self.fc2(x)
 
     def _dense_mlp(self, x: torch.Tensor) -> torch.Tensor:
         x = self.act(F.linear(x, *self.fc1.dense()))  # [B, H, W, hidden_fields * |G|]
         if self.grn is not None:
-            x = self.grn(x, field_major=True)
+            x = self.grn(x)
         return F.linear(x, *self.fc2.dense())
 
 

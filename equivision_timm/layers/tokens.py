@@ -84,18 +84,18 @@ class IrrepLinear(nn.Module):
             x = torch.mm(q, x.reshape(order, -1)).view(order, -1, self.in_fields)  # [|G|, T, in]
         else:
             x = torch.mm(q, x.reshape(-1, order).t()).view(order, -1, self.in_fields)
+        x, pairs = x.split([n, order - n])
         bias = F.pad(self.bias[None, None], [0, 0, 0, 0, 0, n - 1])
-        ones = torch.baddbmm(bias, x[:n], self.weight.transpose(1, 2))  # [ones, T, out]
+        ones = torch.baddbmm(bias, x, self.weight.transpose(1, 2))  # [ones, T, out]
         plane = ones
         matrices = self.plane_matrices()
         if matrices is not None:  # each pair of blocks; of all m pairs the first blocks, then the second
-            pairs = x[n:]
             if self.source == "tokens":
                 pairs = pairs.unflatten(0, (m, 2)).transpose(0, 1)
-            pairs = pairs.reshape(2, 1, -1, self.in_fields).expand(-1, 2, -1, -1)  # [2, 2, m * T, in]
-            matrices = matrices.transpose(2, 3)  # [2, 2, in, out]
-            plane = torch.bmm(pairs[0], matrices[:, 0])  # [2, m * T, out]
-            plane = plane.baddbmm_(pairs[1].to(plane.dtype), matrices[:, 1].to(plane.dtype))
+            first, second = pairs.reshape(2, 1, -1, self.in_fields).expand(-1, 2, -1, -1).unbind()  # [2, m * T, in]
+            to_first, to_second = matrices.transpose(2, 3).unbind(1)  # [2, in, out]
+            plane = torch.bmm(first, to_first)  # [2, m * T, out]
+            plane = plane.baddbmm_(second.to(plane.dtype), to_second.to(plane.dtype))
         if self.target == "tokens":
             parts = [ones]
             for i in range(m):
@@ -125,16 +125,14 @@ class IrrepLinear(nn.Module):
 
     @torch.jit.unused
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The layer on field-major regular fields: matrix [out * |G|, in * |G|] and bias [out * |G|]."""
-        matrices = [self.weight[i] for i in range(self.ones)]  # [out, in]
-        plane = self.plane_matrices()
-        if plane is not None:
-            matrices += [plane[c, d] for c in (0, 1) for d in (0, 1)]
-        products = _products_like(self.weight, self.group)  # [|G|^2, matrices]
-        dense = torch.mm(products, torch.stack(matrices).flatten(1))  # [|G|^2, out * in]
-        dense = dense.view(self.order, self.order, self.out_fields, self.in_fields).permute(2, 0, 3, 1)
-        bias = self.bias[:, None] * _pair_matrix_like(self.bias, self.group)[0]  # [out, |G|]
-        return dense.flatten(2).flatten(0, 1), bias.flatten()
+        """The layer on field-major regular fields, Q^T W Q: matrix [out * |G|, in * |G|] and bias [out * |G|]."""
+        q = _pair_matrix_like(self.weight, self.group)
+        ones, pairs = q[: self.ones], q[self.ones :].unflatten(0, (2, -1))  # [ones, |G|], [2, multiplicity, |G|]
+        dense = torch.einsum("ig,ih,ion->ognh", ones, ones, self.weight)
+        matrices = self.plane_matrices()
+        if matrices is not None:
+            dense = dense + torch.einsum("cmg,dmh,cdon->ognh", pairs, pairs, matrices)
+        return dense.flatten(2).flatten(0, 1), (self.bias[:, None] * q[0]).flatten()
 
     def scale_rows(self, scale: torch.Tensor) -> None:
         """Multiply each field of the output by its entry of `scale` [out_fields]."""
@@ -157,25 +155,9 @@ def _pair_matrix(group: str, dtype: torch.dtype, device: torch.device) -> torch.
     return torch.cat([matrix[:n], pairs]).to(device, dtype)
 
 
-@constant
-def _products(group: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """[|G|^2, matrices]: the factor of each matrix of a layer in entry (g, h) of the dense one."""
-    matrix, n = irreps_matrix(group, torch.float64, torch.device("cpu")), irreps_of(group).ones
-    products = torch.einsum("ig,ih->ghi", matrix[:n], matrix[:n]).flatten(0, 1)
-    if len(matrix) > n:
-        pairs = matrix[n:].unflatten(0, (-1, 2))  # [multiplicity, 2, |G|]
-        products = torch.cat([products, torch.einsum("mcg,mdh->ghcd", pairs, pairs).flatten(2).flatten(0, 1)], 1)
-    return products.to(device, dtype)
-
-
 @torch.fx.wrap  # reads dtype and device of x: one node in a graph of torch.fx
 def _pair_matrix_like(x: torch.Tensor, group: str) -> torch.Tensor:
     return constant_like(x, _pair_matrix, group)
-
-
-@torch.fx.wrap
-def _products_like(x: torch.Tensor, group: str) -> torch.Tensor:
-    return constant_like(x, _products, group)
 
 
 class IrrepNorm(nn.Module):

@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates, to_ntuple, trunc_normal_
+from timm.layers import DropPath, calculate_drop_path_rates, to_ntuple, trunc_normal_
 from timm.models import checkpoint_seq
 from timm.models._features import FeatureGetterNet, feature_take_indices
 from timm.utils.model import reparameterize_model
@@ -25,7 +25,7 @@ from equivision_timm.groups import Group
 from equivision_timm.kernels import Kernel
 from equivision_timm.layers import ElementMajor, GroupPool, InvariantPool, check_pointwise
 from equivision_timm.layers.conv import constant_conv, is_watched
-from equivision_timm.layers.field_mlp import FieldLayerNorm, FieldMlp
+from equivision_timm.layers.field_mlp import FieldGRN, FieldLayerNorm, FieldMlp
 from equivision_timm.layers.grid_conv import DepthwiseConv2d, PatchConv2d
 from equivision_timm.layers.irrep_maps import MirrorDepthwiseConv2d, OnTokens
 from equivision_timm.layers.irreps import Device, DType, irreps_matrix, irreps_of
@@ -37,40 +37,16 @@ from equivision_timm.models.variants import Variant, digits_cfg, register_family
 __all__ = ["EquivariantConvNeXt"]  # the entrypoints are added below
 
 
-class FieldLayerNorm2d(FieldLayerNorm):
-    """`FieldLayerNorm` of maps [B, fields * |G|, H, W]."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.normalize(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-    @torch.jit.unused
-    def fuse(self) -> nn.Module:
-        return self if is_watched(self) else self.plain(LayerNorm2d)
-
-
-class DenseMlp(nn.Module):
-    """A `FieldMlp` of constant dense matrices: [B, H, W, fields * |G|] -> the same shape."""
-
-    def __init__(self, mlp: FieldMlp) -> None:
-        super().__init__()
-        self.fc1: nn.Linear = _dense_linear(mlp.fc1)
-        self.act: nn.Module = mlp.act
-        self.grn: nn.Module | None = mlp.grn
-        self.fc2: nn.Linear = _dense_linear(mlp.fc2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.act(self.fc1(x))
-        if self.grn is not None:
-            x = self.grn(x, field_major=True)
-        return self.fc2(x)
-
-
-def _dense_linear(layer: IrrepLinear) -> nn.Linear:
-    weight, bias = layer.dense()
-    linear = nn.Linear(weight.shape[1], len(weight), device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    linear.bias = nn.Parameter(bias, requires_grad=False)
-    return linear
+def _dense_mlp(mlp: FieldMlp) -> nn.Module:
+    """`mlp` of constant dense matrices: [B, H, W, fields * |G|] -> the same shape."""
+    linear = []
+    for layer in (mlp.fc1, mlp.fc2):
+        dtype = layer.weight.dtype
+        weight, bias = (tensor.to(dtype) for tensor in layer.double().dense())
+        linear.append(nn.Linear(weight.shape[1], len(weight), device="meta"))
+        linear[-1].weight = nn.Parameter(weight, requires_grad=False)
+        linear[-1].bias = nn.Parameter(bias, requires_grad=False)
+    return nn.Sequential(linear[0], mlp.act, *([mlp.grn] if mlp.grn else []), linear[1])
 
 
 class BlockMlp(nn.Module):
@@ -88,7 +64,7 @@ class BlockMlp(nn.Module):
         self.basis: nn.Parameter = nn.Parameter(basis.clone(), requires_grad=False)  # Q
         self.fc1: nn.Conv2d = _grouped_conv(mlp.fc1)
         self.act: nn.Module = mlp.act
-        self.grn: nn.Module | None = mlp.grn
+        self.grn: FieldGRN | None = mlp.grn
         self.fc2: nn.Conv2d = _grouped_conv(mlp.fc2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -101,7 +77,7 @@ class BlockMlp(nn.Module):
         x = self.act(x)
         if self.grn is not None:
             x = x.reshape(B, self.order, hidden // self.order, H, W).permute(1, 0, 3, 4, 2)  # [|G|, B, H, W, fields]
-            x = self.grn(x).permute(1, 0, 4, 2, 3)
+            x = self.grn.on_elements(x).permute(1, 0, 4, 2, 3)
         x = self.basis @ x.reshape(B, self.order, hidden // self.order * H * W)
         x = self.fc2(x.reshape(B, hidden, H, W))
         x = self.basis.t() @ x.reshape(B, self.order, C // self.order * H * W)
@@ -155,11 +131,14 @@ class EquivariantConvNeXtBlock(nn.Module):
             nn.init.constant_(self.gamma, self.ls_init_value or 0.0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.conv_dw(x).permute(0, 2, 3, 1)
-        y = self.mlp(self.norm(y))  # [B, H, W, fields * |G|]
-        if self.gamma is not None:
-            y = y * self.gamma.repeat_interleave(self.order)
-        return x + self.drop_path(y.permute(0, 3, 1, 2))
+        y = self.mlp(self.norm(self.conv_dw(x)).permute(0, 2, 3, 1))  # [B, H, W, fields * |G|]
+        shortcut = x.permute(0, 2, 3, 1)
+        if self.gamma is None:
+            y = shortcut + self.drop_path(y)
+        else:  # LayerScale, 0 for images whose block is dropped
+            scale = self.gamma.repeat_interleave(self.order).expand(x.shape[0], 1, 1, -1)
+            y = torch.addcmul(shortcut, y, self.drop_path(scale))
+        return y.permute(0, 3, 1, 2)
 
     @torch.no_grad()
     def fold(self, form: str) -> None:
@@ -172,9 +151,9 @@ class EquivariantConvNeXtBlock(nn.Module):
         if self.gamma is not None:
             self.mlp.fc2.scale_rows(self.gamma)
             self.gamma = None
-        self.add_module("norm", self.norm.plain(nn.LayerNorm, element_major))
+        self.add_module("norm", self.norm.plain(element_major))
         if form != "native":
-            self.add_module("mlp", BlockMlp(self.mlp) if element_major else DenseMlp(self.mlp))
+            self.add_module("mlp", BlockMlp(self.mlp) if element_major else _dense_mlp(self.mlp))
 
 
 class MirrorBlock(nn.Module):
@@ -271,7 +250,7 @@ def _norm(fields: int, group: str, eps: float, mirror: bool, **dd: Any) -> nn.Mo
     """The norm of regular fields [B, fields * |G|, H, W]."""
     if mirror:
         return OnTokens(IrrepNorm(fields, group, eps, **dd), group)
-    return FieldLayerNorm2d(fields, irreps_of(group).order, eps, **dd)
+    return FieldLayerNorm(fields, irreps_of(group).order, eps, **dd)
 
 
 def _is_unchanged(block: Any) -> bool:
