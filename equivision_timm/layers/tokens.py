@@ -84,18 +84,18 @@ class IrrepLinear(nn.Module):
             x = torch.mm(q, x.reshape(order, -1)).view(order, -1, self.in_fields)  # [|G|, T, in]
         else:
             x = torch.mm(q, x.reshape(-1, order).t()).view(order, -1, self.in_fields)
-        x, pairs = x.split([n, order - n])
+        ones, first, second = x.split([n, m, m])  # the second of each pair of blocks after all the first
+        if self.source == "tokens":
+            first, second = x[n:].unflatten(0, (m, 2)).unbind(1)
         bias = F.pad(self.bias[None, None], [0, 0, 0, 0, 0, n - 1])
-        ones = torch.baddbmm(bias, x, self.weight.transpose(1, 2))  # [ones, T, out]
+        ones = torch.baddbmm(bias, ones, self.weight.transpose(1, 2))  # [ones, T, out]
         plane = ones
         matrices = self.plane_matrices()
-        if matrices is not None:  # each pair of blocks; of all m pairs the first blocks, then the second
-            if self.source == "tokens":
-                pairs = pairs.unflatten(0, (m, 2)).transpose(0, 1)
-            first, second = pairs.reshape(2, 1, -1, self.in_fields).expand(-1, 2, -1, -1).unbind()  # [2, m * T, in]
-            to_first, to_second = matrices.transpose(2, 3).unbind(1)  # [2, in, out]
-            plane = torch.bmm(first, to_first)  # [2, m * T, out]
-            plane = plane.baddbmm_(second.to(plane.dtype), to_second.to(plane.dtype))
+        if matrices is not None:
+            from_first, from_second = matrices.transpose(2, 3).unbind(1)  # [2, in, out]
+            first, second = first.reshape(-1, self.in_fields), second.reshape(-1, self.in_fields)  # [m * T, in]
+            plane = torch.bmm(first.expand(2, -1, -1), from_first)  # [2, m * T, out]
+            plane = plane.baddbmm_(second.expand(2, -1, -1).to(plane.dtype), from_second.to(plane.dtype))
         if self.target == "tokens":
             parts = [ones]
             for i in range(m):
