@@ -7,10 +7,10 @@ import torch
 import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import LayerNorm2d, register_notrace_module, trunc_normal_
+from timm.layers import LayerNorm2d, register_notrace_module
 
 from equivision_timm.layers.conv import is_watched
-from equivision_timm.layers.irreps import Device, DType, irreps_of
+from equivision_timm.layers.irreps import irreps_of
 from equivision_timm.layers.tokens import IrrepLinear
 from equivision_timm.torch_state import has_sizes, leaves_python
 
@@ -23,12 +23,12 @@ NARROW = 16  # fields; below, the backward pass in the irreps basis takes longer
 class FieldLayerNorm(nn.Module):
     """Layer norm over the channels of each pixel, one scale and shift a field: maps [B, fields * |G|, H, W]."""
 
-    def __init__(self, fields: int, order: int, eps: float = 1e-6, device: Device = None, dtype: DType = None) -> None:
+    def __init__(self, fields: int, order: int, eps: float, **dd: Any) -> None:
         super().__init__()
         self.order = order
         self.eps = eps
-        self.weight: nn.Parameter = nn.Parameter(torch.empty(fields, device=device, dtype=dtype))
-        self.bias: nn.Parameter = nn.Parameter(torch.empty(fields, device=device, dtype=dtype))
+        self.weight: nn.Parameter = nn.Parameter(torch.empty(fields, **dd))
+        self.bias: nn.Parameter = nn.Parameter(torch.empty(fields, **dd))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -62,12 +62,12 @@ class FieldGRN(nn.Module):
     [B, H, W, fields * |G|] -> the same shape.
     """
 
-    def __init__(self, fields: int, order: int, device: Device = None, dtype: DType = None) -> None:
+    def __init__(self, fields: int, order: int, **dd: Any) -> None:
         super().__init__()
         self.order = order
         self.eps = 1e-6
-        self.weight: nn.Parameter = nn.Parameter(torch.empty(fields, device=device, dtype=dtype))
-        self.bias: nn.Parameter = nn.Parameter(torch.empty(fields, device=device, dtype=dtype))
+        self.weight: nn.Parameter = nn.Parameter(torch.empty(fields, **dd))
+        self.bias: nn.Parameter = nn.Parameter(torch.empty(fields, **dd))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -104,11 +104,9 @@ class FieldMlp(nn.Module):
         group: str,
         act_layer: Callable[..., nn.Module] = nn.GELU,
         use_grn: bool = False,
-        device: Device = None,
-        dtype: DType = None,
+        **dd: Any,
     ) -> None:
         super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.narrow: bool = fields < NARROW
         self.fc1: IrrepLinear = IrrepLinear(fields, hidden_fields, group, "fields", "elements", **dd)
         self.act: nn.Module = act_layer()
@@ -119,11 +117,7 @@ class FieldMlp(nn.Module):
     def reset_parameters(self) -> None:
         """Weights with the output variance of dense ones with deviation 0.02; zero bias."""
         for layer in (self.fc1, self.fc2):
-            order = irreps_of(layer.group).order
-            trunc_normal_(layer.weight, std=0.02 * order**0.5)
-            if layer.weight_plane is not None:
-                trunc_normal_(layer.weight_plane, std=0.02 * (order / 2) ** 0.5)
-            nn.init.zeros_(layer.bias)
+            layer.reset_parameters(0.02 * layer.order**0.5, 0.02 * (layer.order / 2) ** 0.5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.jit.is_scripting():

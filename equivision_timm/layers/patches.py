@@ -12,6 +12,7 @@ these are the parameters of octic-vits (https://github.com/davnords/octic-vits),
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.fx
@@ -22,7 +23,7 @@ from timm.layers import PatchEmbed, register_notrace_module
 from equivision_timm.constants import constant, constant_like
 from equivision_timm.groups import move_pixels
 from equivision_timm.layers.conv import constant_conv, is_watched
-from equivision_timm.layers.irreps import Device, DType, Irreps, irreps_of, plane_matrices
+from equivision_timm.layers.irreps import Irreps, irreps_of, plane_matrices
 from equivision_timm.torch_state import has_sizes
 
 __all__ = ["EquivariantPatchEmbed", "TileConv2d", "UnfoldTiles", "resize_tiles", "tile_count", "tile_size"]
@@ -124,14 +125,9 @@ class TileConv2d(nn.Module):
 
     Parameters: `weight` [tile_count * fields, in_chans, h, w], four axes, the input second, as timm expects of a first
     convolution; `bias` [fields].
-
-    Raises:
-        ValueError: the tiles do not divide the patch.
     """
 
-    def __init__(
-        self, in_chans: int, fields: int, patch_size: int, group: str, device: Device = None, dtype: DType = None
-    ) -> None:
+    def __init__(self, in_chans: int, fields: int, patch_size: int, group: str, **dd: Any) -> None:
         super().__init__()
         irreps = irreps_of(group)
         self.group = group
@@ -141,8 +137,8 @@ class TileConv2d(nn.Module):
         self.ones: int = irreps.ones
         self.tiles: int = tile_count(group)
         shape = self.tiles * fields, in_chans, *tile_size(patch_size, patch_size, group)
-        self.weight: nn.Parameter = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        self.bias: nn.Parameter = nn.Parameter(torch.empty(fields, device=device, dtype=dtype))
+        self.weight: nn.Parameter = nn.Parameter(torch.empty(shape, **dd))
+        self.bias: nn.Parameter = nn.Parameter(torch.empty(fields, **dd))
         self.unfold: UnfoldTiles = UnfoldTiles(group)
         self.reset_parameters()
 
@@ -177,12 +173,8 @@ class TileConv2d(nn.Module):
 class EquivariantPatchEmbed(PatchEmbed):
     """timm's PatchEmbed with an equivariant convolution: [B, in_chans, H, W] -> [B, H / p * W / p, |G| * fields].
 
-    Without `strict_img_size` [B, H / p, W / p, |G| * fields].
-
-    Raises:
-        ValueError: a patch that has no tiles.
-        AssertionError: in the forward pass, for an image of another size than `img_size`, with `strict_img_size`, or
-            that the patch does not divide.
+    Without `strict_img_size` [B, H / p, W / p, |G| * fields]. Images of another size than `img_size` or, without
+    `strict_img_size`, that patches do not divide raise AssertionError.
     """
 
     img_size: tuple[int, int]
@@ -195,12 +187,11 @@ class EquivariantPatchEmbed(PatchEmbed):
         in_chans: int,
         fields: int,
         group: str,
-        strict_img_size: bool = True,
-        device: Device = None,
-        dtype: DType = None,
+        strict_img_size: bool,
+        **dd: Any,
     ) -> None:
         super().__init__(img_size, patch_size, in_chans, 1, strict_img_size=strict_img_size, device="meta")
-        self.proj: nn.Module = TileConv2d(in_chans, fields, patch_size, group, device=device, dtype=dtype)
+        self.proj: nn.Module = TileConv2d(in_chans, fields, patch_size, group, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = _check_patches(x, self.patch_size[0], self.img_size if self.strict_img_size else None)
@@ -210,13 +201,14 @@ class EquivariantPatchEmbed(PatchEmbed):
 
 def _check_patches(x: torch.Tensor, patch: int, img_size: tuple[int, int] | None) -> torch.Tensor:
     """x, if its pixels are `img_size`, or if patches divide them; torch.compile specialises on sizes in messages."""
-    if not has_sizes(x):
-        return x
-    height, width = x.shape[2], x.shape[3]
-    if img_size is not None and (height != img_size[0] or width != img_size[1]):
-        raise AssertionError(
-            f"image of {height} x {width} pixels, not {img_size[0]} x {img_size[1]}: resize it, or set dynamic_img_size"
-        )
-    if height % patch != 0 or width % patch != 0:
-        raise AssertionError(f"image of {height} x {width} pixels is not a multiple of the patch, {patch}: resize it")
+    if has_sizes(x):
+        height, width = x.shape[2], x.shape[3]
+        if img_size is not None and (height != img_size[0] or width != img_size[1]):
+            raise AssertionError(
+                f"images of {height} x {width} pixels, not {img_size}: resize, or set dynamic_img_size"
+            )
+        if height % patch != 0 or width % patch != 0:
+            raise AssertionError(
+                f"images of {height} x {width} pixels, not multiples of the patch, {patch}: resize them"
+            )
     return x

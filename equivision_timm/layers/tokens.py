@@ -1,6 +1,7 @@
 """Layers of tokens in the irreps basis (layers/irreps.py): linear, norm, scale, MLP, attention.
 
-Tokens are [..., |G| * fields]. In all layers `fields` is the number of regular fields, `group` the name of the group.
+Tokens are [..., |G| * fields]. In all layers `fields` is the number of regular fields, `group` the name of the group,
+and further keywords are the device and dtype of the parameters.
 """
 
 from collections.abc import Callable
@@ -13,9 +14,9 @@ import torch.nn.functional as F
 from timm.layers import LayerScale, register_notrace_module, trunc_normal_, use_fused_attn
 
 from equivision_timm.constants import constant, constant_like
-from equivision_timm.layers.irreps import Device, DType, irreps_matrix, irreps_of
+from equivision_timm.layers.irreps import ChangeBasis, irreps_matrix, irreps_of
 
-__all__ = ["IrrepAttention", "IrrepLinear", "IrrepMlp", "IrrepNorm", "IrrepScale"]
+__all__ = ["IrrepAttention", "IrrepLinear", "IrrepMlp", "IrrepNorm", "IrrepScale", "OnTokens"]
 
 
 class IrrepLinear(nn.Module):
@@ -37,17 +38,9 @@ class IrrepLinear(nn.Module):
     """
 
     def __init__(
-        self,
-        in_fields: int,
-        out_fields: int,
-        group: str,
-        source: str = "tokens",
-        target: str = "tokens",
-        device: Device = None,
-        dtype: DType = None,
+        self, in_fields: int, out_fields: int, group: str, source: str = "tokens", target: str = "tokens", **dd: Any
     ) -> None:
         super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         irreps = irreps_of(group)
         self.in_fields = in_fields
         self.out_fields = out_fields
@@ -67,11 +60,11 @@ class IrrepLinear(nn.Module):
         self._matrix = _pair_matrix(group, torch.float64, torch.device("cpu"))  # not state; for TorchScript
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Truncated normal weights of deviation 0.02, zero bias."""
-        trunc_normal_(self.weight, std=0.02)
+    def reset_parameters(self, std: float = 0.02, std_plane: float = 0.02) -> None:
+        """Truncated normal weights, zero bias."""
+        trunc_normal_(self.weight, std=std)
         if self.weight_plane is not None:
-            trunc_normal_(self.weight_plane, std=0.02)
+            trunc_normal_(self.weight_plane, std=std_plane)
         nn.init.zeros_(self.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -173,7 +166,7 @@ class IrrepNorm(nn.Module):
     Parameters: `weight` [scales * fields], `bias` [fields].
     """
 
-    def __init__(self, fields: int, group: str, eps: float = 1e-5, device: Device = None, dtype: DType = None) -> None:
+    def __init__(self, fields: int, group: str, eps: float = 1e-5, **dd: Any) -> None:
         super().__init__()
         irreps = irreps_of(group)
         self.fields = fields
@@ -182,8 +175,8 @@ class IrrepNorm(nn.Module):
         self.ones: int = irreps.ones
         self.rows: int = irreps.rows
         self.multiplicity: int = irreps.multiplicity
-        self.weight: nn.Parameter = nn.Parameter(torch.empty(irreps.scales * fields, device=device, dtype=dtype))
-        self.bias: nn.Parameter = nn.Parameter(torch.empty(fields, device=device, dtype=dtype))
+        self.weight: nn.Parameter = nn.Parameter(torch.empty(irreps.scales * fields, **dd))
+        self.bias: nn.Parameter = nn.Parameter(torch.empty(fields, **dd))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -228,10 +221,8 @@ def _each_channel(scales: torch.Tensor, plane: int) -> torch.Tensor:
 class IrrepScale(LayerScale):
     """LayerScale of tokens in the irreps basis, the same for both rows of E. Parameter: `gamma` [scales * fields]."""
 
-    def __init__(
-        self, fields: int, group: str, init_values: float = 1e-4, device: Device = None, dtype: DType = None
-    ) -> None:
-        super().__init__(irreps_of(group).scales * fields, init_values, device=device, dtype=dtype)
+    def __init__(self, fields: int, group: str, init_values: float = 1e-4, **dd: Any) -> None:
+        super().__init__(irreps_of(group).scales * fields, init_values, **dd)
         self.plane: int = irreps_of(group).multiplicity * fields
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -239,11 +230,9 @@ class IrrepScale(LayerScale):
 
 
 class IrrepMlp(nn.Module):
-    """Linear, activation in the regular basis, linear: tokens [..., |G| * fields] -> the same shape.
+    """Linear, pointwise activation in the regular basis, linear: tokens [..., |G| * fields] -> the same shape.
 
-    Args:
-        act_layer: pointwise activation.
-        drop: dropout before and after the second linear layer.
+    Dropout with probability `drop` before and after the second linear layer.
     """
 
     def __init__(
@@ -253,11 +242,9 @@ class IrrepMlp(nn.Module):
         group: str,
         act_layer: Callable[..., nn.Module] = nn.GELU,
         drop: float = 0.0,
-        device: Device = None,
-        dtype: DType = None,
+        **dd: Any,
     ) -> None:
         super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.fc1: IrrepLinear = IrrepLinear(fields, hidden_fields, group, target="elements", **dd)
         self.act: nn.Module = act_layer()
         self.drop1: nn.Dropout = nn.Dropout(drop)
@@ -275,25 +262,14 @@ class IrrepAttention(nn.Module):
     A head takes `fields / num_heads` channels of each block. The group acts on all tokens alike, by orthogonal
     matrices: the products of queries and keys do not change, and the values transform as the tokens. So the attention
     itself is the usual one, fused or not as timm's (`timm.layers.set_fused_attn`).
-
-    Raises:
-        ValueError: `num_heads` does not divide `fields`.
     """
 
     fused_attn: torch.jit.Final[bool]
 
     def __init__(
-        self,
-        fields: int,
-        num_heads: int,
-        group: str,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        device: Device = None,
-        dtype: DType = None,
+        self, fields: int, num_heads: int, group: str, attn_drop: float = 0.0, proj_drop: float = 0.0, **dd: Any
     ) -> None:
         super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.order: int = irreps_of(group).order
         if num_heads < 1 or fields % num_heads:
             raise ValueError(f"num_heads {num_heads}: embed_dim must be a multiple of {self.order} * num_heads")
@@ -319,3 +295,17 @@ class IrrepAttention(nn.Module):
             x = attn @ v
         x = x.unflatten(3, (self.order, self.head_fields)).permute(0, 2, 3, 1, 4)  # [B, N, |G|, heads, head_fields]
         return self.proj_drop(self.proj(x.flatten(2)))
+
+
+class OnTokens(nn.Module):
+    """`inner`, which takes tokens [B, H, W, |G| * fields], on regular fields [B, fields * |G|, H, W]."""
+
+    def __init__(self, inner: nn.Module, group: str) -> None:
+        super().__init__()
+        self.inner = inner
+        self.to_irreps: ChangeBasis = ChangeBasis(group, "irreps")
+        self.to_regular: ChangeBasis = ChangeBasis(group, "regular")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.inner(self.to_irreps(x.permute(0, 2, 3, 1)))  # [B, H, W, |G| * fields]
+        return self.to_regular(x).permute(0, 3, 1, 2)

@@ -26,10 +26,9 @@ from equivision_timm.kernels import Kernel
 from equivision_timm.layers import ElementMajor, GroupPool, InvariantPool, check_pointwise
 from equivision_timm.layers.conv import constant_conv, is_watched
 from equivision_timm.layers.field_mlp import FieldGRN, FieldLayerNorm, FieldMlp
-from equivision_timm.layers.grid_conv import DepthwiseConv2d, PatchConv2d
-from equivision_timm.layers.irrep_maps import MirrorDepthwiseConv2d, OnTokens
+from equivision_timm.layers.grid_conv import DepthwiseConv2d, MirrorDepthwiseConv2d, PatchConv2d
 from equivision_timm.layers.irreps import Device, DType, irreps_matrix, irreps_of
-from equivision_timm.layers.tokens import IrrepLinear, IrrepMlp, IrrepNorm, IrrepScale
+from equivision_timm.layers.tokens import IrrepLinear, IrrepMlp, IrrepNorm, IrrepScale, OnTokens
 from equivision_timm.models.backbone import CheckImage, check_classifier, init_weights
 from equivision_timm.models.pretrained import build_model
 from equivision_timm.models.variants import Variant, digits_cfg, register_family
@@ -109,11 +108,9 @@ class EquivariantConvNeXtBlock(nn.Module):
         act_layer: Callable[..., nn.Module] = nn.GELU,
         norm_eps: float = 1e-6,
         drop_path: float = 0.0,
-        device: Device = None,
-        dtype: DType = None,
+        **dd: Any,
     ) -> None:
         super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.order: int = irreps_of(group).order
         self.ls_init_value = ls_init_value
         self.conv_dw: DepthwiseConv2d = DepthwiseConv2d(fields, kernel_size, group, conv_bias, **dd)
@@ -131,14 +128,12 @@ class EquivariantConvNeXtBlock(nn.Module):
             nn.init.constant_(self.gamma, self.ls_init_value or 0.0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.mlp(self.norm(self.conv_dw(x)).permute(0, 2, 3, 1))  # [B, H, W, fields * |G|]
-        shortcut = x.permute(0, 2, 3, 1)
+        y = self.norm(self.conv_dw(x)).permute(0, 2, 3, 1)
+        y = self.mlp(y).permute(0, 3, 1, 2)
         if self.gamma is None:
-            y = shortcut + self.drop_path(y)
-        else:  # LayerScale, 0 for images whose block is dropped
-            scale = self.gamma.repeat_interleave(self.order).expand(x.shape[0], 1, 1, -1)
-            y = torch.addcmul(shortcut, y, self.drop_path(scale))
-        return y.permute(0, 3, 1, 2)
+            return x + self.drop_path(y)
+        scale = self.gamma.repeat_interleave(self.order)[:, None, None].expand(x.shape[0], -1, 1, 1)
+        return torch.addcmul(x, y, self.drop_path(scale))  # scale 0 where stochastic depth drops the block
 
     @torch.no_grad()
     def fold(self, form: str) -> None:
@@ -205,11 +200,11 @@ class EquivariantConvNeXtStage(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.grad_checkpointing: bool = False
         self.downsample: nn.Module = nn.Identity()
-        if downsample or in_fields != fields:
-            channels, size = in_fields * irreps_of(group).order, 2 if downsample else 1
+        if downsample:
+            channels = in_fields * irreps_of(group).order
             self.downsample = nn.Sequential(
                 _norm(in_fields, group, norm_eps, mirror, **dd),
-                PatchConv2d(channels, fields, size, group, True, conv_bias, **dd),
+                PatchConv2d(channels, fields, 2, group, True, conv_bias, **dd),
             )
         shared: dict[str, Any] = dict(conv_bias=conv_bias, norm_eps=norm_eps, **block, **dd)
         make = MirrorBlock if mirror else EquivariantConvNeXtBlock
@@ -273,13 +268,12 @@ class InvariantHead(nn.Module):
         group_pool: str,
         drop_rate: float,
         norm_eps: float,
-        device: Device = None,
-        dtype: DType = None,
+        **dd: Any,
     ) -> None:
         super().__init__()
         self.in_features: int = fields * (1 if group_pool else order)
         self.global_pool: InvariantPool = InvariantPool(pool_type, order, group_pool)
-        self.norm: nn.Module = nn.LayerNorm(self.in_features, eps=norm_eps, device=device, dtype=dtype)
+        self.norm: nn.Module = nn.LayerNorm(self.in_features, eps=norm_eps, **dd)
         self.drop: nn.Dropout = nn.Dropout(drop_rate)
         self.fc: nn.Module = nn.Identity()
         self.reset(num_classes, pool_type)

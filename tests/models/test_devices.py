@@ -101,7 +101,7 @@ def test_maps_of_convnexts_keep_their_format(train):
     """Those of convolutions and shortcuts; a norm between permutations has the channels last in its shape."""
     found = record("test_d4convnext", torch.float16, train, LAST)
     assert not found.copied()
-    maps = [t for name, t in found.maps if name.startswith(("aten.convolution", "aten.add")) and t.shape[2] > 1]
+    maps = [t for name, t in found.maps if name.startswith(("aten.convolution", "aten.add")) and t.shape[2] > 4]
     assert len(maps) == 1 + 3 + 2 * 5  # stem, downsampling, blocks
     assert all(t.is_contiguous(memory_format=LAST) for t in maps)
 
@@ -132,7 +132,8 @@ def test_kernels_of_a_convnext_block(training):
         copies = ("aten.clone", "aten.copy_", "aten.cat", "aten.stack")
         assert not [name for name, out in kernels.found if name.startswith(copies) and out.numel() >= x.numel() // 2]
         counts.append(len(kernels.found))
-    assert counts[1] <= 3.5 * counts[0]
+    assert counts[0] == 7
+    assert counts[1] <= 22
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, LAST], ids=["contiguous", "channels_last"])
