@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from equivision_timm.cli.options import Parsers, add_command, add_options
+from equivision_timm.cli.options import Parsers, add_command, add_options, aligned
 from equivision_timm.weights.convert import convert_file
 
 __all__ = ["register"]
@@ -24,6 +24,5 @@ def register(commands: Parsers) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert the checkpoint; returns the exit status."""
     provenance = convert_file(args.checkpoint, args.model, args.out, args.images, args.signs)
-    for name, value in {"written": args.out, **provenance}.items():
-        print(f"{name:18} {value}")
+    print(aligned({"written": args.out, **provenance}.items(), left=(0, 1)))
     return 0

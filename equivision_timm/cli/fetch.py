@@ -7,7 +7,7 @@ converted. The folder of the model appears once everything is in it.
 import argparse
 from pathlib import Path
 
-from equivision_timm.cli.options import Parsers, add_command, add_names, add_options, for_each
+from equivision_timm.cli.options import Parsers, add_command, add_names, add_options, aligned, for_each
 from equivision_timm.files import file_sha256
 from equivision_timm.models.pretrained import WEIGHTS_FILE, WeightsError, local_folder, weights_folder
 from equivision_timm.weights.checkpoint import DamagedFile
@@ -64,8 +64,7 @@ def fetch(model_name: str, images: Path | None = None, signs: str | None = None)
         checkpoint.unlink()
         raise
     checkpoint.unlink()
-    for name, value in {"written": folder, **provenance}.items():
-        print(f"{name:18} {value}")
+    print(aligned({"written": folder, **provenance}.items(), left=(0, 1)))
 
 
 def _download(model_name: str, drive_id: str, checkpoint: Path) -> None:

@@ -115,12 +115,12 @@ def _place(name: str) -> str:
 
 
 def _table(rows: list[Row], near: int) -> str:
-    exact = f"exact near {near}"
-    lines = [("model", "group", "fields", "params (M)", "GMACs", "dense", "at", exact, "weights", "licence")]
+    head = "model", "group", "fields", "params (M)", "GMACs", "dense", "at", f"exact near {near}", "weights", "licence"
+    lines: list[tuple[object, ...]] = [head]
     for row in rows:
         sizes = ", ".join(map(str, dict.fromkeys(row.exact_sizes)))
         dense = "-" if row.dense_gmacs is None else _short(row.dense_gmacs)
-        figures = (str(row.fields), _short(row.parameters / 1e6), _short(row.gmacs), dense, str(row.size), sizes)
+        figures = row.fields, _short(row.parameters / 1e6), _short(row.gmacs), dense, row.size, sizes
         lines.append((row.name, row.group, *figures, row.weights, row.licence))
     return aligned(lines, left=(0, 1, 8, 9))
 

@@ -145,12 +145,12 @@ def for_each(names: Iterable[str], action: Callable[[str], object]) -> int:
     return status
 
 
-def aligned(rows: Iterable[Iterable[str]], left: Collection[int] = (0,)) -> str:
+def aligned(rows: Iterable[Iterable[object]], left: Collection[int] = (0,)) -> str:
     """A line for each row, with columns of equal width, those in `left` to the left."""
-    rows = [[one_line(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    cells = [[f"{cell:{'<' if i in left else '>'}{widths[i]}}" for i, cell in enumerate(row)] for row in rows]
-    return "\n".join("  ".join(row).rstrip() for row in cells)
+    cells = [[one_line(str(cell)) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    forms = [f"{{:{'<' if i in left else '>'}{width}}}" for i, width in enumerate(widths)]
+    return "\n".join("  ".join(forms).format(*row).rstrip() for row in cells)
 
 
 def libraries() -> str:
