@@ -52,15 +52,6 @@ def test_timm_parser_knows_every_key_and_value(name, timm_scripts, monkeypatch):
     assert parsed[1].items() >= read(name).items()
 
 
-def test_scratch_is_the_twin_of_finetune():
-    """The same recipe without what takes weights for granted, longer and at a higher rate."""
-    finetune, scratch = read("finetune"), read("scratch")
-    assert finetune.keys() - scratch.keys() == {"pretrained", "layer_decay"}
-    assert finetune["pretrained"] is True
-    assert not scratch.keys() - finetune.keys()
-    assert {key for key in scratch if scratch[key] != finetune[key]} == {"lr", "epochs", "warmup_epochs"}
-
-
 def test_command_copies_the_recipes(tmp_path, capsys):
     """Into a new folder, again into the same; an edited recipe is not replaced."""
     folder = tmp_path / "new"
