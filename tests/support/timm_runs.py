@@ -1,8 +1,9 @@
-"""Shared by the tests of timm's scripts: arguments of a small training run, and the result that a script prints."""
+"""Shared by the tests of timm's scripts: arguments of a small training run, and the results of a script."""
 
+import csv
 import json
 
-__all__ = ["IMAGES", "MODEL", "TRAINING", "result"]
+__all__ = ["IMAGES", "MODEL", "TRAINING", "result", "rows"]
 
 MODEL = ["--model", "c4resnet18_fast", "--model-kwargs", "width=4", "--num-classes", "3"]
 IMAGES = ["--img-size", "33", "--crop-pct", "1.0", "-b", "16", "-j", "0", "--device", "cpu"]
@@ -15,5 +16,11 @@ TRAINING = [
 
 
 def result(done):
-    """What a script of timm prints after `--result`."""
+    """The JSON that a script of timm prints after `--result`."""
     return json.loads(done.stdout.split("--result")[-1])
+
+
+def rows(file):
+    """The rows of a CSV file, such as train.py's summary.csv with a row for each epoch."""
+    with file.open() as opened:
+        return list(csv.DictReader(opened))

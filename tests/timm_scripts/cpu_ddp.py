@@ -1,7 +1,7 @@
 """Runs a script of timm under torchrun on CPUs: `torchrun ... cpu_ddp.py SCRIPT ARGS`.
 
-timm hands its device to `DistributedDataParallel` as `device_ids`, which PyTorch takes for GPUs and refuses for CPUs.
-Here they are dropped; nothing else is changed, and on GPUs none of this is needed.
+timm passes its device to `DistributedDataParallel` as `device_ids`, which PyTorch accepts only for GPUs. Here they are
+dropped; on GPUs this is not needed.
 """
 
 import functools

@@ -1,18 +1,12 @@
 """timm's other scripts on a trained checkpoint: validate, average, clean, infer, benchmark, export."""
 
-import csv
 import shutil
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from support.timm_runs import IMAGES, MODEL, TRAINING, result
-
-
-def rows(file):
-    with file.open() as opened:
-        return list(csv.DictReader(opened))
+from support.timm_runs import IMAGES, MODEL, TRAINING, result, rows
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +26,7 @@ def reported(trained):
 
 @pytest.fixture
 def top1(run, trained, textures):
-    """`top1(*options)`: what validate.py says of the best checkpoint, or of that in the options."""
+    """`top1(*options)`: accuracy by validate.py of the best checkpoint, or of that in the options."""
     common = ["--data-dir", textures, *MODEL, *IMAGES, "--checkpoint", trained / "model_best.pth.tar"]
     return lambda *options: result(run("validate.py", *common, *options))["top1"]
 
@@ -66,7 +60,7 @@ def test_average_and_clean(run, trained, reported, top1, tmp_path):
 
 
 def test_inference(run, trained, reported, textures, tmp_path):
-    """A class for every image, as right as training reported."""
+    """A class for every image, with the accuracy that training reported."""
     options = [*MODEL, *IMAGES, "-j", "1", "--checkpoint", trained / "model_best.pth.tar", "--results-dir", tmp_path]
     run("inference.py", "--data-dir", textures, *options, "--label-type", "name", "--include-index", "--fullname")
     (file,) = tmp_path.glob("*.csv")
