@@ -79,7 +79,7 @@ def test_killed_and_resumed(run, timm_scripts, textures, tmp_path):
     first = int(resumed[0]["epoch"])
     assert first in (done, done - 1)  # the checkpoint of the last epoch may not have been complete
     for name in ("train_loss", "eval_loss", "lr"):
-        assert [row[name] for row in resumed] == pytest.approx([row[name] for row in unbroken[first:]], rel=1e-4)
+        assert [row[name] for row in resumed] == pytest.approx([row[name] for row in unbroken[first:]], rel=1e-3)
     assert unbroken[first]["train_loss"] < 0.8 * unbroken[0]["train_loss"]
 
 
