@@ -133,7 +133,8 @@ TASK = Task(
     text="494 photographs of Debian's `stellarium-data` in five classes by its catalogue (galaxies 208, nebulae 90, "
     "globular clusters 84, planetary nebulae 61, open clusters 51): accuracy, and its mean over the classes. Networks "
     "see discs; trained, but for the frozen one, with rotations by any angle and reflections. Oblique: rotated by "
-    "22.5 and 45 degrees. From scratch 60 epochs, lite0 20; settings were not tuned.",
+    "22.5 and 45 degrees. From scratch 60 epochs, lite0 20; settings were not tuned. "
+    "With 122 to 125 test images an accuracy of 85 has a standard error of 3.",
     reference=None,
     rows=ROWS,
     lines={

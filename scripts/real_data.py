@@ -30,7 +30,8 @@ import solar_cells
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MultipleLocator
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 from real_training import ALL, Data, Task, run
 
 import equivision_timm
@@ -119,33 +120,36 @@ def picture(results: dict[str, Any]) -> Figure:
         if name in results
     }
     heights = [1 + len(lines) for lines in shown.values()]
-    figure = Figure(figsize=(8.4, 0.6 + 0.36 * sum(heights)), layout="constrained")
+    figure = Figure(figsize=(8.4, 0.8 + 0.36 * sum(heights)), layout="constrained")
     panels = figure.subplots(len(shown), squeeze=False, height_ratios=heights)[:, 0]
+    marks: dict[str, Line2D] = {}  # by pose
     for axes, task, name in zip(panels, shown, results, strict=True):
-        panel(axes, task, shown[task], results[name]["runs"])
+        marks |= panel(axes, task, shown[task], results[name]["runs"])
+    figure.legend(handles=list(marks.values()), frameon=False, loc="outside lower center", ncols=len(marks))
     panels[-1].set_xlabel("accuracy, %")
     return figure
 
 
-def panel(axes: Axes, task: Task, lines: dict[str, tuple[str, str]], runs: Runs) -> None:
-    used = {}
+def panel(axes: Axes, task: Task, lines: dict[str, tuple[str, str]], runs: Runs) -> dict[str, Line2D]:
+    """Draw a set; returns a mark of each pose."""
+    marks = {}
     for place, (row, kind) in enumerate(lines.values()):
         for key, result in runs[row].items():
             for pose, pair in poses_shown(result, kind).items() if key.startswith("random") else ():
                 below, style = MARKERS[pose]
-                (used[pose],) = axes.plot(pair[0], place + below, **{"marker": "o", "linestyle": "none", **style})
+                (marks[pose],) = axes.plot(pair[0], place + below, **{"marker": "o", "linestyle": "none", **style})
     if task.reference:
         accuracy, whose = task.reference
         axes.axvline(accuracy, color="grey", linewidth=1, linestyle="--")
         axes.text(accuracy - 0.2, -0.7, whose, color="grey", ha="right", va="center", fontsize=9)
     axes.set(ylim=(len(lines) - 0.5, -1))
     axes.set_title(task.title, loc="left", fontsize=11)
-    axes.xaxis.set_major_locator(MultipleLocator(5))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     pixels = [next(iter(runs[row].values()))["pixels"] for row, _ in lines.values()]
     axes.set_yticks(range(len(lines)), [f"{title}, {n} px" for title, n in zip(lines, pixels, strict=True)])
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(handles=list(used.values()), frameon=False, loc="lower left")
+    return marks
 
 
 def load_results() -> dict[str, Any]:
