@@ -6,8 +6,7 @@ from equivision_timm.layers.checks import check_pointwise, check_positionwise
 from equivision_timm.layers.conv import SteerableConv2d, conv_input_shapes, steerable_conv2d
 from equivision_timm.layers.conv_norm_act import ConvNormAct
 from equivision_timm.layers.field_angle import FieldAngle
-from equivision_timm.layers.field_attention import FieldAttention
-from equivision_timm.layers.norm import FieldNorm
+from equivision_timm.layers.norm import FieldAttention, FieldNorm
 from equivision_timm.layers.pool import GroupPool, InvariantPool
 from equivision_timm.layers.strategies.native import NativeConv2d
 

@@ -44,7 +44,7 @@ class BlockConv2d(nn.Module):
     """The convolution of a steerable layer with constant coefficients and a bias, in the irreps basis.
 
     Element-major maps: [B, |G| * in_fields, H, W] -> [B, |G| * out_fields, H', W']. `weight` are the coefficients
-    [O, I, n_basis, 1] of `conv`, a layer with regular input; `bias` [O] is added to each field.
+    [O, I, n_basis, 1] of `conv`, a layer with regular input, of D_N or an even C_N; `bias` [O] is added to each field.
     """
 
     def __init__(self, conv: SteerableConv2d, weight: torch.Tensor, bias: torch.Tensor) -> None:
@@ -58,14 +58,8 @@ class BlockConv2d(nn.Module):
         self.dilation: int = conv.dilation
         weight, bias, name, dtype = weight.detach(), bias.detach(), conv.kernel.name, conv.weight.dtype
         matrices, back = _matrices(block_weights(weight, name), name), basis_for(weight, name, "fourier")
-        lifting = basis_for(weight, name, "lifting")
-        ones, n = sum(size == 1 for _, _, size in block_shapes(name)), block_shapes(name)[0][1]
-        if ones < len(matrices):  # the blocks of one row come first: join them in pairs, the last one with zeros
-            if ones % 2:
-                matrices.insert(ones, torch.zeros_like(matrices[0]))
-                back = torch.cat([back[:ones], torch.zeros_like(back[:1]), back[ones:]])
-                lifting = torch.cat([lifting[: ones * n], torch.zeros_like(lifting[:n]), lifting[ones * n :]])
-                ones += 1
+        lifting, ones = basis_for(weight, name, "lifting"), sum(size == 1 for _, _, size in block_shapes(name))
+        if ones < len(matrices):  # the blocks of one row come first
             pairs = [torch.block_diag(*matrices[i : i + 2]) for i in range(0, ones, 2)]
             matrices = pairs + matrices[ones:]
         self.groups: int = len(matrices)
@@ -151,6 +145,8 @@ def element_major_conv(conv: SteerableConv2d, weight: torch.Tensor, bias: torch.
 def _pays(conv: SteerableConv2d) -> bool:
     """Whether blocks cost less than the dense filter by a margin, counted in products at a pixel of the output.
 
+    Odd C_N have an odd number of blocks of one row, which cannot be joined in pairs.
+
     Fitted to onnxruntime 1.32 on an AMD EPYC, for 60 layers of five networks: a value that is lifted costs as much as
     100 products, or its own at three quarters of the speed; one that is only changed in basis, 25.
     """
@@ -160,7 +156,7 @@ def _pays(conv: SteerableConv2d) -> bool:
     dense = pairs * pixels * order**2
     lift = 25 if pixels == 1 else max(100, 1.3 * pixels * order)
     blocks = pairs * functions * order * size + lift * conv.in_fields * functions * order + 25 * conv.out_fields * order
-    return order > 1 and dense > 1.2 * blocks
+    return order % 2 == 0 and dense > 1.2 * blocks
 
 
 def _mix(matrix: torch.Tensor, x: torch.Tensor, fields: int) -> torch.Tensor:

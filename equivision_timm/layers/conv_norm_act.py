@@ -53,12 +53,11 @@ class ConvNormAct(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        kernel: dict[str, Any] = {"input_type": input_type, "cutoff": cutoff, "low_pass": low_pass}
         self.even: nn.Module = nn.Identity()
         if even and stride > 1:
             self.even = Blur2d(taps=1, stride=1, even=Group.from_name(group).reversed_axes)
         self.conv: SteerableConv2d = SteerableConv2d(
-            in_fields, out_fields, kernel_size, group, stride=stride, dilation=dilation, **kernel, **dd
+            in_fields, out_fields, kernel_size, group, input_type, stride, dilation, "auto", cutoff, low_pass, **dd
         )
         self.norm: FieldNorm = FieldNorm(out_fields, self.conv.order, norm_layer, **dd)
         self.attn: nn.Module = nn.Identity() if attn is None else attn

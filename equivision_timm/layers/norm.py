@@ -1,4 +1,4 @@
-"""Normalisation of fields: statistics and affine parameters shared over the group.
+"""Normalisation and channel attention of fields: statistics, parameters and scales shared over the group.
 
 A field is |G| channels. The mean and variance of a batch norm, over batch, group and space, follow from those of the
 channels,
@@ -11,13 +11,14 @@ at once.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import register_notrace_module
+from timm.layers import get_attn, register_notrace_module
 
+from equivision_timm.layers.checks import check_positionwise
 from equivision_timm.torch_state import (
     BatchNorm,
     is_channels_last,
@@ -26,7 +27,9 @@ from equivision_timm.torch_state import (
     unrecorded_view,
 )
 
-__all__ = ["FieldBatchNorm2d", "FieldNorm", "field_batch_norm", "field_batch_norm_by_definition"]
+__all__ = ["FieldAttention", "FieldBatchNorm2d", "FieldNorm", "field_batch_norm", "field_batch_norm_by_definition"]
+
+FieldValues: TypeAlias = torch.Tensor | None  # [fields]
 
 
 class FieldBatchNorm2d(nn.BatchNorm2d):
@@ -149,6 +152,33 @@ class FieldNorm(nn.Module):
         return y.contiguous(memory_format=torch.channels_last) if last else y
 
 
+class FieldAttention(FieldNorm):
+    """An attention layer of timm, applied to fields as `FieldNorm` applies a norm: one scale for each field.
+
+    A rotation only permutes positions of [B, m, |G| * H, W], which a layer that squeezes over all of them ignores.
+
+    Args:
+        attn_layer: a name timm knows, such as 'se', 'ese' or 'eca', or a class; must treat all positions alike.
+        kwargs: `device` and `dtype`.
+
+    Raises:
+        ValueError: an unknown name, or a layer that depends on the position (CBAM, coordinate attention, ...).
+    """
+
+    def __init__(
+        self, fields: int, order: int, attn_layer: str | Callable[..., nn.Module] = "se", **kwargs: Any
+    ) -> None:
+        try:
+            make = get_attn(attn_layer)
+            assert make is not None
+            check_positionwise(make, fields)
+        except (ValueError, TypeError, AssertionError) as error:  # the latter two from timm
+            raise ValueError(
+                f"attn_layer {attn_layer!r} is unknown or does not treat all positions alike: use 'se', 'ese' or 'eca'"
+            ) from error
+        super().__init__(fields, order, make, **kwargs)
+
+
 register_notrace_module(FieldNorm)  # one node where timm traces a model for its features: it depends on the format of x
 
 
@@ -181,15 +211,9 @@ def field_batch_norm_by_definition(
 
 
 def normalize(
-    x: torch.Tensor,
-    order: int,
-    mean: torch.Tensor | None,
-    var: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
+    x: torch.Tensor, order: int, mean: FieldValues, var: FieldValues, weight: FieldValues, bias: FieldValues, eps: float
 ) -> torch.Tensor:
-    """(x - mean) weight / sqrt(var + eps) + bias, with given statistics, all [fields]; no weight or bias if None."""
+    """(x - mean) weight / sqrt(var + eps) + bias, with given statistics; no weight or bias if None."""
     each = (None if t is None else t.repeat_interleave(order) for t in (mean, var, weight, bias))
     return F.batch_norm(x, *each, training=False, eps=eps)
 
