@@ -89,12 +89,8 @@ class FieldMlp(nn.Module):
     """Linear, activation, linear on regular fields: [B, H, W, fields * |G|] -> the same shape.
 
     The linear layers commute with the group. They are computed block diagonal in the irreps basis, or, if narrow and
-    with gradients, as dense matrices: the same function.
-
-    Args:
-        hidden_fields: number of fields between the two linear layers.
-        act_layer: pointwise activation.
-        use_grn: global response normalisation after the activation.
+    with gradients, as dense matrices: the same function. `act_layer` must be pointwise; `use_grn` adds global response
+    normalisation after it.
     """
 
     def __init__(

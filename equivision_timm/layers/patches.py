@@ -35,11 +35,7 @@ def tile_count(group: str) -> int:
 
 
 def tile_size(height: int, width: int, group: str) -> tuple[int, int]:
-    """Height and width of the tiles of a map of height x width.
-
-    Raises:
-        ValueError: the group does not map the grid onto itself, or the tiles do not divide it.
-    """
+    """Height and width of the tiles of a map of height x width; raises ValueError if tiles do not divide it."""
     irreps = irreps_of(group)
     down, right = _tiles_per_side(irreps)
     if height % down or width % right or (irreps.rows and height != width):
