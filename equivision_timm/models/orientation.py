@@ -83,27 +83,23 @@ class OrientationNet(nn.Module):
         fields = x.unflatten(1, (-1, self.num_classes)).transpose(1, 2)  # [B, |G|, fields]
         return self.score(self.dropout(fields)).squeeze(2)
 
-    @torch.jit.unused
-    def get_classifier(self) -> nn.Module:
-        """The projection to the scores."""
-        return self.score
 
-
-def _variant(group: str, width: int) -> Variant:
-    order = Group.from_name(group).order
-    cfg = dict(
-        file=str(_WEIGHTS / f"{group}orient_tiny.safetensors"),
-        num_classes=order,
-        input_size=(3, 129, 129),
-        crop_pct=1.0,
-        first_conv="network.conv1.conv",
-        classifier="score",
-        license="mit",
-        description="upright photographs rotated by any angle; the class is the nearest element of the group",
+VARIANTS = {
+    f"{group}orient_tiny": Variant(
+        f"Which of {rotations} rotations the image has: the scores of a Canonicalized model",
+        {"group": group, "width": width},
+        dict(
+            file=str(_WEIGHTS / f"{group}orient_tiny.safetensors"),
+            num_classes=rotations,
+            input_size=(3, 129, 129),
+            crop_pct=1.0,
+            first_conv="network.conv1.conv",
+            classifier="score",
+            license="mit",
+            description="upright photographs rotated by any angle; the class is the nearest element of the group",
+        ),
+        "photographs",
     )
-    summary = f"Which of {order} rotations the image has: the scores of a Canonicalized model"
-    return Variant(summary, {"group": group, "width": width}, cfg, "photographs")
-
-
-VARIANTS = {"c4orient_tiny": _variant("c4", 8), "c8orient_tiny": _variant("c8", 6)}
+    for group, rotations, width in (("c4", 4, 8), ("c8", 8, 6))
+}
 register_family(__name__, OrientationNet, partial(build_model_with_cfg, OrientationNet), VARIANTS)
