@@ -110,19 +110,17 @@ def test_the_default_and_timms_hook():
 
 
 def test_arguments():
-    model = make()
     with pytest.raises(ValueError, match="onnx"):
-        fuse(model, "onnx")
+        fuse(make(), "onnx")
     with pytest.raises(RuntimeError, match="meta"):
-        fuse(model.to("meta"), "native")
+        fuse(make().to("meta"), "native")
 
 
 @forms
 def test_derivatives_with_respect_to_the_image(form):
-    model = make().double()
-    x = images().double().requires_grad_()
-    expected = torch.autograd.grad(model(x).square().sum(), x)[0]
-    assert relative(torch.autograd.grad(fuse(model, form)(x).square().sum(), x)[0], expected) < 1e-10
+    model, x = make().double(), images().double().requires_grad_()
+    found, expected = (torch.autograd.grad(m(x).square().sum(), x)[0] for m in (fuse(model, form), model))
+    assert relative(found, expected) < 1e-10
 
 
 @torch.no_grad()
@@ -149,23 +147,18 @@ def test_types(form):
     assert y.dtype == torch.bfloat16
     assert relative(y.float(), model(images())) < 0.1
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.bfloat16, 0.1)):
-        if form == "native" and dtype == torch.bfloat16:
-            continue
-        model = make().to(dtype)
-        fused = fuse(model, form)
-        assert {parameter.dtype for parameter in fused.parameters()} == {dtype}
-        assert relative(fused(images().to(dtype)), model(images().to(dtype))) < tolerance
-    model = make().half()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.float()
-    if form != "native":
-        assert fuse(model, form)(images().half()).dtype == torch.float16
+        if form != "native" or dtype == torch.float64:
+            model = make().to(dtype)
+            fused = fuse(model, form)
+            assert {parameter.dtype for parameter in fused.parameters()} == {dtype}
+            assert relative(fused(images().to(dtype)), model(images().to(dtype))) < tolerance
 
 
 @needs_native
-def test_native_says_what_to_do_elsewhere():
+def test_native_compiles_and_says_what_to_do_elsewhere():
     fused = fuse(make(), "native")
+    compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
+    assert relative(compiled(images()), fused(images())) < 1e-5
     for moved in (copy.deepcopy(fused).bfloat16(), copy.deepcopy(fused).to("meta")):
         parameter = next(moved.parameters())
         with pytest.raises(RuntimeError, match="fuse"):
@@ -186,23 +179,6 @@ def test_units_with_backward_hooks_stay(form):
     assert [name for name, m in fused.named_modules() if isinstance(m, SteerableConv2d)] == ["layer3.0.conv1.conv"]
     (expected,), (found,) = (torch.autograd.grad(network(x).sum(), x) for network in (model, fused))
     assert relative(found, expected) < 1e-4
-
-
-@needs_native
-@torch.no_grad()
-def test_native_compiles():
-    fused = fuse(make(), "native")
-    compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
-    assert relative(compiled(images()), fused(images())) < 1e-5
-
-
-@forms
-@pytest.mark.parametrize("kwargs", [{}, {"block_args": {"attn_layer": "se"}}])
-def test_no_images(form, kwargs):
-    fused = fuse(make(**kwargs), form)
-    for grad in (True, False):
-        with torch.set_grad_enabled(grad):
-            assert fused(images()[:0]).shape == (0, fused.num_classes)
 
 
 @torch.no_grad()
@@ -242,10 +218,6 @@ def wrap(model, path):
     model.set_submodule(path, Doubling(model.get_submodule(path)))
 
 
-def activate(model, path):
-    model.set_submodule(path, nn.Softplus())
-
-
 def squash(model, path):
     fields = model.get_submodule(path).num_features
     model.set_submodule(path, BatchNormAct2d(fields, act_layer=nn.Sigmoid).eval())
@@ -275,9 +247,9 @@ def parametrise(model, path):
 
 PLACES = ("conv1", "conv1.act", "layer1.0.conv1", "layer1.0.conv2.conv", "layer2.0.conv1.norm", "layer1.0.conv2.act")
 PLACES += ("layer2.0.conv2.norm.per_field", "layer2.0.downsample", "layer2.0.conv2.drop", "maxpool")
-CHANGES = [(hook, path) for path in PLACES] + [(patch, path) for path in PLACES[:5]]
+CHANGES = [(hook, path) for path in PLACES] + [(patch, "layer1.0.conv2.conv")]
 CHANGES += [(wrap, path) for path in ("layer2.0.conv1.conv", "layer2.0.conv2", "layer1.0.conv2.drop")]
-CHANGES += [(activate, "layer1.0.conv1.act"), (squash, "layer1.0.conv1.norm.per_field"), (subclass, "layer1.0.conv1")]
+CHANGES += [(squash, "layer1.0.conv1.norm.per_field"), (subclass, "layer1.0.conv1")]
 CHANGES += [(change, "layer2.0.conv1.conv") for change in (replace, prune_half, parametrise)]
 
 
@@ -324,18 +296,19 @@ def test_blocks_around_a_change():
 def test_models_without_such_stages(name, kwargs, form):
     """Attention, another norm, another activation, no group, timm's own network, a vision transformer."""
     model = make(name, **kwargs) if "vit" not in name else timm.create_model(name, pretrained=True).eval()
-    assert relative(fuse(model, form)(images(64)), model(images(64))) < 1e-5
+    fused = fuse(model, form)
+    assert relative(fused(images(64)), model(images(64))) < 1e-5
+    assert fused(images(64)[:0]).shape == (0, model.num_classes)
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
-def test_weights_are_read_anew_and_copies_stay(optimizer):
+def test_weights_are_read_anew_and_copies_stay():
     """Fused optimizers and running statistics raise no version count: the model follows its weights all the same."""
     model = timm.create_model("test_c8resnet").train()
     fused = fuse(model)
     with torch.no_grad():
         before, copied = model.eval()(images()), fused(images())
     model.train()(images()).square().sum().backward()
-    optimizer(model.parameters(), lr=1e-2, fused=True).step()
+    torch.optim.SGD(model.parameters(), lr=1e-2, fused=True).step()
     exact = timm.create_model("test_c8resnet", conv_strategy="expand").double().eval()
     exact.load_state_dict(model.state_dict())
     with torch.inference_mode():
@@ -346,18 +319,3 @@ def test_weights_are_read_anew_and_copies_stay(optimizer):
         for parameter in model.parameters():
             parameter.mul_(0.5)
         assert relative(model(images()), after) > 1e-3
-
-
-@torch.no_grad()
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:`torch.jit:DeprecationWarning")  # TorchScript's own
-def test_leaves_python(tmp_path):
-    """TorchScript, torch.fx, and torch.export with any batch."""
-    model = make()
-    fused, x = fuse(model, "blocks"), images()
-    torch.jit.script(fused).save(tmp_path / "model.pt")
-    assert relative(torch.jit.load(tmp_path / "model.pt")(x), model(x)) < 1e-5
-    traced = torch.fx.symbolic_trace(fused)
-    assert relative(traced(x), model(x)) < 1e-5
-    assert not any("equivision_timm" in str(getattr(node.target, "__module__", "")) for node in traced.graph.nodes)
-    program = torch.export.export(fused, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-    assert relative(program.module()(x[:1]), model(x[:1])) < 1e-5
