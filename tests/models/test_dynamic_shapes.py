@@ -47,7 +47,7 @@ def fixed_axes(model: nn.Module, shapes=SHAPES, gradients: bool = False) -> set[
     return found
 
 
-@pytest.mark.parametrize("strategy", ["expand", "native", pytest.param("block_diagonal", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("strategy", ["expand", "native"])
 def test_strategies(strategy):
     model = timm.create_model("test_c8resnet", conv_strategy=strategy)
     assert fixed_axes(model, gradients=strategy == "native") == {1}  # the channels, which a model knows

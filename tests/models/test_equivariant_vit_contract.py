@@ -171,7 +171,7 @@ def test_attention_maps(unfused):
 
 
 @pytest.mark.parametrize("keywords", [{}, FULL], ids=str)
-def test_token_distillation(keywords):
+def test_token_distillation_and_checkpointing(keywords):
     task = pytest.importorskip("timm.task")
     model = create(distilled=True, num_classes=10, drop_rate=0.1, **keywords)
     features = model.forward_features(X)
@@ -187,7 +187,6 @@ def test_token_distillation(keywords):
         model.set_grad_checkpointing(enable)
         gradients.append(torch.autograd.grad(model(X).square().sum(), list(model.parameters())))
     torch.testing.assert_close(*gradients)
-    assert model(X).shape == (2, 10)
     assert model.forward_head(features, pre_logits=True).shape == (2, 48)
     model.reset_classifier(3)
     assert [head.out_features for head in model.get_classifier()] == [3, 3]
