@@ -98,8 +98,7 @@ def test_an_element_maps_one_irrep_to_one(kernel):
 
 
 def test_wrong_coordinates_are_seen():
-    kernel = Kernel("d6", 3)
-    basis = load_kernel_basis(kernel)
+    kernel, basis = Kernel("d6", 3), load_kernel_basis(Kernel("d6", 3))
     mixed = (basis.coefficients[[0, 5]] + basis.coefficients[[1, 20]]) / math.sqrt(2)
     energy, _ = irrep_energy(kernel, KernelBasis(basis.group, mixed, basis.functions, basis.he_std[:2]).sample())
     assert energy.amax((0, 1)).max() < 0.9

@@ -75,14 +75,19 @@ def _assert_uniform(angles: list[float]) -> None:
     assert np.abs(np.sort(angles) / 360 - expected).max() < 0.115
 
 
-def test_training_angles_are_uniform_and_new_each_time(dots: Path) -> None:
+@pytest.mark.parametrize("limit", [22.5, 180])
+def test_training_angles_are_uniform_and_new_each_time(dots: Path, limit: float) -> None:
     torch.manual_seed(0)
-    folder = RotatedFolder(dots, "train", training=True)
-    first, second = ([_angle(folder[i][0]) for i in range(200)] for _ in range(2))
-    _assert_uniform(first)
+    folder = RotatedFolder(dots, "train", training=True, limit=limit)
+    first, second = ([(_angle(folder[i][0]) + 180) % 360 - 180 for i in range(200)] for _ in range(2))
+    _assert_uniform([(angle + limit) * 180 / limit for angle in first])
+    if limit < 180:
+        with pytest.raises(AssertionError):  # they are not uniform over all angles
+            _assert_uniform([angle % 360 for angle in first])
+    assert np.abs(first).max() < limit + 0.5
     assert np.abs(np.subtract(first, second)).min() > 1e-3
     torch.manual_seed(0)
-    assert [_angle(folder[i][0]) for i in range(200)] == first
+    assert (_angle(folder[0][0]) + 180) % 360 - 180 == first[0]
 
 
 def test_validation_angles_are_uniform_and_stay(dots: Path) -> None:
@@ -91,17 +96,6 @@ def test_validation_angles_are_uniform_and_stay(dots: Path) -> None:
     angles = [_angle(folder[i][0]) for i in range(200)]
     _assert_uniform(angles)
     assert [_angle(folder[i][0]) for i in range(199, -1, -1)] == angles[::-1]
-
-
-@pytest.mark.parametrize("limit", [22.5, 90])
-def test_training_angles_up_to_a_limit(dots: Path, limit: float) -> None:
-    torch.manual_seed(0)
-    folder = create_dataset(f"torch/rotated_folder_{limit}", root=str(dots), split="train", is_training=True)
-    angles = np.array([(_angle(folder[i][0]) + 180) % 360 - 180 for i in range(200)])
-    assert np.abs(angles).max() < limit + 0.5
-    _assert_uniform(list((angles + limit) * 180 / limit))
-    with pytest.raises(AssertionError):  # they are not uniform over all angles
-        _assert_uniform(list(angles % 360))
 
 
 def test_names_and_arguments(dots: Path) -> None:
@@ -128,6 +122,7 @@ def test_damaged_pictures_are_named_and_left_out(dots: Path) -> None:
         folder[0]
 
 
+NAMES = ("torch/rotated_folder_45", "")
 OPTIONS = [
     {"split": "train", "is_training": True},
     {"split": "validation"},
@@ -139,8 +134,7 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("name", ["torch/rotated_folder", "torch/rotated_folder_45"])
-def test_options_of_timms_scripts(name: str, tmp_path: Path) -> None:
+def test_options_of_timms_scripts(tmp_path: Path) -> None:
     """Split, class map and image mode count as they do for timm's own folders; the pictures are grey all over."""
     for split, base in (("train", 0), ("val", 60), ("fold1", 120)):
         for shade, label in enumerate("abc"):
@@ -152,7 +146,7 @@ def test_options_of_timms_scripts(name: str, tmp_path: Path) -> None:
     for options in OPTIONS:
         if "class_map" in options:
             options = {**options, "class_map": str(tmp_path / options["class_map"])}
-        rotated, plain = (create_dataset(kind, root=str(tmp_path), **options) for kind in (name, ""))
+        rotated, plain = (create_dataset(kind, root=str(tmp_path), **options) for kind in NAMES)
         found, expected = (
             [(image.mode, image.getpixel((4, 4)), target) for image, target in dataset] for dataset in (rotated, plain)
         )

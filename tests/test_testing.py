@@ -98,9 +98,7 @@ def test_even_sizes_are_not_exact():
 
 def test_measuring_leaves_the_model_as_it_was():
     model = timm.create_model("test_c8resnet", zero_init_last=True).train()
-    frozen = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    for module in frozen:
-        module.eval()
+    model.layer1.eval()
     modes = {name: module.training for name, module in model.named_modules()}
     state = {name: value.clone() for name, value in model.state_dict().items()}
     assert_equivariant(model, 65)
@@ -109,8 +107,6 @@ def test_measuring_leaves_the_model_as_it_was():
         angle_error(model, torch.full((1, 3, 65, 65), float("nan")), [45])
     torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
     assert modes == {name: module.training for name, module in model.named_modules()}
-    assert not any(module.training for module in frozen)
-    assert model.training
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Norms of fields and pooling over the group; batch norm by channel against the definition in float64."""
+"""Norms, attention and pooling of fields; batch norm by channel against the definition in float64."""
 
 import copy
 
@@ -6,15 +6,16 @@ import pytest
 import torch
 import torch.nn as nn
 from support.cases import GROUPS
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, SEModule
 
 from equivision_timm.groups import Group
-from equivision_timm.layers import GroupPool
+from equivision_timm.layers import FieldAttention, GroupPool
 from equivision_timm.layers.norm import FieldBatchNorm2d, FieldNorm, field_batch_norm, field_batch_norm_by_definition
 from equivision_timm.testing import assert_equivariant
 
 REGULAR = {"input_type": "regular", "output_type": "regular", "tolerance": 1e-5}
 POOLED = {"input_type": "regular", "output_type": "trivial", "tolerance": 1e-6}
+ATTENTION = {"group": "d4", "in_channels": 64, "size": 9, **REGULAR}
 LAST = torch.channels_last
 FIELDS = 5
 
@@ -169,3 +170,34 @@ def test_output_is_overwritten_without_copies(memory_format):
     assert type(norm(x).permute(0, 1, 3, 2).relu_().grad_fn).__name__ != "ReluBackward0"
     expected = torch.autograd.grad(norm(x).relu().square().sum(), x)
     torch.testing.assert_close(torch.autograd.grad(y.square().sum(), x), expected)
+
+
+# Attention
+
+
+def stirred(module):
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    return module.eval()
+
+
+@pytest.mark.parametrize("name", ["se", "ese", "eca", "gc"])
+def test_equivariant_where_plain_channels_are_not(name):
+    layer = stirred(FieldAttention(8, 8, name))
+    assert_equivariant(layer, **ATTENTION)
+    with pytest.raises(AssertionError, match="d4"):  # a scale for each channel instead of each field
+        assert_equivariant(stirred(FieldAttention(64, 1, name)), **ATTENTION)
+
+
+def test_one_scale_for_each_field():
+    layer, x = stirred(FieldAttention(8, 8, "se")), torch.randn(2, 64, 5, 5)
+    scale = (layer(x) / x).reshape(2, 8, -1)  # [B, m * |G|, H, W] -> [B, m, |G| * H * W]
+    assert torch.allclose(scale, scale[..., :1].expand_as(scale), atol=1e-4)
+    assert scale[..., 0].std() > 0.1
+    assert type(layer.per_field) is SEModule
+
+
+@pytest.mark.parametrize("name", ["cbam", "coord", "halo", "sk", "attention", None, ""])
+def test_what_depends_on_the_position_or_is_unknown_is_refused(name):
+    with pytest.raises(ValueError, match=f"'{name}'" if name else "attn_layer"):
+        FieldAttention(8, 8, name)
