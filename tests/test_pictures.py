@@ -105,14 +105,6 @@ def test_no_file(tmp_path, name):
     assert "\n" not in str(raised.value)
 
 
-def test_large_pictures(tmp_path):
-    """Pillow warns from 89 megapixels on, which is silenced, and refuses from 179 on."""
-    for pixels, fault in ((130_000_000, "truncated"), (180_000_000, "exceeds limit")):
-        (tmp_path / "x.pbm").write_bytes(b"P4 %d %d\n" % (pixels // 10_000, 10_000))
-        with pytest.raises(PictureError, match=fault):
-            open_rgb(tmp_path / "x.pbm")
-
-
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "TIFF", "WEBP"])
 def test_damaged_files(tmp_path, format):
     """Cut, overwritten, repeated: a picture or an error of one line that names the file."""

@@ -142,7 +142,6 @@ def test_a_block_that_fails_is_noticed():
 @pytest.mark.parametrize(
     "line",
     [
-        "equivision-timm lost",
         "python -m equivision_timm demo --output x.png",
         "cd x && equivision-timm rotate-eval --data DIR",
         "equivision-timm predict IMAGE \\\n  --model c8resnet50 --nosuch  # comment",

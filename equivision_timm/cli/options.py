@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import csv
+import io
 import math
 import sys
 from collections.abc import Callable, Collection, Iterable
@@ -24,6 +26,7 @@ __all__ = [
     "add_names",
     "add_options",
     "aligned",
+    "as_csv",
     "for_each",
     "libraries",
     "parse_angles",
@@ -151,6 +154,15 @@ def aligned(rows: Iterable[Iterable[object]], left: Collection[int] = (0,)) -> s
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     forms = [f"{{:{'<' if i in left else '>'}{width}}}" for i, width in enumerate(widths)]
     return "\n".join("  ".join(forms).format(*row).rstrip() for row in cells)
+
+
+def as_csv(rows: list[dict[str, Any]]) -> str:
+    """A table with a column for every key; cells of missing keys are empty."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    return text.getvalue()
 
 
 def libraries() -> str:

@@ -1,8 +1,6 @@
 """The command `predict`: the most probable classes of image files."""
 
 import argparse
-import csv
-import io
 import json
 import sys
 from collections.abc import Iterator
@@ -14,7 +12,7 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from equivision_timm.cli.models import load
-from equivision_timm.cli.options import Parsers, add_command, add_model, add_options, positive
+from equivision_timm.cli.options import Parsers, add_command, add_model, add_options, as_csv, positive
 from equivision_timm.data import PictureError, find_pictures, open_rgb, preparation
 from equivision_timm.errors import one_line
 from equivision_timm.files import check_writable, write_file
@@ -50,15 +48,16 @@ def run(args: argparse.Namespace) -> int:
     found: list[dict[str, Any]] = []
     with tqdm(total=len(files), unit="image", file=sys.stderr) as progress:
         for chunk in (files[start : start + args.batch_size] for start in range(0, len(files), args.batch_size)):
-            images = dict(_read(chunk, prepare))
-            if images:
-                found += _classify(
-                    model, torch.stack(list(images.values())).to(args.device), list(images), names, args.topk
-                )
+            if images := dict(_read(chunk, prepare)):
+                found += _classify(model, images, args.device, names, args.topk)
             progress.update(len(chunk))
     if not found:
         return 1
-    text = json.dumps(found, indent=1) + "\n" if args.format == "json" else _as_csv(found)
+    if args.format == "json":
+        text = json.dumps(found, indent=1) + "\n"
+    else:
+        classes = [{"file": image["file"], **row} for image in found for row in image["classes"]]
+        text = as_csv([{**row, "probability": f"{row['probability']:.6f}"} for row in classes])
     if args.out is None:
         sys.stdout.write(text)
     else:
@@ -79,24 +78,14 @@ def _read(files: list[str], prepare: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 @torch.inference_mode()
 def _classify(
-    model: nn.Module, images: torch.Tensor, files: list[str], names: list[str], topk: int
+    model: nn.Module, images: dict[str, torch.Tensor], device: torch.device, names: list[str], topk: int
 ) -> list[dict[str, Any]]:
-    """The most probable classes of each of images [B, C, H, W]."""
-    probabilities, indices = model(images).float().softmax(1).cpu().topk(min(topk, len(names)))  # [B, topk] each
+    """The most probable classes of each of the images {file: [C, H, W]}."""
+    logits = model(torch.stack([*images.values()]).to(device))  # [B, classes]
+    probabilities, indices = logits.float().softmax(1).cpu().topk(min(topk, len(names)))  # [B, topk] each
     found = []
-    for file, best, values in zip(files, indices.tolist(), probabilities.tolist(), strict=True):
+    for file, best, values in zip(images, indices.tolist(), probabilities.tolist(), strict=True):
         ranks = enumerate(zip(best, values, strict=True), start=1)
         classes = [{"rank": k, "index": i, "name": names[i], "probability": value} for k, (i, value) in ranks]
         found.append({"file": file.encode(errors="backslashreplace").decode(), "classes": classes})
     return found
-
-
-def _as_csv(found: list[dict[str, Any]]) -> str:
-    """A line for each class of each image."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ["file", "rank", "index", "name", "probability"], lineterminator="\n")
-    writer.writeheader()
-    for image in found:
-        for row in image["classes"]:
-            writer.writerow({"file": image["file"], **row, "probability": f"{row['probability']:.6f}"})
-    return text.getvalue()

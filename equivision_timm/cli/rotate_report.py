@@ -1,8 +1,6 @@
 """The report of `rotate-eval`: tables and pictures."""
 
 import contextlib
-import csv
-import io
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from equivision_timm.cli.figures import figure_bytes, plain_text
 from equivision_timm.cli.models import Loaded, class_titles, short_name
-from equivision_timm.cli.options import aligned
+from equivision_timm.cli.options import aligned, as_csv
 from equivision_timm.cli.rotate_eval import METRICS, Predict, Result, Settings, shown
 from equivision_timm.data import ImageFolder, PictureError
 from equivision_timm.errors import one_line, shortened
@@ -86,11 +84,7 @@ def write(results: list[Result], folder: Path, samples: Samples | None = None) -
         for i, angle in enumerate(result.settings.angles):
             row = {"model": model, "size": size, "turns": turns, "angle": f"{angle:g}", "images": result.images}
             rows.append({**row, **{name: values[i] for name, values in means.items()}})
-    text = io.StringIO(newline="")
-    table = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row))
-    table.writeheader()
-    table.writerows(rows)
-    write_file(folder / "results.csv", text.getvalue().encode(errors="backslashreplace"))
+    write_file(folder / "results.csv", as_csv(rows).encode(errors="backslashreplace"))
     with plain_text():
         write_file(folder / "rotation.png", figure_bytes(draw(results, samples), ".png", _DPI))
         if results[0].settings.by_stage:
