@@ -21,7 +21,7 @@ pytest.importorskip("skimage", reason="photographs come with scikit-image, the e
 @pytest.mark.parametrize(("group", "width"), [("d4", 8), pytest.param("d8", 6, marks=pytest.mark.slow)])
 def test_random_signs_are_found(group, width):
     pattern, crops = random_pattern(group, seed=1), load_crops(None, 10, 33)
-    model, _ = trained_elsewhere(f"{group}resnet18", pattern, crops, width=width)
+    model, _ = trained_elsewhere("test_d4resnet", pattern, crops, group=group, width=width)
     found = find_signs(model, [crops[:9]], restarts=0)
     assert found.signs in (pattern, combine(pattern, half_turn(group)))
     assert found.name is None

@@ -40,10 +40,9 @@ def convert_file(
         The provenance, as in the metadata of the safetensors file.
 
     Raises:
-        InputError: no checkpoints of this model can be converted, an option does not apply to them, there are no
-            photographs in `images`, or `folder` cannot be written.
-        WeightsError: the file is damaged or does not fit the model.
-        AmbiguousSigns: the signs are not clear.
+        InputError: an option does not apply to the model, or `folder` cannot be written.
+        WeightsError: the file is damaged or does not fit the model, or the signs are not clear (`AmbiguousSigns`).
+        RuntimeError: entries are left over or of another shape.
         OSError: the file cannot be read, or writing fails.
     """
     checkpoint, module = Path(checkpoint), check_options(model_name, images, signs)

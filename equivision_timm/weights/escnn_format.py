@@ -91,12 +91,9 @@ def _coefficients(entries: Entries, name: str, conv: SteerableConv2d) -> tuple[t
 
 
 def translate_basis(source: torch.Tensor, target: torch.Tensor, name: str) -> torch.Tensor:
-    """T [n_basis, n_basis] with T target = source, so that w T are coefficients in `target`.
+    """T [n_basis, n_basis] with T target = source [n_basis, |G|, H, ...], so that w T are coefficients in `target`.
 
-    `source` and `target` [n_basis, |G|, H, ...] are the same kernels; `name` is of the convolution, for the error.
-
-    Raises:
-        WeightsError: the two span different spaces.
+    Raises WeightsError, with the `name` of the convolution, if the two span different spaces.
     """
     translation = _solve(source.flatten(1), target, name)
     signs = translation.round()

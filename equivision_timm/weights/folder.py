@@ -1,16 +1,14 @@
 """Model folders, as timm's `local-dir:` and the Hub have them: written all or nothing, and loaded strictly.
 
 A config can ask for another network with the same entries (`model_args`), or leave entries random (a classifier of
-another size). `load_strictly` therefore compares the arguments with those of the conversion, and the loaded model with
-the file, entry by entry.
+another size). `load_strictly` therefore compares the arguments with those of the conversion, and every entry.
 """
 
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -30,17 +28,12 @@ _ARGUMENTS = "model_args"  # in the config, and in the metadata of the weights
 
 
 def check_model_folder(folder: str | Path, model_name: str) -> None:
-    """Raises InputError if `write_model_folder` could not write here, or would replace something else."""
+    """Raises InputError if `write_model_folder` could not write here, or would replace another model."""
     config = Path(folder) / CONFIG_FILE
     for path in (config, Path(folder) / WEIGHTS_FILE):
         check_writable(path)
-    if config.exists():
-        try:
-            held = json.loads(config.read_text(encoding="utf-8"))["architecture"]
-        except (ValueError, KeyError, TypeError):
-            held = "something else"
-        if held != model_name:
-            raise InputError(f"{folder} holds {held}, and {model_name} would replace it: name another folder")
+    if config.exists() and f'"{model_name}"' not in config.read_text(encoding="utf-8"):
+        raise InputError(f"{config} is not of {model_name}, which would replace it: name another folder")
 
 
 def write_model_folder(
@@ -61,7 +54,7 @@ def write_model_folder(
 
     Raises:
         RuntimeError: the weights do not fit the model.
-        InputError: the folder cannot be written or holds something else.
+        InputError: the folder cannot be written or holds another model.
         OSError: writing fails; nothing has changed.
     """
     folder = Path(folder).absolute()
@@ -69,36 +62,25 @@ def write_model_folder(
         model = timm.create_model(model_name, **(model_args or {}))
     model.load_state_dict(state_dict, assign=True)
     check_model_folder(folder, model_name)
-    tensors = {name: value.contiguous() for name, value in state_dict.items()}
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".partial-", dir=folder) as partial:
         config = Path(partial) / CONFIG_FILE
         save_config_for_hf(model, str(config), model_args=model_args)
         written = json.loads(config.read_text(encoding="utf-8")).get(_ARGUMENTS, {})  # timm adds some
         metadata = {"format": "pt", _ARGUMENTS: json.dumps(written), **provenance}
-        save_file(tensors, Path(partial) / WEIGHTS_FILE, metadata=metadata)
+        save_file(state_dict, Path(partial) / WEIGHTS_FILE, metadata=metadata)
         for name in (CONFIG_FILE, WEIGHTS_FILE):  # the config of a model is always the same, so any order will do
             os.replace(Path(partial) / name, folder / name)
     return folder
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A model and its file.
+class Loaded(NamedTuple):
+    """A model and its file."""
 
-    Attributes:
-        name: architecture, e.g. 'c8resnet50'.
-        model: the network, in eval mode.
-        weights: the file.
-        state_dict: the entries of the file.
-        provenance: origin of the weights, if the file has metadata.
-    """
-
-    name: str
-    model: Any
+    name: str  # architecture, e.g. 'c8resnet50'
+    model: Any  # in eval mode
     weights: Path
-    state_dict: dict[str, torch.Tensor]
-    provenance: dict[str, str]
+    provenance: dict[str, str]  # the metadata of the file
 
 
 def load_strictly(target: str) -> Loaded:
@@ -109,22 +91,20 @@ def load_strictly(target: str) -> Loaded:
         WeightsError: config, metadata and entries do not make up one model of this package, or are damaged.
     """
     path, name, config = Path(target), target.partition(".")[0], {}
-    if path.is_dir():
-        config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-        weights, name = path / WEIGHTS_FILE, config["architecture"]
-    elif path.is_file():
+    if path.is_file():
         weights, name = path, None
-    elif name in model_names():
+    elif name in model_names() and not path.is_dir():
         file = resolve_pretrained_cfg(target).file
         weights = Path(file) if file else find_weights(name)
     else:
-        raise FileNotFoundError(f"{target!r} is not a file, a folder or a model of this package, e.g. c8resnet50")
+        config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+        weights, name = path / WEIGHTS_FILE, config["architecture"]
     state_dict, provenance = read_checked(weights, name)
     name = name or provenance.get("model", "")
     if name not in model_names():
         raise WeightsError(f"{weights} should hold a model of this package, not {name!r}")
     converted = json.loads(provenance.get(_ARGUMENTS, "{}"))
-    if path.is_dir():
+    if config:
         arguments = config.get(_ARGUMENTS, {})
         if _ARGUMENTS in provenance and arguments != converted:
             raise WeightsError(f"{path} has the {_ARGUMENTS} {arguments}, unlike {converted} of its conversion")
@@ -137,4 +117,4 @@ def load_strictly(target: str) -> Loaded:
         found, held = entries.get(key), state_dict.get(key)
         if found is None or held is None or not torch.equal(found.to(held.dtype), held):
             raise WeightsError(f"{weights} does not fit {name}: {key} is missing, or of another shape or value")
-    return Loaded(name, model.eval(), weights, state_dict, provenance)
+    return Loaded(name, model.eval(), weights, provenance)

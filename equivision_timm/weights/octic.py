@@ -5,6 +5,8 @@ attention, their heads divide the channels of both copies of E together, here th
 have the channels last. DINOv2 files also hold the heads of the self-supervised training, which are dropped.
 """
 
+import re
+
 import torch
 
 from equivision_timm.models.equivariant_vit import VARIANTS, EquivariantViT
@@ -51,7 +53,7 @@ def invariants_of(state_dict: dict[str, torch.Tensor]) -> str:
 
 def translate_to(model: EquivariantViT, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Entries of `model`, float32; raises WeightsError as `translate`. Mask tokens of DINOv2 are dropped."""
-    source = Entries(state_dict)
+    source = Entries({_dinov2_name(name): value for name, value in state_dict.items()})
     found: dict[str, torch.Tensor] = {}
     names = (*_ONES, "E_left", "E_right")
     found["patch_embed.proj.weight"] = torch.cat(source.take_all("patch_embed.lift8.conv_{}.weight", names))
@@ -64,28 +66,27 @@ def translate_to(model: EquivariantViT, state_dict: dict[str, torch.Tensor]) -> 
             raise WeightsError(f"{name} is not zero: this class token is not invariant")
     source.left = {name: value for name, value in source.left.items() if not name.startswith("mask_token.")}
     heads: int = model.blocks[0].get_submodule("attn").num_heads  # type: ignore[assignment]
-    for index in range(len(model.blocks)):
-        if index < model.equivariant_depth:
-            _equivariant_block(source, found, f"blocks.{index}", heads)
-        else:
-            _ordinary_block(source, found, f"blocks.{index}")
-    transition = f"blocks.{model.equivariant_depth}.transition.proj"
-    foreign = {transition: "invariant_proj", "norm": "norm", "head": "head"}
+    for index in range(model.equivariant_depth):
+        _equivariant_block(source, found, f"blocks.{index}", heads)
     for name in model.state_dict():
-        module, _, leaf = name.rpartition(".")
-        if module in foreign:
-            found[name] = source.take(f"{foreign[module]}.{leaf}")
+        if name not in found:
+            transition = f"blocks.{model.equivariant_depth}.transition.proj"
+            found[name] = source.take(name.replace(transition, "invariant_proj"))
     return source.finish(found)
 
 
+def _dinov2_name(name: str) -> str:
+    """'blocks.0.ls1.alpha_A1' for 'blocks.0.gamma_1.alpha_A1' of DeiT III, and '....ls1.gamma' for '....gamma_1'."""
+    name = re.sub(r"\.gamma_(\d)\b", r".ls\1", name)
+    return f"{name}.gamma" if name.endswith((".ls1", ".ls2")) else name
+
+
 def _equivariant_block(source: Entries, found: dict[str, torch.Tensor], block: str, heads: int) -> None:
-    scale = "gamma_{}" if f"{block}.gamma_1.alpha_A1" in source.left else "ls{}"
     for i in (1, 2):
         scaling = f"{block}.norm{i}.scaling"
         found[f"{block}.norm{i}.weight"] = torch.cat(source.take_all(scaling + ".alpha_{}", (*_ONES, "E")))
         found[f"{block}.norm{i}.bias"] = source.take(f"{scaling}.beta")
-        alpha = f"{block}.{scale.format(i)}.alpha_"
-        found[f"{block}.ls{i}.gamma"] = torch.cat(source.take_all(alpha + "{}", (*_ONES, "E")))
+        found[f"{block}.ls{i}.gamma"] = torch.cat(source.take_all(f"{block}.ls{i}.alpha_{{}}", (*_ONES, "E")))
     for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
         name = f"{block}.{layer}"
         found[f"{name}.weight"] = torch.stack(source.take_all(name + ".lin_{}.weight", _ONES))
@@ -96,12 +97,3 @@ def _equivariant_block(source: Entries, found: dict[str, torch.Tensor], block: s
         elif layer == "attn.proj":  # columns: (head, copy, channel) -> (copy, head, channel)
             plane = plane.unflatten(1, (heads, 2, -1)).transpose(1, 2).flatten(1)
         found[f"{name}.weight_plane"] = plane
-
-
-def _ordinary_block(source: Entries, found: dict[str, torch.Tensor], block: str) -> None:
-    deit = f"{block}.gamma_1" in source.left
-    for i in (1, 2):
-        found[f"{block}.ls{i}.gamma"] = source.take(f"{block}.gamma_{i}" if deit else f"{block}.ls{i}.gamma")
-    for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"):
-        for name in (f"{block}.{layer}.weight", f"{block}.{layer}.bias"):
-            found[name] = source.take(name)

@@ -27,16 +27,10 @@ def translate(state_dict: dict[str, torch.Tensor], model_name: str) -> Translati
         WeightsError: the entries do not fit the model, or are damaged.
     """
     prefix = "backbone." if any(name.startswith("backbone.") for name in state_dict) else ""
-    network, dropped = {}, 0
-    for name, value in state_dict.items():
-        if name.startswith("head.fc."):
-            network[name.removeprefix("head.")] = value
-        elif name.endswith(".filter"):
-            continue  # follows from the coefficients
-        elif name.startswith(prefix) and not name.startswith("head."):
-            network[name.removeprefix(prefix)] = value
-        else:
-            dropped += 1
+    renamed = {name.replace("head.fc.", f"{prefix}fc."): value for name, value in state_dict.items()}
+    network = {name.removeprefix(prefix): value for name, value in renamed.items() if name.startswith(prefix)}
+    dropped = len(state_dict) - len(network)
+    network = {name: v for name, v in network.items() if not name.endswith(".filter")}  # follows from the coefficients
     keywords = {} if "fc.weight" in network else {"num_classes": 0}
     with torch.device("meta"):
         model = create(model_name, EquivariantResNet, **keywords)

@@ -18,7 +18,7 @@ import torch
 
 from equivision_timm.errors import InputError
 from equivision_timm.groups import Group
-from equivision_timm.kernel_basis import Element, elements
+from equivision_timm.kernel_basis import elements
 from equivision_timm.kernels import Kernel
 
 __all__ = ["combine", "element_signs", "half_turn", "known_patterns", "neighbours", "parse_signs", "sign_groups"]
@@ -40,13 +40,18 @@ def sign_groups(group_name: str) -> tuple[SignGroup, ...]:
     if not group.reflections or group.rotations == 1:
         return ()
     kernels = Kernel(group_name, 1), Kernel(group_name, 3), Kernel(group_name, 7, "trivial")
-    return tuple(dict.fromkeys(_sign_group(group, element) for kernel in kernels for element in elements(kernel)))
+    return tuple(dict.fromkeys(found for kernel in kernels for found in _groups_of_elements(kernel)))
 
 
-def _sign_group(group: Group, element: Element) -> SignGroup:
-    m = element.harmonic.frequency
-    part = ("sin" if element.sine else "cos") if m and 2 * m % group.rotations == 0 else ""
-    return SignGroup(m, part, element.in_irrep, element.out_irrep)
+@cache
+def _groups_of_elements(kernel: Kernel) -> list[SignGroup]:
+    """The sign group of each basis element of a kernel."""
+    n, found = Group.from_name(kernel.group).rotations, []
+    for element in elements(kernel):
+        m = element.harmonic.frequency
+        part = ("sin" if element.sine else "cos") if m and 2 * m % n == 0 else ""
+        found.append(SignGroup(m, part, element.in_irrep, element.out_irrep))
+    return found
 
 
 @cache
@@ -67,15 +72,8 @@ def parse_signs(group_name: str, signs: str) -> str:
 
 def element_signs(kernel: Kernel, signs: str) -> torch.Tensor:
     """[n_basis, 1] float32 of +1 and -1: the signs of the basis elements of a kernel under a pattern."""
-    pattern = parse_signs(kernel.group, signs)
-    return torch.tensor([[1.0 if pattern[index] == "+" else -1.0] for index in _sign_group_indices(kernel)])
-
-
-@cache
-def _sign_group_indices(kernel: Kernel) -> list[int]:
-    """The index of the sign group of each basis element."""
-    group, groups = Group.from_name(kernel.group), sign_groups(kernel.group)
-    return [groups.index(_sign_group(group, element)) for element in elements(kernel)]
+    sign_of = dict(zip(sign_groups(kernel.group), parse_signs(kernel.group, signs), strict=True))
+    return torch.tensor([[1.0 if sign_of[group] == "+" else -1.0] for group in _groups_of_elements(kernel)])
 
 
 def combine(a: str, b: str) -> str:

@@ -28,21 +28,9 @@ from equivision_timm.models import EquivariantResNet
 from equivision_timm.models.pretrained import WeightsError
 from equivision_timm.weights.signs import combine, element_signs, half_turn, known_patterns, neighbours
 
-__all__ = [
-    "CLEARLY",
-    "Z_LIMIT",
-    "AmbiguousSigns",
-    "Fit",
-    "PatternFits",
-    "apply_signs",
-    "best_fit",
-    "check_model",
-    "choose_signs",
-    "fit",
-]
+__all__ = ["Z_LIMIT", "AmbiguousSigns", "Fit", "PatternFits", "apply_signs", "best_fit", "choose_signs", "fit"]
 
 Z_LIMIT = 3.0  # standard errors
-CLEARLY = 0.8  # of the rms of another model
 
 
 class AmbiguousSigns(WeightsError):
@@ -94,31 +82,6 @@ def best_fit(model: EquivariantResNet, images: torch.Tensor) -> Fit:
         return fit(model, images)
     fits = PatternFits(model, images)
     return max(map(fits.fit, known), key=lambda found: found.log_likelihood)
-
-
-def check_model(name: str, own: Fit, other_name: str, other: Fit, must_lead: bool) -> float:
-    """Vuong's z of a model over another with the same names and shapes.
-
-    The better one needs a lead of `Z_LIMIT` standard errors and at most `CLEARLY` times the rms of the other: random
-    weights give C_8 a lead of up to 2.6 over D_4 on forty crops, with 0.92 to 0.98 of its rms.
-
-    Raises:
-        WeightsError: the other model is better, or, with `must_lead`, this one is not.
-    """
-    lead = own.lead(other)
-    figures = f"log variances off by {own.rms:.2g} and {other.rms:.2g}, {abs(lead):.1f} standard errors apart"
-    if lead <= -Z_LIMIT and other.rms <= CLEARLY * own.rms:
-        raise WeightsError(
-            f"this is not a checkpoint of {name}: its batch-norm statistics fit {other_name}, which has the same names "
-            f"and shapes ({figures}): convert it as {other_name}"
-        )
-    if must_lead and not (lead >= Z_LIMIT and own.rms <= CLEARLY * other.rms):
-        raise WeightsError(
-            f"{name} and {other_name} have the same names and shapes, and the batch-norm statistics of this checkpoint "
-            f"do not decide between them ({figures}; {Z_LIMIT:.0f} and a ratio of {CLEARLY} are needed): give "
-            "photographs like those of its training (--images DIR), or a checkpoint with its basis"
-        )
-    return lead
 
 
 def choose_signs(model: EquivariantResNet, batches: Iterable[torch.Tensor]) -> dict[str, str]:

@@ -46,7 +46,7 @@ def test_other_files_are_kept_and_other_models_not_replaced(tmp_path):
     assert torch.equal(load_file(folder / "model.safetensors")["fc.weight"], state(1)["fc.weight"])
     assert read_checked(folder / "model.safetensors")[1].keys() == {"model_args"}
     before = contents(folder)
-    with pytest.raises(InputError, match="holds test_c8resnet"):
+    with pytest.raises(InputError, match="test_d4resnet"):
         write_model_folder(folder, "test_d4resnet", timm.create_model("test_d4resnet").state_dict(), {})
     assert contents(folder) == before
 
