@@ -38,7 +38,10 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     try:
         content: Any = load_file(path) if is_safetensors else _load_torch(path)
         state_dict = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), dict)), content)
-        return {_own_name(name): value.detach() for name, value in state_dict.items()}
+        return {
+            ".".join(part for part in name.split(".") if part not in _ADDED).removeprefix("model."): value.detach()
+            for name, value in state_dict.items()
+        }
     except Exception as error:  # damaged files raise many types, in zipfile, pickle, torch and safetensors
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = next((line for line in lines if "unsupported" in line.lower()), lines[0])  # of torch.load: classes
@@ -52,10 +55,6 @@ def _load_torch(path: Path) -> Any:
                 archive.read(name)  # compares the checksum, which torch.load does not
     with torch.serialization.safe_globals([argparse.Namespace]):  # the options in files of timm and DeiT III
         return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _own_name(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _ADDED).removeprefix("model.")
 
 
 @dataclass(frozen=True)

@@ -31,13 +31,10 @@ def convert_file(
 
     Args:
         checkpoint: file of `torch.save` or safetensors.
-        model_name: e.g. 'c8resnet50'.
-        folder: the model folder to write.
         images: photographs for checkpoints of equivision, by default those of scikit-image.
         signs: sign pattern of D4 and D8 checkpoints of equivision; None chooses among the known ones.
 
-    Returns:
-        The provenance, as in the metadata of the safetensors file.
+    Returns the provenance, as in the metadata of the safetensors file.
 
     Raises:
         InputError: an option does not apply to the model, or `folder` cannot be written.
@@ -69,7 +66,7 @@ def convert_file(
 def check_options(model_name: str, images: str | Path | None, signs: str | None) -> ModuleType:
     """The translator of a model; raises InputError if there is none, or if options of `convert_file` do not apply."""
     module = next((module for module in _FORMATS if model_name in module.models()), None)
-    if module is None or (module is not equivision and (images is not None or signs is not None)):
+    if module is None or (module is not equivision and (images or signs)):
         remedy = "leave --images and --signs out" if module else "use a model such as c8resnet50"
         raise InputError(f"there are no such checkpoints of {model_name!r} to convert: {remedy}")
     if signs is not None:

@@ -49,7 +49,7 @@ def translate_resnet(
         sources.add(source)
         for key in unit.norm.per_field.state_dict():
             found[f"{name}.norm.per_field.{key}"] = entries.take(f"{norm}.batch_norm_[{order}].{key}")
-    basis = " and ".join(sorted(sources - {"coefficients"}))
+    basis = "+".join(sorted(sources - {"coefficients"}))
     if basis and (signs is not None or "coefficients" in sources):
         raise WeightsError(
             f"the checkpoint holds the {basis} of {'some' if 'coefficients' in sources else 'all'} convolutions: save "
@@ -57,7 +57,7 @@ def translate_resnet(
         )
     found |= {f"fc.{key}": entries.take(f"fc.{key}") for key in model.fc.state_dict()}
     entries.left = {name: value for name, value in entries.left.items() if f"indices_{order}" not in name}
-    return Translation(entries.finish(found), notes={"basis_from": basis.replace(" and ", "+") or "coefficients"})
+    return Translation(entries.finish(found), notes={"basis_from": basis or "coefficients"})
 
 
 def _names(unit: str) -> tuple[str, str]:

@@ -47,7 +47,6 @@ def write_model_folder(
 
     Args:
         folder: created if missing; its other files are kept.
-        model_name: e.g. 'c8resnet50'.
         state_dict: exactly the entries of this model.
         provenance: for the metadata of the safetensors file.
         model_args: arguments of `timm.create_model` that differ from the model's own.

@@ -1,8 +1,4 @@
-"""Model card of a publication, by timm's own writer of cards, and the cost of a model.
-
-Everything that differs between models is read from the model, on the meta device, and from the table of released
-checkpoints.
-"""
+"""Model card of a publication, by timm's own writer of cards, from a model on the meta device; the cost of a model."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,15 +34,12 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 {output} = model(transform(image).unsqueeze(0))  # image: an RGB picture opened with PIL
 features = model.forward_features(torch.randn(1, 3, {size}, {size}))  # {shape}
 ```
-{features}
+The features are {features}.
 Keywords such as `num_classes`, `in_chans`, `global_pool` and `features_only` work as for any timm model."""
 
 
 def model_card(model_name: str, repository: str, provenance: dict[str, str], has_classifier: bool = True) -> str:
-    """The model card of a model with released weights in the `repository` 'organisation/name', in Markdown.
-
-    `has_classifier` says whether the weights include a classifier.
-    """
+    """The model card of a model with released weights in the `repository` 'organisation/name', in Markdown."""
     arguments: dict[str, Any] = {} if has_classifier else {"num_classes": 0}
     entry = released()[model_name]
     with torch.device("meta"):
@@ -57,9 +50,10 @@ def model_card(model_name: str, repository: str, provenance: dict[str, str], has
             features = model.forward_features(torch.empty(1, model.in_chans, size, size))
     parameters, dense = complexity(model_name, cost_size, **arguments)
     classifies, licence = model.num_classes > 0, model.pretrained_cfg["license"]
-    kept = "tokens: the class token first, then one for each patch, row by row."
+    output = "logits" if classifies else "vector"
+    kept = "tokens: the class token first, then one for each patch, row by row"
     if features.ndim == 4:
-        kept = f"{model.feature_info[-1]['num_fields']} regular fields, with one channel for each element of the group."
+        kept = f"{model.feature_info[-1]['num_fields']} regular fields, with one channel for each element of the group"
     details = {
         "Model Type": f"Equivariant image {'classifier' if classifies else 'encoder'}, group {model.group.upper()}",
         "Exact sizes": _exact_sizes(model, size),
@@ -76,11 +70,7 @@ def model_card(model_name: str, repository: str, provenance: dict[str, str], has
         "description": f"{model_entrypoint(model_name).__doc__}\n\n{_symmetry(model)}",
         "details": details,
         "usage": _USAGE.format(
-            repository=repository,
-            output="logits" if classifies else "vector",
-            size=size,
-            shape=list(features.shape),
-            features=f"The features are {kept}",
+            repository=repository, output=output, size=size, shape=list(features.shape), features=kept
         ),
         "citation": [entry.citation, Path(__file__).with_name("timm.bib").read_text(encoding="utf-8")],
     }

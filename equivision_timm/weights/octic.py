@@ -29,8 +29,7 @@ def models() -> list[str]:
 def translate(state_dict: dict[str, torch.Tensor], model_name: str) -> Translation:
     """State dict of a model of this package from that of octic-vits, with or without the prefix `backbone.`.
 
-    Raises:
-        WeightsError: the entries do not fit the model or are damaged, or the class token is not invariant.
+    Raises WeightsError if entries do not fit the model or are damaged, or if the class token is not invariant.
     """
     network = {name.removeprefix("backbone."): v for name, v in state_dict.items() if not name.startswith(_HEADS)}
     invariants, own = invariants_of(network), VARIANTS[model_name].arguments.get("invariants", "power")
@@ -68,9 +67,9 @@ def translate_to(model: EquivariantViT, state_dict: dict[str, torch.Tensor]) -> 
     heads: int = model.blocks[0].get_submodule("attn").num_heads  # type: ignore[assignment]
     for index in range(model.equivariant_depth):
         _equivariant_block(source, found, f"blocks.{index}", heads)
+    transition = f"blocks.{model.equivariant_depth}.transition.proj"
     for name in model.state_dict():
         if name not in found:
-            transition = f"blocks.{model.equivariant_depth}.transition.proj"
             found[name] = source.take(name.replace(transition, "invariant_proj"))
     return source.finish(found)
 

@@ -21,11 +21,7 @@ def models() -> list[str]:
 
 
 def translate(state_dict: dict[str, torch.Tensor], model_name: str) -> Translation:
-    """State dict of a model of this package from that of a classifier or a detector.
-
-    Raises:
-        WeightsError: the entries do not fit the model, or are damaged.
-    """
+    """State dict of a model of this package from that of a classifier or a detector; WeightsError if it cannot be."""
     prefix = "backbone." if any(name.startswith("backbone.") for name in state_dict) else ""
     renamed = {name.replace("head.fc.", f"{prefix}fc."): value for name, value in state_dict.items()}
     network = {name.removeprefix(prefix): value for name, value in renamed.items() if name.startswith(prefix)}
