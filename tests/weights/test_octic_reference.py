@@ -43,32 +43,25 @@ def compare(model, case, size):
         assert value.std() > 0.01
 
 
-@pytest.mark.parametrize("case", octic_data.SMALL)
+@pytest.mark.parametrize(
+    "case",
+    [*octic_data.SMALL, *(pytest.param(case, marks=pytest.mark.slow) for case in LARGE)],  # gigabytes
+)
 def test_every_stage(case):
-    model = octic_data.small_model(case)
+    model = timm.create_model(LARGE[case]).eval() if case in LARGE else octic_data.small_model(case)
     model.load_state_dict(translate_to(model, octic_data.checkpoint(case)))
-    compare(model, case, 64)
-
-
-@pytest.mark.slow  # gigabytes of weights
-@pytest.mark.parametrize("case", LARGE)
-def test_every_stage_of_large_models(case):
-    model = timm.create_model(LARGE[case]).eval()
-    model.load_state_dict(translate_to(model, octic_data.checkpoint(case)))
-    compare(model, case, 224)
+    compare(model, case, 224 if case in LARGE else 64)
 
 
 @pytest.mark.parametrize("case", LARGE)
 def test_large_models_have_their_parameters(case):
     with torch.device("meta"):
         model = timm.create_model(LARGE[case])
-        zeros = sum(
-            7 * p.numel() for name, p in model.named_parameters() if name == "cls_token"
-        )  # octic-vits stores zeros
-    own = sum(p.numel() for p in model.parameters()) + zeros
+    own = sum(p.numel() for p in model.parameters())
+    zeros = 7 * model.cls_token.numel()  # octic-vits stores them
     mask_token = 8 * model.cls_token.numel() if case.startswith("dinov2") else 0
     total = sum(torch.Size(shape).numel() for shape in octic_data.cases()[case]["shapes"].values())
-    assert own + mask_token == total
+    assert own + zeros + mask_token == total
 
 
 @pytest.mark.parametrize("entry", ["norm1.weight", "attn.qkv.weight_plane", "attn.proj.weight_plane", "mlp.fc1.weight"])
