@@ -38,6 +38,7 @@ from equivision_timm.rotation import inscribed_circle, rotate
 BACKBONE = "tf_efficientnet_lite0"
 MEAN = STD = (0.5, 0.5, 0.5)
 SURE = 0.3  # probability of the upright answer
+ORIENTATION = ("c4orient_tiny", "c8orient_tiny", "c4orient_lite0", "c8orient_lite0")
 RESTS = range(0, 90, 15)  # degrees beyond a quarter turn
 OUT = Path(__file__).parent / "benchmarks"
 
@@ -92,21 +93,20 @@ def rotated(images: torch.Tensor, degrees: float) -> torch.Tensor:
     return torch.cat([one_batch(batch) for batch in images.split(16)])
 
 
-def answers(views: torch.Tensor, c4: torch.Tensor, c8: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The class by method; views [B, 8, classes], scores [B, 4] and [B, 8]."""
+def answers(views: torch.Tensor, scores: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The class by method; views [B, 8, classes], scores [B, 4] or [B, 8] by orientation network."""
     p = views.softmax(-1)
-    index = torch.arange(len(views))
-    weighted = {4: (c4.softmax(1)[..., None] * p[:, ::2]).sum(1), 8: (c8.softmax(1)[..., None] * p).sum(1)}
-    return {
+    found = {
         "plain": views[:, 0].argmax(1),
         "symmetrized c4, mean of logits": views[:, ::2].mean(1).argmax(1),
         "symmetrized c4, mean of probabilities": p[:, ::2].mean(1).argmax(1),
         "symmetrized c8, mean of probabilities": p.mean(1).argmax(1),
-        "canonicalized c4": views[index, 2 * c4.argmax(1)].argmax(1),
-        "canonicalized c8": views[index, c8.argmax(1)].argmax(1),
-        "union c4": weighted[4].argmax(1),
-        "union c8": weighted[8].argmax(1),
     }
+    for name, s in scores.items():
+        step = 8 // s.shape[1]
+        found[f"canonicalized {name}"] = views[torch.arange(len(views)), step * s.argmax(1)].argmax(1)
+        found[f"union {name}"] = (s.softmax(1)[..., None] * p[:, ::step]).sum(1).argmax(1)
+    return found
 
 
 def perfect(views: torch.Tensor, angle: int) -> dict[str, torch.Tensor]:
@@ -161,9 +161,8 @@ def timings(backbone: torch.nn.Module, repeats: int = 20) -> dict[str, float]:
         "plain": backbone,
         "symmetrized c4": Symmetrized(backbone, "c4", "prob"),
         "symmetrized c8": Symmetrized(backbone, "c8", "prob"),
-        "canonicalized c4": Canonicalized(backbone, "c4"),
-        "canonicalized c8": Canonicalized(backbone, "c8"),
-        "union c8": Canonicalized(backbone, "c8", "prob", choice="soft"),
+        **{f"canonicalized {name}": Canonicalized(backbone, name[:2], orientation=name) for name in ORIENTATION},
+        "union c8orient_lite0": Canonicalized(backbone, "c8", "prob", "c8orient_lite0", choice="soft"),
     }
     x = torch.randn(1, 3, 224, 224)
     seconds: dict[str, list[float]] = {name: [] for name in models}
@@ -181,8 +180,7 @@ def timings(backbone: torch.nn.Module, repeats: int = 20) -> dict[str, float]:
 @torch.no_grad()
 def by_angle(
     backbone: torch.nn.Module,
-    c4: Callable[[torch.Tensor], torch.Tensor],
-    c8: torch.nn.Module,
+    orientation: dict[str, Callable[[torch.Tensor], torch.Tensor]],
     images: torch.Tensor,
     right: torch.Tensor | None = None,
 ) -> tuple[dict[str, dict[int, torch.Tensor]], torch.Tensor]:
@@ -195,17 +193,17 @@ def by_angle(
     for angle in sorted(plain):
         quarter, rest = divmod(angle, 90)
         x = torch.rot90(rotated(images, rest), quarter, (-2, -1))
-        scores = [in_batches(network, x) for network in (c4, c8)]
         views = logits[rest][:, quarter]
-        by_method = answers(views, *scores)
+        by_method = answers(views, {name: in_batches(network, x) for name, network in orientation.items()})
         if angle == 135:  # the registered models compute the same
+            name, c8 = next((n, m) for n, m in orientation.items() if "c8" in n and isinstance(m, torch.nn.Module))
             models = {
-                "symmetrized c8, mean of probabilities": Symmetrized(backbone, "c8", "prob").eval(),
-                "canonicalized c8": Canonicalized(backbone, "c8", orientation=c8).eval(),
-                "union c8": Canonicalized(backbone, "c8", "prob", c8, choice="soft").eval(),
+                "symmetrized c8, mean of probabilities": Symmetrized(backbone, "c8", "prob"),
+                f"canonicalized {name}": Canonicalized(backbone, "c8", orientation=c8),
+                f"union {name}": Canonicalized(backbone, "c8", "prob", c8, choice="soft"),
             }
-            for name, model in models.items():
-                assert torch.equal(model(x[:8]).argmax(1), by_method[name][:8]), name
+            for method, model in models.items():
+                assert torch.equal(model.eval()(x[:8]).argmax(1), by_method[method][:8]), method
         by_method |= perfect(views, angle)
         for name, classes in by_method.items():
             found.setdefault(name, {})[angle] = 100 * (classes == right).float()
@@ -220,17 +218,17 @@ def means(found: dict[str, dict[int, torch.Tensor]], chosen: torch.Tensor) -> di
 @torch.no_grad()
 def photographs(folder: Path) -> dict:
     backbone = lite0()
-    orientation = {group: timm.create_model(f"{group}orient_tiny", pretrained=True).eval() for group in ("c4", "c8")}
+    orientation = {name: timm.create_model(name, pretrained=True).eval() for name in ORIENTATION}
     images, names = load_squares(folder)
-    found, upright = by_angle(backbone, orientation["c4"], orientation["c8"], images)
+    found, upright = by_angle(backbone, orientation, images)
     sure = upright.softmax(1).amax(1) >= SURE
-    chosen = {group: in_batches(network, rotated(images, 0)).argmax(1) for group, network in orientation.items()}
+    chosen = {name: in_batches(network, rotated(images, 0)).argmax(1) for name, network in orientation.items()}
     return {
         "photographs": names,
         "sure": [name for name, chosen in zip(names, sure.tolist(), strict=True) if chosen],
         "agreement": means(found, torch.ones_like(sure)),
         "agreement of the sure": means(found, sure),
-        "upright photographs left upright": {g: 100 * (c == 0).float().mean().item() for g, c in chosen.items()},
+        "upright photographs left upright": {n: 100 * (c == 0).float().mean().item() for n, c in chosen.items()},
         "resampling": resampling(backbone, images, upright.argmax(1)),
         "time": timings(backbone),
     }
@@ -265,7 +263,7 @@ def digits() -> dict:
 
     backbone = fit(timm.create_model("test_resnet", num_classes=10, in_chans=1), 6, 0)
     c8 = fit(timm.create_model("c8orient_tiny", in_chans=1, size=33), 8, 8)
-    found, _ = by_angle(backbone, lambda x: c8(x)[:, ::2], c8, images[held], labels[held])
+    found, _ = by_angle(backbone, {"c4": lambda x: c8(x)[:, ::2], "c8": c8}, images[held], labels[held])
     return {"digits": means(found, torch.ones(len(held), dtype=torch.bool))}
 
 
@@ -289,7 +287,7 @@ def as_table(title: str, agreement: dict[str, dict[str, float]], time: dict[str,
 def as_markdown(result: dict) -> str:
     sure = f"of which the upright answer has a probability of {SURE} or more"
     undone = ", ".join(f"{name} {value:.1f}" for name, value in result["resampling"].items())
-    left = ", ".join(f"{group} {value:.1f}" for group, value in result["upright photographs left upright"].items())
+    left = ", ".join(f"{name} {value:.1f}" for name, value in result["upright photographs left upright"].items())
     return "\n".join(
         [
             f"# Agreement with the upright answer of `{BACKBONE}`",
@@ -315,7 +313,8 @@ def draw(result: dict, file: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    shown = ("plain", "symmetrized c8, mean of probabilities", "canonicalized c4", "canonicalized c8", "union c8")
+    adapted = ("canonicalized c4orient_lite0", "canonicalized c8orient_lite0", "union c8orient_lite0")
+    shown = ("plain", "symmetrized c8, mean of probabilities", *adapted)
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for name in shown:
         by = {int(angle): value for angle, value in result["agreement of the sure"][name].items()}

@@ -10,6 +10,7 @@ from equivision_timm.models.equivariant_vit import EquivariantViT
 from equivision_timm.models.fuse import fuse
 from equivision_timm.models.orientation import OrientationNet
 from equivision_timm.models.variants import model_names
+from equivision_timm.models.view_orientation import ViewOrientationNet
 
 __all__ = [
     "Canonicalized",
@@ -20,6 +21,7 @@ __all__ = [
     "EquivariantViT",
     "OrientationNet",
     "Symmetrized",
+    "ViewOrientationNet",
     "fuse",
     "model_names",
 ]

@@ -29,6 +29,7 @@ from equivision_timm.layers.views import act, act_each
 __all__ = ["Canonicalized", "Symmetrized"]
 
 Run = Callable[[torch.Tensor], list[torch.Tensor]]  # images -> features, channels first
+GROUPS = ("c2", "c4", "c8", "d1", "d2", "d4", "d8")
 
 
 class Symmetrized(nn.Module):
@@ -73,7 +74,7 @@ class Symmetrized(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        check_choice("group", group, ("c2", "c4", "c8", "d1", "d2", "d4", "d8"))
+        check_choice("group", group, GROUPS)
         check_choice("group_pool", group_pool, ("avg", "prob", "max"))
         check_choice("train_views", train_views, (0, 1))
         if not isinstance(backbone, str) and options:
@@ -277,10 +278,7 @@ class Symmetrized(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the backbone's classifier. `group_pool` 'prob', for trained classifiers, becomes 'avg'."""
         self.backbone.reset_classifier(num_classes, **({} if global_pool is None else {"global_pool": global_pool}))
-        self._read_head()
-        if self.group_pool == "prob":
-            self.group_pool = "avg"
-            update_model_args(self, group_pool="avg")  # for save_for_hf
+        self._read_new_head()
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -288,8 +286,14 @@ class Symmetrized(nn.Module):
         """Remove the backbone's layers after the last of `indices`; returns the levels that stay."""
         taken = self.backbone.prune_intermediate_layers(indices, prune_norm, prune_head)
         if prune_head:
-            self.reset_classifier(0, "")
+            self._read_new_head()
         return taken
+
+    def _read_new_head(self) -> None:
+        self._read_head()
+        if self.group_pool == "prob":
+            self.group_pool = "avg"
+            update_model_args(self, group_pool="avg")  # for save_for_hf
 
     # Exact sizes
 
@@ -329,7 +333,7 @@ class Canonicalized(Symmetrized):
         group_pool: with `choice="soft"`, the weighted mean of logits 'avg' or of probabilities 'prob', whose loss is
             -log sum_g p_g q_g(y) in training.
         orientation: name of a network with |G| scores that permute with the group, or the network; None for
-            `c4orient_tiny` or `c8orient_tiny`. With a hard choice it is frozen and always in eval mode.
+            `c2orient_lite0`, `c4orient_lite0` or `c8orient_lite0`. With a hard choice it is frozen, in eval mode.
         choice: 'hard' takes the best element; 'soft' all, weighted.
         gate: an image whose best element has a smaller probability is left as it is, and is not invariant then.
         chunk: as in `Symmetrized`, for the soft choice.
@@ -360,7 +364,7 @@ class Canonicalized(Symmetrized):
         self.gate: float = gate
         if not isinstance(orientation, nn.Module):
             own = {name: options[name] for name in ("pretrained", "device", "dtype") if name in options}
-            orientation = create_model(orientation or f"{group}orient_tiny", in_chans=self.in_chans, **own)
+            orientation = create_model(orientation or f"{group}orient_lite0", in_chans=self.in_chans, **own)
         self.orientation: nn.Module = orientation
         found = getattr(orientation, "group", None), getattr(orientation, "num_classes", None)
         if found != (group, self.order):

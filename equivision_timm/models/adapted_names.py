@@ -126,7 +126,7 @@ _NAMES = {
     for kind, network, group, how in (
         ("c4sym", Symmetrized, "c4", "averaged over rotations by 90 degrees"),
         ("d4sym", Symmetrized, "d4", "averaged over rotations by 90 degrees and reflections"),
-        ("c4can", Canonicalized, "c4", "on images rotated upright by c4orient_tiny"),
+        ("c4can", Canonicalized, "c4", "on images rotated upright by c4orient_lite0"),
     )
     for backbone in BACKBONES
     if is_model(backbone)

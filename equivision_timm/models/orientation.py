@@ -18,7 +18,7 @@ from equivision_timm.layers.views import shrink
 from equivision_timm.models.equivariant_resnet import BasicBlock, EquivariantResNet
 from equivision_timm.models.variants import Variant, register_family
 
-__all__ = ["OrientationNet"]
+__all__ = ["OrientationNet", "orientation_variant", "standardize"]
 
 _WEIGHTS = Path(__file__).parents[1] / "orientation"
 torch.fx.wrap("shrink")
@@ -83,23 +83,31 @@ class OrientationNet(nn.Module):
         fields = x.unflatten(1, (-1, self.num_classes)).transpose(1, 2)  # [B, |G|, fields]
         return self.score(self.dropout(fields)).squeeze(2)
 
+    @torch.jit.unused
+    def get_classifier(self) -> nn.Module:
+        """The projection to the scores."""
+        return self.score
+
+
+def orientation_variant(group: str, weights: str, first_conv: str, license: str = "mit", **arguments: Any) -> Variant:
+    """The row of an orientation network of a group, with the file of its weights in the package."""
+    order = Group.from_name(group).order
+    cfg = dict(
+        file=str(_WEIGHTS / f"{weights}.safetensors"),
+        num_classes=order,
+        input_size=(3, 129, 129),
+        crop_pct=1.0,
+        first_conv=first_conv,
+        classifier="score",
+        license=license,
+        description="upright photographs rotated by any angle; the class is the nearest element of the group",
+    )
+    summary = f"Which of {order} rotations the image has: the scores of a Canonicalized model"
+    return Variant(summary, {"group": group, **arguments}, cfg, "photographs")
+
 
 VARIANTS = {
-    f"{group}orient_tiny": Variant(
-        f"Which of {rotations} rotations the image has: the scores of a Canonicalized model",
-        {"group": group, "width": width},
-        dict(
-            file=str(_WEIGHTS / f"{group}orient_tiny.safetensors"),
-            num_classes=rotations,
-            input_size=(3, 129, 129),
-            crop_pct=1.0,
-            first_conv="network.conv1.conv",
-            classifier="score",
-            license="mit",
-            description="upright photographs rotated by any angle; the class is the nearest element of the group",
-        ),
-        "photographs",
-    )
-    for group, rotations, width in (("c4", 4, 8), ("c8", 8, 6))
+    f"{group}orient_tiny": orientation_variant(group, f"{group}orient_tiny", "network.conv1.conv", width=width)
+    for group, width in (("c4", 8), ("c8", 6))
 }
 register_family(__name__, OrientationNet, partial(build_model_with_cfg, OrientationNet), VARIANTS)

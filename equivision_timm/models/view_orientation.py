@@ -1,0 +1,88 @@
+"""Orientation networks from a pretrained plain network: s(x)[g] = f(g^-1 x), how upright f finds the image in view g.
+
+f is the first stages of `tf_efficientnet_lite0` on small images. It has seen ImageNet upright, so a few hundred
+photographs are enough to train it (configs/orientation.yaml), and the same weights serve every group of rotations.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.fx
+import torch.nn as nn
+from timm.models import build_model_with_cfg, create_model
+
+from equivision_timm.groups import Group
+from equivision_timm.layers.views import act, shrink
+from equivision_timm.models.orientation import orientation_variant, standardize
+from equivision_timm.models.variants import register_family
+
+__all__ = ["ViewOrientationNet"]
+
+for _name in ("act", "shrink", "standardize"):
+    torch.fx.wrap(_name)
+
+
+class ViewOrientationNet(nn.Module):
+    """Images [B, in_chans, H, W] -> scores [B, |G|], s(h x)[g] = s(x)[h^-1 g]; exact for quarter turns.
+
+    Args:
+        group: 'c2', 'c4' or 'c8'.
+        backbone: name of the model of timm that sees the views.
+        level: the last of its levels that is used; its mean over space is projected to the score.
+        size: side of the views, shrunk with antialiasing and masked by the inscribed disc.
+        num_classes: |G|, or None.
+        drop_rate: dropout before the projection.
+        backbone_pretrained: load timm's weights of the backbone, to train the orientation network.
+    """
+
+    def __init__(
+        self,
+        group: str,
+        backbone: str = "tf_efficientnet_lite0",
+        level: int = 3,
+        size: int = 64,
+        in_chans: int = 3,
+        num_classes: int | None = None,
+        drop_rate: float = 0.0,
+        backbone_pretrained: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.group: str = group
+        self.size: int = size
+        self.in_chans: int = in_chans
+        self.num_classes: int = Group.from_name(group).order
+        if num_classes not in (None, self.num_classes):
+            raise ValueError(f"num_classes={num_classes!r}: {group} has {self.num_classes} elements, one class each")
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.network: Any = create_model(backbone, backbone_pretrained, in_chans=in_chans, **dd)
+        self.network.prune_intermediate_layers([level])  # and its head: the network returns maps
+        self.num_features: int = self.network.feature_info[level]["num_chs"]
+        self.dropout: nn.Dropout = nn.Dropout(drop_rate)
+        self.score: nn.Linear = nn.Linear(self.num_features, 1, bias=False, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = standardize(shrink(x, self.size)) / 2  # the scale of images whose mean and std were taken as 0.5
+        views = [act(x, g, self.num_classes, inverse=True) for g in range(self.num_classes)]
+        x = torch.stack(views, 1).flatten(0, 1)  # [B |G|, C, n, n]
+        x = self.network(x.contiguous(memory_format=torch.channels_last))  # faster on CPUs
+        return self.score(self.dropout(x.mean((2, 3)))).view(-1, self.num_classes)
+
+    @torch.jit.unused
+    def get_classifier(self) -> nn.Module:
+        """The projection to the score."""
+        return self.score
+
+    @torch.jit.unused
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the backbone's stages in the backward pass."""
+        self.network.set_grad_checkpointing(enable)
+
+
+VARIANTS = {
+    f"{group}orient_lite0": orientation_variant(group, "orient_lite0", "network.conv_stem", license="apache-2.0")
+    for group in ("c2", "c4", "c8")
+}
+register_family(__name__, ViewOrientationNet, partial(build_model_with_cfg, ViewOrientationNet), VARIANTS)
