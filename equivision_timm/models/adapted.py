@@ -370,7 +370,10 @@ class Canonicalized(Symmetrized):
         if found != (group, self.order):
             raise ValueError(f"an orientation network of {found[0]} with {found[1]} scores is not for {group}: use one")
         if choice == "hard":
-            _freeze(self.orientation.eval())
+            for module in self.orientation.eval().modules():  # parameters become buffers, with the same keys:
+                for name, parameter in list(module.named_parameters(recurse=False)):
+                    delattr(module, name)
+                    module.register_buffer(name, parameter.detach())  # DDP demands a gradient of every parameter
 
     def train(self, mode: bool = True) -> "Canonicalized":
         """As in PyTorch; but a frozen orientation network stays in eval mode, since batch statistics change it."""
@@ -427,11 +430,3 @@ class Canonicalized(Symmetrized):
             view = self.move(maps, weights.argmax(0), inverse=True)
             return self.backbone.forward_head(self.to_backbone(view), pre_logits=pre_logits)
         return self.pool(self.head_outputs(maps, pre_logits), weights.float().log(), pre_logits)
-
-
-def _freeze(network: nn.Module) -> None:
-    """Turn parameters into buffers: no gradients, which DDP and timm demand of every parameter, and the same keys."""
-    for module in network.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            delattr(module, name)
-            module.register_buffer(name, parameter.detach())
