@@ -15,7 +15,7 @@ from equivision_timm.cli.main import main
 from equivision_timm.cli.models import load
 
 
-@pytest.fixture(params=["d4", "c8"])
+@pytest.fixture(params=["d4"])
 def spec(request, tmp_path):
     torch.manual_seed(0)
     model = timm.create_model("symmetrized", backbone="test_resnet", group=request.param, num_classes=3).eval()
@@ -24,6 +24,7 @@ def spec(request, tmp_path):
     return f"local-dir:{tmp_path / 'model'}"
 
 
+@pytest.mark.parametrize("spec", ["c8"], indirect=True)
 def test_predictions_do_not_depend_on_the_pose(spec, tmp_path, capsys):
     pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     files = [str(tmp_path / "images" / "any" / f"{k}.png") for k in range(4)]
@@ -34,7 +35,7 @@ def test_predictions_do_not_depend_on_the_pose(spec, tmp_path, capsys):
     out, err = capsys.readouterr()
     rows = list(csv.reader(out.splitlines()))[1:]
     assert len(rows) == 4 * 3
-    assert len({tuple(row[1:]) for row in rows}) == 3
+    assert len({tuple(row[1:]) for row in rows}) == 3  # the same for each pose
     assert main(["show", files[0], "--model", spec, "--out", str(tmp_path / "picture.png")]) == 0
     options = ["--data", str(tmp_path / "images"), "--out", str(tmp_path / "report"), "--unlabelled"]
     assert main(["rotate-eval", "--model", spec, "--angles", "0,90", "-j", "0", *options]) == 0

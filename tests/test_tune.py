@@ -176,17 +176,13 @@ def test_wrong_numbers_are_excluded(model, clock, monkeypatch, train):
     assert "wrong numbers" in as_table(found)
 
 
-def test_settings_reach_the_layers(model, clock, place):
-    measure(model, Setting(2, (33, 65), amp="bfloat16", channels_last=True))
-    keys = list(table(place)["layers"])
-    assert all("bfloat16" in key for key in keys)
-    assert any("2x32x9x17" in key for key in keys)
-
-
-def test_named_strategies_stay(model, clock):
+def test_settings_reach_the_layers_and_named_strategies_stay(model, clock, place):
     model.set_conv_strategy({"layer1.0.conv1.conv": "block_diagonal"})
-    choice = equivision_timm.tune(model, 33, 2)
+    choice = measure(model, Setting(2, (33, 65), amp="bfloat16", channels_last=True)).choice
+    assert all("bfloat16" in key for key in table(place)["layers"])
+    assert any("2x32x9x17" in key for key in table(place)["layers"])
     assert "layer1.0.conv1.conv" not in choice
+    assert equivision_timm.tune(model, 33, 2).keys() == choice.keys()
     strategies = {m.strategy for m in model.modules() if isinstance(m, SteerableConv2d)}
     assert strategies == {"auto", "block_diagonal", "twin"}  # auto: the stem
     model.set_conv_strategy("expand")

@@ -59,8 +59,7 @@ def _eighth_turn(x: torch.Tensor) -> torch.Tensor:
     source = torch.stack([(right - down) * scale, (right + down) * scale], dim=-1)  # [n, n, 2]
     images = x.reshape(-1, x.shape[-3], size, size)
     source = source.expand(images.shape[0], -1, -1, -1)
-    rotated = F.grid_sample(images, source, mode="bicubic", padding_mode="zeros", align_corners=False)
-    return rotated.view(x.shape)
+    return F.grid_sample(images, source, mode="bicubic", padding_mode="zeros", align_corners=False).view(x.shape)
 
 
 def shrink(x: torch.Tensor, size: int) -> torch.Tensor:

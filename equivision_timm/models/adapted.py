@@ -29,7 +29,6 @@ from equivision_timm.layers.views import act, act_each
 __all__ = ["Canonicalized", "Symmetrized"]
 
 Run = Callable[[torch.Tensor], list[torch.Tensor]]  # images -> features, channels first
-GROUPS = ("c2", "c4", "c8", "d1", "d2", "d4", "d8")
 
 
 class Symmetrized(nn.Module):
@@ -74,7 +73,7 @@ class Symmetrized(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        check_choice("group", group, GROUPS)
+        check_choice("group", group, ("c2", "c4", "c8", "d1", "d2", "d4", "d8"))
         check_choice("group_pool", group_pool, ("avg", "prob", "max"))
         check_choice("train_views", train_views, (0, 1))
         if not isinstance(backbone, str) and options:
@@ -278,7 +277,10 @@ class Symmetrized(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the backbone's classifier. `group_pool` 'prob', for trained classifiers, becomes 'avg'."""
         self.backbone.reset_classifier(num_classes, **({} if global_pool is None else {"global_pool": global_pool}))
-        self._read_new_head()
+        self._read_head()
+        if self.group_pool == "prob":
+            self.group_pool = "avg"
+            update_model_args(self, group_pool="avg")  # for save_for_hf
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -286,14 +288,8 @@ class Symmetrized(nn.Module):
         """Remove the backbone's layers after the last of `indices`; returns the levels that stay."""
         taken = self.backbone.prune_intermediate_layers(indices, prune_norm, prune_head)
         if prune_head:
-            self._read_new_head()
+            self.reset_classifier(0, "")
         return taken
-
-    def _read_new_head(self) -> None:
-        self._read_head()
-        if self.group_pool == "prob":
-            self.group_pool = "avg"
-            update_model_args(self, group_pool="avg")  # for save_for_hf
 
     # Exact sizes
 

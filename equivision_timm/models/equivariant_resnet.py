@@ -142,15 +142,11 @@ class EquivariantResNet(EquivariantBackbone):
 
     Levels of features: the stem at H / 2, the four stages at H / 4 to H / 32; see `EquivariantBackbone`.
 
-    Args:
-        layers: number of blocks in each of the four stages.
+    Args: as of timm's ResNet, but for
         group: name of the group, for example 'c8'.
         width: fields of the stem and of the first stage; the stages have 1, 2, 4 and 8 times as many.
-        num_classes: number of classes; 0 removes the classifier.
-        output_stride: 32, 16 or 8; below 32 the last stages dilate instead of striding.
         stem_type: '' for one 7x7 convolution; 'deep' for three of 3x3, with half of `width` inside, 'deep_tiered' with
             three quarters of that in the first.
-        replace_stem_pool: whether a 3x3 convolution strides in place of the max-pooling.
         stem_pool: pooling after the stem, 'max' or 'blur' (only a low pass: a maximum makes high frequencies).
         avg_down: whether the shortcuts average before a 1x1 convolution instead of striding it. timm averages
             2 x 2 pixels, which at odd sizes is not equivariant; here it is the low pass of `aa_layer`, or of 3 x 3
@@ -167,13 +163,10 @@ class EquivariantResNet(EquivariantBackbone):
         group_pool: pooling over the group, after the pooling over space: 'max', 'avg', or '' to keep the group axis
             (the logits then depend on the orientation).
         map_pool: pooling of all maps over the group, 'max' or 'avg'; '' keeps them equivariant.
-        act_layer: activation, a name timm knows or a class; must be pointwise.
-        norm_layer: normalisation, a name timm knows or a class; applied per field.
+        act_layer: must be pointwise.
+        norm_layer: applied per field.
         bn_momentum, bn_eps: of the batch norms, PyTorch's 0.1 and 1e-5 if None.
-        drop_rate: dropout before the classifier.
-        drop_block_rate: rate of DropBlock in the last two stages.
-        drop_path_rate: stochastic depth, rising linearly from 0 to this rate at the last block.
-        zero_init_last: start every residual branch at zero (last norm weight 0); the original network does not.
+        zero_init_last: False by default, as in the original network.
         cutoff: the kernels' functions at distance r from the centre have angular frequencies up to cutoff * r; None for
             the original's rule, see `Kernel`.
         conv_strategy: see `set_conv_strategy`.

@@ -83,11 +83,6 @@ class OrientationNet(nn.Module):
         fields = x.unflatten(1, (-1, self.num_classes)).transpose(1, 2)  # [B, |G|, fields]
         return self.score(self.dropout(fields)).squeeze(2)
 
-    @torch.jit.unused
-    def get_classifier(self) -> nn.Module:
-        """The projection to the scores."""
-        return self.score
-
 
 def orientation_variant(group: str, weights: str, first_conv: str, license: str = "mit", **arguments: Any) -> Variant:
     """The row of an orientation network of a group, with the file of its weights in the package."""

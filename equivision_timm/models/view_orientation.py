@@ -70,16 +70,6 @@ class ViewOrientationNet(nn.Module):
         x = self.network(x.contiguous(memory_format=torch.channels_last))  # faster on CPUs
         return self.score(self.dropout(x.mean((2, 3)))).view(-1, self.num_classes)
 
-    @torch.jit.unused
-    def get_classifier(self) -> nn.Module:
-        """The projection to the score."""
-        return self.score
-
-    @torch.jit.unused
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the backbone's stages in the backward pass."""
-        self.network.set_grad_checkpointing(enable)
-
 
 VARIANTS = {
     f"{group}orient_lite0": orientation_variant(group, "orient_lite0", "network.conv_stem", license="apache-2.0")

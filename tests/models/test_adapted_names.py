@@ -1,14 +1,9 @@
 """The registered names: their configurations, and loading from a stand-in of the Hub, folders and checkpoints."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import timm
 import torch
-from support.hub_server import Hub
+from huggingface_hub.errors import LocalEntryNotFoundError
 from timm.models import _factory
 from timm.models._hub import save_for_hf
 
@@ -21,29 +16,26 @@ NAMES = [name for name in model_names(Symmetrized) if "_" in name]
 def test_every_name_has_the_tags_and_sources_of_its_backbone():
     assert len(NAMES) == 3 * 14
     for name in NAMES:
-        backbone = name.partition("_")[2]
-        listed = timm.list_pretrained(f"{name}.*")
-        assert [n.partition(".")[2] for n in listed] == [
-            n.partition(".")[2] for n in timm.list_pretrained(f"{backbone}.*")
-        ]
+        kind, _, backbone = name.partition("_")
         assert timm.get_pretrained_cfg(name).tag == timm.get_pretrained_cfg(backbone).tag
-        for tagged in listed:
-            cfg = timm.get_pretrained_cfg(tagged)
-            plain = timm.get_pretrained_cfg(f"{backbone}.{cfg.tag}")
-            assert cfg.hf_hub_id == plain.hf_hub_id
-            assert cfg.hf_hub_id.startswith("timm/")
-            assert (cfg.mean, cfg.std, cfg.input_size) == (plain.mean, plain.std, plain.input_size)
+        tagged = timm.list_pretrained(f"{backbone}.*")
+        assert timm.list_pretrained(f"{name}.*") == [f"{kind}_{n}" for n in tagged]
+        for plain in map(timm.get_pretrained_cfg, tagged):
+            cfg = timm.get_pretrained_cfg(f"{name}.{plain.tag}")
             assert cfg.architecture == name
+            assert cfg.hf_hub_id == plain.hf_hub_id == f"timm/{backbone}.{plain.tag}"
+            assert (cfg.mean, cfg.std, cfg.input_size) == (plain.mean, plain.std, plain.input_size)
 
 
 def test_probabilities_are_averaged_for_the_trained_classes_only():
-    assert timm.create_model("d4sym_resnet18").group_pool == "prob"
-    assert timm.create_model("d4sym_resnet18", num_classes=5).group_pool == "avg"
-    assert timm.create_model("d4sym_resnet18", num_classes=0).group_pool == "avg"
-    assert timm.create_model("d4sym_resnet18", group_pool="max").group_pool == "max"
-    assert timm.create_model("c4can_resnet18").group_pool == "avg"
-    assert timm.create_model("c4can_resnet18", choice="soft").group_pool == "prob"
-    assert timm.create_model("symmetrized", backbone="resnet18").group_pool == "avg"
+    with torch.device("meta"):
+        assert timm.create_model("d4sym_resnet18").group_pool == "prob"
+        assert timm.create_model("d4sym_resnet18", num_classes=5).group_pool == "avg"
+        assert timm.create_model("d4sym_resnet18", num_classes=0).group_pool == "avg"
+        assert timm.create_model("d4sym_resnet18", group_pool="max").group_pool == "max"
+        assert timm.create_model("c4can_resnet18").group_pool == "avg"
+        assert timm.create_model("c4can_resnet18", choice="soft").group_pool == "prob"
+        assert timm.create_model("symmetrized", backbone="resnet18").group_pool == "avg"
 
 
 def test_names_follow_the_size_and_channels_of_their_backbone():
@@ -59,10 +51,9 @@ def test_names_follow_the_size_and_channels_of_their_backbone():
     ("name", "options"),
     [
         ("c4sym_resnet18", {"num_classes": 3, "in_chans": 1}),
-        ("c4can_resnet18", {"num_classes": 3, "choice": "soft"}),
+        ("c4can_resnet18", {"choice": "soft"}),
         ("symmetrized", {"backbone": "test_vit", "group": "d2", "img_size": 64, "num_classes": 0}),
         ("canonicalized", {"backbone": "test_resnet", "group": "c8"}),
-        ("d4sym_resnet18", {}),
     ],
 )
 @torch.no_grad()
@@ -74,7 +65,6 @@ def test_folders_round_trip(tmp_path, name, options):
     assert torch.equal(again(x), model(x))
     assert again.group_pool == model.group_pool
     assert again.pretrained_cfg["first_conv"].startswith("backbone.")
-    json.loads((tmp_path / "config.json").read_text())
 
     torch.save({"state_dict": model.state_dict()}, tmp_path / "checkpoint.pth")
     resumed = timm.create_model(name, checkpoint_path=tmp_path / "checkpoint.pth", **options).eval()
@@ -85,21 +75,18 @@ def test_folders_round_trip(tmp_path, name, options):
         assert torch.equal(started(x), model(x))
 
 
-def test_a_fine_tuned_folder_takes_other_classes(tmp_path):
+def test_other_classes_and_missing_entries(tmp_path):
+    """A fine-tuned folder takes other classes; a checkpoint has to be complete."""
     model = timm.create_model("c4sym_resnet18", num_classes=3)
     save_for_hf(model, str(tmp_path), safe_serialization=True)
     other = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=7)
     assert other.num_classes == 7
     assert torch.equal(other.backbone.conv1.weight, model.backbone.conv1.weight)
-
-
-def test_checkpoints_load_strictly(tmp_path):
-    model = timm.create_model("c4sym_resnet18")
     state = model.state_dict()
     del state["backbone.layer4.1.bn2.bias"]
     torch.save(state, tmp_path / "checkpoint.pth")
     with pytest.raises(RuntimeError, match="bn2"):
-        timm.create_model("c4sym_resnet18", checkpoint_path=tmp_path / "checkpoint.pth")
+        timm.create_model("c4sym_resnet18", num_classes=3, checkpoint_path=tmp_path / "checkpoint.pth")
 
 
 @torch.no_grad()
@@ -118,40 +105,21 @@ def test_a_plain_file_loads_into_the_backbone(tmp_path):
         assert resolved.pretrained_cfg["interpolation"] == timm.get_pretrained_cfg("resnet18").interpolation
 
 
-LOAD = """
-import json, sys, timm, torch, equivision_timm
-results = {}
-for name, options in json.loads(sys.argv[1]):
-    try:
-        model = timm.create_model(name, pretrained=True, cache_dir=sys.argv[2], **options)
-        total = sum(p.double().sum().item() for p in model.backbone.parameters())
-        results[name] = [total, model.backbone.conv1.weight.shape[1]]
-    except Exception as error:
-        results[name] = str(error)
-print(json.dumps(results))
-"""
-
-
 def test_weights_come_from_timms_repositories(tmp_path):
-    """In a process whose Hub is the stand-in; huggingface_hub reads the address when it is imported."""
-    torch.manual_seed(0)
+    """A cache of the Hub stands in for it."""
     plain = timm.create_model("resnet18")
-    save_for_hf(plain, str(tmp_path / "plain"), safe_serialization=True)
-    files = {path.name: path.read_bytes() for path in (tmp_path / "plain").iterdir()}
-    total = sum(p.double().sum().item() for p in plain.parameters())
-    names = [("d4sym_resnet18", {}), ("c4can_resnet18.a2_in1k", {}), ("c4sym_resnet18", {"in_chans": 1})]
-    with Hub() as hub:
-        hub.add("timm/resnet18.a1_in1k", files)
-        hub.add("timm/resnet18.a2_in1k", files)
-        environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-        command = [sys.executable, "-c", LOAD, json.dumps([*names, ("d4sym_resnet50", {})]), str(tmp_path / "cache")]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout.splitlines()[-1])
-    assert results["d4sym_resnet18"] == results["c4can_resnet18.a2_in1k"] == [pytest.approx(total), 3]
-    assert results["c4sym_resnet18"][1] == 1
-    assert "resnet50.a1_in1k" in results["d4sym_resnet50"]  # which the Hub does not have
-    assert (tmp_path / "cache" / "models--timm--resnet18.a1_in1k").is_dir()
+    for tag in ("a1_in1k", "a2_in1k"):
+        repository = tmp_path / f"models--timm--resnet18.{tag}"
+        save_for_hf(plain, str(repository / "snapshots" / "commit"), safe_serialization=True)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("commit")
+    for name in ("d4sym_resnet18", "c4can_resnet18.a2_in1k"):
+        model = timm.create_model(name, pretrained=True, cache_dir=tmp_path)
+        assert all(torch.equal(model.backbone.state_dict()[key], value) for key, value in plain.state_dict().items())
+    grey = timm.create_model("c4sym_resnet18", pretrained=True, cache_dir=tmp_path, in_chans=1)
+    assert torch.allclose(grey.backbone.conv1.weight, plain.conv1.weight.sum(1, keepdim=True))
+    with pytest.raises(LocalEntryNotFoundError):  # of huggingface_hub, as for timm's own names
+        timm.create_model("c4sym_regnety_032", pretrained=True, cache_dir=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +132,6 @@ def test_weights_come_from_timms_repositories(tmp_path):
         ("symmetrized", {"group_pool": "prob", "num_classes": 1}, ValueError, "prob"),
         ("symmetrized", {"group_pool": "median"}, ValueError, "median"),
         ("symmetrized", {"train_views": 2}, ValueError, "train_views"),
-        ("symmetrized", {"widht": 3}, TypeError, "widht"),
         ("symmetrized", {"backbone": torch.nn.Identity()}, TypeError, "name"),
         ("canonicalized", {"group": "d4"}, RuntimeError, "d4orient_lite0"),
         ("canonicalized", {"orientation": "c8orient_tiny"}, ValueError, "c8"),

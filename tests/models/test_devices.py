@@ -17,6 +17,11 @@ from equivision_timm.models.equivariant_convnext import EquivariantConvNeXtBlock
 LAST = torch.channels_last
 MODELS = {"test_c8resnet": {}, "c8resnetaa50d": {"width": 16}, "test_c8resnetaf": {}}
 PIXELS = 225
+modes = pytest.mark.parametrize("train", [True, False])
+pytestmark = pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.9") and not torch.cuda.is_available(),
+    reason="fake CUDA tensors of this PyTorch ask a driver",
+)
 COPIES = ("aten.clone", "aten.copy_", "aten._to_copy", "aten.contiguous")
 
 
@@ -46,10 +51,9 @@ class Record(TorchDispatchMode):
 
     def not_in(self, memory_format: torch.memory_format) -> list[str]:
         """Maps that lie otherwise; those with the channels last in their shape are between two permutations."""
+        views = ("aten.permute", "aten.view", "aten.reflection_pad3d")
         maps = [(name, t) for name, t in self.maps if t.shape[2] * t.shape[3] > 1 and t.shape[1] > 3]
-        maps = [
-            (name, t) for name, t in maps if not name.startswith(("aten.permute", "aten.view", "aten.reflection_pad3d"))
-        ]
+        maps = [(name, t) for name, t in maps if not name.startswith(views)]
         return [f"{name} {list(t.shape)}" for name, t in maps if not t.is_contiguous(memory_format=memory_format)]
 
 
@@ -80,13 +84,7 @@ def record(name: str, dtype: torch.dtype, train: bool, memory_format: torch.memo
     return found
 
 
-@pytest.fixture(params=["training", "inference"])
-def train(request):
-    if Version(torch.__version__) < Version("2.9") and not torch.cuda.is_available():
-        pytest.skip("fake CUDA tensors of this PyTorch ask a driver")
-    return request.param == "training"
-
-
+@modes
 @pytest.mark.parametrize(
     ("name", "dtype", "memory_format"),
     [*((name, torch.float16, LAST) for name in MODELS), ("test_c8resnet", torch.float32, torch.contiguous_format)],
@@ -97,6 +95,7 @@ def test_maps_keep_their_format(name, dtype, memory_format, train):
     assert not found.not_in(memory_format)
 
 
+@modes
 def test_maps_of_convnexts_keep_their_format(train):
     """Those of convolutions and shortcuts; a norm between permutations has the channels last in its shape."""
     found = record("test_d4convnext", torch.float16, train, LAST)
@@ -120,13 +119,13 @@ class Kernels(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_kernels_of_a_convnext_block(training):
-    """At most 22, timm's block 7 as of timm's, and no copy of a map."""
+@modes
+def test_kernels_of_a_convnext_block(train):
+    """At most 22, of timm's block 7, and no copy of a map."""
     counts = []
     for make in (lambda: ConvNeXtBlock(384), lambda: EquivariantConvNeXtBlock(48, "d4")):
-        with torch.device("meta"), torch.set_grad_enabled(training):
-            block, x = make().train(training), torch.empty(2, 384, 14, 14).to(memory_format=LAST)
+        with torch.device("meta"), torch.set_grad_enabled(train):
+            block, x = make().train(train), torch.empty(2, 384, 14, 14).to(memory_format=LAST)
             with Kernels() as kernels:
                 assert block(x).is_contiguous(memory_format=LAST)
         copies = ("aten.clone", "aten.copy_", "aten.cat", "aten.stack")
@@ -136,29 +135,29 @@ def test_kernels_of_a_convnext_block(training):
     assert counts[1] <= 22
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, LAST], ids=["contiguous", "channels_last"])
-def test_autocast(memory_format, train, monkeypatch):
+@modes
+def test_autocast(train, monkeypatch):
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
-    found = record("test_c8resnet", torch.float32, train, memory_format, autocast=torch.float16)
+    found = record("test_c8resnet", torch.float32, train, LAST, autocast=torch.float16)
     assert not [line for line in found.copied() if not line.startswith("aten._to_copy")]  # the image is converted
-    assert not found.not_in(memory_format)
+    assert not found.not_in(LAST)
 
 
-def test_a_norm_over_contiguous_fields_is_seen(monkeypatch, train):
+def test_a_norm_over_contiguous_fields_is_seen(monkeypatch):
     """The control: statistics of [B, m, |G| * H, W]."""
     monkeypatch.setattr("equivision_timm.layers.norm.is_channels_last", lambda x: False)
-    found = record("test_c8resnet", torch.float32, train, LAST)
+    found = record("test_c8resnet", torch.float32, True, LAST)
     assert found.copied()
     assert len(found.not_in(LAST)) > 5
 
 
-def test_a_filter_in_the_other_format_is_seen(monkeypatch, train):
+def test_a_filter_in_the_other_format_is_seen(monkeypatch):
     def contiguous(self, x, weight, layer):
         layer = dataclasses.replace(layer, memory_format=torch.contiguous_format)
         return conv2d(self, x.contiguous(), weight, layer)
 
     conv2d = Expand.conv2d
     monkeypatch.setattr(Expand, "conv2d", contiguous)
-    found = record("test_c8resnet", torch.float32, train, LAST)
+    found = record("test_c8resnet", torch.float32, True, LAST)
     assert found.copied()
     assert found.not_in(LAST)

@@ -15,14 +15,14 @@ PATCHES = [(2, 3, 32, 32), (3, 3, 64, 64)]
 
 
 class QuotesItsInput(nn.Module):
-    """The control: a message that nobody reads, which quotes a length."""
+    """The control: a message that nobody reads, which quotes the height."""
 
-    def __init__(self, model: nn.Module, axis: int) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model, self.axis = model, axis
+        self.model = model
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        torch._assert(x.shape[self.axis] > 1, f"got {x.shape[self.axis]}")
+        torch._assert(x.shape[2] > 1, f"got {x.shape[2]}")
         return self.model(x)
 
 
@@ -47,7 +47,7 @@ def fixed_axes(model: nn.Module, shapes=SHAPES, gradients: bool = False) -> set[
     return found
 
 
-@pytest.mark.parametrize("strategy", ["expand", "native", pytest.param("block_diagonal", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("strategy", ["expand", "native"])
 def test_strategies(strategy):
     model = timm.create_model("test_c8resnet", conv_strategy=strategy)
     assert fixed_axes(model, gradients=strategy == "native") == {1}  # the channels, which a model knows
@@ -56,9 +56,7 @@ def test_strategies(strategy):
 @pytest.mark.parametrize(
     ("name", "keywords", "shapes"),
     [
-        ("test_resnet", {}, SHAPES),
         ("test_c8resnetaf", {}, PARITIES),
-        ("test_d4resnet", {"even": "box"}, PARITIES),
         ("test_c8resnet", {"features_only": True, "map_pool": "max", "output_stride": 8}, SHAPES),
         ("test_d4vit", {"dynamic_img_size": True}, PATCHES),
     ],
@@ -67,9 +65,10 @@ def test_other_models(name, keywords, shapes):
     assert fixed_axes(timm.create_model(name, **keywords), shapes) == {1}
 
 
-@pytest.mark.parametrize("axis", [0, 2])
-def test_control(axis):
-    assert fixed_axes(QuotesItsInput(timm.create_model("test_resnet"), axis)) >= {axis, 1}
+def test_control():
+    """timm's network keeps all sizes open; with a message about the height none."""
+    assert fixed_axes(timm.create_model("test_resnet")) == {1}
+    assert fixed_axes(QuotesItsInput(timm.create_model("test_resnet"))) >= {1, 2}
 
 
 def check_export(model: nn.Module) -> None:
@@ -88,16 +87,15 @@ def check_export(model: nn.Module) -> None:
 @pytest.fixture(scope="module")
 def control_exports():
     try:
-        check_export(timm.create_model("resnet18"))
+        check_export(timm.create_model("test_resnet"))
     except torch._dynamo.exc.UserError as error:
         pytest.skip(f"torch {torch.__version__} refuses timm's network, too: {str(error).splitlines()[0]}")
 
 
 @pytest.mark.usefixtures("control_exports")
-@pytest.mark.parametrize("name", ["test_c8resnetaf", "blocks"])
-def test_exported(name):
-    model = timm.create_model("test_c8resnet", even="box") if name == "blocks" else timm.create_model(name)
-    check_export(fuse(model, "blocks") if name == "blocks" else model)
+def test_exported():
+    check_export(timm.create_model("test_c8resnetaf"))
+    check_export(fuse(timm.create_model("test_c8resnet", even="box"), "blocks"))
 
 
 def test_export_control(monkeypatch):

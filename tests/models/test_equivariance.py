@@ -23,9 +23,9 @@ def trained_a_little(name, size=65, **kwargs):
     return model.eval()
 
 
-def errors(name, size=65, group=None, **kwargs):
+def errors(name, group=None, **kwargs):
     """Of the logits, by element, without the identity."""
-    found = equivariance_error(trained_a_little(name, **kwargs), size, group)
+    found = equivariance_error(trained_a_little(name, **kwargs), 65, group)
     return [error for g, error in found.items() if g]
 
 
@@ -55,9 +55,8 @@ def test_every_level_and_the_logits(group, depth, width, dtype):
             assert relative(model.forward_head(last).float(), logits) < logit_tolerance, g
 
 
-@pytest.mark.parametrize("name", ["c8resnet50_fast", "d8resnet18_fast"])
-def test_logits_at_the_size_of_imagenet(name):
-    assert_equivariant(trained_a_little(name), 225)
+def test_logits_at_the_size_of_imagenet():
+    assert_equivariant(trained_a_little("d8resnet18_fast"), 225)
 
 
 @pytest.mark.parametrize(
@@ -70,19 +69,16 @@ def test_logits_at_the_size_of_imagenet(name):
     ],
 )
 def test_symmetries_that_the_group_lacks_change_the_logits(name, kwargs, lacking):
-    assert min(errors(name, 65, lacking, **kwargs)) > 1e-3
+    assert min(errors(name, lacking, **kwargs)) > 1e-3
 
 
 @pytest.mark.parametrize(
     "keywords",
     [
-        {"global_pool": "max"},
-        {"global_pool": "catavgmax"},
-        {"group_pool": "avg"},
-        {"output_stride": 8},
-        {"output_stride": 16},
+        {"global_pool": "catavgmax", "output_stride": 8},
+        {"group_pool": "avg", "output_stride": 16},
         {"norm_layer": "groupnorm1", "act_layer": "silu"},
-        {"norm_layer": "layernorm2d", "act_layer": "silu"},
+        {"norm_layer": "layernorm2d", "global_pool": "max"},
     ],
     ids=str,
 )

@@ -38,18 +38,13 @@ def unfused():
     set_fused_attn(True)
 
 
-def test_names_and_cfgs():
+def test_names():
     assert set(timm.list_models(module="equivariant_vit")) == set(VARIANTS)
-    assert len(VARIANTS) == 19
     for name in VARIANTS:
         cfg = timm.get_pretrained_cfg(name)
-        assert (cfg.first_conv, cfg.classifier, cfg.crop_pct) == ("patch_embed.proj", "head", 1.0)
-        assert cfg.hf_hub_id is None  # nothing is published: no host is contacted
         tag = ("dinov2_in1k" if "dinov2" in name else "deit3_in1k") if "d1" not in name and "ge_" in name else None
         classes = 0 if "dinov2" in name else 1000
         assert (cfg.tag, cfg.num_classes) == (("digits", 10) if name == "test_d4vit" else (tag, classes))
-    with pytest.raises(RuntimeError, match="d4vit_tiny_patch16_224"):
-        timm.create_model("d4vit_tiny_patch16_224", pretrained=True)
 
 
 def test_parameters():
@@ -75,8 +70,6 @@ def test_intermediates(keywords):
     torch.testing.assert_close(patches.transpose(1, 2).reshape(2, 48, 4, 4), maps[-1])
     normed = model.forward_intermediates(X, [3], norm=True, intermediates_only=True)[0]
     torch.testing.assert_close(normed.flatten(2).transpose(1, 2), last[:, 2:])
-    with pytest.raises(ValueError, match="NHWC"):
-        model.forward_intermediates(X, output_fmt="NHWC")
     if not keywords:
         with pytest.raises(ValueError, match="norm"):
             model.forward_intermediates(X, norm=True)
@@ -84,10 +77,9 @@ def test_intermediates(keywords):
 
 def test_features():
     model = create(features_only=True, out_indices=(0, 1, 3))
-    assert model.feature_info.channels() == [48, 48, 48]
-    assert model.feature_info.reduction() == [16, 16, 16]
-    assert model.feature_info.get("group") == ["d4", "d4", "c1"]
-    assert model.feature_info.get("num_fields") == [6, 6, 48]
+    info = model.feature_info
+    assert (info.channels(), info.reduction()) == ([48, 48, 48], [16, 16, 16])
+    assert (info.get("group"), info.get("num_fields")) == (["d4", "d4", "c1"], [6, 6, 48])
     torch.testing.assert_close(model(X), create().forward_intermediates(X, [0, 1, 3])[1])
     for other in ("hook", "fx"):  # would return the irreps basis
         with pytest.raises(ValueError, match="feature_cls"):
@@ -152,29 +144,15 @@ def test_parameters_without_weight_decay_and_layer_decay():
     assert not any("norm" in name for name in decayed)
 
 
-@pytest.mark.parametrize("keywords", [{}, FULL], ids=str)
-def test_checkpointing_gives_the_same_gradients(keywords):
-    gradients = []
-    for enable in (False, True):
-        model = create(num_classes=3, **keywords).train()
-        model.set_grad_checkpointing(enable)
-        model(X).square().sum().backward()
-        gradients.append([p.grad for p in model.parameters()])
-    torch.testing.assert_close(*gradients)
-
-
-@pytest.mark.parametrize("fused", [True, False])
-def test_dropouts_are_used(fused):
-    set_fused_attn(fused)
-    try:
-        for kind in ("drop", "pos_drop", "patch_drop", "proj_drop", "attn_drop", "drop_path"):
-            model = create(num_classes=5, **{f"{kind}_rate": 0.9 if kind == "drop_path" else 0.5})
-            torch.testing.assert_close(model(X), create(num_classes=5)(X))  # not in eval
-            model.train()
-            assert not torch.equal(model(X), model(X)), kind
-    finally:
-        set_fused_attn(True)
-    assert create(patch_drop_rate=0.5).train().forward_features(X).shape == (2, 9, 48)
+@pytest.mark.parametrize("kind", ["drop", "pos_drop", "patch_drop", "proj_drop", "attn_drop", "drop_path"])
+def test_dropouts_are_used(kind):
+    for fused in (False, True):
+        set_fused_attn(fused)
+        model = create(num_classes=5, **{f"{kind}_rate": 0.9 if kind == "drop_path" else 0.5})
+        torch.testing.assert_close(model(X), create(num_classes=5)(X))  # not in eval
+        model.train()
+        assert not torch.equal(model(X), model(X))
+        assert model.forward_features(X).shape == (2, 9 if kind == "patch_drop" else 17, 48)
 
 
 def test_attention_maps(unfused):
@@ -193,7 +171,7 @@ def test_attention_maps(unfused):
 
 
 @pytest.mark.parametrize("keywords", [{}, FULL], ids=str)
-def test_token_distillation(keywords):
+def test_token_distillation_and_checkpointing(keywords):
     task = pytest.importorskip("timm.task")
     model = create(distilled=True, num_classes=10, drop_rate=0.1, **keywords)
     features = model.forward_features(X)
@@ -204,14 +182,16 @@ def test_token_distillation(keywords):
     step(X, torch.tensor([1, 2]))["loss"].backward()
     assert all(p.grad is not None for p in model.parameters())
     model.eval()
-    assert model(X).shape == (2, 10)
+    gradients = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        gradients.append(torch.autograd.grad(model(X).square().sum(), list(model.parameters())))
+    torch.testing.assert_close(*gradients)
     assert model.forward_head(features, pre_logits=True).shape == (2, 48)
     model.reset_classifier(3)
     assert [head.out_features for head in model.get_classifier()] == [3, 3]
     with pytest.raises(ValueError, match="distilled"):
         create().set_distilled_training()
-    with pytest.raises(ValueError, match="global_pool"):
-        create(distilled=True, global_pool="avg")
 
 
 def test_position_map_is_resized_on_load_and_by_set_input_size():
@@ -233,14 +213,11 @@ def test_position_map_is_resized_on_load_and_by_set_input_size():
 
 
 def test_exact_sizes():
-    model = create(dynamic_img_size=True)
+    model, rectangular = create(dynamic_img_size=True), create(group="d1", img_size=(64, 96))
     assert model.exact_sizes(near=100) == (96, 112)
     assert [model.is_exact(size) for size in (96, (48, 80), 100)] == [True, True, False]
-    assert create().exact_sizes(100) == (64, 64)
-    rectangular = create(group="d1", img_size=(64, 96))
-    assert rectangular.is_exact((64, 96))
-    assert not rectangular.is_exact(64)
     assert rectangular.exact_sizes() == (64, 96)
+    assert [rectangular.is_exact(size) for size in ((64, 96), 64)] == [True, False]
 
 
 def test_meta_device_and_types():
@@ -256,11 +233,10 @@ def test_meta_device_and_types():
     torch.testing.assert_close(mixed.float(), create()(X), atol=0.05, rtol=0.05)
 
 
-GRAPHS = [{}, FULL, {"invariants": "polynomial"}, {"group": "c4"}, {"group": "d1"}, {"distilled": True}]
-
-
 @pytest.mark.filterwarnings("ignore:.*torch.jit.(script|trace).* is (deprecated|not supported)")
-@pytest.mark.parametrize("keywords", GRAPHS, ids=str)
+@pytest.mark.parametrize(
+    "keywords", [{}, FULL, {"invariants": "polynomial"}, {"group": "c4"}, {"group": "d1", "distilled": True}], ids=str
+)
 def test_graphs(keywords, unfused):
     """Traced by torch.jit without a warning about sizes that are checked."""
     model = create(**keywords)
@@ -268,12 +244,10 @@ def test_graphs(keywords, unfused):
     set_fused_attn(True)
     model = create(**keywords)
     expected = model(X)
-    torch.testing.assert_close(torch.jit.script(model)(X), expected)
     with torch.no_grad():
         torch.testing.assert_close(torch.jit.trace(model, X)(X), expected)
-    if "group" not in keywords:
+    if keywords in ({}, FULL):
         torch.testing.assert_close(torch.fx.symbolic_trace(model)(X), expected)
-        torch.testing.assert_close(torch.export.export(model, (X,)).module()(X), expected)
         torch.testing.assert_close(copy.deepcopy(model)(X), expected)
         torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(X), expected)
 
@@ -288,9 +262,8 @@ def test_exported_for_all_batch_and_image_sizes():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Constant folding")
-@pytest.mark.parametrize("opset", [None, 14, 17])
-@pytest.mark.parametrize("keywords", [{}, {"group": "c4", **FULL}], ids=str)
-def test_onnx(opset, keywords):
+@pytest.mark.parametrize(("keywords", "opset"), [({}, None), ({"group": "c4", **FULL}, 17)], ids=str)
+def test_onnx(keywords, opset):
     """By the exporter of torch.export, and by that of TorchScript with its opsets."""
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -306,34 +279,29 @@ def test_onnx(opset, keywords):
     torch.testing.assert_close(torch.from_numpy(found), model(X), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("keywords", "word"),
-    [
-        ({"group": "c8"}, "c8"),
-        ({"embed_dim": 52}, "embed_dim 52"),
-        ({"num_heads": 4}, "num_heads 4"),
-        ({"equivariant_depth": 5}, "equivariant_depth 5"),
-        ({"invariants": "linear"}, "linear"),
-        ({"invariants": "trivial"}, "trivial"),
-        ({"invariants": "polynomial", "group": "c4"}, "polynomial"),
-        ({"invariants": "", "equivariant_depth": 4}, "invariants"),
-        ({"img_size": 80}, "5 x 5"),
-        ({"img_size": 70}, "70 x 70"),
-        ({"patch_size": 15, "img_size": 60}, "15 x 15"),
-        ({"global_pool": "map"}, "global_pool"),
-        ({"class_token": False}, "global_pool"),
-        ({"act_layer": nn.GLU}, "pointwise"),
-    ],
-)
-def test_keyword_of_the_wrong_value(keywords, word):
-    with pytest.raises(ValueError, match=word):
-        create(**keywords)
+WRONG = [
+    ({"group": "c8"}, "c8"),
+    ({"embed_dim": 52}, "embed_dim 52"),
+    ({"num_heads": 4}, "num_heads 4"),
+    ({"equivariant_depth": 5}, "equivariant_depth 5"),
+    ({"invariants": "linear"}, "linear"),
+    ({"invariants": "trivial"}, "trivial"),
+    ({"invariants": "polynomial", "group": "c4"}, "polynomial"),
+    ({"invariants": "", "equivariant_depth": 4}, "invariants"),
+    ({"img_size": 80}, "5 x 5"),
+    ({"img_size": 70}, "70 x 70"),
+    ({"patch_size": 15, "img_size": 60}, "15 x 15"),
+    ({"global_pool": "map"}, "global_pool"),
+    ({"class_token": False}, "global_pool"),
+    ({"distilled": True, "global_pool": "avg"}, "global_pool"),
+    ({"act_layer": nn.GLU}, "pointwise"),
+]
 
 
-@pytest.mark.parametrize(
-    ("shape", "dynamic", "word"),
-    [((1, 3, 64, 80), False, "dynamic_img_size"), ((1, 3, 70, 64), True, "patch")],
-)
-def test_image_that_does_not_fit(shape, dynamic, word):
-    with pytest.raises(AssertionError, match=word):
-        create(dynamic_img_size=dynamic)(torch.zeros(shape))
+def test_wrong_keywords_and_images():
+    for keywords, word in WRONG:
+        with pytest.raises(ValueError, match=word):
+            create(**keywords)
+    for shape, dynamic, word in (((1, 3, 64, 80), False, "dynamic_img_size"), ((1, 3, 70, 64), True, "patch")):
+        with pytest.raises(AssertionError, match=word):
+            create(dynamic_img_size=dynamic)(torch.zeros(shape))

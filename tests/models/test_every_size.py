@@ -1,4 +1,4 @@
-"""ResNets with even='box', the alias-free ones among them: exact at every image size, in every form."""
+"""ResNets with even='box', the alias-free ones among them: exact at every image size."""
 
 import pytest
 import timm
@@ -8,18 +8,15 @@ from packaging.version import Version
 import equivision_timm  # noqa: F401  registers the models
 from equivision_timm import fuse
 from equivision_timm.groups import Group
-from equivision_timm.layers.strategies import native_library
-from equivision_timm.testing import assert_equivariant
 
 PARITIES = [(64, 64), (65, 65), (66, 49), (49, 66)]
 RESIDUES = [(height, 33 + 7 * height // 2 % 32) for height in range(33, 65)]  # of 32, widths of both parities
-BOX = {
+SMALL = {
+    "test_c8resnetaf": {},
     "test_d4resnet": {"even": "box"},
     "c8resnet50d": {"even": "box", "width": 1, "layers": (1, 1, 1, 1)},
-    "c8resnetblur50": {"even": "box", "width": 1, "layers": (1, 1, 1, 1)},
     "d1resnet18_fast": {"even": "box", "width": 4, "replace_stem_pool": True},
 }
-SMALL = {"test_c8resnetaf": {}, **BOX}
 
 
 def make(name: str, **keywords) -> torch.nn.Module:
@@ -36,11 +33,11 @@ def change(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @torch.no_grad()
 def error(model: torch.nn.Module, shape: tuple[int, int]) -> float:
-    """The largest change of the last map and the logits under the elements that move whole pixels."""
+    """The largest change of the last map and the logits under a quarter turn and a reflection, if in the group."""
     group, x = Group.from_name(model.group), torch.randn(1, 3, *shape)
     features = model.forward_features(x)
     errors = []
-    for g in group.grid_elements[1:]:
+    for g in {group.grid_elements[1], group.grid_elements[-1]}:  # they generate the others
         moved = model.forward_features(group.transform_image(x, g))
         errors.append(change(moved, group.transform_fields(features, g)))
         errors.append(change(model.forward_head(moved), model.forward_head(features)))
@@ -82,41 +79,22 @@ def test_whole_networks(name, keywords, shape):
 
 
 def test_axes_that_nothing_reverses_are_left():
-    for group, unchanged in (("c1", (64, 64)), ("d1", (64, 65))):
-        models = [
-            timm.create_model("test_d4resnet", group=group, even=even, num_classes=5).eval() for even in ("", "box")
-        ]
-        models[1].load_state_dict(models[0].state_dict())
-        for shape in ((64, 64), (64, 65), (65, 64)):
-            x = torch.randn(1, 3, *shape)
-            same = torch.equal(models[0](x), models[1](x))
-            assert same == (group == "c1" or shape == unchanged)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("form", ["native", "blocks", "dense"])
-@pytest.mark.parametrize("name", ["test_c8resnetaf", "test_d4resnet", "c8resnet50d"])
-def test_fused(name, form):
-    if form == "native" and native_library.why_not():
-        pytest.skip(native_library.why_not())
-    model = make(name, **SMALL[name])
-    fused = fuse(model, form, 64)
-    for shape in PARITIES:
-        x = torch.randn(2, 3, *shape)
-        assert change(fused(x), model(x)) < 1e-5
-    assert_equivariant(fused, 64, group=model.group, in_channels=3)
+    models = [timm.create_model("test_d4resnet", group="d1", even=even, num_classes=5).eval() for even in ("", "box")]
+    models[1].load_state_dict(models[0].state_dict())
+    for shape in ((64, 64), (64, 65), (65, 64)):
+        x = torch.randn(1, 3, *shape)
+        assert torch.equal(models[0](x), models[1](x)) == (shape == (64, 65))
 
 
 @pytest.mark.skipif(Version(torch.__version__) < Version("2.9"), reason="its ONNX exporter cannot write these graphs")
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # inside torch.onnx
-@pytest.mark.parametrize("name", ["test_c8resnetaf", pytest.param("test_d4resnet", marks=pytest.mark.slow)])
-def test_one_onnx_file_for_all_sizes(name):
+def test_one_onnx_file_for_all_sizes():
     """Height and width are open; `test_dynamic_shapes.py` does the same for torch.export and torch.compile."""
     for module in ("onnx", "onnxscript"):
         pytest.importorskip(module, reason="ONNX export needs the extra `export`")
     onnxruntime = pytest.importorskip("onnxruntime")
-    model, dim = make(name, **SMALL[name]), torch.export.Dim
+    model, dim = make("test_c8resnetaf"), torch.export.Dim
     sizes = ({2: dim("height", min=33, max=512), 3: dim("width", min=33, max=512)},)
     program = torch.onnx.export(
         fuse(model, "blocks"), (torch.randn(1, 3, 64, 65),), dynamic_shapes=sizes, dynamo=True, verbose=False

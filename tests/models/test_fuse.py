@@ -31,7 +31,7 @@ NAMES = {
     "c16resnet18": {"width": 4},
     "c6resnet18_fast": {},
     "c8resnetaf18_fast": {},
-    "c8resnet50d": {"width": 8},
+    "c8resnet50d": {"width": 8, "even": "box"},
     "c8resnetblur50": {"width": 8},
     "c8reresnet50": {"width": 8},
 }
@@ -78,10 +78,9 @@ def test_same_logits_and_no_basis(name, form):
     model = make(name, **NAMES[name])
     before = copy.deepcopy(model.state_dict())
     fused = fuse(model, form, 65)
-    for size in (65, 97):  # also another size than it is fused for
-        expected = model(images(size))
-        assert expected.std() > 1e-2
-        assert relative(fused(images(size)), expected) < 1e-5
+    for x in (images(), torch.randn(2, 3, 66, 49)):  # also another size than it is fused for
+        assert model(x).std() > 1e-2
+        assert relative(fused(x), model(x)) < 1e-5
     assert count(fused, {"native": NativeConv2d, "blocks": BlockConv2d, "dense": nn.Conv2d}[form]) > 5
     assert not count(fused, (SteerableConv2d, nn.BatchNorm2d))
     assert not any(parameter.requires_grad for parameter in fused.parameters())
@@ -110,19 +109,17 @@ def test_the_default_and_timms_hook():
 
 
 def test_arguments():
-    model = make()
     with pytest.raises(ValueError, match="onnx"):
-        fuse(model, "onnx")
+        fuse(make(), "onnx")
     with pytest.raises(RuntimeError, match="meta"):
-        fuse(model.to("meta"), "native")
+        fuse(make().to("meta"), "native")
 
 
 @forms
 def test_derivatives_with_respect_to_the_image(form):
-    model = make().double()
-    x = images().double().requires_grad_()
-    expected = torch.autograd.grad(model(x).square().sum(), x)[0]
-    assert relative(torch.autograd.grad(fuse(model, form)(x).square().sum(), x)[0], expected) < 1e-10
+    model, x = make().double(), images().double().requires_grad_()
+    found, expected = (torch.autograd.grad(m(x).square().sum(), x)[0] for m in (fuse(model, form), model))
+    assert relative(found, expected) < 1e-10
 
 
 @torch.no_grad()
@@ -149,60 +146,20 @@ def test_types(form):
     assert y.dtype == torch.bfloat16
     assert relative(y.float(), model(images())) < 0.1
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.bfloat16, 0.1)):
-        if form == "native" and dtype == torch.bfloat16:
-            continue
-        model = make().to(dtype)
-        fused = fuse(model, form)
-        assert {parameter.dtype for parameter in fused.parameters()} == {dtype}
-        assert relative(fused(images().to(dtype)), model(images().to(dtype))) < tolerance
-    model = make().half()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.float()
-    if form != "native":
-        assert fuse(model, form)(images().half()).dtype == torch.float16
+        if form != "native" or dtype == torch.float64:
+            model = make().to(dtype)
+            fused = fuse(model, form)
+            assert {parameter.dtype for parameter in fused.parameters()} == {dtype}
+            assert relative(fused(images().to(dtype)), model(images().to(dtype))) < tolerance
 
 
 @needs_native
-def test_native_says_what_to_do_elsewhere():
-    fused = fuse(make(), "native")
-    for moved in (copy.deepcopy(fused).bfloat16(), copy.deepcopy(fused).to("meta")):
-        parameter = next(moved.parameters())
-        with pytest.raises(RuntimeError, match="fuse"):
-            moved(images().to(parameter))
-    for module in fused.modules():
-        if isinstance(module, NativeConv2d):
-            module.packed = module.packed.reshape(-1, 1)
-    with pytest.raises(ValueError, match="processor"):
-        fused(images())
-
-
-@pytest.mark.parametrize("form", ["blocks", "dense"])
-def test_units_with_backward_hooks_stay(form):
-    """As for a gradient with respect to the image, which such a hook follows or changes."""
-    model, x = make(), images().requires_grad_()
-    model.layer3[0].conv1.conv.register_full_backward_hook(lambda module, grad, _: (2 * grad[0],))
-    fused = fuse(model, form)
-    assert [name for name, m in fused.named_modules() if isinstance(m, SteerableConv2d)] == ["layer3.0.conv1.conv"]
-    (expected,), (found,) = (torch.autograd.grad(network(x).sum(), x) for network in (model, fused))
-    assert relative(found, expected) < 1e-4
-
-
-@needs_native
-@torch.no_grad()
-def test_native_compiles():
+def test_native_compiles_and_says_what_to_do_elsewhere():
     fused = fuse(make(), "native")
     compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
     assert relative(compiled(images()), fused(images())) < 1e-5
-
-
-@forms
-@pytest.mark.parametrize("kwargs", [{}, {"block_args": {"attn_layer": "se"}}])
-def test_no_images(form, kwargs):
-    fused = fuse(make(**kwargs), form)
-    for grad in (True, False):
-        with torch.set_grad_enabled(grad):
-            assert fused(images()[:0]).shape == (0, fused.num_classes)
+    with pytest.raises(ValueError, match="fuse"):
+        fused.bfloat16()(images().bfloat16())
 
 
 @torch.no_grad()
@@ -242,10 +199,6 @@ def wrap(model, path):
     model.set_submodule(path, Doubling(model.get_submodule(path)))
 
 
-def activate(model, path):
-    model.set_submodule(path, nn.Softplus())
-
-
 def squash(model, path):
     fields = model.get_submodule(path).num_features
     model.set_submodule(path, BatchNormAct2d(fields, act_layer=nn.Sigmoid).eval())
@@ -275,9 +228,9 @@ def parametrise(model, path):
 
 PLACES = ("conv1", "conv1.act", "layer1.0.conv1", "layer1.0.conv2.conv", "layer2.0.conv1.norm", "layer1.0.conv2.act")
 PLACES += ("layer2.0.conv2.norm.per_field", "layer2.0.downsample", "layer2.0.conv2.drop", "maxpool")
-CHANGES = [(hook, path) for path in PLACES] + [(patch, path) for path in PLACES[:5]]
+CHANGES = [(hook, path) for path in PLACES] + [(patch, "layer1.0.conv2.conv")]
 CHANGES += [(wrap, path) for path in ("layer2.0.conv1.conv", "layer2.0.conv2", "layer1.0.conv2.drop")]
-CHANGES += [(activate, "layer1.0.conv1.act"), (squash, "layer1.0.conv1.norm.per_field"), (subclass, "layer1.0.conv1")]
+CHANGES += [(squash, "layer1.0.conv1.norm.per_field"), (subclass, "layer1.0.conv1")]
 CHANGES += [(change, "layer2.0.conv1.conv") for change in (replace, prune_half, parametrise)]
 
 
@@ -295,15 +248,18 @@ def test_changes_by_hand_count(change, path):
             assert relative(fuse(model, form)(images()), expected) < 1e-5
 
 
-def test_blocks_around_a_change():
-    """The other residual blocks are block diagonal nevertheless."""
-    model = make("c8resnet18_fast")
-    whole = count(fuse(model, "blocks"), BlockConv2d)
-    hook(model, "layer3.0.conv1.conv")
+def test_units_with_backward_hooks_stay():
+    """As for a gradient with respect to the image, which such a hook changes; other blocks are block diagonal."""
+    model, x = make("c8resnet18_fast"), images().requires_grad_()
+    model.layer3[0].conv1.conv.register_full_backward_hook(lambda module, grad, _: (2 * grad[0],))
+    for form in ("blocks", "dense"):
+        fused = fuse(model, form)
+        assert [name for name, m in fused.named_modules() if isinstance(m, SteerableConv2d)] == ["layer3.0.conv1.conv"]
+        (expected,), (found,) = (torch.autograd.grad(network(x).sum(), x) for network in (model, fused))
+        assert relative(found, expected) < 1e-4
     fused = fuse(model, "blocks")
     found = [isinstance(module, ElementMajor) for module in (fused.layer2, fused.layer3[1], fused.layer3[0])]
     assert found == [True, True, False]
-    assert 0 < count(fused, BlockConv2d) < whole
 
 
 @torch.no_grad()
@@ -324,18 +280,19 @@ def test_blocks_around_a_change():
 def test_models_without_such_stages(name, kwargs, form):
     """Attention, another norm, another activation, no group, timm's own network, a vision transformer."""
     model = make(name, **kwargs) if "vit" not in name else timm.create_model(name, pretrained=True).eval()
-    assert relative(fuse(model, form)(images(64)), model(images(64))) < 1e-5
+    fused = fuse(model, form)
+    assert relative(fused(images(64)), model(images(64))) < 1e-5
+    assert fused(images(64)[:0]).shape == (0, model.num_classes)
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
-def test_weights_are_read_anew_and_copies_stay(optimizer):
+def test_weights_are_read_anew_and_copies_stay():
     """Fused optimizers and running statistics raise no version count: the model follows its weights all the same."""
     model = timm.create_model("test_c8resnet").train()
     fused = fuse(model)
     with torch.no_grad():
         before, copied = model.eval()(images()), fused(images())
     model.train()(images()).square().sum().backward()
-    optimizer(model.parameters(), lr=1e-2, fused=True).step()
+    torch.optim.SGD(model.parameters(), lr=1e-2, fused=True).step()
     exact = timm.create_model("test_c8resnet", conv_strategy="expand").double().eval()
     exact.load_state_dict(model.state_dict())
     with torch.inference_mode():

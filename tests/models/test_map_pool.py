@@ -45,6 +45,9 @@ def test_maps_are_invariant_with_one_channel_a_field(name, map_pool):
     assert moves(model.forward_features) < 1e-5
     assert moves(plain.forward_features) > 0.1  # control: the channels of a field are permuted
     assert moves(lambda x: model.forward_head(model.forward_features(x))) < 1e-5
+    maximum = create(name, num_classes=0, global_pool="")(X)  # the other way: the head's group pooling of the last map
+    torch.testing.assert_close(maximum, fields.amax(2), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(create(name, num_classes=0, global_pool="", group_pool="")(X), fields.flatten(1, 2))
     assert plain(X).shape[1] != plain.num_features  # control: without the keyword the width is another
     assert model.num_features == model.head_hidden_size == last.shape[1] == plain.num_features // order
     for info, equivariant, found in zip(model.feature_info, plain.feature_info, maps, strict=True):

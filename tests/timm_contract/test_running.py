@@ -1,6 +1,7 @@
-"""Running and training: compile, mixed precision, memory formats, copies, EMA, sync norm, freezing."""
+"""Running and training: compile, mixed precision, sync norm, weight decay; devices and folders."""
 
 import copy
+import json
 import shutil
 from functools import partial
 
@@ -11,12 +12,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from support.reference_data import image
 from timm.layers import convert_sync_batchnorm
+from timm.models._hub import save_for_hf
 from timm.optim import create_optimizer_v2
 
 from equivision_timm.layers import ConvNormAct
 from equivision_timm.models.equivariant_resnet import BasicBlock
 
-NAMES = ("d4resnet18_fast", "c8resnet50_fast")  # both kinds of block
 LABELS = torch.tensor([1, 3])
 
 
@@ -34,10 +35,9 @@ def step(model, x, **kwargs):
 
 
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:torch")  # inside PyTorch's own compiler
-@pytest.mark.parametrize("name", ["test_d4resnet", pytest.param(NAMES[1], marks=pytest.mark.slow)])
-def test_compiles_whole_forward_and_backward(name):
+def test_compiles_whole_forward_and_backward():
     # In float64: two images of 65 pixels leave batch norms of 18 numbers, which blow up float32's rounding
-    model, x = create(name).double().train(), image((2, 3, 65, 65)).double()
+    model, x = create("test_d4resnet").double().train(), image((2, 3, 65, 65)).double()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     expected = step(model, x)
     for found, gradient in zip(step(compiled, x), expected, strict=True):
@@ -49,11 +49,9 @@ def test_compiles_whole_forward_and_backward(name):
 
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:torch")  # inside PyTorch's own compiler
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ to make machine code")
-@pytest.mark.parametrize("strategy", ["expand", "block_diagonal"])
-def test_a_block_compiles_to_machine_code(strategy):
+def test_a_block_compiles_to_machine_code():
     block, x = BasicBlock(2, 2, partial(ConvNormAct, group="c4")).train(), torch.randn(2, 8, 9, 9)
-    for unit in (block.conv1, block.conv2):
-        unit.conv.strategy = strategy
+    block.conv1.conv.strategy, block.conv2.conv.strategy = "expand", "block_diagonal"
     gradients = []
     for run in (block, torch.compile(block, fullgraph=True)):
         block.zero_grad()
@@ -62,9 +60,14 @@ def test_a_block_compiles_to_machine_code(strategy):
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("name", ["test_resnet", "test_c8resnet"])  # the control first
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "dtype", "memory_format"),
+    [
+        ("test_resnet", torch.float16, torch.channels_last),  # the control
+        ("test_c8resnet", torch.float16, torch.channels_last),
+        ("test_c8resnet", torch.bfloat16, torch.contiguous_format),
+    ],
+)
 def test_scaled_gradients_in_mixed_precision(name, dtype, memory_format):
     """A step with `GradScaler`: gradients as in float32 but for the precision, and the weights move along them."""
     torch.manual_seed(0)
@@ -97,8 +100,7 @@ def test_every_norm_becomes_a_sync_norm_inside_its_field_norm(convert):
     assert list(converted.state_dict()) == list(state)
 
 
-@pytest.mark.parametrize("features_only", [False, True])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "features_only"), [("d4resnet18_fast", False), ("c8resnet50_fast", True)])
 def test_gradient_checkpointing_changes_no_gradient(name, features_only):
     model, x = create(name, features_only=features_only).train(), image((2, 3, 33, 33))
     gradients = []
@@ -125,3 +127,46 @@ def test_weight_decay_and_layer_decay_reach_the_coefficients():
     assert scales == sorted(scales)
     assert len(set(scales)) == 6
     assert scales[-1] == 1
+
+
+def test_from_the_meta_device_to_the_same_network():
+    expected, x = create().eval(), image((2, 3, 65, 65))
+    with torch.device("meta"):
+        model = create().eval()
+    assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
+    model.to_empty(device="cpu")
+    for tensor in (*model.parameters(), *model.buffers()):
+        torch.nn.init.constant_(tensor.data, 77)
+    model.init_weights()
+    buffers = dict(expected.named_buffers())
+    assert all(torch.equal(buffer, buffers[key]) for key, buffer in model.named_buffers())
+    for (key, found), reference in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert found.mean().item() == pytest.approx(reference.mean().item(), abs=0.05), key
+        assert found.std(correction=0).item() == pytest.approx(reference.std(correction=0).item(), rel=0.2), key
+    with torch.no_grad():
+        assert model(x).std().item() == pytest.approx(expected(x).std().item(), rel=0.5)
+    model.load_state_dict(expected.state_dict())
+    assert torch.equal(model(x), expected(x))
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("meta", torch.float32), ("cpu", torch.bfloat16)])
+def test_device_and_type_of_every_tensor(device, dtype):
+    model = create(device=device, dtype=dtype)
+    tensors = (*model.parameters(), *(b for b in model.buffers() if b.is_floating_point()))
+    assert {(tensor.device.type, tensor.dtype) for tensor in tensors} == {(device, dtype)}
+    model.reset_classifier(3)
+    assert model.fc.weight.dtype == dtype
+
+
+def test_round_trip_through_a_local_folder(tmp_path):
+    arguments = dict(group_pool="avg", act_layer="silu", drop_path_rate=0.1, output_stride=16, in_chans=1)
+    model = create(**arguments).eval()
+    save_for_hf(model, str(tmp_path), model_args=arguments, safe_serialization=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["architecture"], config["num_classes"]) == ("d4resnet18_fast", 10)
+    assert config["num_features"] == model.num_features
+    assert (tmp_path / "model.safetensors").stat().st_size > 0
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    loaded, x = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval(), image((1, 1, 65, 65))
+    with torch.no_grad():
+        assert torch.equal(loaded(x), model(x))
