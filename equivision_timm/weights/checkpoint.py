@@ -32,8 +32,7 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
         OSError: the file cannot be opened.
         DamagedFile: it is not a checkpoint, is damaged, or holds objects other than tensors, numbers and texts.
     """
-    path = Path(path)
-    with path.open("rb") as file:
+    with open(path, "rb") as file:
         is_safetensors = file.read(9)[8:] == b"{"
     try:
         content: Any = load_file(path) if is_safetensors else _load_torch(path)
@@ -48,7 +47,7 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
         raise DamagedFile(f"{path} is damaged or not a checkpoint of tensors: {reason.strip()[:300]}") from error
 
 
-def _load_torch(path: Path) -> Any:
+def _load_torch(path: str | Path) -> Any:
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():

@@ -33,10 +33,8 @@ def translate(state_dict: dict[str, torch.Tensor], model_name: str) -> Translati
     found = translate_resnet(network, model)
     if found.notes["basis_from"] != "sampled_basis":
         raise WeightsError("some convolutions have no sampled_basis: take the file as published")
-    notes = {
-        **found.notes,
-        "classifier": "none: the backbone of a detector" if keywords else "of all channels: NOT invariant",
-    }
+    classifier = "none: the backbone of a detector" if keywords else "of all channels: NOT invariant"
+    notes = {**found.notes, "classifier": classifier}
     if dropped:
         notes["dropped"] = f"{dropped} entries of the detector"
     return Translation(found.state_dict, keywords, notes)

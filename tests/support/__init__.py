@@ -1,1 +1,1 @@
-"""What several tests share: tables of cases, small data and models, a loopback server, fresh processes."""
+"""What several tests share: tables of cases, small data and models, fresh processes."""

@@ -15,16 +15,6 @@ from equivision_timm.models import EquivariantResNet
 from equivision_timm.weights.signs import element_signs, known_patterns, sign_groups
 from equivision_timm.weights.statistics import apply_signs
 
-__all__ = [
-    "buffers",
-    "convolutions",
-    "mixed_statistics",
-    "random_pattern",
-    "to_equivision",
-    "trained_elsewhere",
-    "with_buffers",
-]
-
 DATA = Path(__file__).parents[1] / "data" / "original_buffers.json.gz"
 
 

@@ -94,14 +94,11 @@ CHANGED = {
 }
 
 
-@pytest.mark.parametrize("changed", CHANGED.values(), ids=CHANGED)
-def test_the_hash_notices_every_change(changed):
+def test_the_hash_notices_every_change():
+    """Its definition is written out for one entry: files converted today are compared in later versions."""
     other = {"c": torch.ones(()).expand(3), "b": TENSORS["b"], "a": TENSORS["a"].t().contiguous().t()}
-    assert hash_tensors(other) == hash_tensors(TENSORS) != hash_tensors(changed)
-
-
-def test_the_definition_of_the_hash():
-    """Written out for one entry: files converted today are compared in later versions."""
+    assert hash_tensors(other) == hash_tensors(TENSORS)
+    assert [change for change, tensors in CHANGED.items() if hash_tensors(tensors) == hash_tensors(TENSORS)] == []
     parts = [b"w", b"float32", b"(2,)", b"\x00\x00\x80\x3f\x00\x00\x00\x40"]
     expected = hashlib.sha256(b"".join(len(part).to_bytes(8, "little") + part for part in parts)).hexdigest()
     assert hash_tensors({"w": torch.tensor([1.0, 2.0])}) == expected
