@@ -80,7 +80,7 @@ def _reflect(x: torch.Tensor, border: int) -> torch.Tensor:
 def _blur(x: torch.Tensor, taps: int, stride: int, border: int, even: tuple[bool, bool]) -> torch.Tensor:
     if torch.jit.is_scripting():
         rows, columns = _taps(x, taps, even)
-        filters = _outer(rows, columns).to(x)
+        filters = torch.outer(torch.tensor(_binomial(rows)), torch.tensor(_binomial(columns))).to(x)  # exact in float32
         return F.conv2d(x, filters.expand(x.shape[1], 1, rows, columns), None, stride, border, groups=x.shape[1])
     else:
         if any(even) and (torch.jit.is_tracing() or not all([has_static_value(length) for length in x.shape[2:]])):
@@ -127,16 +127,10 @@ def _binomial(taps: int) -> list[float]:
     return row
 
 
-def _outer(rows: int, columns: int) -> torch.Tensor:
-    """[rows, columns]: the outer product of two binomial filters; exact in float32."""
-    column = torch.tensor(_binomial(rows), dtype=torch.float32)
-    row = torch.tensor(_binomial(columns), dtype=torch.float32)
-    return torch.outer(column, row)
-
-
 @constant
 def _filter(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return _outer(rows, columns).to(device, dtype)
+    column, row = (torch.tensor(_binomial(taps), dtype=torch.float64) for taps in (rows, columns))
+    return torch.outer(column, row).to(device, dtype)  # [rows, columns]
 
 
 _AA_LAYERS: dict[str, Callable[..., nn.Module]] = {
