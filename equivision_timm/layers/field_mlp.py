@@ -65,7 +65,7 @@ class FieldGRN(nn.Module):
     def __init__(self, fields: int, order: int, **dd: Any) -> None:
         super().__init__()
         self.order = order
-        self.eps = 1e-6
+        self.eps: float = 1e-6
         self.weight: nn.Parameter = nn.Parameter(torch.empty(fields, **dd))
         self.bias: nn.Parameter = nn.Parameter(torch.empty(fields, **dd))
         self.reset_parameters()

@@ -113,7 +113,7 @@ class PatchConv2d(_GridConv2d):
         self, channels: int, fields: int, kernel_size: int, group: str, regular: bool, bias: bool = True, **dd: Any
     ) -> None:
         super().__init__(channels, fields, kernel_size, group, regular, bias, **dd)
-        self.stride = kernel_size
+        self.stride: int = kernel_size
 
 
 class DepthwiseConv2d(_GridConv2d):
@@ -123,8 +123,8 @@ class DepthwiseConv2d(_GridConv2d):
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size {kernel_size} has no centre: use an odd one")
         super().__init__(1, fields, kernel_size, group, False, bias, **dd)
-        self.padding = kernel_size // 2
-        self.conv_groups = fields * self.order
+        self.padding: int = kernel_size // 2
+        self.conv_groups: int = fields * self.order
 
 
 class MirrorDepthwiseConv2d(_FreeFilters):
