@@ -55,7 +55,7 @@ def error(dtype=torch.float32):
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize(("level", "capability"), zip(LEVELS, CAPABILITIES, strict=False))
+@pytest.mark.parametrize(("level", "capability"), list(zip(LEVELS, CAPABILITIES, strict=False)))
 def test_levels(folder, monkeypatch, level, capability):
     """Each computes the same; the processor's is taken, or the next lower one that is there."""
     if CAPABILITIES.index(capability) > CAPABILITIES.index(torch.backends.cpu.get_cpu_capability()):
