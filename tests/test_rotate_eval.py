@@ -122,22 +122,16 @@ def test_options_change_little(measured: Path, textures: str, c4: str, tmp_path:
         assert row["drift"] == pytest.approx(expected[key]["drift"], abs=0.05)
 
 
-@pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """The batches that the models read."""
-    batches: list[torch.Tensor] = []
+def test_images_are_those_of_the_training(textures: str, tmp_path: Path, monkeypatch) -> None:
+    """Model, image size and normalisation, as in predict; a circle hides the corners."""
+    seen: list[torch.Tensor] = []  # the batches that the model reads
 
     def watch(*args, **kwargs) -> Loaded:
         loaded = load(*args, **kwargs)
-        loaded.model.register_forward_pre_hook(lambda module, inputs: batches.append(inputs[0]))
+        loaded.model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
         return loaded
 
     monkeypatch.setattr(module, "load", watch)
-    return batches
-
-
-def test_images_are_those_of_the_training(textures: str, tmp_path: Path, seen: list[torch.Tensor]) -> None:
-    """Model, image size and normalisation, as in predict; a circle hides the corners."""
     options = {"img_size": 33, "mean": [0.2, 0.3, 0.4], "crop_pct": 1.0}
     words = command([save_training(tmp_path, **options)], textures, tmp_path / "out", "0")
     assert main(words) == 0
@@ -212,16 +206,6 @@ def test_unlabelled_and_unreadable_images(textures: str, c4: str, tmp_path: Path
 # Results belong to what they depend on
 
 
-def grey_folder(root: Path, shift: int = 0) -> Path:
-    """Pictures of three classes, each of a grey value that depends on its class."""
-    for label in range(3):
-        (root / f"class{label}").mkdir(parents=True)
-        for i in range(2 + 2 * label):
-            value = 40 + 60 * ((label + shift) % 3) + i
-            Image.new("L", (33, 33), value).save(root / f"class{label}" / f"{i}.png")
-    return root
-
-
 def refused(words: list[str], capsys: pytest.CaptureFixture) -> str:
     out = Path(words[words.index("--out") + 1])
     before = (out / "results.json").read_bytes()
@@ -230,17 +214,19 @@ def refused(words: list[str], capsys: pytest.CaptureFixture) -> str:
     return capsys.readouterr().err
 
 
-def test_other_classes_or_pictures_of_the_same_names(c4: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    folder, classes = grey_folder(tmp_path / "a" / "data"), tmp_path / "map.txt"
-    classes.write_text("class1\nclass2\nclass0\n")
+def test_other_classes_or_pictures_of_the_same_names(textures: str, c4: str, tmp_path: Path, capsys) -> None:
+    folder, classes = Path(shutil.copytree(f"{textures}/validation", tmp_path / "a" / "data")), tmp_path / "map.txt"
+    for place in ("brick/000.png", "brick/001.png", "grass/000.png"):  # another number of pictures in each class
+        (folder / place).unlink()
+    classes.write_text("grass\ngravel\nbrick\n")
     words = command([c4], folder, tmp_path / "out", "0", "--class-map", str(classes))
     assert main(words) == 0
     wrong = rows(tmp_path / "out")[c4, 33, 0]["top1"]
-    moved = shutil.copytree(folder, tmp_path / "b" / "data")
+    moved = Path(shutil.copytree(folder, tmp_path / "b" / "data"))
     assert main([*words, "--data", str(moved)]) == 0  # control: the same map and contents continue
-    other = grey_folder(tmp_path / "c" / "data", shift=1)
-    assert "images" in refused([*words, "--data", str(other)], capsys)
-    classes.write_text("class0\nclass1\nclass2\n")
+    shutil.copy(folder / "grass" / "003.png", moved / "brick" / "003.png")
+    assert "images" in refused([*words, "--data", str(moved)], capsys)
+    classes.write_text("brick\ngrass\ngravel\n")
     assert "images" in refused(words, capsys)
     assert main([*words, "--out", str(tmp_path / "new")]) == 0
     assert rows(tmp_path / "new")[c4, 33, 0]["top1"] != wrong
@@ -355,7 +341,7 @@ def stored(
     return [Result(s, 1, 1, [], dict.fromkeys(METRICS, values)) for s in settings]
 
 
-def test_axes_and_summary(tmp_path: Path) -> None:
+def test_axes_curves_and_summary(tmp_path: Path) -> None:
     """Rounding errors do not fill the axis of the drift, chance is one of the classes, zero counts once in the mean."""
     top1, _, drift = rotate_report.draw(stored(["c8resnet18"], [0.0, 90.0], [1e-6, 2e-6])).axes
     assert drift.get_ylim() == (0, 0.1)
@@ -364,10 +350,7 @@ def test_axes_and_summary(tmp_path: Path) -> None:
     angles = parse_angles("0:360:15")
     table = rotate_report.write(stored(["c8resnet18"], angles, [float(angle % 360 == 0) for angle in angles]), tmp_path)
     assert " 4.17  0.00 at 15°" in table  # 1/24 of the angles, not 2/25
-
-
-def test_curves_close_if_they_go_round() -> None:
-    curves = []
+    curves = []  # which close if they go round
     for angles in ([0.0, 90.0, 180.0, 270.0], [90.0, 0.0, -90.0]):
         axes = rotate_report.draw(stored(["c8resnet18"], angles, [0.1, 0.2, 0.3, 0.4][: len(angles)])).axes[0]
         curves.append([values.tolist() for values in axes.lines[0].get_data()])
@@ -407,12 +390,6 @@ def test_classifier_of_a_distilled_model(tmp_path: Path) -> None:
     assert load(f"deit_tiny_distilled_patch16_224={tmp_path}/d", model_kwargs={"depth": 1}).num_classes == 3
 
 
-def test_angles_that_cannot_be_used() -> None:
-    for text in ("", "0:360", "0:9:0", "0:9:-1", "90:0:15", "1:2:3:4", "0,,9", "inf", "0:inf:1"):
-        with pytest.raises(argparse.ArgumentTypeError, match="angles"):
-            parse_angles(text)
-
-
 @given(st.integers(-360, 360), st.integers(1, 90), st.integers(0, 30))
 def test_range_of_angles(start: int, step: int, count: int) -> None:
     """Of every class modulo 360 the first one, less full turns."""
@@ -423,7 +400,9 @@ def test_range_of_angles(start: int, step: int, count: int) -> None:
     assert all(-360 < angle < 360 for angle in parsed)
 
 
-def test_every_rotation_counts_once() -> None:
-    assert parse_angles("0,360,-360,720") == [0]
-    assert parse_angles("-90,270,45") == [-90, 45]
+def test_lists_of_angles() -> None:
+    assert parse_angles("-90,270,45,-450") == [-90, 45]  # every rotation counts once
     assert parse_angles("-1e300") == [math.fmod(-1e300, 360) + 0.0]
+    for text in ("", "0:360", "0:9:0", "0:9:-1", "90:0:15", "1:2:3:4", "0,,9", "inf", "0:inf:1"):
+        with pytest.raises(argparse.ArgumentTypeError, match="angles"):
+            parse_angles(text)

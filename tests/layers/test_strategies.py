@@ -9,6 +9,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.cases import GROUPS
+from support.results import relative
 from torch.utils.flop_counter import FlopCounterMode
 
 import equivision_timm  # noqa: F401  registers the models
@@ -39,10 +40,6 @@ def pair(strategy, group, kernel_size, in_fields=3, out_fields=2, dtype=torch.fl
     other = copy.deepcopy(layer)
     other.strategy = strategy
     return layer, other
-
-
-def relative(found, expected):
-    return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
 def gradients(layer, x, weights):

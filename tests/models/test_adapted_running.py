@@ -1,11 +1,11 @@
 """Adapted models under autocast, torch.compile, ONNX, checkpointing and DDP; the backbone is the control throughout."""
 
-import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from packaging.version import Version
+from support.results import onnx_function
 from support.two_processes import run_in_two
 
 from equivision_timm.models import Canonicalized, Symmetrized
@@ -68,16 +68,11 @@ def test_compiles_whole_forward_and_backward(kind):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")  # inside
 @pytest.mark.parametrize("kind", ["all", "hard", "soft"])
 def test_onnx(kind, tmp_path):
-    pytest.importorskip("onnxscript", reason="extra `export`")
-    runtime = pytest.importorskip("onnxruntime", reason="extra `export`")
-    model, file = create(kind).eval(), tmp_path / "model.onnx"
-    batch = {0: torch.export.Dim("batch", min=1, max=16)}
-    torch.onnx.export(model, (X,), file, dynamo=True, dynamic_shapes=(batch,), verbose=False)
-    session = runtime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    model, batch = create(kind).eval(), {0: torch.export.Dim("batch", min=1, max=16)}
+    exported = onnx_function(tmp_path, model, X, dynamo=True, dynamic_shapes=(batch,))
     images = torch.cat([X, X.rot90(1, (-2, -1)), X.flip(-1)])
-    (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     with torch.no_grad():
-        np.testing.assert_allclose(found, model(images), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(exported(images), model(images), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("kind", "name"), [("all", "test_vit"), ("one", "test_resnet"), ("soft", "test_vit")])

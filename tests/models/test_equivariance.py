@@ -5,6 +5,7 @@ import timm
 import torch
 from support.cases import GROUPS
 from support.reference_data import image
+from support.results import relative
 
 from equivision_timm.groups import Group
 from equivision_timm.testing import assert_equivariant, equivariance_error
@@ -27,10 +28,6 @@ def errors(name, group=None, **kwargs):
     """Of the logits, by element, without the identity."""
     found = equivariance_error(trained_a_little(name, **kwargs), 65, group)
     return [error for g, error in found.items() if g]
-
-
-def relative(found, expected):
-    return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 from packaging.version import Version
 from support.reference_data import image
+from support.results import onnx_function
 from timm.layers.grn import GlobalResponseNorm
 from timm.optim import create_optimizer_v2
 from timm.utils.model import reparameterize_model
@@ -234,16 +235,6 @@ def test_memory_of_training():
     assert stored[0] < 1.1 * stored[1]
 
 
-def test_meta_device_and_types():
-    with torch.device("meta"):
-        model = timm.create_model("d4convnext_atto", **SMALL)
-    model = model.to_empty(device="cpu")
-    model.init_weights()
-    assert model.eval()(X).isfinite().all()
-    half = create().bfloat16()
-    assert half(X.bfloat16()).dtype == torch.bfloat16
-
-
 REFUSED = {
     "c8": {"group": "c8"},
     "dims": {"dims": (16, 32, 50, 64)},
@@ -313,15 +304,11 @@ def test_fused_in_other_types_and_changed_by_hand(form):
 @pytest.mark.skipif(Version(torch.__version__) < Version("2.9"), reason="its ONNX exporter cannot write these graphs")
 @torch.no_grad()
 def test_blocks_in_onnxruntime(tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
     model = create(depths=(1, 1), dims=(16, 32), kernel_sizes=3)
     fused = reparameterize_model(model)
     assert [type(m) for m in fused.modules()] == [type(m) for m in fuse(model, "blocks").modules()]
-    torch.onnx.export(fused, (X,), tmp_path / "model.onnx", dynamo=True, verbose=False)
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
-    (found,) = session.run(None, {session.get_inputs()[0].name: X.numpy()})
-    torch.testing.assert_close(torch.from_numpy(found), model(X), atol=1e-4, rtol=1e-4)
+    exported = onnx_function(tmp_path, fused, X, dynamo=True)
+    torch.testing.assert_close(exported(X), model(X), atol=1e-4, rtol=1e-4)
 
 
 def test_reads_held_out_digits_in_every_orientation():

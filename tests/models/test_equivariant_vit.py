@@ -7,6 +7,7 @@ import timm
 import torch
 import torch.nn as nn
 from support.reference_data import image
+from support.results import relative
 
 from equivision_timm.groups import Group
 from equivision_timm.testing import assert_equivariant, equivariance_error
@@ -38,10 +39,6 @@ def make(name="test_d4vit", **keywords):
             noise = torch.randn_like(parameter)
             parameter.copy_(0.5 + 0.2 * noise if parameter.ndim == 1 else parameter + 0.1 * noise)
     return model.eval()
-
-
-def relative(found, expected):
-    return ((found.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
 
 
 def check(model, x, map_tolerance=1e-5, logit_tolerance=1e-5):
@@ -78,7 +75,11 @@ def test_at_the_size_of_imagenet(name):
 
 
 def test_in_bfloat16():
-    check(make().bfloat16(), image((2, 3, 64, 64)).bfloat16(), map_tolerance=0.1, logit_tolerance=0.1)
+    model, x = make(), image((2, 3, 64, 64))
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model(x)
+    assert relative(mixed, model(x)) < 0.05
+    check(model.bfloat16(), x.bfloat16(), map_tolerance=0.1, logit_tolerance=0.1)
 
 
 @pytest.mark.parametrize("kind", ["d4", "d4_polynomial", "d4_full"])

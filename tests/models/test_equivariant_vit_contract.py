@@ -1,7 +1,6 @@
 """ViTs as timm's users run them: features, heads, sizes, distillation, export, wrong keywords."""
 
 import copy
-import io
 
 import pytest
 import timm
@@ -9,6 +8,7 @@ import torch
 import torch.nn as nn
 from packaging.version import Version
 from support.reference_data import image
+from support.results import onnx_function
 from timm.layers import set_fused_attn
 from timm.optim import create_optimizer_v2
 from timm.utils import AttentionExtract
@@ -220,19 +220,6 @@ def test_exact_sizes():
     assert [rectangular.is_exact(size) for size in ((64, 96), 64)] == [True, False]
 
 
-def test_meta_device_and_types():
-    with torch.device("meta"):
-        model = timm.create_model("test_d4vit", distilled=True)
-    assert all(value.is_meta for value in model.state_dict().values())
-    model = model.to_empty(device="cpu")
-    model.init_weights()
-    assert model.eval()(X).isfinite().all()
-    assert create().bfloat16()(X.bfloat16()).dtype == torch.bfloat16
-    with torch.autocast("cpu", torch.bfloat16):
-        mixed = create()(X)
-    torch.testing.assert_close(mixed.float(), create()(X), atol=0.05, rtol=0.05)
-
-
 @pytest.mark.filterwarnings("ignore:.*torch.jit.(script|trace).* is (deprecated|not supported)")
 @pytest.mark.parametrize(
     "keywords", [{}, FULL, {"invariants": "polynomial"}, {"group": "c4"}, {"group": "d1", "distilled": True}], ids=str
@@ -263,20 +250,13 @@ def test_exported_for_all_batch_and_image_sizes():
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Constant folding")
 @pytest.mark.parametrize(("keywords", "opset"), [({}, None), ({"group": "c4", **FULL}, 17)], ids=str)
-def test_onnx(keywords, opset):
+def test_onnx(keywords, opset, tmp_path):
     """By the exporter of torch.export, and by that of TorchScript with its opsets."""
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
     if opset is None and Version(torch.__version__) < Version("2.9"):
         pytest.skip("its exporter cannot write this graph")
-    model, file = create(**keywords), io.BytesIO()
-    if opset is None:
-        torch.onnx.export(model, (X,), dynamo=True, verbose=False).save(file)
-    else:
-        torch.onnx.export(model, (X,), file, dynamo=False, opset_version=opset)
-    session = onnxruntime.InferenceSession(file.getvalue())
-    (found,) = session.run(None, {session.get_inputs()[0].name: X.numpy()})
-    torch.testing.assert_close(torch.from_numpy(found), model(X), atol=1e-5, rtol=1e-4)
+    model = create(**keywords)
+    exported = onnx_function(tmp_path, model, X, dynamo=opset is None, opset_version=opset)
+    torch.testing.assert_close(exported(X), model(X), atol=1e-5, rtol=1e-4)
 
 
 WRONG = [

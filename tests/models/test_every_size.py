@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from packaging.version import Version
+from support.results import onnx_function, relative
 
 import equivision_timm  # noqa: F401  registers the models
 from equivision_timm import fuse
@@ -27,10 +28,6 @@ def make(name: str, **keywords) -> torch.nn.Module:
     return model.eval()
 
 
-def change(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found - expected).abs().max() / expected.abs().max()).item()
-
-
 @torch.no_grad()
 def error(model: torch.nn.Module, shape: tuple[int, int]) -> float:
     """The largest change of the last map and the logits under a quarter turn and a reflection, if in the group."""
@@ -39,8 +36,8 @@ def error(model: torch.nn.Module, shape: tuple[int, int]) -> float:
     errors = []
     for g in {group.grid_elements[1], group.grid_elements[-1]}:  # they generate the others
         moved = model.forward_features(group.transform_image(x, g))
-        errors.append(change(moved, group.transform_fields(features, g)))
-        errors.append(change(model.forward_head(moved), model.forward_head(features)))
+        errors.append(relative(moved, group.transform_fields(features, g)))
+        errors.append(relative(model.forward_head(moved), model.forward_head(features)))
     return max(errors)
 
 
@@ -89,19 +86,12 @@ def test_axes_that_nothing_reverses_are_left():
 @pytest.mark.skipif(Version(torch.__version__) < Version("2.9"), reason="its ONNX exporter cannot write these graphs")
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # inside torch.onnx
-def test_one_onnx_file_for_all_sizes():
+def test_one_onnx_file_for_all_sizes(tmp_path):
     """Height and width are open; `test_dynamic_shapes.py` does the same for torch.export and torch.compile."""
-    for module in ("onnx", "onnxscript"):
-        pytest.importorskip(module, reason="ONNX export needs the extra `export`")
-    onnxruntime = pytest.importorskip("onnxruntime")
     model, dim = make("test_c8resnetaf"), torch.export.Dim
     sizes = ({2: dim("height", min=33, max=512), 3: dim("width", min=33, max=512)},)
-    program = torch.onnx.export(
-        fuse(model, "blocks"), (torch.randn(1, 3, 64, 65),), dynamic_shapes=sizes, dynamo=True, verbose=False
-    )
-    content = program.model_proto.SerializeToString()
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    x = torch.randn(1, 3, 64, 65)
+    exported = onnx_function(tmp_path, fuse(model, "blocks"), x, dynamo=True, dynamic_shapes=sizes)
     for shape in PARITIES:
         x = torch.randn(1, 3, *shape)
-        (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-        assert change(torch.from_numpy(found), model(x)) < 1e-5
+        assert relative(exported(x), model(x)) < 1e-5

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+from support.results import relative
 from support.small_models import stirred
 from timm.layers import BatchNormAct2d
 from timm.utils.model import reparameterize_model
@@ -48,10 +49,6 @@ def images(size=65):
 
 def count(model, kind):
     return sum(isinstance(module, kind) for module in model.modules())
-
-
-def relative(found, expected):
-    return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+from support.results import onnx_function
 from timm.utils.model import reparameterize_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrize
@@ -193,10 +194,7 @@ def test_traced_and_scripted():
 @pytest.mark.filterwarnings("ignore")  # of the exporter, on its own age
 @torch.no_grad()
 def test_the_old_onnx_exporter(tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime", reason="runs ONNX files")
     model = create()
-    for exported in (model, reparameterize_model(model)):
-        torch.onnx.export(exported, (X,), tmp_path / "model.onnx", dynamo=False)
-        session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-        (found,) = session.run(None, {session.get_inputs()[0].name: X.numpy()})
-        torch.testing.assert_close(torch.from_numpy(found), model(X), rtol=1e-3, atol=1e-4)
+    for network in (model, reparameterize_model(model)):
+        exported = onnx_function(tmp_path, network, X, dynamo=False)
+        torch.testing.assert_close(exported(X), model(X), rtol=1e-3, atol=1e-4)

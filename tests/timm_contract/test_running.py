@@ -129,10 +129,11 @@ def test_weight_decay_and_layer_decay_reach_the_coefficients():
     assert scales[-1] == 1
 
 
-def test_from_the_meta_device_to_the_same_network():
-    expected, x = create().eval(), image((2, 3, 65, 65))
+@pytest.mark.parametrize("name", ["d4resnet18_fast", "test_d4vit", "test_d4convnext"])
+def test_from_the_meta_device_to_the_same_network(name):
+    expected, x = create(name).eval(), image((2, 3, 64, 64))
     with torch.device("meta"):
-        model = create().eval()
+        model = create(name).eval()
     assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
     model.to_empty(device="cpu")
     for tensor in (*model.parameters(), *model.buffers()):

@@ -71,44 +71,28 @@ def test_the_unchanged_folder_is_accepted(folder, tmp_path, photographs, capsys)
 
 
 KEY = "layer1.0.conv1.conv.weight"
-TENSORS = [
-    {KEY: STATE[KEY].nextafter(torch.tensor(9.0))},
-    {KEY: STATE[KEY].double()},
-    {KEY + ".more": STATE[KEY].clone()},
-    {KEY: None, "module." + KEY: STATE[KEY]},
-]
+CHANGES = {
+    "a value": {"state": {KEY: STATE[KEY].nextafter(torch.tensor(9.0))}},
+    "a dtype": {"state": {KEY: STATE[KEY].double()}},
+    "one more": {"state": {KEY + ".more": STATE[KEY].clone()}},
+    "a name": {"state": {KEY: None, "module." + KEY: STATE[KEY]}},
+    "the model": {"metadata": {"model": OTHER}},
+    "the hash": {"metadata": {TENSORS_SHA256: "0" * 64}},
+    "the architecture": {"config": {"architecture": OTHER}},
+    "the group": {"config": {"model_args": {"group": "c8"}}},
+    "the pooling": {"config": {"model_args": {"global_pool": "max"}}},
+    "the normalisation": {"config": {"pretrained_cfg": {"mean": [0.1, 0.2, 0.3]}}},
+    "the size": {"config": {"pretrained_cfg": {"input_size": [3, 97, 97]}}},
+}
 
 
-@pytest.mark.parametrize("changes", TENSORS, ids=["a value", "a dtype", "one more", "a name"])
-def test_changed_tensors(folder, tmp_path, photographs, changes):
-    copy = shutil.copytree(folder, tmp_path / "model")
-    state = {key: value for key, value in {**STATE, **changes}.items() if value is not None}
-    save_file(state, copy / "model.safetensors", metadata(folder))
-    assert not accepted(copy, photographs)
-
-
-@pytest.mark.parametrize("change", [{"model": OTHER}, {TENSORS_SHA256: "0" * 64}], ids=str)
-def test_changed_metadata(folder, tmp_path, photographs, change):
-    copy = shutil.copytree(folder, tmp_path / "model")
-    save_file(STATE, copy / "model.safetensors", {**metadata(folder), **change})
-    assert not accepted(copy, photographs)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"architecture": OTHER},
-        {"model_args": {"group": "c8"}},
-        {"model_args": {"global_pool": "max"}},
-        {"pretrained_cfg": {"mean": [0.1, 0.2, 0.3]}},
-        {"pretrained_cfg": {"input_size": [3, 97, 97]}},
-    ],
-    ids=str,
-)
-def test_changed_config(folder, tmp_path, photographs, change):
-    copy = shutil.copytree(folder, tmp_path / "model")
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_folders(folder, tmp_path, photographs, change):
+    copy, parts = shutil.copytree(folder, tmp_path / "model"), CHANGES[change]
+    state = {key: value for key, value in {**STATE, **parts.get("state", {})}.items() if value is not None}
+    save_file(state, copy / "model.safetensors", {**metadata(folder), **parts.get("metadata", {})})
     config = json.loads((copy / "config.json").read_text())
-    for key, value in change.items():
+    for key, value in parts.get("config", {}).items():
         config[key] = {**config.get(key, {}), **value} if isinstance(value, dict) else value
     (copy / "config.json").write_text(json.dumps(config))
     assert not accepted(copy, photographs)
