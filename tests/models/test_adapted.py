@@ -33,9 +33,9 @@ def back(x, element, group):
     return torch.flip(x, [-1]) if p else x
 
 
-def images(size=64, channels=3, count=2):
+def images(size=64, count=2):
     height, width = (size, size) if isinstance(size, int) else size
-    coarse = torch.randn(count, channels, 8, 8, generator=torch.Generator().manual_seed(1))
+    coarse = torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     return nn.functional.interpolate(coarse, (height, width), mode="bicubic")
 
 
@@ -278,6 +278,7 @@ def test_the_gate_leaves_doubtful_images_as_they_are():
 # timm's contract
 
 
+@torch.no_grad()
 def test_features_only_keeps_the_levels_of_the_backbone():
     for name, options, levels in (
         ("test_resnet", {}, [0, 1, 2, 3, 4]),
@@ -286,17 +287,12 @@ def test_features_only_keeps_the_levels_of_the_backbone():
     ):
         model = timm.create_model("symmetrized", backbone=name, group="c4", features_only=True, **options)
         assert list(model.feature_info.out_indices) == levels
-    with torch.no_grad():
-        x, levels = images(), timm.create_model("canonicalized", backbone="test_resnet", features_only=True)
-        assert [y.shape[1] for y in levels.eval()(x)] == levels.feature_info.channels()
+    levels = timm.create_model("canonicalized", backbone="test_resnet", features_only=True).eval()
+    assert [y.shape[1] for y in levels(images())] == levels.feature_info.channels()
     with pytest.raises(ValueError, match="feature_cls"):
         timm.create_model("symmetrized", backbone="test_resnet", features_only=True, feature_cls="hook")
-
-
-@torch.no_grad()
-def test_a_feature_pyramid_takes_the_fields():
     encoder = timm.create_model("symmetrized", backbone="test_resnet", features_only=True, out_indices=(1, 2, 3, 4))
-    pyramid, x = EquivariantFPN(encoder, num_classes=2).eval(), images(65)
+    pyramid, x = EquivariantFPN(encoder, num_classes=2).eval(), images(65)  # which takes the fields
     logits = pyramid(x)
     for e in elements("d4"):
         assert torch.allclose(pyramid(move(x, e, "d4")), move(logits, e, "d4"), atol=1e-5)

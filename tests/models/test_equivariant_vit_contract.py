@@ -38,16 +38,13 @@ def unfused():
     set_fused_attn(True)
 
 
-def test_names():
+def test_table():
     assert set(timm.list_models(module="equivariant_vit")) == set(VARIANTS)
     for name in VARIANTS:
         cfg = timm.get_pretrained_cfg(name)
         tag = ("dinov2_in1k" if "dinov2" in name else "deit3_in1k") if "d1" not in name and "ge_" in name else None
         classes = 0 if "dinov2" in name else 1000
         assert (cfg.tag, cfg.num_classes) == (("digits", 10) if name == "test_d4vit" else (tag, classes))
-
-
-def test_parameters():
     for name, count in PARAMETERS.items():
         with torch.device("meta"):
             model = timm.create_model(name)

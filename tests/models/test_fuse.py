@@ -93,7 +93,7 @@ def test_same_logits_and_no_basis(name, form):
 
 
 @torch.no_grad()
-def test_the_default_and_timms_hook():
+def test_the_default_timms_hook_and_bad_arguments():
     """None is the C code on a CPU that has it; `reparameterize_model` gives standard operators, in blocks."""
     model = make("c8resnet18_fast")
     assert bool(count(fuse(model), NativeConv2d)) == (LACKS is None)
@@ -103,9 +103,6 @@ def test_the_default_and_timms_hook():
     unit, x, shortcut = ConvNormAct(2, 3, 3, "c4").eval(), torch.randn(2, 8, 9, 9), torch.ones(2, 12, 9, 9)
     assert relative(fuse(unit)(x, shortcut), unit(x, shortcut)) < 1e-5  # the root itself is a unit
     assert relative(fuse(unit.conv)(x), unit.conv(x)) < 1e-5
-
-
-def test_arguments():
     with pytest.raises(ValueError, match="onnx"):
         fuse(make(), "onnx")
     with pytest.raises(RuntimeError, match="meta"):

@@ -142,10 +142,11 @@ def test_from_the_meta_device_to_the_same_network(name):
     buffers = dict(expected.named_buffers())
     assert all(torch.equal(buffer, buffers[key]) for key, buffer in model.named_buffers())
     for (key, found), reference in zip(model.named_parameters(), expected.parameters(), strict=True):
-        assert found.mean().item() == pytest.approx(reference.mean().item(), abs=0.05), key
-        assert found.std(correction=0).item() == pytest.approx(reference.std(correction=0).item(), rel=0.2), key
+        spread, chance = reference.std(correction=0).item(), 4 / reference.numel() ** 0.5
+        assert found.mean().item() == pytest.approx(reference.mean().item(), abs=0.01 + chance * spread), key
+        assert found.std(correction=0).item() == pytest.approx(spread, rel=0.1 + chance), key
     with torch.no_grad():
-        assert model(x).std().item() == pytest.approx(expected(x).std().item(), rel=0.5)
+        assert model(x).std().item() == pytest.approx(expected(x).std().item(), rel=0.8)
     model.load_state_dict(expected.state_dict())
     assert torch.equal(model(x), expected(x))
 
