@@ -372,7 +372,9 @@ def test_text_is_text(tmp_path: Path) -> None:
 # Input
 
 
-def test_images_that_a_model_does_not_fit(textures: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_classes_and_sizes_are_those_of_the_checkpoint(
+    textures: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     torch.save(timm.create_model("test_vit", num_classes=5).state_dict(), tmp_path / "vit.pth")
     words = command([f"test_vit={tmp_path}/vit.pth"], textures, tmp_path / "out", "0")
     assert main(words) == 2
@@ -381,13 +383,9 @@ def test_images_that_a_model_does_not_fit(textures: str, tmp_path: Path, capsys:
     assert main(command([rectangle], textures, tmp_path / "out")) == 2
     assert "65 x 33" in capsys.readouterr().err
     assert main(command([rectangle], textures, tmp_path / "out", "0,90", "--size", "33")) == 0
-
-
-def test_classifier_of_a_distilled_model(tmp_path: Path) -> None:
-    """It has two heads, and the checkpoint shows the classes of both."""
-    model = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=3, depth=1)
-    torch.save(model.state_dict(), tmp_path / "d")
-    assert load(f"deit_tiny_distilled_patch16_224={tmp_path}/d", model_kwargs={"depth": 1}).num_classes == 3
+    distilled = "deit_tiny_distilled_patch16_224"  # has two heads; the checkpoint shows the classes of both
+    torch.save(timm.create_model(distilled, num_classes=3, depth=1).state_dict(), tmp_path / "d")
+    assert load(f"{distilled}={tmp_path}/d", model_kwargs={"depth": 1}).num_classes == 3
 
 
 @given(st.integers(-360, 360), st.integers(1, 90), st.integers(0, 30))

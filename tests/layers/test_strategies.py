@@ -13,23 +13,16 @@ from support.results import relative
 from torch.utils.flop_counter import FlopCounterMode
 
 import equivision_timm  # noqa: F401  registers the models
-from equivision_timm.kernels import Kernel
 from equivision_timm.layers import SteerableConv2d
-from equivision_timm.layers.strategies import STRATEGIES, Layer, native_library
+from equivision_timm.layers.strategies import STRATEGIES, native_library
 from equivision_timm.layers.strategies.auto import decide
 
 # Largest error relative to the largest output, against the definition in float64
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 CPU = torch.device("cpu")
-USUAL = Layer(Kernel("c8", 3), 1, 1)
 LACKS = native_library.why_not()  # on this machine
 needs_native = pytest.mark.skipif(bool(LACKS), reason=str(LACKS))
-NAMES = [
-    pytest.param(name, marks=pytest.mark.skipif(bool(reason), reason=str(reason)))
-    for name, strategy in STRATEGIES.items()
-    if name != "expand"
-    for reason in [strategy.supports(USUAL)]
-]
+NAMES = ["block_diagonal", pytest.param("native", marks=needs_native)]
 fast = pytest.mark.parametrize("strategy", NAMES)
 every = pytest.mark.parametrize("strategy", ["expand", *NAMES])
 

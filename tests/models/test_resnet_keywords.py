@@ -95,6 +95,8 @@ def test_keyword_of_the_wrong_value():
             timm.create_model(NAME, **keywords)
     with pytest.raises(TypeError, match="grop_pool"):
         timm.create_model(NAME, grop_pool="max")
+    with pytest.raises(ValueError, match="NHWC"):
+        timm.create_model(NAME).forward_intermediates(torch.zeros(1, 3, 32, 32), output_fmt="NHWC")
 
 
 @pytest.mark.parametrize("features_only", [False, True])
@@ -103,11 +105,6 @@ def test_input_that_does_not_fit(features_only):
     for x, word in ((torch.zeros(1, 1, 64, 64), "in_chans"), (torch.zeros(3, 64, 64), "3, 64, 64")):
         with pytest.raises(AssertionError, match=word):
             model(x)
-
-
-def test_intermediates_in_a_format_that_does_not_exist():
-    with pytest.raises(ValueError, match="NHWC"):
-        timm.create_model(NAME).forward_intermediates(torch.zeros(1, 3, 32, 32), output_fmt="NHWC")
 
 
 @pytest.mark.parametrize(
