@@ -65,7 +65,7 @@ def open_rgb(path: str | Path) -> Image.Image:
                 return (file.convert("RGBA") if "transparency" in file.info else file).convert("RGB")
     except Exception as error:  # damaged files raise a dozen types in Pillow
         fault = f"cannot read the picture {str(path)!r} ({reason(error, 200)})"
-        raise PictureError(f"{fault}: convert it to 8 bits, or leave it out") from error
+        raise PictureError(f"{fault}: name another one, or convert it to 8 bits") from error
 
 
 def _scale(file: Image.Image) -> np.ndarray:

@@ -79,6 +79,14 @@ def positive(text: str) -> int:
     return number
 
 
+def _device(name: str) -> torch.device:
+    try:
+        torch.ones(1, device=name).item()
+    except Exception as error:  # each kind of device has its own
+        raise InputError(f"{name!r} cannot be used ({reason(error, 120)}): use cpu, or leave it out") from error
+    return torch.device(name)
+
+
 def parse_angles(text: str) -> list[float]:
     """The angles of 'start:stop:step' (stop included if it is met) or of a list '0,45,90', in degrees.
 
@@ -112,7 +120,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         "help": "names of the classes: a file, one per line, or the training folder (default: those of the weights)",
     },
     "device": {
-        "type": torch.device,
+        "type": _device,
         "default": "cuda" if torch.cuda.is_available() else "cpu",
         "help": "device of PyTorch (default: cuda if available, else cpu)",
     },

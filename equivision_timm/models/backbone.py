@@ -254,7 +254,7 @@ class EquivariantBackbone(nn.Module, ABC):
             return near, near
         reduction = self._reduction()
         below = (near - 1) // reduction * reduction + 1
-        return below, below + reduction
+        return max(below, reduction + 1), below + reduction
 
     def _reduction(self) -> int:
         return max(level["reduction"] for level in self.feature_info)
