@@ -101,6 +101,9 @@ EXACT = {
     "test_convnext": {},
     "test_vit": {"img_size": 64},
     "test_vit2": {"img_size": 64},  # registers
+    "resnet18": {},
+    "convnext_atto": {},
+    "vit_tiny_patch16_224": {"img_size": 64},
     "tf_efficientnet_lite0": {},
     "mobilenetv3_small_100": {},
     "swin_tiny_patch4_window7_224": SMALL_SWIN,  # channels last
