@@ -74,9 +74,9 @@ def _released_name(name: str) -> str:
 
 def positive(text: str) -> int:
     """Type of an argument: an integer from 1 on."""
-    if (number := int(text)) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise InputError(f"{text!r} is not possible: give a number from 1 on")
-    return number
+    return int(text)
 
 
 def _device(name: str) -> torch.device:

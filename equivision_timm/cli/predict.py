@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from equivision_timm.cli.models import load
 from equivision_timm.cli.options import Parsers, add_command, add_model, add_options, as_csv, positive
 from equivision_timm.data import PictureError, find_pictures, open_rgb, preparation
-from equivision_timm.errors import one_line
+from equivision_timm.errors import InputError, one_line
 from equivision_timm.files import check_writable, write_file
 
 __all__ = ["register"]
@@ -42,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         check_writable(args.out)
     files = list(dict.fromkeys(file for path in args.images for file in find_pictures(path) or [path]))
+    if not any(os.path.isfile(file) for file in files):
+        raise InputError(f"no picture in {' '.join(args.images)}: give files or folders of pictures")
     loaded = load(args.model, args.size, model_kwargs=args.model_kwargs)
     names, prepare = loaded.class_names(args.class_map), preparation(loaded.config)
     model = loaded.model.to(args.device)

@@ -37,10 +37,13 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     try:
         content: Any = load_file(path) if is_safetensors else _load_torch(path)
         state_dict = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), dict)), content)
-        return {
+        found = {
             ".".join(part for part in name.split(".") if part not in _ADDED).removeprefix("model."): value.detach()
             for name, value in state_dict.items()
         }
+        if len(found) < len(state_dict):
+            raise ValueError("it holds entries with and without the prefix 'model.', two sets of weights")
+        return found
     except Exception as error:  # damaged files raise many types, in zipfile, pickle, torch and safetensors
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = next((line for line in lines if "unsupported" in line.lower()), lines[0])  # of torch.load: classes

@@ -4,6 +4,7 @@ The bases of C_N and D_1 are the same on every machine; those of D_4 and D_8 dif
 that holds neither its bases nor its filters leaves them open: `translate` chooses among the known patterns.
 """
 
+import math
 from pathlib import Path
 
 import torch
@@ -87,6 +88,8 @@ def translate(
         apply_signs(model, choice["signs"])
         notes |= choice
     own = fit(model, crops)
+    if not math.isfinite(own.rms):
+        raise WeightsError(f"the batch norms of {model_name} overflow on photographs: the file is damaged")
     notes["statistics"] = f"log variances off by {own.rms:.2g} on {len(crops)} crops of photographs"
     if of_rival:
         lead = _lead(model_name, own, rival, of_rival, is_needed=signs is None)

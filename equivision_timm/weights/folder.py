@@ -95,6 +95,8 @@ def load_strictly(target: str) -> Loaded:
     elif name in model_names() and not path.is_dir():
         file = resolve_pretrained_cfg(target).file
         weights = Path(file) if file else find_weights(name)
+    elif not (path / CONFIG_FILE).is_file():
+        raise InputError(f"{target} is not a file, a model folder, or a model such as c8resnet50: name another")
     else:
         config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
         weights, name = path / WEIGHTS_FILE, config["architecture"]

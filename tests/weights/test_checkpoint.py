@@ -38,6 +38,12 @@ def test_forms_that_occur(tmp_path, form):
     assert same(read_checkpoint(tmp_path / "x.ckpt"), STATE)
 
 
+def test_two_sets_of_weights_are_refused(tmp_path):
+    torch.save({**STATE, "model.conv1.weights": torch.zeros(6)}, tmp_path / "x.ckpt")
+    with pytest.raises(DamagedFile, match="prefix"):
+        read_checkpoint(tmp_path / "x.ckpt")
+
+
 class Harmful:
     """Unpickling this makes a folder."""
 

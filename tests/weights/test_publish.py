@@ -113,8 +113,8 @@ def test_what_cannot_be_published(monkeypatch, tmp_path, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert str(tmp_path / "file") in line
     monkeypatch.setenv("EQUIVISION_TIMM_WEIGHTS", str(tmp_path))
-    for name, noun in (("d8resnet18", "d8resnet18.equivision_in1k"), ("--all", "fetch --all")):
-        assert main(["publish", name, "--to", str(tmp_path / "out")]) == 1
+    for name, noun, status in (("d8resnet18", "d8resnet18.equivision_in1k", 2), ("--all", "fetch --all", 1)):
+        assert main(["publish", name, "--to", str(tmp_path / "out")]) == status
         assert noun in capsys.readouterr().err
     assert list(content(tmp_path)) == ["file"]
 
