@@ -18,7 +18,7 @@ from equivision_timm.layers.views import shrink
 from equivision_timm.models.equivariant_resnet import BasicBlock, EquivariantResNet
 from equivision_timm.models.variants import Variant, register_family
 
-__all__ = ["OrientationNet", "orientation_variant", "standardize"]
+__all__ = ["Orientation", "OrientationNet", "orientation_variant", "standardize"]
 
 _WEIGHTS = Path(__file__).parents[1] / "orientation"
 torch.fx.wrap("shrink")
@@ -37,7 +37,20 @@ def standardize(x: torch.Tensor) -> torch.Tensor:
     return x * torch.rsqrt((x * x).sum((2, 3), keepdim=True) / count + 1e-6)
 
 
-class OrientationNet(nn.Module):
+class Orientation(nn.Module):
+    """What a `Canonicalized` model asks of its orientation network: the group, and a class for each element."""
+
+    def __init__(self, group: str, size: int, in_chans: int, num_classes: int | None) -> None:
+        super().__init__()
+        self.group: str = group
+        self.size: int = size
+        self.in_chans: int = in_chans
+        self.num_classes: int = Group.from_name(group).order
+        if num_classes not in (None, self.num_classes):
+            raise ValueError(f"num_classes={num_classes!r}: {group} has {self.num_classes} elements, one class each")
+
+
+class OrientationNet(Orientation):
     """Images [B, in_chans, H, W] -> scores [B, |G|], s(h x)[g] = s(x)[h^-1 g].
 
     The image is shrunk to `size` x `size` pixels with antialiasing, and masked by the inscribed disc; an
@@ -63,13 +76,7 @@ class OrientationNet(nn.Module):
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        super().__init__()
-        self.group: str = group
-        self.size: int = size
-        self.in_chans: int = in_chans
-        self.num_classes: int = Group.from_name(group).order
-        if num_classes not in (None, self.num_classes):
-            raise ValueError(f"num_classes={num_classes!r}: {group} has {self.num_classes} elements, one class each")
+        super().__init__(group, size, in_chans, num_classes)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.network: EquivariantResNet = EquivariantResNet(
             BasicBlock, (1, 1, 1, 1), group, width, num_classes=0, in_chans=in_chans, group_pool="", **options, **dd

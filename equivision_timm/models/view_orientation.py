@@ -12,9 +12,8 @@ import torch.fx
 import torch.nn as nn
 from timm.models import build_model_with_cfg, create_model
 
-from equivision_timm.groups import Group
 from equivision_timm.layers.views import act, shrink
-from equivision_timm.models.orientation import orientation_variant, standardize
+from equivision_timm.models.orientation import Orientation, orientation_variant, standardize
 from equivision_timm.models.variants import register_family
 
 __all__ = ["ViewOrientationNet"]
@@ -23,7 +22,7 @@ for _name in ("act", "shrink", "standardize"):
     torch.fx.wrap(_name)
 
 
-class ViewOrientationNet(nn.Module):
+class ViewOrientationNet(Orientation):
     """Images [B, in_chans, H, W] -> scores [B, |G|], s(h x)[g] = s(x)[h^-1 g]; exact for quarter turns.
 
     Args:
@@ -49,13 +48,7 @@ class ViewOrientationNet(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.group: str = group
-        self.size: int = size
-        self.in_chans: int = in_chans
-        self.num_classes: int = Group.from_name(group).order
-        if num_classes not in (None, self.num_classes):
-            raise ValueError(f"num_classes={num_classes!r}: {group} has {self.num_classes} elements, one class each")
+        super().__init__(group, size, in_chans, num_classes)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.network: Any = create_model(backbone, backbone_pretrained, in_chans=in_chans, **dd)
         self.network.prune_intermediate_layers([level])  # and its head: the network returns maps

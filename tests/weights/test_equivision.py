@@ -151,3 +151,9 @@ def test_bases_leave_nothing_to_choose():
     assert found.notes["basis_from"] == "sampled_basis"
     assert "signs" not in found.notes
     assert close(found.state_dict, convert_original(checkpoint(D4), D4, "scipy1.9-avx2"))
+
+
+def test_weights_that_overflow_are_refused():
+    state = checkpoint(NAME)
+    with pytest.raises(WeightsError, match="overflow"):
+        translate({**state, "conv1.weights": state["conv1.weights"] * 1e37}, NAME)
