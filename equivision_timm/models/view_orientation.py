@@ -18,6 +18,8 @@ from equivision_timm.models.variants import register_family
 
 __all__ = ["ViewOrientationNet"]
 
+_LEVEL = 3  # the last of the levels of lite0 that is used; its mean over space is projected to the score
+
 for _name in ("act", "shrink", "standardize"):
     torch.fx.wrap(_name)
 
@@ -27,19 +29,15 @@ class ViewOrientationNet(Orientation):
 
     Args:
         group: 'c2', 'c4' or 'c8'.
-        backbone: name of the model of timm that sees the views.
-        level: the last of its levels that is used; its mean over space is projected to the score.
         size: side of the views, shrunk with antialiasing and masked by the inscribed disc.
         num_classes: |G|, or None.
         drop_rate: dropout before the projection.
-        backbone_pretrained: load timm's weights of the backbone, to train the orientation network.
+        backbone_pretrained: start from timm's weights of lite0, to train the orientation network.
     """
 
     def __init__(
         self,
         group: str,
-        backbone: str = "tf_efficientnet_lite0",
-        level: int = 3,
         size: int = 64,
         in_chans: int = 3,
         num_classes: int | None = None,
@@ -50,9 +48,9 @@ class ViewOrientationNet(Orientation):
     ) -> None:
         super().__init__(group, size, in_chans, num_classes)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.network: Any = create_model(backbone, backbone_pretrained, in_chans=in_chans, **dd)
-        self.network.prune_intermediate_layers([level])  # and its head: the network returns maps
-        self.num_features: int = self.network.feature_info[level]["num_chs"]
+        self.network: Any = create_model("tf_efficientnet_lite0", backbone_pretrained, in_chans=in_chans, **dd)
+        self.network.prune_intermediate_layers([_LEVEL])  # and its head: the network returns maps
+        self.num_features: int = self.network.feature_info[_LEVEL]["num_chs"]
         self.dropout: nn.Dropout = nn.Dropout(drop_rate)
         self.score: nn.Linear = nn.Linear(self.num_features, 1, bias=False, **dd)
 
