@@ -23,16 +23,19 @@ def act(x: torch.Tensor, g: int, n: int, inverse: bool = False) -> torch.Tensor:
     return _rotate(x.flip(-1) if g >= n else x, g % n, n, inverse)
 
 
-def act_each(x: torch.Tensor, g: torch.Tensor, n: int, inverse: bool = False) -> torch.Tensor:
-    """g[b] x[b], or g[b]^-1 x[b], of x [B, C, H, W] under elements g [B]; no branch depends on their values."""
+def act_each(x: torch.Tensor, g: torch.Tensor, n: int, inverse: bool = False, reflections: bool = True) -> torch.Tensor:
+    """g[b] x[b], or g[b]^-1 x[b], of x [B, C, H, W] under elements g [B]; no branch depends on their values.
+
+    `reflections=False` is faster; then all elements are rotations.
+    """
     g = g.view(-1, 1, 1, 1)
     k = (-g if inverse else g).remainder(n)
-    if not inverse:
+    if reflections and not inverse:
         x = torch.where(g >= n, x.flip(-1), x)
     for step in [4, 2, 1] if inverse else [1, 2, 4]:  # of 360 / n degrees: the bits of k
         if step < n:
             x = torch.where(k // step % 2 == 1, _rotate(x, step, n, inverse), x)
-    return torch.where(g >= n, x.flip(-1), x) if inverse else x
+    return torch.where(g >= n, x.flip(-1), x) if reflections and inverse else x
 
 
 @torch.fx.wrap
@@ -63,15 +66,5 @@ def _eighth_turn(x: torch.Tensor) -> torch.Tensor:
 
 
 def shrink(x: torch.Tensor, size: int) -> torch.Tensor:
-    """x [B, C, H, W] -> [B, C, size, size]: bilinear with antialiasing, as two products with matrices."""
-    return _shrinking(x.shape[-2], size, x) @ x @ _shrinking(x.shape[-1], size, x).transpose(0, 1)
-
-
-def _shrinking(source: int, size: int, like: torch.Tensor) -> torch.Tensor:
-    """[size, source], of the type of `like`; rows sum to 1, the same under reversal of both axes."""
-    step = source / size
-    at = (torch.arange(size, device=like.device, dtype=torch.float32) + 0.5) * step - 0.5
-    distance = (at[:, None] - torch.arange(source, device=like.device, dtype=torch.float32)).abs()
-    weight = (1 - distance / max(step, 1.0)).clamp(min=0)
-    weight = weight + weight.flip(0, 1)
-    return (weight / weight.sum(1, keepdim=True)).to(like.dtype)
+    """x [B, C, H, W] -> [B, C, size, size]: bilinear with antialiasing, in single precision as PyTorch has it."""
+    return F.interpolate(x.float(), (size, size), mode="bilinear", antialias=True).to(x.dtype)

@@ -8,9 +8,8 @@ from equivision_timm.models.equivariant_fpn import EquivariantFPN
 from equivision_timm.models.equivariant_resnet import EquivariantResNet
 from equivision_timm.models.equivariant_vit import EquivariantViT
 from equivision_timm.models.fuse import fuse
-from equivision_timm.models.orientation import OrientationNet
+from equivision_timm.models.orientation import OrientationNet, ViewOrientationNet
 from equivision_timm.models.variants import model_names
-from equivision_timm.models.view_orientation import ViewOrientationNet
 
 __all__ = [
     "Canonicalized",

@@ -106,19 +106,20 @@ class Symmetrized(nn.Module):
 
     # The definition: F(x)[g] = g f(g^-1 x)
 
-    def moved_back(self, run: Run, x: torch.Tensor) -> list[torch.Tensor]:
-        """F(x) of each output f of `run`, [|G|, B, C, ...]."""
-        by_view: list[list[torch.Tensor]] = []
-        for elements in self.chunks():
-            views = torch.cat([self.move(x, g, inverse=True) for g in elements])
-            outputs = [y.chunk(len(elements)) for y in run(views)]
-            by_view += [[self.move(y[i], g) for y in outputs] for i, g in enumerate(elements)]
-        return [torch.stack(views) for views in zip(*by_view, strict=True)]
-
     def chunks(self) -> list[list[int]]:
         """The elements of each pass; in training all in one, so that batch norms see the whole group."""
         count = self.order if self.training or self.chunk == 0 else self.chunk
         return [list(range(first, min(first + count, self.order))) for first in range(0, self.order, count)]
+
+    def views(self, x: torch.Tensor, elements: list[int]) -> torch.Tensor:
+        """g^-1 x for each of the elements, [len(elements) * B, C, H, W]."""
+        return torch.cat([act(x, g, self.rotations, inverse=True) for g in elements])
+
+    def moved_back(self, run: Run, x: torch.Tensor) -> list[torch.Tensor]:
+        """F(x) of each output f of `run`, [|G|, B, C, ...]."""
+        passes = [run(self.views(x, elements)) for elements in self.chunks()]
+        outputs = [torch.cat(parts).unflatten(0, (self.order, -1)) for parts in zip(*passes, strict=True)]
+        return [torch.stack([self.move(y, g) for g, y in enumerate(by_view)]) for by_view in outputs]
 
     def move(self, x: torch.Tensor, g: int | torch.Tensor, inverse: bool = False) -> torch.Tensor:
         """g x or g^-1 x of images or features, channels first; g is one element, or one for each image, [B]."""
@@ -129,7 +130,9 @@ class Symmetrized(nn.Module):
             prefix = getattr(self.backbone, "num_prefix_tokens", x.shape[2] - math.prod(grid))
             maps = self.move(x[..., prefix:].unflatten(2, grid), g, inverse)  # [B, C, h, w]
             return torch.cat([x[..., :prefix], maps.flatten(2)], dim=2)  # class token, registers: they do not move
-        return act(x, g, self.rotations, inverse) if isinstance(g, int) else act_each(x, g, self.rotations, inverse)
+        if isinstance(g, int):
+            return act(x, g, self.rotations, inverse)
+        return act_each(x, g, self.rotations, inverse, reflections=self.order > self.rotations)
 
     def _grid(self, tokens: int) -> tuple[int, int]:
         """Rows and columns of the grid in `tokens`: those of the backbone's own image size, or a square."""
@@ -144,12 +147,9 @@ class Symmetrized(nn.Module):
             return self.forward_maps(x)
         chosen = self.element(x)
         if chosen is not None:
-            return self.backbone(act_each(x, chosen, self.rotations, inverse=True))
-        outputs: list[torch.Tensor] = []
-        for elements in self.chunks():
-            views = torch.cat([act(x, g, self.rotations, inverse=True) for g in elements])
-            outputs.append(self.backbone(views).unflatten(0, [len(elements), -1]))
-        return self.pool(torch.cat(outputs), self.log_weights(x))
+            return self.backbone(act_each(x, chosen, self.rotations, True, self.order > self.rotations))
+        outputs = torch.cat([self.backbone(self.views(x, elements)) for elements in self.chunks()])
+        return self.pool(outputs.unflatten(0, [self.order, -1]), self.log_weights(x))
 
     def element(self, x: torch.Tensor) -> torch.Tensor | None:
         """The element [B] of the only view that each image needs; None for all views."""
@@ -249,9 +249,8 @@ class Symmetrized(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """The backbone's patterns that group parameters by depth."""
 
-        def prefixed(pattern: str) -> str:
-            unanchored = re.sub(r"(?<!\[)\^", "", pattern)  # timm matches from the start in any case
-            return rf"backbone\.(?:{unanchored})"
+        def prefixed(pattern: str) -> str:  # without anchors, since timm matches from the start in any case
+            return r"backbone\.(?:" + re.sub(r"(?<!\[)\^", "", pattern) + ")"
 
         return {
             name: prefixed(spec) if isinstance(spec, str) else [(prefixed(pattern), last) for pattern, last in spec]

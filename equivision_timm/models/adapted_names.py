@@ -5,7 +5,7 @@ the adapted model, with keys `backbone.*`, are loaded into the whole, strictly.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -40,6 +40,7 @@ BACKBONES = (
 _FEATURES = ("features_only", "out_indices", "feature_cls")
 _PARAMETERS = ("first_conv", "classifier")  # fields of a configuration that name them
 _IDENTITY = ("architecture", "tag")  # fields that differ between the adapted model and its backbone
+_PREFIXED = "backbone.{}".format
 
 
 def _create(
@@ -69,11 +70,11 @@ def _create(
         features = _getter(backbone, features, kwargs)
 
     whole = pretrained and (resolved.source in ("hf-hub", "local-dir") or _holds_whole(resolved))
-    changed = {k: v for k, v in vars(resolved).items() if k not in _IDENTITY and v != getattr(registered, k)}
+    changed = {field: value for field, value in vars(resolved).items() if value != getattr(registered, field)}
     overlay = _renamed(changed, lambda name: name.removeprefix("backbone."))
     loaded: dict[str, Any] = {"pretrained": pretrained and not whole, "pretrained_cfg_overlay": overlay}
     model = network(backbone, **loaded, cache_dir=cache_dir, **own, **kwargs)
-    cfg = _renamed(model.backbone.pretrained_cfg, lambda name: f"backbone.{name}")
+    cfg = _renamed(model.backbone.pretrained_cfg, _PREFIXED)
     return build_model_with_cfg(
         lambda **_: model,  # the keywords are applied already; timm notes them
         variant,
@@ -97,13 +98,14 @@ def _holds_whole(cfg: PretrainedCfg) -> bool:
     return any(name.startswith("backbone.") for name in state)
 
 
-def _renamed(cfg: Mapping[str, Any], rename: Any) -> dict[str, Any]:
-    """The configuration, with other names of parameters: none, one or several in a field."""
+def _renamed(cfg: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
+    """A configuration for another architecture, with new names of parameters: none, one or several in a field."""
 
     def new(names: Any) -> Any:
         return rename(names) if isinstance(names, str) else names and tuple(map(rename, names))
 
-    return {field: new(value) if field in _PARAMETERS else value for field, value in cfg.items()}
+    shared = {field: value for field, value in cfg.items() if field not in _IDENTITY}
+    return shared | {field: new(shared[field]) for field in _PARAMETERS if field in shared}
 
 
 def _getter(backbone: str, features: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
@@ -131,16 +133,9 @@ _NAMES = {
     for backbone in BACKBONES
     if is_model(backbone)
 }
-_CFGS: dict[str, Any] = {name: dict(first_conv="backbone.conv1", classifier="backbone.fc") for name in _GENERIC}
-for _name, _variant in _NAMES.items():
-    for _cfg in get_arch_pretrained_cfgs(_variant.arguments["backbone"]).values():
-        _fields = {field: value for field, value in vars(_cfg).items() if field not in _IDENTITY}
-        _CFGS[f"{_name}.{_cfg.tag}"] = _renamed(_fields, lambda name: f"backbone.{name}")
-for _network in (Symmetrized, Canonicalized):
-    register_family(
-        __name__,
-        _network,
-        _create,
-        {name: v for name, v in (_GENERIC | _NAMES).items() if v.arguments["network"] is _network},
-        cfgs=_CFGS,
-    )
+for _name, _variant in (_GENERIC | _NAMES).items():
+    _cfgs = {_name: dict(first_conv="backbone.conv1", classifier="backbone.fc")}
+    if _name in _NAMES:
+        _tags = get_arch_pretrained_cfgs(_variant.arguments["backbone"]).values()
+        _cfgs = {f"{_name}.{cfg.tag}": _renamed(vars(cfg), _PREFIXED) for cfg in _tags}
+    register_family(__name__, _variant.arguments["network"], _create, {_name: _variant}, _cfgs)

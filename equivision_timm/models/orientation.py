@@ -11,20 +11,20 @@ from typing import Any
 import torch
 import torch.fx
 import torch.nn as nn
-from timm.models import build_model_with_cfg
+from timm.models import build_model_with_cfg, create_model
 
 from equivision_timm.groups import Group
-from equivision_timm.layers.views import shrink
+from equivision_timm.layers.views import act, shrink
 from equivision_timm.models.equivariant_resnet import BasicBlock, EquivariantResNet
 from equivision_timm.models.variants import Variant, register_family
 
-__all__ = ["Orientation", "OrientationNet", "orientation_variant", "standardize"]
+__all__ = ["OrientationNet", "ViewOrientationNet", "standardize"]
 
 _WEIGHTS = Path(__file__).parents[1] / "orientation"
-torch.fx.wrap("shrink")
-torch.fx.wrap("standardize")
+_LEVEL = 3  # the last of the levels of lite0 that is used
 
 
+@torch.fx.wrap
 def standardize(x: torch.Tensor) -> torch.Tensor:
     """Each channel of x [B, C, n, n] to mean 0 and variance 1 in the inscribed disc; 0 outside.
 
@@ -38,37 +38,21 @@ def standardize(x: torch.Tensor) -> torch.Tensor:
 
 
 class Orientation(nn.Module):
-    """What a `Canonicalized` model asks of its orientation network: the group, and a class for each element."""
-
-    def __init__(self, group: str, size: int, in_chans: int, num_classes: int | None) -> None:
-        super().__init__()
-        self.group: str = group
-        self.size: int = size
-        self.in_chans: int = in_chans
-        self.num_classes: int = Group.from_name(group).order
-        if num_classes not in (None, self.num_classes):
-            raise ValueError(f"num_classes={num_classes!r}: {group} has {self.num_classes} elements, one class each")
-
-
-class OrientationNet(Orientation):
     """Images [B, in_chans, H, W] -> scores [B, |G|], s(h x)[g] = s(x)[h^-1 g].
 
-    The image is shrunk to `size` x `size` pixels with antialiasing, and masked by the inscribed disc; an
-    `EquivariantResNet` follows, whose fields are averaged over space and projected to one regular field, the scores.
+    The image is shrunk to `size` x `size` pixels with antialiasing, and masked by the inscribed disc; features
+    [B, |G|, C] of the elements follow, each projected to its score.
 
     Args:
-        width: fields of the first stage; the others have 2, 4 and 8 times as many.
-        size: side of the shrunk image, 1 modulo 32.
         num_classes: |G|, or None.
         drop_rate: dropout before the projection.
-        **options: of the `EquivariantResNet`.
+        **options: of the network.
     """
 
     def __init__(
         self,
         group: str,
-        width: int,
-        size: int = 65,
+        size: int,
         in_chans: int = 3,
         num_classes: int | None = None,
         drop_rate: float = 0.0,
@@ -76,22 +60,72 @@ class OrientationNet(Orientation):
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(group, size, in_chans, num_classes)
+        super().__init__()
+        self.group: str = group
+        self.size: int = size
+        self.in_chans: int = in_chans
+        self.num_classes: int = Group.from_name(group).order
+        if num_classes not in (None, self.num_classes):
+            raise ValueError(f"num_classes={num_classes!r}: {group} has {self.num_classes} elements, one class each")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.network: EquivariantResNet = EquivariantResNet(
-            BasicBlock, (1, 1, 1, 1), group, width, num_classes=0, in_chans=in_chans, group_pool="", **options, **dd
-        )
-        self.num_features: int = self.network.num_features
+        network, channels = self.create_network(in_chans=in_chans, **options, **dd)
+        self.network: nn.Module = network
+        self.num_features: int = channels
         self.dropout: nn.Dropout = nn.Dropout(drop_rate)
-        self.score: nn.Linear = nn.Linear(self.num_features // self.num_classes, 1, bias=False, **dd)
+        self.score: nn.Linear = nn.Linear(channels, 1, bias=False, **dd)
+
+    def create_network(self, **options: Any) -> tuple[nn.Module, int]:
+        """The network that `features` uses, and C."""
+        raise NotImplementedError
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """Features [B, |G|, C] of standardized images [B, in_chans, size, size]."""
+        raise NotImplementedError
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.network(standardize(shrink(x, self.size)))
-        fields = x.unflatten(1, (-1, self.num_classes)).transpose(1, 2)  # [B, |G|, fields]
-        return self.score(self.dropout(fields)).squeeze(2)
+        return self.score(self.dropout(self.features(standardize(shrink(x, self.size))))).squeeze(2)
 
 
-def orientation_variant(group: str, weights: str, first_conv: str, license: str = "mit", **arguments: Any) -> Variant:
+class OrientationNet(Orientation):
+    """Orientation network from scratch: the fields of an `EquivariantResNet`, averaged over space.
+
+    `size` is 1 modulo 32; `width`, an option, is the number of fields of the first stage, of which the others have 2,
+    4 and 8 times as many. Otherwise as in `Orientation`.
+    """
+
+    def create_network(self, **options: Any) -> tuple[nn.Module, int]:
+        """The network, and the number of its fields."""
+        network = EquivariantResNet(BasicBlock, (1, 1, 1, 1), self.group, num_classes=0, group_pool="", **options)
+        return network, network.num_features // self.num_classes
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """See `Orientation`."""
+        return self.network(x).unflatten(1, (-1, self.num_classes)).transpose(1, 2)
+
+
+class ViewOrientationNet(Orientation):
+    """Orientation network from a pretrained plain one: s(x)[g] = f(g^-1 x), how upright f finds the image in view g.
+
+    f is the first stages of `tf_efficientnet_lite0`, averaged over space. Its weights have seen ImageNet upright, so a
+    few hundred photographs are enough to train it, and the same weights serve every group of rotations: c2, c4 or c8.
+    Exact for quarter turns. Arguments as in `Orientation`.
+    """
+
+    def create_network(self, **options: Any) -> tuple[nn.Module, int]:
+        """The first stages, and the channels of the last."""
+        network: Any = create_model("tf_efficientnet_lite0", **options)
+        network.prune_intermediate_layers([_LEVEL])  # and its head: the network returns maps
+        return network, network.feature_info[_LEVEL]["num_chs"]
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """See `Orientation`."""
+        x = x / 2  # the scale of images whose mean and std were taken as 0.5
+        views = torch.cat([act(x, g, self.num_classes, inverse=True) for g in range(self.num_classes)])
+        maps = self.network(views.contiguous(memory_format=torch.channels_last))  # faster on CPUs
+        return maps.mean((2, 3)).unflatten(0, (self.num_classes, -1)).transpose(0, 1)
+
+
+def _variant(group: str, weights: str, first_conv: str, license: str, **arguments: Any) -> Variant:
     """The row of an orientation network of a group, with the file of its weights in the package."""
     order = Group.from_name(group).order
     cfg = dict(
@@ -108,8 +142,13 @@ def orientation_variant(group: str, weights: str, first_conv: str, license: str 
     return Variant(summary, {"group": group, **arguments}, cfg, "photographs")
 
 
-VARIANTS = {
-    f"{group}orient_tiny": orientation_variant(group, f"{group}orient_tiny", "network.conv1.conv", width=width)
+_FROM_SCRATCH = {
+    f"{group}orient_tiny": _variant(group, f"{group}orient_tiny", "network.conv1.conv", "mit", size=65, width=width)
     for group, width in (("c4", 8), ("c8", 6))
 }
-register_family(__name__, OrientationNet, partial(build_model_with_cfg, OrientationNet), VARIANTS)
+_FROM_VIEWS = {
+    f"{group}orient_lite0": _variant(group, "orient_lite0", "network.conv_stem", "apache-2.0", size=64)
+    for group in ("c2", "c4", "c8")
+}
+for _network, _variants in ((OrientationNet, _FROM_SCRATCH), (ViewOrientationNet, _FROM_VIEWS)):
+    register_family(__name__, _network, partial(build_model_with_cfg, _network), _variants)
