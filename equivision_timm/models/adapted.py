@@ -117,9 +117,11 @@ class Symmetrized(nn.Module):
 
     def moved_back(self, run: Run, x: torch.Tensor) -> list[torch.Tensor]:
         """F(x) of each output f of `run`, [|G|, B, C, ...]."""
-        passes = [run(self.views(x, elements)) for elements in self.chunks()]
-        outputs = [torch.cat(parts).unflatten(0, (self.order, -1)) for parts in zip(*passes, strict=True)]
-        return [torch.stack([self.move(y, g) for g, y in enumerate(by_view)]) for by_view in outputs]
+        by_view: list[list[torch.Tensor]] = []
+        for elements in self.chunks():
+            outputs = [y.chunk(len(elements)) for y in run(self.views(x, elements))]
+            by_view += [[self.move(y[i], g) for y in outputs] for i, g in enumerate(elements)]
+        return [torch.stack(views) for views in zip(*by_view, strict=True)]
 
     def move(self, x: torch.Tensor, g: int | torch.Tensor, inverse: bool = False) -> torch.Tensor:
         """g x or g^-1 x of images or features, channels first; g is one element, or one for each image, [B]."""
