@@ -23,19 +23,16 @@ def act(x: torch.Tensor, g: int, n: int, inverse: bool = False) -> torch.Tensor:
     return _rotate(x.flip(-1) if g >= n else x, g % n, n, inverse)
 
 
-def act_each(x: torch.Tensor, g: torch.Tensor, n: int, inverse: bool = False, reflections: bool = True) -> torch.Tensor:
-    """g[b] x[b], or g[b]^-1 x[b], of x [B, C, H, W] under elements g [B]; no branch depends on their values.
-
-    `reflections=False` is faster; then all elements are rotations.
-    """
+def act_each(x: torch.Tensor, g: torch.Tensor, n: int, inverse: bool = False) -> torch.Tensor:
+    """g[b] x[b], or g[b]^-1 x[b], of x [B, C, H, W] under elements g [B]; no branch depends on their values."""
     g = g.view(-1, 1, 1, 1)
     k = (-g if inverse else g).remainder(n)
-    if reflections and not inverse:
+    if not inverse:
         x = torch.where(g >= n, x.flip(-1), x)
     for step in [4, 2, 1] if inverse else [1, 2, 4]:  # of 360 / n degrees: the bits of k
         if step < n:
             x = torch.where(k // step % 2 == 1, _rotate(x, step, n, inverse), x)
-    return torch.where(g >= n, x.flip(-1), x) if reflections and inverse else x
+    return torch.where(g >= n, x.flip(-1), x) if inverse else x
 
 
 @torch.fx.wrap

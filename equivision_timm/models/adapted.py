@@ -132,9 +132,7 @@ class Symmetrized(nn.Module):
             prefix = getattr(self.backbone, "num_prefix_tokens", x.shape[2] - math.prod(grid))
             maps = self.move(x[..., prefix:].unflatten(2, grid), g, inverse)  # [B, C, h, w]
             return torch.cat([x[..., :prefix], maps.flatten(2)], dim=2)  # class token, registers: they do not move
-        if isinstance(g, int):
-            return act(x, g, self.rotations, inverse)
-        return act_each(x, g, self.rotations, inverse, reflections=self.order > self.rotations)
+        return act(x, g, self.rotations, inverse) if isinstance(g, int) else act_each(x, g, self.rotations, inverse)
 
     def _grid(self, tokens: int) -> tuple[int, int]:
         """Rows and columns of the grid in `tokens`: those of the backbone's own image size, or a square."""
@@ -149,7 +147,7 @@ class Symmetrized(nn.Module):
             return self.forward_maps(x)
         chosen = self.element(x)
         if chosen is not None:
-            return self.backbone(act_each(x, chosen, self.rotations, True, self.order > self.rotations))
+            return self.backbone(act_each(x, chosen, self.rotations, inverse=True))
         outputs = torch.cat([self.backbone(self.views(x, elements)) for elements in self.chunks()])
         return self.pool(outputs.unflatten(0, [self.order, -1]), self.log_weights(x))
 
