@@ -37,16 +37,18 @@ def standardize(x: torch.Tensor) -> torch.Tensor:
     return x * torch.rsqrt((x * x).sum((2, 3), keepdim=True) / count + 1e-6)
 
 
-class Orientation(nn.Module):
+class OrientationNet(nn.Module):
     """Images [B, in_chans, H, W] -> scores [B, |G|], s(h x)[g] = s(x)[h^-1 g].
 
-    The image is shrunk to `size` x `size` pixels with antialiasing, and masked by the inscribed disc; features
-    [B, |G|, C] of the elements follow, each projected to its score.
+    The image is shrunk to `size` x `size` pixels with antialiasing, and masked by the inscribed disc. Features
+    [B, |G|, C] of the elements follow, the fields of an `EquivariantResNet` averaged over space; each element's are
+    projected to its score.
 
     Args:
+        size: 1 modulo 32.
         num_classes: |G|, or None.
         drop_rate: dropout before the projection.
-        **options: of the network.
+        **options: of the network; `width` is the number of fields of its first stage.
     """
 
     def __init__(
@@ -76,39 +78,23 @@ class Orientation(nn.Module):
 
     def create_network(self, **options: Any) -> tuple[nn.Module, int]:
         """The network that `features` uses, and C."""
-        raise NotImplementedError
+        network = EquivariantResNet(BasicBlock, (1, 1, 1, 1), self.group, num_classes=0, group_pool="", **options)
+        return network, network.num_features // self.num_classes
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """Features [B, |G|, C] of standardized images [B, in_chans, size, size]."""
-        raise NotImplementedError
+        return self.network(x).unflatten(1, (-1, self.num_classes)).transpose(1, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.score(self.dropout(self.features(standardize(shrink(x, self.size))))).squeeze(2)
 
 
-class OrientationNet(Orientation):
-    """Orientation network from scratch: the fields of an `EquivariantResNet`, averaged over space.
-
-    `size` is 1 modulo 32; `width`, an option, is the number of fields of the first stage, of which the others have 2,
-    4 and 8 times as many. Otherwise as in `Orientation`.
-    """
-
-    def create_network(self, **options: Any) -> tuple[nn.Module, int]:
-        """The network, and the number of its fields."""
-        network = EquivariantResNet(BasicBlock, (1, 1, 1, 1), self.group, num_classes=0, group_pool="", **options)
-        return network, network.num_features // self.num_classes
-
-    def features(self, x: torch.Tensor) -> torch.Tensor:
-        """See `Orientation`."""
-        return self.network(x).unflatten(1, (-1, self.num_classes)).transpose(1, 2)
-
-
-class ViewOrientationNet(Orientation):
+class ViewOrientationNet(OrientationNet):
     """Orientation network from a pretrained plain one: s(x)[g] = f(g^-1 x), how upright f finds the image in view g.
 
     f is the first stages of `tf_efficientnet_lite0`, averaged over space. Its weights have seen ImageNet upright, so a
     few hundred photographs are enough to train it, and the same weights serve every group of rotations: c2, c4 or c8.
-    Exact for quarter turns. Arguments as in `Orientation`.
+    Exact for quarter turns, at any `size`.
     """
 
     def create_network(self, **options: Any) -> tuple[nn.Module, int]:
@@ -118,7 +104,7 @@ class ViewOrientationNet(Orientation):
         return network, network.feature_info[_LEVEL]["num_chs"]
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
-        """See `Orientation`."""
+        """See `OrientationNet`."""
         x = x / 2  # the scale of images whose mean and std were taken as 0.5
         views = torch.cat([act(x, g, self.num_classes, inverse=True) for g in range(self.num_classes)])
         maps = self.network(views.contiguous(memory_format=torch.channels_last))  # faster on CPUs
