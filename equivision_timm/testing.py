@@ -103,8 +103,9 @@ def assert_equivariant(module: nn.Module, size: int = 225, tolerance: float = 1e
         if size not in sizes:
             hint = f"exact sizes are {' and '.join(map(str, sizes))}; {hint}"
         raise AssertionError(
-            f"{type(module).__name__} is not {group.name}-equivariant at {size} x {size} pixels: relative error by "
-            f"element {{{listed}}} exceeds {tolerance:.0e} ({hint})"
+            f"{type(module).__name__} is not {group.name}-equivariant at {size} x {size} pixels, from input_type "
+            f"{kwargs.get('input_type', 'trivial')!r} to output_type {kwargs.get('output_type', 'invariant')!r}: "
+            f"relative error by element {{{listed}}} exceeds {tolerance:.0e} ({hint})"
         )
 
 

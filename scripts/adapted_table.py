@@ -308,22 +308,28 @@ def as_markdown(result: dict) -> str:
 
 
 def draw(result: dict, file: Path) -> None:
+    """The README's rows against the angle; the photographs are those of its table."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    adapted = ("canonicalized c4orient_lite0", "canonicalized c8orient_lite0", "union c8orient_lite0")
-    shown = ("plain", "symmetrized c8, mean of probabilities", *adapted)
+    shown = {  # Okabe and Ito's colours; markers and lines tell the curves apart without them
+        "plain": ("the model itself", "#d55e00", "^-."),
+        "symmetrized c4, mean of probabilities": ("symmetrized, c4", "#e69f00", "s--"),
+        "canonicalized c4orient_lite0": ("canonicalized, c4", "#56b4e9", "D:"),
+        "union c8orient_lite0": ("union, c8", "#0072b2", "o-"),
+    }
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name in shown:
-        by = {int(angle): value for angle, value in result["agreement of the sure"][name].items()}
-        axes.plot([*by, 360], [*by.values(), by[0]], label=name, marker=".")
-    axes.set(xlabel="rotation of the photograph, degrees", ylabel="agreement with the upright answer, %")
-    axes.set(xlim=(0, 360), ylim=(0, 101), xticks=range(0, 361, 45))
-    axes.set_title(f"{BACKBONE}, {len(result['sure'])} photographs of which it is sure", fontsize=10)
+    for name, (label, colour, style) in shown.items():
+        by = {int(angle): value for angle, value in result["agreement"][name].items()}
+        axes.plot([*by, 360], [*by.values(), by[0]], style, label=label, color=colour, markersize=4)
+    axes.set(xlabel="rotation of the photograph (degrees)", ylabel="agreement with the upright answer (%)")
+    axes.set(xlim=(0, 360), ylim=(0, 102), xticks=range(0, 361, 45))
+    axes.set_title(f"{BACKBONE}, {len(result['photographs'])} photographs", fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower center", ncols=2, fontsize=8)
+    axes.legend(loc="lower center", ncols=4, fontsize=8, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=130)
 
 

@@ -431,13 +431,12 @@ def picture(results: list[dict], title: str) -> Figure:
             bars = axis.barh(
                 [row + (place - 1) * height for row in rows], values, height, label=label or rivals(names), color=colour
             )
-            words = [
-                f"{v:.0f}" + ("" if key == "ours" else f" ({r:.{1 if r >= 1 else 2}f}×)")
-                for v, r in zip(values, ratios, strict=True)
-            ]
+            multiples = [r / found[names[row]]["ratio"].get("timm", 1) for row, r in zip(rows, ratios, strict=True)]
+            shown = [f"{v:.0f} ({m:.1f}×)" for v, m in zip(values, multiples, strict=True)]
+            words = shown if key != "timm" else [f"{v:.0f}" for v in values]
             axis.bar_label(bars, words, padding=3, fontsize=9)
         axis.set_title({"eval": "inference", "train": "training step"}[mode], fontsize=12)
-        axis.set_xlabel("milliseconds (times ours)", fontsize=11)
+        axis.set_xlabel("milliseconds (multiple of timm's)", fontsize=11)
         axis.set_xlim(0, axis.get_xlim()[1] * 1.16)  # space for the last label
         axis.spines[["top", "right"]].set_visible(False)
     panels[0, 0].set_yticks(range(len(names)), names, fontsize=11)
@@ -495,12 +494,13 @@ def main() -> None:
         torch.zeros(1).to(args.device)
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
+    threads = f"{args.threads} thread{'s' * (args.threads > 1)}"
     about = {
         **today("torch", "timm"),
-        "machine": f"{processor()}, {args.threads} threads" if args.device == "cpu" else device_name(args.device),
+        "machine": f"{processor()}, {threads}" if args.device == "cpu" else device_name(args.device),
         "batch": f"{args.batch_size} x 3 x {args.size} x {args.size}, {args.amp or 'float32'}",
         "ours": " ".join([*(["channels-last"] if args.channels_last else []), "compiled" if args.compile else "eager"]),
-        "dense forms": "eager and compiled" if not args.eager else "eager forms only",
+        "dense forms": "dense also compiled" if not args.eager else "none compiled",
     }
     title = ", ".join(about.values())
     if "create" in args.modes and not args.layers:

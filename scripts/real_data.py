@@ -48,7 +48,7 @@ def table(results: dict[str, Any]) -> str:
         "",
         "Written by `scripts/real_data.py`. Figures of test images in per cent, mean of the seeds (least to largest). "
         "Upright: as photographed; moved: the mean over the seven other orientations of the square. Training in CPU "
-        "minutes of one thread.",
+        "minutes of one thread, on more than one machine.",
     ]
     for name, task in TASKS.items():
         if name in results:
@@ -126,7 +126,6 @@ def picture(results: dict[str, Any]) -> Figure:
     for axes, task, name in zip(panels, shown, results, strict=True):
         marks |= panel(axes, task, shown[task], results[name]["runs"])
     figure.legend(handles=list(marks.values()), frameon=False, loc="outside lower center", ncols=len(marks))
-    panels[-1].set_xlabel("accuracy, %")
     return figure
 
 
@@ -144,6 +143,7 @@ def panel(axes: Axes, task: Task, lines: dict[str, tuple[str, str]], runs: Runs)
         axes.text(accuracy - 0.2, -0.7, whose, color="grey", ha="right", va="center", fontsize=9)
     axes.set(ylim=(len(lines) - 0.5, -1))
     axes.set_title(task.title, loc="left", fontsize=11)
+    axes.set_xlabel("accuracy (%)")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     pixels = [next(iter(runs[row].values()))["pixels"] for row, _ in lines.values()]
     axes.set_yticks(range(len(lines)), [f"{title}, {n} px" for title, n in zip(lines, pixels, strict=True)])

@@ -166,7 +166,7 @@ def _draw_accuracy(axes: "Axes", predictions: Predictions, labels: torch.Tensor,
         axes.plot(closed, radius, "o-", color=network.colour, label=label, markersize=4, linewidth=2)
         axes.fill(closed, radius, color=network.colour, alpha=0.08)
     axes.set(theta_zero_location="N", ylim=(0, 100), yticks=(25, 50, 75, 100), rlabel_position=67.5)
-    axes.set_yticklabels(["25", "50", "75", "100 %"], color="0.4", fontsize=8)
+    axes.set_yticklabels(["25 %", "50 %", "75 %", ""], color="0.4", fontsize=8)
     axes.set_title("Accuracy on digits rotated by every angle", fontweight="bold", fontsize=13, pad=16)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), frameon=False, fontsize=11)
 
