@@ -247,7 +247,7 @@ def digits() -> dict:
     train, held = order[:4000], order[4000:4500]
 
     def fit(network: torch.nn.Module, epochs: int, rotations: int, largest: float) -> torch.nn.Module:
-        """Trained on digits rotated by up to `largest` degrees; the class is the digit, or the nearest of `rotations`."""
+        """Trained under rotations of up to `largest` degrees; the class is the digit, or the nearest of `rotations`."""
         steps = epochs * (len(train) // 64)
         optimizer = torch.optim.AdamW(network.parameters(), 2e-3, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
@@ -290,6 +290,7 @@ def as_markdown(result: dict) -> str:
     sure = f"of which the upright answer has a probability of {SURE} or more"
     undone = ", ".join(f"{name} {value:.1f}" for name, value in result["resampling"].items())
     left = ", ".join(f"{name} {value:.1f}" for name, value in result["upright photographs left upright"].items())
+    trained = "trained on digits within 15 degrees of upright"
     return "\n".join(
         [
             f"# Agreement with the upright answer of `{BACKBONE}`",
@@ -303,7 +304,7 @@ def as_markdown(result: dict) -> str:
             f"An eighth turn undone, its angle known, agreement at 45 degrees: {undone}.",
             "",
             f"Upright photographs that the orientation networks leave upright: {left}.",
-            *as_table("500 digits, right answers of a network trained on digits within 15 degrees of upright", result.get("digits", {}), {}),
+            *as_table(f"500 digits, right answers of a network {trained}", result.get("digits", {}), {}),
             "",
         ]
     )
