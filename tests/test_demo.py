@@ -35,7 +35,9 @@ def test_table_and_picture(tmp_path: Path, capsys) -> None:
         for network, figure in zip(demo.NETWORKS, row.groups(), strict=True):
             model = timm.create_model(network.model, pretrained=True).eval()
             model.load_state_dict(load_file(PACKAGE / "digits" / f"{network.file}.safetensors"))
-            views = [demo.classify(model, digits, angle + 90 * k) for k in range(network.rotations)]
+            size = model.pretrained_cfg["input_size"][-1]
+            turned = [demo.turn(digits, angle + 90 * k, size) for k in range(network.rotations)]
+            views = [demo.classify(model, images) for images in turned]
             correct = (torch.stack(views).mean(0).argmax(1) == labels).sum().item()
             assert abs(float(figure) - 100 * correct / len(labels)) < 0.051
 

@@ -88,18 +88,19 @@ def measure(out: Path, angles: Sequence[int] = ANGLES, every: int = 1) -> None:
 
     check_figure_file(out)
     digits, labels = (tensor[::every] for tensor in load_digits())
+    # The quarter turns of a rotated digit are that digit at other angles
+    views = {n: [[(angle + 90 * k) % 360 for k in range(n.rotations)] for angle in angles] for n in NETWORKS}
+    needed = sorted({angle for each in views.values() for seen in each for angle in seen})
+    models = {n.file: _load(n) for n in NETWORKS}
     logits: dict[tuple[str, int], torch.Tensor] = {}  # [N, 10] for each file of weights and angle
-    predictions: Predictions = {}
-    for network in NETWORKS:
-        weights = str(DIGITS / f"{network.file}.safetensors")
-        model = fuse(timm.create_model(network.model, num_classes=10, checkpoint_path=weights).eval())
-        # The quarter turns of a rotated digit are that digit at other angles
-        views = [[(angle + 90 * k) % 360 for k in range(network.rotations)] for angle in angles]
-        for angle in tqdm(sorted({angle for seen in views for angle in seen}), desc=network.title, unit="angle"):
-            if (network.file, angle) not in logits:
-                logits[network.file, angle] = classify(model, digits, angle)
-        means = [torch.stack([logits[network.file, angle] for angle in seen]).mean(0) for seen in views]
-        predictions[network] = torch.stack(means).argmax(2)
+    for angle in tqdm(needed, unit="angle"):
+        turned = {size: turn(digits, angle, size) for size in {_size(model) for model in models.values()}}
+        for file, model in models.items():
+            logits[file, angle] = classify(model, turned[_size(model)])
+    predictions: Predictions = {
+        n: torch.stack([torch.stack([logits[n.file, angle] for angle in seen]).mean(0) for seen in views[n]]).argmax(2)
+        for n in NETWORKS
+    }
     print(_table(predictions, labels, angles))
     print(_LEGEND)
     drawn = {network: predicted for network, predicted in predictions.items() if network.colour}
@@ -128,13 +129,22 @@ def turn(digits: torch.Tensor, degrees: float, size: int) -> torch.Tensor:
     return rotate(F.pad(images, [margin] * 4), degrees)[..., margin:-margin, margin:-margin]
 
 
+def _load(network: Network) -> nn.Module:
+    weights = str(DIGITS / f"{network.file}.safetensors")
+    return fuse(timm.create_model(network.model, num_classes=10, checkpoint_path=weights).eval())
+
+
+def _size(model: nn.Module) -> int:
+    """Pixels of a side."""
+    return model.pretrained_cfg["input_size"][-1]  # type: ignore[index]
+
+
 @torch.inference_mode()
-def classify(model: nn.Module, digits: torch.Tensor, degrees: float) -> torch.Tensor:
-    """The logits [N, 10] of digits [N, H, W], rotated by an angle."""
+def classify(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """The logits [N, 10] of images [N, 1, size, size] of `turn`."""
     cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
-    channels, size, _ = cfg["input_size"]
     mean, std = (torch.tensor(cfg[key])[:, None, None] for key in ("mean", "std"))
-    images = turn(digits, degrees, size).expand(-1, channels, -1, -1)  # grey as RGB: [N, 3, size, size]
+    images = images.expand(-1, cfg["input_size"][0], -1, -1)  # grey as RGB: [N, 3, size, size]
     return torch.cat([model(batch) for batch in ((images - mean) / std).split(100)])
 
 
