@@ -11,7 +11,7 @@ the plain network's own answer to the upright photograph. Nothing is trained.
 
 Digits: a plain network, trained on 4,000 digits that are rotated by up to 15 degrees and then frozen, reads 500 others;
 the orientation network is trained on the same 4,000, rotated by any angle, with the nearest element as the class.
-Counted are right answers. Epochs and the 15 degrees were chosen on the 500 digits left.
+Counted are right answers. The plain network's epochs and degrees were chosen on the 500 digits left.
 
 Writes scripts/benchmarks/adapted.json (the part that was measured), .md and .png. An image rotated by 90 degrees more
 is the image moved by whole pixels, so that the views of all angles are 48 passes of the network for each image.

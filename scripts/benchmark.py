@@ -431,9 +431,10 @@ def picture(results: list[dict], title: str) -> Figure:
             bars = axis.barh(
                 [row + (place - 1) * height for row in rows], values, height, label=label or rivals(names), color=colour
             )
-            multiples = [r / found[names[row]]["ratio"].get("timm", 1) for row, r in zip(rows, ratios, strict=True)]
-            shown = [f"{v:.0f} ({m:.1f}×)" for v, m in zip(values, multiples, strict=True)]
-            words = shown if key != "timm" else [f"{v:.0f}" for v in values]
+            words = [f"{milliseconds:.0f}" for milliseconds in values]
+            if key != "timm":
+                multiples = [r / found[names[row]]["ratio"]["timm"] for row, r in zip(rows, ratios, strict=True)]
+                words = [f"{word} ({multiple:.1f}×)" for word, multiple in zip(words, multiples, strict=True)]
             axis.bar_label(bars, words, padding=3, fontsize=9)
         axis.set_title({"eval": "inference", "train": "training step"}[mode], fontsize=12)
         axis.set_xlabel("milliseconds (multiple of timm's)", fontsize=11)
@@ -500,7 +501,7 @@ def main() -> None:
         "machine": f"{processor()}, {threads}" if args.device == "cpu" else device_name(args.device),
         "batch": f"{args.batch_size} x 3 x {args.size} x {args.size}, {args.amp or 'float32'}",
         "ours": " ".join([*(["channels-last"] if args.channels_last else []), "compiled" if args.compile else "eager"]),
-        "dense forms": "dense also compiled" if not args.eager else "none compiled",
+        "dense forms": "dense forms eager and compiled" if not args.eager else "dense forms eager",
     }
     title = ", ".join(about.values())
     if "create" in args.modes and not args.layers:

@@ -33,7 +33,7 @@ __all__ = ["classify", "load_digits", "measure", "register", "turn"]
 def register(commands: Parsers) -> None:
     text = "classify rotated digits with equivariant and plain networks"
     more = """Prints a table of accuracies at 24 angles and a summary, and draws a picture. Networks and digits
-        are in the package; about half a minute on two cores."""
+        are in the package; less than a minute on two cores."""
     parser = add_command(commands, "demo", run, text, more)
     text = "picture to write (default: %(default)s)"
     parser.add_argument("--out", type=Path, default=Path("equivision_demo.png"), metavar="FILE", help=text)
@@ -88,19 +88,16 @@ def measure(out: Path, angles: Sequence[int] = ANGLES, every: int = 1) -> None:
 
     check_figure_file(out)
     digits, labels = (tensor[::every] for tensor in load_digits())
-    # The quarter turns of a rotated digit are that digit at other angles
-    views = {n: [[(angle + 90 * k) % 360 for k in range(n.rotations)] for angle in angles] for n in NETWORKS}
-    needed = sorted({angle for each in views.values() for seen in each for angle in seen})
-    models = {n.file: _load(n) for n in NETWORKS}
+    models = {network.file: _load(network) for network in NETWORKS}
     logits: dict[tuple[str, int], torch.Tensor] = {}  # [N, 10] for each file of weights and angle
-    for angle in tqdm(needed, unit="angle"):
+    for angle in tqdm(sorted({(angle + 90 * k) % 360 for angle in angles for k in range(4)}), unit="angle"):
         turned = {size: turn(digits, angle, size) for size in {_size(model) for model in models.values()}}
         for file, model in models.items():
             logits[file, angle] = classify(model, turned[_size(model)])
-    predictions: Predictions = {
-        n: torch.stack([torch.stack([logits[n.file, angle] for angle in seen]).mean(0) for seen in views[n]]).argmax(2)
-        for n in NETWORKS
-    }
+    predictions: Predictions = {}
+    for network in NETWORKS:  # quarter turns of a rotated digit are that digit at other angles
+        views = [[logits[network.file, (angle + 90 * k) % 360] for k in range(network.rotations)] for angle in angles]
+        predictions[network] = torch.stack([torch.stack(seen).mean(0) for seen in views]).argmax(2)
     print(_table(predictions, labels, angles))
     print(_LEGEND)
     drawn = {network: predicted for network, predicted in predictions.items() if network.colour}
